@@ -1,0 +1,83 @@
+"""What ssmc must know about a model family, in one small interface; everything else is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..scan.inputs import ScanInputs
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a model in the field's terms."""
+
+    n_layer: int
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    vocab_size: int  # rows of the embedding, padding rows included
+
+    def as_dict(self) -> dict[str, int]:
+        """The sizes by name, for manifests and reports."""
+        return asdict(self)
+
+    def state_bytes(self, itemsize: int = 4) -> int:
+        """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
+        return self.n_layer * self.d_inner * (self.d_state + self.d_conv) * itemsize
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tensor that got smaller, for the list of what an export removed."""
+
+    name: str  # "backbone.layers.0.mixer.x_proj"
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class Architecture(Protocol):
+    """One model family: where its mixers are, what a scan of it reads, and how its state dimension is cut.
+
+    Implementations live in files named after their transformers `model_type` and are listed in
+    `architectures/__init__.py`.
+    """
+
+    model_type: str
+
+    def dimensions(self, config: Any) -> Dimensions:
+        """Read the sizes out of a transformers configuration."""
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The residual blocks in the order they run; each takes and returns (B, L, d_model)."""
+
+    def mixer(self, block: nn.Module) -> nn.Module:
+        """The state-space mixer inside a block."""
+
+    def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
+
+    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
+
+    def scan_inputs(
+        self, mixer: nn.Module, x: torch.Tensor, z: torch.Tensor, history: torch.Tensor | None = None
+    ) -> ScanInputs:
+        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
+
+    def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
+        """Silence all states but `kept` in place, mixing the C rows of the kept ones first."""
+
+    def is_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether every state outside `kept` is silent, so that cutting it changes nothing."""
+
+    def cut_states(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Remove all states but `kept[layer]` from a whole state dict and its configuration."""

@@ -1,0 +1,160 @@
+"""Mamba-1 (`model_type: mamba`), as transformers' MambaForCausalLM holds it.
+
+The state dimension N appears in three tensors of a mixer: the columns of A_log (D, N), and the B rows and C rows of
+x_proj, whose (dt_rank + 2 N) rows are stacked as dt, B, C.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import MambaConfig
+
+from ..scan.inputs import ScanInputs
+from .base import Cut, Dimensions
+
+
+class MambaArchitecture:
+    """Adapter for Mamba-1; see `Architecture` for what each method promises."""
+
+    model_type = "mamba"
+
+    def dimensions(self, config: MambaConfig) -> Dimensions:
+        """Read the sizes out of a transformers configuration."""
+        return Dimensions(
+            n_layer=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_inner=config.intermediate_size,
+            d_state=config.state_size,
+            dt_rank=int(config.time_step_rank),
+            d_conv=config.conv_kernel,
+            vocab_size=config.vocab_size,
+        )
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The residual blocks in the order they run."""
+        return model.backbone.layers
+
+    def mixer(self, block: nn.Module) -> nn.Module:
+        """The state-space mixer inside a block."""
+        return block.mixer
+
+    def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
+        return block.norm(hidden.to(block.norm.weight.dtype))
+
+    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
+        x, z = mixer.in_proj(hidden).chunk(2, dim=-1)
+        return x, z
+
+    def scan_inputs(
+        self,
+        mixer: nn.Module,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        history: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> ScanInputs:
+        """Everything between in_proj and the scan.
+
+        Args:
+            mixer: a MambaMixer.
+            x: (B, L, D) the convolution's input.
+            z: (B, L, D) the gate before silu.
+            history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
+            attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
+        """
+        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        if attention_mask is not None:
+            u = u * attention_mask[:, :, None].to(u.dtype)
+        n, r = mixer.ssm_state_size, mixer.time_step_rank
+        low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
+        # transformers adds the bias in float32 whatever the weights' dtype
+        dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float())
+        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
+
+    def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
+        """Silence all states but `kept` in place.
+
+        A state whose B row is zero stays zero, one whose C row is zero is never read; both are zeroed, so the masked
+        layer computes exactly what the cut one will. The shape and A_log stay as they are.
+
+        Args:
+            mixer: a MambaMixer.
+            kept: the states that stay, of N.
+            mixing: (K, N) matrix M of the repair: the kept states' C rows become M C. None keeps them as they are.
+        """
+        b_rows, c_rows = self._state_rows(mixer)
+        with torch.no_grad():
+            weight = mixer.x_proj.weight
+            keep = torch.as_tensor(list(kept), device=weight.device)
+            dropped = torch.ones(mixer.ssm_state_size, dtype=torch.bool, device=weight.device)
+            dropped[keep] = False
+            if mixing is not None:
+                mixed = mixing.to(weight.device, torch.float64) @ weight[c_rows].double()
+                weight[c_rows][keep] = mixed.to(weight.dtype)
+            weight[b_rows][dropped] = 0
+            weight[c_rows][dropped] = 0
+
+    def is_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether every state outside `kept` has zero B and C rows, so that cutting it changes nothing."""
+        dropped = sorted(set(range(mixer.ssm_state_size)) - set(kept))
+        return all(not mixer.x_proj.weight[rows][dropped].any() for rows in self._state_rows(mixer))
+
+    def cut_states(
+        self, tensors: Mapping[str, torch.Tensor], config: MambaConfig, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], MambaConfig, list[Cut]]:
+        """Remove all states but `kept[layer]` from a whole state dict and its configuration.
+
+        Every layer must keep the same number of states: transformers and mamba_ssm have one `d_state` for all.
+        """
+        counts = {len(k) for k in kept}
+        if len(counts) != 1:
+            raise ValueError(f"layers keep different numbers of states ({sorted(counts)}); stock loaders take one")
+        n, r = config.state_size, int(config.time_step_rank)
+        out, cuts = dict(tensors), []
+        for layer, states in enumerate(kept):
+            keep = torch.as_tensor(list(states))
+            rows = torch.cat([torch.arange(r), r + keep, r + n + keep])
+            prefix = f"backbone.layers.{layer}.mixer."
+            for name, axis, index in (("A_log", 1, keep), ("x_proj.weight", 0, rows)):
+                before = tensors[prefix + name]
+                out[prefix + name] = before.index_select(axis, index).contiguous()
+                cuts.append(Cut(prefix + name, tuple(before.shape), tuple(out[prefix + name].shape)))
+        smaller = copy.deepcopy(config)
+        smaller.state_size = counts.pop()
+        return out, smaller, cuts
+
+    @staticmethod
+    def _state_rows(mixer: nn.Module) -> tuple[slice, slice]:
+        """The B rows and the C rows of x_proj."""
+        n, r = mixer.ssm_state_size, mixer.time_step_rank
+        return slice(r, r + n), slice(r + n, r + 2 * n)
+
+
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Depthwise causal convolution with channels last: y_t = bias + sum_k w_k x_{t-K+1+k}.
+
+    K shifted multiply-adds are 7 to 25 times faster here than `F.conv1d`, which wants (B, D, L) and pays two
+    transposes and a slow depthwise path for it.
+
+    Args:
+        x: (B, L, D).
+        weight: (D, 1, K).
+        bias: (D,) or None.
+        history: (B, K - 1, D) the inputs before x; None stands for zeros.
+    """
+    taps = weight.squeeze(1).t()  # (K, D)
+    width, length = taps.shape[0], x.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], dim=1)
+    y = padded[:, :length] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :length], taps[0])
+    for k in range(1, width):
+        y = torch.addcmul(y, padded[:, k : k + length], taps[k])
+    return y

@@ -1,0 +1,52 @@
+"""What a selective scan reads, under one name, so that kernels, calibration and models speak of the same thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    """Everything the recurrence of one Mamba-1 layer needs, for B sequences of L tokens.
+
+    The recurrence (Mamba, section 3.2, with the zero-order hold of the official code)::
+
+        h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t        # (D, N)
+        y_t = (h_t C_t + D u_t) * silu(z_t)               # (D,)
+
+    Channels are the last, contiguous axis of `u`, `dt` and `z`: kernels vectorise over them.
+    """
+
+    u: torch.Tensor  # (B, L, D) after conv1d and silu
+    dt: torch.Tensor  # (B, L, D) time step after softplus, positive
+    A: torch.Tensor  # (D, N) float32, negative: -exp(A_log)
+    B: torch.Tensor  # (B, L, N)
+    C: torch.Tensor  # (B, L, N)
+    D: torch.Tensor  # (D,) skip connection
+    z: torch.Tensor | None = None  # (B, L, D) gate before silu; None: the output is not gated
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.u.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.u.shape[1]
+
+    @property
+    def d_inner(self) -> int:
+        """Number of channels D."""
+        return self.u.shape[2]
+
+    @property
+    def d_state(self) -> int:
+        """Number of states N per channel."""
+        return self.A.shape[1]
+
+    def initial_state(self) -> torch.Tensor:
+        """The zero state every sequence starts from, (B, D, N) float32."""
+        return self.u.new_zeros(self.batch, self.d_inner, self.d_state, dtype=torch.float32)
