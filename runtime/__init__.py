@@ -1,0 +1,1 @@
+"""Load, run and measure state-space models; knows nothing of pruning."""
