@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,3 +50,8 @@ class ScanInputs:
     def initial_state(self) -> torch.Tensor:
         """The zero state every sequence starts from, (B, D, N) float32."""
         return self.u.new_zeros(self.batch, self.d_inner, self.d_state, dtype=torch.float32)
+
+    def sequences(self, rows: slice) -> ScanInputs:
+        """The same inputs for some of the B sequences only (views, nothing is copied)."""
+        z = None if self.z is None else self.z[rows]
+        return replace(self, u=self.u[rows], dt=self.dt[rows], B=self.B[rows], C=self.C[rows], z=z)

@@ -1,0 +1,172 @@
+"""Streaming sums over the hidden states of one layer: all that scores and repair need, in memory independent of L.
+
+A statistic sees the states of all samples for a stretch of time steps (a chunk), a few samples at a time, then is told
+that the stretch is over. Statistics that need the sum over samples *at each time step* before they go on (the vote, the
+time weights) hold it for one chunk only. Sums are plain sums: every sample and every token weighs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ssmc.runtime.scan import ScanInputs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The states of a few samples over a stretch of time."""
+
+    start: int  # time step of the first token
+    inputs: ScanInputs  # of this stretch: u, dt, z (B, T, D), B and C (B, T, N)
+    states: torch.Tensor  # (B, T + 1, N, D) float32; entry t is the state before the stretch's token t
+
+    @property
+    def before(self) -> torch.Tensor:
+        """h_{t-1}, (B, T, N, D)."""
+        return self.states[:, :-1]
+
+    @property
+    def after(self) -> torch.Tensor:
+        """h_t, (B, T, N, D)."""
+        return self.states[:, 1:]
+
+
+class Statistic:
+    """A streaming sum; subclasses say of what."""
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        raise NotImplementedError
+
+    def end_of_stretch(self) -> None:
+        """Every sample of this stretch of time has been added."""
+
+
+@dataclass
+class SquaredStates(Statistic):
+    """sum over samples and time of h_{t-1}^2, as Theorem 1 of SparseSSM needs it; `value` is (N, D)."""
+
+    value: torch.Tensor | float = 0.0
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        self.value = self.value + _sum_of_squares(chunk.before).double()
+
+
+@dataclass
+class SquaredReadout(Statistic):
+    """The factors and the product of the read-out C_t[n] h_t[d, n], for `ghost` and `energy`."""
+
+    states: torch.Tensor | float = 0.0  # (N, D): sum of h_t^2
+    readers: torch.Tensor | float = 0.0  # (N,): sum of C_t^2
+    products: torch.Tensor | float = 0.0  # (N, D): sum of (C_t h_t)^2
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        C = chunk.inputs.C.float()  # (B, T, N)
+        self.states = self.states + _sum_of_squares(chunk.after).double()
+        self.readers = self.readers + C.square().sum((0, 1)).double()
+        self.products = self.products + _sum_of_squares(chunk.after, C).double()
+
+
+@dataclass
+class TimeWeighted(Statistic):
+    """sum_t w_t (sum_b dA_t)^2 (sum_b h_{t-1}^2), w_t = 1 / (t + 1): SparseSSM v2. `value` is (N, D).
+
+    t counts the steps whose h_{t-1} is not zero by construction, so no weight is spent on the first token, where the
+    published code puts an eighth of it.
+    """
+
+    value: torch.Tensor | float = 0.0
+    _start: int = 0
+    _squares: torch.Tensor | float = 0.0  # (T, N, D): sum over samples of h_{t-1}^2
+    _decays: torch.Tensor | float = 0.0  # (T, N, D): sum over samples of dA_t = exp(dt_t A)
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        self._start = chunk.start
+        self._squares = self._squares + chunk.before.square().sum(0)
+        exponent = chunk.inputs.dt.float()[:, :, None, :] * chunk.inputs.A.t()  # (B, T, N, D)
+        self._decays = self._decays + exponent.exp_().sum(0)
+
+    def end_of_stretch(self) -> None:
+        """Every sample of this stretch of time has been added."""
+        steps = torch.arange(len(self._squares), device=self._squares.device) + self._start
+        # step 1 is the first that has a state behind it: weight 1; step 0 contributes h_{-1} = 0 anyway
+        weights = 1.0 / steps.clamp(min=1).double()
+        importance = (self._decays.square() * self._squares).double()
+        self.value = self.value + torch.einsum("t,tnd->nd", weights, importance)
+        self._squares = self._decays = 0.0
+
+
+@dataclass
+class Vote(Statistic):
+    """How often each state is among the `candidates` least important ones: SparseSSM v1, Algorithm 1.
+
+    At every time step the importance of state n is A_log^2 * sum_b h_{t-1}^2 summed over channels. The step names the
+    `candidates` lowest. The first token is left out: its h_{t-1} is zero everywhere and says nothing.
+    """
+
+    A_log: torch.Tensor  # (D, N)
+    candidates: int  # how many states a step names
+    value: torch.Tensor | float = 0.0  # (N,) counts
+    _start: int = 0
+    _squares: torch.Tensor | float = 0.0  # (T, N): importance of this stretch so far
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        self._start = chunk.start
+        weights = self.A_log.float().square().t()  # (N, D)
+        self._squares = self._squares + torch.einsum("btnd,nd->tn", chunk.before.square(), weights).double()
+
+    def end_of_stretch(self) -> None:
+        """Every sample of this stretch of time has been added."""
+        steps = self._squares[1:] if self._start == 0 else self._squares
+        named = steps.topk(self.candidates, dim=1, largest=False).indices  # a real top-K: exactly K a step
+        counts = torch.bincount(named.flatten(), minlength=self._squares.shape[1])
+        self.value = self.value + counts
+        self._squares = 0.0
+
+
+@dataclass
+class NormalMatrix(Statistic):
+    """The normal matrix of the repair, N^4 numbers kept as a (P, P) matrix of pairs, P = N (N + 1) / 2.
+
+    G[k, n, m, p] = sum_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate that follows.
+    It is symmetric in (k, m) and in (n, p), so pairs are enough.
+    """
+
+    d_state: int
+    pairs: torch.Tensor | float = field(default=0.0)  # (P, P) float64
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        gated = chunk.after
+        if chunk.inputs.z is not None:
+            gated = gated * F.silu(chunk.inputs.z.float())[:, :, None, :]  # (B, T, N, D)
+        gated = gated.flatten(0, 1)
+        grams = torch.bmm(gated, gated.transpose(1, 2))  # (B T, N, N): sum over channels, a step at a time
+        C = chunk.inputs.C.float().flatten(0, 1)  # (B T, N)
+        rows, columns = torch.triu_indices(self.d_state, self.d_state, device=C.device)
+        state_pairs = grams[:, rows, columns].double()  # (B T, P)
+        reader_pairs = (C[:, rows] * C[:, columns]).double()
+        self.pairs = self.pairs + state_pairs.t() @ reader_pairs
+
+    def dense(self) -> torch.Tensor:
+        """The full matrix, (N N, N N) float64, row index k N + n and column index m N + p."""
+        n = self.d_state
+        rows, columns = torch.triu_indices(n, n)
+        pair = torch.empty(n, n, dtype=torch.long)
+        pair[rows, columns] = pair[columns, rows] = torch.arange(len(rows))
+        full = self.pairs.cpu()[pair[:, :, None, None], pair[None, None]]  # [k, m, n, p]
+        return full.permute(0, 2, 1, 3).reshape(n * n, n * n)
+
+
+def _sum_of_squares(states: torch.Tensor, readers: torch.Tensor | None = None) -> torch.Tensor:
+    """sum over samples and time of states^2, (N, D), each weighted by readers^2 (B, T, N) if given."""
+    if readers is not None:
+        states = states * readers[..., None]
+    return states.square().sum((0, 1))

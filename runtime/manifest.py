@@ -1,0 +1,46 @@
+"""`ssmc.json`: the file that says what an artefact is, how it was made, and from what.
+
+A manifest carries no date, duration or machine: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, UsageError
+
+MANIFEST = "ssmc.json"
+SCHEMA = 1
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest` into `directory`, which is not yet visible to anybody else."""
+    text = json.dumps({"schema": SCHEMA, **manifest}, indent=1, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read the manifest of an artefact.
+
+    Raises:
+        UsageError: `directory` is not an artefact of ssmc.
+        CheckpointError: the manifest is damaged or of a version this ssmc does not know.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} holds no compressed model (no {MANIFEST} in it). Run `ssmc compress MODEL` first, or name "
+            "the folder it wrote to."
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Run `ssmc compress` again.") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise CheckpointError(
+            f"{path} has schema {found!r}, this ssmc reads {SCHEMA}. Compress again with this version."
+        )
+    return manifest
