@@ -60,6 +60,9 @@ class Architecture(Protocol):
     def mixer(self, block: nn.Module) -> nn.Module:
         """The state-space mixer inside a block."""
 
+    def mixer_prefix(self, layer: int) -> str:
+        """How the names of a mixer's tensors start in the model's state dict."""
+
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
 

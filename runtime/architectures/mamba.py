@@ -43,6 +43,10 @@ class MambaArchitecture:
         """The state-space mixer inside a block."""
         return block.mixer
 
+    def mixer_prefix(self, layer: int) -> str:
+        """How the names of a mixer's tensors start in the model's state dict."""
+        return f"backbone.layers.{layer}.mixer."
+
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
         return block.norm(hidden.to(block.norm.weight.dtype))
@@ -121,7 +125,7 @@ class MambaArchitecture:
         for layer, states in enumerate(kept):
             keep = torch.as_tensor(list(states))
             rows = torch.cat([torch.arange(r), r + keep, r + n + keep])
-            prefix = f"backbone.layers.{layer}.mixer."
+            prefix = self.mixer_prefix(layer)
             for name, axis, index in (("A_log", 1, keep), ("x_proj.weight", 0, rows)):
                 before = tensors[prefix + name]
                 out[prefix + name] = before.index_select(axis, index).contiguous()

@@ -1,0 +1,95 @@
+"""What `compress` leaves behind: a masked model of the original shape, and a manifest that says how it came about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssmc.runtime.checkpoints import Checkpoint, write_checkpoint
+from ssmc.runtime.files import new_directory, require_space, sha256
+from ssmc.runtime.manifest import MANIFEST, write_manifest
+from ssmc.runtime.tokenizers import copy_tokenizer
+from ssmc.runtime.versions import versions
+
+from .calibration import Calibration
+from .config import CompressConfig
+from .pipeline import LayerResult
+
+
+def write_artefact(
+    out: Path,
+    checkpoint: Checkpoint,
+    config: CompressConfig,
+    calibration: Calibration | None,
+    layers: Sequence[LayerResult],
+    tokenizer_directory: Path | None,
+    *,
+    command: str | None,
+    force: bool,
+) -> dict[str, Any]:
+    """Write the masked model, its tokenizer and the manifest to `out`; either all of it appears or nothing.
+
+    Args:
+        out: folder that will be made; an existing one is replaced only with `force`, and only if ssmc wrote it.
+        checkpoint: the masked model.
+        config: the run's configuration.
+        calibration: what the statistics were computed on; None when the score needed none.
+        layers: what happened to each layer.
+        tokenizer_directory: where the tokenizer files are; None when there are none.
+        command: the command line, for the manifest.
+        force: replace an earlier artefact.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        OutputError: see `new_directory`.
+    """
+    tensors = checkpoint.tensors()
+    require_space(out, sum(t.numel() * t.element_size() for t in tensors.values()))
+    with new_directory(out, force=force, marker=MANIFEST) as folder:
+        files = write_checkpoint(folder, tensors, checkpoint.config)
+        if tokenizer_directory is not None:
+            files += copy_tokenizer(tokenizer_directory, folder)
+        manifest = {
+            "kind": "masked",
+            "versions": versions(),
+            "command": command,
+            "source": _source(checkpoint, out),
+            "config": config.model_dump(mode="json", exclude={"device"}),
+            "calibration": _calibration(calibration),
+            "dimensions": checkpoint.dimensions.as_dict(),
+            "layers": [_layer(layer) for layer in layers],
+            "parameters": sum(t.numel() for t in tensors.values()),
+            "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(files)},
+        }
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _source(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    """The dense model, so that `bench` finds it again: as it was named, and seen from the artefact."""
+    local = Path(checkpoint.source).expanduser()
+    return {
+        "model": checkpoint.source,
+        "format": checkpoint.format,
+        "relative": os.path.relpath(local, out) if local.exists() else None,
+    }
+
+
+def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    nsamples, seqlen = calibration.tokens.shape
+    return {"source": calibration.source, "sha256": calibration.sha256, "nsamples": nsamples, "seqlen": seqlen}
+
+
+def _layer(layer: LayerResult) -> dict[str, Any]:
+    return {
+        "kept": list(layer.kept),
+        "repaired": layer.repaired,
+        "error": layer.error,
+        "error_unrepaired": layer.error_unrepaired,
+    }

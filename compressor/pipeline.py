@@ -1,0 +1,171 @@
+"""Layer by layer: collect statistics, decide, apply, and hand the pruned layer's output to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ssmc.runtime.architectures import Architecture
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.scan import scan_states
+
+from .config import CompressConfig
+from .repair import Repair, evaluate
+from .scores import Layer, choose_states, statistics_for
+from .statistics import Chunk, Statistic
+
+STRETCH = 32  # time steps whose hidden states exist at once
+PROJECTED = 1024  # tokens that pass in_proj together: enough for full speed of the matrix product
+STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What happened to one layer."""
+
+    kept: tuple[int, ...]
+    error: float | None  # relative squared error of the gated output; None when nothing was measured
+    error_unrepaired: float | None
+    repaired: bool
+
+
+@torch.no_grad()
+def prune_states(
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: torch.Tensor | None,
+    config: CompressConfig,
+    keep: int,
+    stored_dtypes: Mapping[str, torch.dtype],
+    progress: Progress = silent,
+) -> list[LayerResult]:
+    """Mask all but `keep` states in every layer of `model`, in place.
+
+    Args:
+        model: with the fast scan in use, in float32 on a CPU.
+        architecture: its adapter.
+        tokens: (nsamples, seqlen) calibration samples; None when neither score nor repair reads any.
+        config: score, repair and seed.
+        keep: states that stay in each layer.
+        stored_dtypes: by tensor name, what the model will be saved as; a pruned layer is rounded to it before its
+            output is propagated, so that later layers are fitted to what is really saved.
+        progress: told about layers and samples.
+    """
+    hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
+    results = []
+    blocks = architecture.blocks(model)
+    for index, block in enumerate(blocks):
+        label = f"layer {index + 1}/{len(blocks)}"
+        mixer = architecture.mixer(block)
+        statistics = statistics_for(config.score, mixer.A_log, keep, config.repair)
+        if hidden is not None:
+            collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
+        kept = choose_states(config.score, Layer(index, mixer.A_log, statistics), keep, config.repair, config.seed)
+        repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
+        architecture.mask_states(mixer, kept, repair.mixing if repair else None)
+        _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
+        if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
+            propagate(block, hidden, progress, f"{label}: outputs")
+        results.append(_result(kept, repair))
+    return results
+
+
+def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    embeddings = model.get_input_embeddings()
+    return torch.stack([embeddings(sample) for sample in tokens]).float()
+
+
+def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> None:
+    for name, parameter in mixer.named_parameters():
+        parameter.copy_(parameter.to(dtypes[prefix + name]))
+
+
+def _result(kept: Sequence[int], repair: Repair | None) -> LayerResult:
+    if repair is None:
+        return LayerResult(tuple(kept), None, None, repaired=False)
+    return LayerResult(tuple(kept), repair.error, repair.error_unrepaired, repaired=repair.mixing is not None)
+
+
+def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:
+    """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it."""
+    for i in range(len(hidden)):
+        progress(label, i, len(hidden))
+        hidden[i : i + 1] = block(hidden[i : i + 1])
+    progress(label, len(hidden), len(hidden))
+
+
+def collect(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    statistics: Sequence[Statistic],
+    progress: Progress = silent,
+    label: str = "statistics",
+) -> None:
+    """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
+
+    Time is the outer loop because two scores need all samples' states of a time step together. Between stretches a
+    sample carries its state (D, N) and the convolution's window, so no stretch is computed twice.
+
+    Args:
+        architecture: adapter of the model.
+        block: the layer.
+        hidden: (nsamples, L, d_model) what the layer reads.
+        statistics: sums to fill; nothing runs when there are none.
+        progress: told about tokens.
+        label: what to call the work.
+    """
+    if not statistics:
+        return
+    nsamples, length, _ = hidden.shape
+    samples = _Carried(nsamples)
+    for start in range(0, length, STRETCH):
+        progress(label, start, length)
+        for rows in _slices(nsamples, max(1, PROJECTED // STRETCH)):
+            for chunk in _chunks(architecture, block, hidden[rows, start : start + STRETCH], samples, rows, start):
+                for statistic in statistics:
+                    statistic.add(chunk)
+        for statistic in statistics:
+            statistic.end_of_stretch()
+    progress(label, length, length)
+
+
+class _Carried:
+    """What each sample takes from one stretch of time to the next; allocated when the shapes are known."""
+
+    def __init__(self, nsamples: int):
+        self.nsamples = nsamples
+        self.states: torch.Tensor | None = None  # (nsamples, D, N)
+        self.history: torch.Tensor | None = None  # (nsamples, d_conv - 1, D)
+
+    def allocate(self, x: torch.Tensor, d_state: int, d_conv: int) -> None:
+        if self.states is None:
+            self.states = x.new_zeros(self.nsamples, x.shape[2], d_state, dtype=torch.float32)
+            self.history = x.new_zeros(self.nsamples, d_conv - 1, x.shape[2])
+
+
+def _chunks(
+    architecture: Architecture, block: nn.Module, hidden: torch.Tensor, carried: _Carried, rows: slice, start: int
+) -> Iterator[Chunk]:
+    """Hidden states of a stretch (rows, T, d_model), a few samples at a time."""
+    mixer = architecture.mixer(block)
+    x, z = architecture.expand(mixer, architecture.normed(block, hidden))
+    carried.allocate(x, mixer.A_log.shape[1], mixer.conv_kernel_size)
+    history = carried.history[rows]
+    inputs = architecture.scan_inputs(mixer, x, z, history)
+    carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
+    per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
+    for group in _slices(inputs.batch, max(1, STATE_BYTES // per_sample)):
+        here = slice(rows.start + group.start, rows.start + group.stop)
+        part = inputs.sequences(group)
+        states = scan_states(part, carried.states[here])
+        carried.states[here] = states[:, -1].transpose(1, 2)
+        yield Chunk(start, part, states)
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

@@ -1,0 +1,129 @@
+"""What a set of kept states costs, and the repair that makes it cost less, both from one matrix.
+
+Removing state n from a Mamba-1 layer loses the term C_t[n] h_t[:, n]. C is linear in x_proj's input, so the kept
+states' C rows can absorb what was lost: C_t becomes M C_t, which is M folded into x_proj. Nothing is added at run time.
+With r = M - I on the kept rows and r = -I on the removed ones (their read-out is gone), the squared error of the gated
+output over the calibration tokens is the quadratic form r' G r, where G is `statistics.NormalMatrix`. So the exact error
+of any set of states, repaired or not, follows from G without touching the data again.
+
+Fixing the rows of the removed set R at -I and minimising over the others costs t' [(G^-1)_RR]^-1 t with t = vec(-I_R):
+the block form of Optimal Brain Surgeon. Backward elimination updates G^-1 by one block a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+RIDGE = 1e-6  # times the mean diagonal of G; pulls M towards the identity where the data say nothing
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A mixing matrix for the kept states and what it achieves."""
+
+    kept: tuple[int, ...]
+    mixing: torch.Tensor | None  # (K, N) float64: rows of the kept states; None: not repaired
+    error: float  # squared error of the gated output relative to its energy, with `mixing` if there is one
+    error_unrepaired: float  # the same with the kept C rows left as they are
+
+
+def evaluate(G: torch.Tensor, kept: Sequence[int], repair: bool) -> Repair:
+    """Errors of a kept set and, if asked for, its least-squares repair.
+
+    Args:
+        G: (N N, N N) float64 from `NormalMatrix.dense`.
+        kept: states that stay.
+        repair: whether to solve for the mixing matrix.
+    """
+    n = _d_state(G)
+    kept = sorted(kept)
+    removed = [k for k in range(n) if k not in kept]
+    change = torch.zeros(n, n, dtype=G.dtype)  # r = M - I, one row a state
+    change[removed, removed] = -1.0
+    energy = _quadratic(G, torch.eye(n, dtype=G.dtype))
+    unrepaired = _quadratic(G, change)
+    mixing = None
+    if repair:
+        free = _rows(kept, n)
+        pull = G[free] @ change.flatten()
+        change[kept] = -_solve(_ridged(G)[free][:, free], pull).view(len(kept), n)
+        mixing = change[kept] + torch.eye(n, dtype=G.dtype)[kept]
+    relative = [_relative(error, energy) for error in (_quadratic(G, change), unrepaired)]
+    return Repair(tuple(kept), mixing, *relative)
+
+
+def eliminate(G: torch.Tensor, keep: int, repair: bool) -> list[int]:
+    """Choose states by greedy backward elimination: take away the one whose loss hurts least, until `keep` are left.
+
+    Args:
+        G: (N N, N N) float64 from `NormalMatrix.dense`.
+        keep: how many states stay.
+        repair: judge a set by its error after repair, else by the error as it is.
+
+    Returns:
+        The kept states, ascending.
+    """
+    return _eliminate_repaired(G, keep) if repair else _eliminate_unrepaired(G, keep)
+
+
+def _eliminate_repaired(G: torch.Tensor, keep: int) -> list[int]:
+    """Each step costs, for the state that goes, e' (H_jj)^-1 e: H the inverse on what is left, e the change it needs."""
+    n = _d_state(G)
+    H = torch.linalg.inv(_ridged(G)).view(n, n, n, n)  # [state, reader, state, reader]
+    M = torch.eye(n, dtype=G.dtype)  # the repaired read-out so far, one row a state
+    left = list(range(n))
+    while len(left) > keep:
+        index = torch.tensor(left)
+        blocks = H[index, :, index]  # (len(left), N, N): H_jj of every candidate
+        needed = -M[index]  # row j has to become zero
+        pushes = torch.linalg.solve(blocks, needed)  # (len(left), N)
+        position = int((needed * pushes).sum(1).argmin())
+        j = left.pop(position)
+        M = M + torch.einsum("knp,p->kn", H[:, :, j], pushes[position])
+        H = H - torch.einsum("knp,pmq->knmq", H[:, :, j], torch.linalg.solve(H[j, :, j], H[j].flatten(1)).view(n, n, n))
+    return left
+
+
+def _eliminate_unrepaired(G: torch.Tensor, keep: int) -> list[int]:
+    """The error of a removed set R is the sum of Q over R x R: adding j costs Q_jj + 2 sum_{r in R} Q_jr."""
+    n = _d_state(G)
+    diagonal = torch.arange(n) * (n + 1)  # the entries (k, k) of vec(I)
+    Q = G[diagonal][:, diagonal]
+    left, removed = list(range(n)), []
+    while len(left) > keep:
+        cost = Q.diagonal() + 2 * Q[:, removed].sum(1)
+        j = min(left, key=lambda state: (float(cost[state]), state))
+        left.remove(j)
+        removed.append(j)
+    return left
+
+
+def _ridged(G: torch.Tensor) -> torch.Tensor:
+    mean = G.diagonal().mean()
+    # a layer that outputs nothing has G = 0: any positive ridge then leaves M at the identity
+    ridge = RIDGE * mean if mean > 0 else torch.ones((), dtype=G.dtype)
+    return G + ridge * torch.eye(len(G), dtype=G.dtype)
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_solve(right[:, None], torch.linalg.cholesky(matrix))[:, 0]
+
+
+def _quadratic(G: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return change.flatten() @ G @ change.flatten()
+
+
+def _relative(error: torch.Tensor, energy: torch.Tensor) -> float:
+    return float(error.clamp(min=0) / energy) if energy > 0 else 0.0
+
+
+def _rows(states: Sequence[int], n: int) -> torch.Tensor:
+    """Indices of the rows (k, 0..N-1) of vec(M) for the given states k."""
+    return (torch.as_tensor(states)[:, None] * n + torch.arange(n)).flatten()
+
+
+def _d_state(G: torch.Tensor) -> int:
+    return round(len(G) ** 0.5)
