@@ -125,6 +125,7 @@ def _notes(config: CompressConfig, calibration: Calibration | None, dense_states
         gain = "gains nothing there" if padded >= dense_states else f"costs as much as {padded} there"
         notes.append(
             f"{keep} states is not a power of two: the Triton decode kernels of mamba_ssm and vLLM pad it to {padded}, "
-            f"so it {gain}; transformers, our CPU scan and mamba_ssm's prefill do gain. --round-to power-of-two avoids it."
+            f"so it {gain}; transformers, our CPU scan and mamba_ssm's prefill do gain. "
+            "--round-to power-of-two avoids it."
         )
     return notes

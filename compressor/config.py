@@ -55,7 +55,7 @@ class CompressConfig(BaseModel):
     @classmethod
     def _inside(cls, value: float) -> float:
         if not 0 < value < 1:
-            raise ValueError("sparsity is the part that is removed and lies between 0 and 1, both excluded, such as 0.5")
+            raise ValueError("it is the part that is removed and lies between 0 and 1, both excluded, such as 0.5")
         return value
 
 

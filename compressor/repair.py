@@ -1,10 +1,10 @@
 """What a set of kept states costs, and the repair that makes it cost less, both from one matrix.
 
 Removing state n from a Mamba-1 layer loses the term C_t[n] h_t[:, n]. C is linear in x_proj's input, so the kept
-states' C rows can absorb what was lost: C_t becomes M C_t, which is M folded into x_proj. Nothing is added at run time.
+states' C rows can absorb what was lost: C_t becomes M C_t, which is M folded into x_proj, at no cost at run time.
 With r = M - I on the kept rows and r = -I on the removed ones (their read-out is gone), the squared error of the gated
-output over the calibration tokens is the quadratic form r' G r, where G is `statistics.NormalMatrix`. So the exact error
-of any set of states, repaired or not, follows from G without touching the data again.
+output over the calibration tokens is the quadratic form r' G r, where G is `statistics.NormalMatrix`. So the exact
+error of any set of states, repaired or not, follows from G without touching the data again.
 
 Fixing the rows of the removed set R at -I and minimising over the others costs t' [(G^-1)_RR]^-1 t with t = vec(-I_R):
 the block form of Optimal Brain Surgeon. Backward elimination updates G^-1 by one block a step.
@@ -70,7 +70,7 @@ def eliminate(G: torch.Tensor, keep: int, repair: bool) -> list[int]:
 
 
 def _eliminate_repaired(G: torch.Tensor, keep: int) -> list[int]:
-    """Each step costs, for the state that goes, e' (H_jj)^-1 e: H the inverse on what is left, e the change it needs."""
+    """Losing state j costs e' (H_jj)^-1 e: H the inverse on what is left, e the change its row needs."""
     n = _d_state(G)
     H = torch.linalg.inv(_ridged(G)).view(n, n, n, n)  # [state, reader, state, reader]
     M = torch.eye(n, dtype=G.dtype)  # the repaired read-out so far, one row a state

@@ -1,4 +1,4 @@
-"""Scores: from a layer's A_log and streaming sums to the importance of every state. Pure functions, higher is dearer."""
+"""Scores: from a layer's A_log and streaming sums to the importance of its states. Pure functions, higher is dearer."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _read_file(path: Path) -> Iterator[str]:
         else:
             yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from error
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
 
@@ -100,7 +100,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Mend or remove it.") from error
+                raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Mend the line.") from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise CalibrationError(f'{path}, line {number}, has no string "text". Each line needs one.')
             yield row["text"]
@@ -136,7 +136,7 @@ def _read_hub_dataset(source: str, split: str) -> list[str]:
         picked = data.take(rows) if rows is not None else data
         return [row[column] for row in picked]
     except KeyError as error:
-        raise CalibrationError(f"The data set {name} has no column {error}. Save its text as .jsonl and give that.") from error
+        raise CalibrationError(f"The data set {name} has no column {error}; save its text as .jsonl.") from error
     except Exception as error:  # the library raises its own, requests', fsspec's and huggingface_hub's errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
