@@ -1,0 +1,146 @@
+"""The whole of `ssmc export`: shrink, write, read back, compare, publish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmc.runtime.architectures import Cut
+from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, write_checkpoint
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.files import new_directory, require_space, sha256
+from ssmc.runtime.manifest import MANIFEST, read_manifest, write_manifest
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import heldout_path
+from ssmc.runtime.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
+
+from .runs_where import Runtime, runs_where
+from .shrink import Shrunk, shrink
+from .verify import Comparison, compare, sample_tokens
+
+FORMATS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm"}
+"""Export format, as the user names it -> checkpoint format, as `write_checkpoint` names it."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` did."""
+
+    directory: Path
+    cuts: tuple[Cut, ...]
+    comparison: Comparison
+    runs_where: tuple[Runtime, ...]
+    parameters: tuple[int, int]  # masked, shrunk
+    weight_bytes: tuple[int, int]  # of all tensors, masked and shrunk
+
+
+def export(
+    directory: str | Path = "ssmc-out",
+    *,
+    format: str = "safetensors",
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Write a compressed model in a format others load, physically smaller.
+
+    Nothing appears unless the written files, read back, give the masked model's logits.
+
+    Args:
+        directory: what `compress` wrote.
+        format: "safetensors" (transformers' layout) or "mamba-ssm" (its own).
+        out: folder to write; by default one named after the format inside `directory`.
+        force: replace an earlier export.
+        progress: told what is being done.
+
+    Raises:
+        SsmcError: with one sentence on what is wrong and what to do.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"There is no export format {format!r}; there are {', '.join(FORMATS)}.")
+    directory = Path(directory).expanduser()
+    manifest = read_manifest(directory)
+    if manifest["kind"] != "masked":
+        raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
+    out = directory / format if out is None else Path(out).expanduser()
+    progress("reading the masked model", 0, 4)
+    masked = load_checkpoint(directory, dtype=torch.float32)
+    progress("cutting", 1, 4)
+    shrunk = shrink(masked, manifest, directory)
+    require_space(out, _bytes(shrunk.tensors))
+    with new_directory(out, force=force, marker=MANIFEST) as folder:
+        progress("writing", 2, 4)
+        files = write_checkpoint(
+            folder, shrunk.tensors, _with_provenance(shrunk.config, manifest), format=FORMATS[format]
+        )
+        if has_tokenizer(directory):
+            files += copy_tokenizer(directory, folder)
+        progress("comparing with the masked model", 3, 4)
+        comparison = _compare(masked, folder, directory)
+        write_manifest(folder, _manifest(manifest, format, masked, shrunk, comparison, files))
+    progress("done", 4, 4)
+    return ExportResult(
+        directory=out,
+        cuts=tuple(shrunk.cuts),
+        comparison=comparison,
+        runs_where=tuple(runs_where(masked.architecture.dimensions(shrunk.config), manifest["dimensions"]["d_state"])),
+        parameters=(_parameters(masked.tensors()), _parameters(shrunk.tensors)),
+        weight_bytes=(_bytes(masked.tensors()), _bytes(shrunk.tensors)),
+    )
+
+
+def _compare(masked: Checkpoint, written: Path, directory: Path) -> Comparison:
+    """Read the export back from its files and run it against the masked model on real text."""
+    stream = None
+    if has_tokenizer(directory):
+        stream = tokenize(read_texts(heldout_path()), load_tokenizer(masked))
+    shrunk = load_checkpoint(written, dtype=torch.float32)
+    tokens = sample_tokens(stream, masked.dimensions.vocab_size)
+    return compare(masked.model, shrunk.model, tokens, real_text=stream is not None)
+
+
+def _with_provenance(config: Any, manifest: dict[str, Any]) -> Any:
+    """Note in config.json how the model was made; transformers keeps keys it does not know."""
+    run = {key: manifest["config"][key] for key in ("pattern", "sparsity", "score", "repair")}
+    config.ssmc = {"version": manifest["versions"]["ssmc"], **run}
+    return config
+
+
+def _manifest(
+    masked_manifest: dict[str, Any],
+    format: str,
+    masked: Checkpoint,
+    shrunk: Shrunk,
+    comparison: Comparison,
+    files: list[Path],
+) -> dict[str, Any]:
+    return {
+        "kind": "export",
+        "format": format,
+        "versions": masked_manifest["versions"],
+        "source": masked_manifest["source"],
+        "config": masked_manifest["config"],
+        "dimensions": masked.architecture.dimensions(shrunk.config).as_dict(),
+        "cuts": [{"name": c.name, "before": list(c.before), "after": list(c.after)} for c in shrunk.cuts],
+        "comparison": {
+            "max_difference": comparison.max_difference,
+            "tolerance": comparison.tolerance,
+            "largest_logit": comparison.scale,
+            "tokens": comparison.tokens,
+            "real_text": comparison.real_text,
+        },
+        "parameters": _parameters(shrunk.tensors),
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(files)},
+    }
+
+
+def _parameters(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

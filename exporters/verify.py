@@ -1,0 +1,64 @@
+"""The proof that a written export computes what the masked model computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssmc.runtime.errors import VerificationError
+from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+
+BATCH, LENGTH = 2, 96
+NOISE_MARGIN = 10  # how often the model's own rounding noise two equal models may differ
+FLOOR = 1e-5  # of the largest logit: what float32 cannot promise to resolve even if no noise shows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Masked against shrunk logits."""
+
+    max_difference: float
+    tolerance: float
+    scale: float  # largest logit
+    tokens: int
+    real_text: bool  # False: no tokenizer, so the tokens were drawn at random
+
+
+def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """(BATCH, LENGTH) token ids from the start of a text's stream, or random ones when there is none."""
+    if stream is not None and len(stream) >= BATCH * LENGTH:
+        return stream[: BATCH * LENGTH].view(BATCH, LENGTH)
+    return torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def compare(masked: Any, shrunk: Any, tokens: torch.Tensor, real_text: bool) -> Comparison:
+    """Run both models on the same tokens.
+
+    The tolerance comes from the masked model itself: how far its logits move when the same sums are taken in another
+    order (our scan against transformers' own). Deep random models amplify rounding a hundredfold, trained ones do not.
+
+    Args:
+        masked: the model of the original shape, float32.
+        shrunk: the smaller one, as read back from the files, float32.
+        tokens: (B, L).
+        real_text: whether the tokens are text.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding.
+    """
+    stock = use_stock_scan(masked)(tokens).logits
+    reference = use_fast_scan(masked)(tokens).logits
+    result = use_fast_scan(shrunk)(tokens).logits
+    scale = float(reference.abs().max())
+    noise = float((stock - reference).abs().max())
+    tolerance = max(NOISE_MARGIN * noise, FLOOR * scale)
+    difference = float((result - reference).abs().max())
+    if not difference <= tolerance:  # also when it is NaN
+        raise VerificationError(
+            f"The shrunk model's logits differ from the masked model's by {difference:.3g} (allowed {tolerance:.3g}), "
+            "so nothing was written. This is a bug in ssmc; please report it with the manifest."
+        )
+    return Comparison(difference, tolerance, scale, tokens.numel(), real_text)
