@@ -1,0 +1,110 @@
+"""`ssmc export`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import OUTPUT, CompressedDirectory, ExportFormat, Force, Quiet, Verbose
+from .terminal import Terminal, size, table
+
+if TYPE_CHECKING:
+    from ssmc.exporters import ExportResult
+
+
+def export(
+    context: typer.Context,
+    directory: CompressedDirectory = Path("ssmc-out"),
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="`safetensors`: what transformers, vLLM and llama.cpp's converter read; `mamba-ssm`: what mamba_ssm "
+            "reads.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "safetensors",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write.",
+            show_default="DIR/FORMAT",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a compressed model physically smaller, in a format other software loads.
+
+    The written files are read back and run against the masked model on real text; if their logits differ by more than
+    rounding, nothing is published.
+
+    **Examples**
+
+        ssmc export
+
+        ssmc export smaller --format mamba-ssm --out for-mamba-ssm
+    """
+    terminal = context.ensure_object(Terminal)
+    from ssmc.exporters import export as run
+
+    terminal.hush_libraries()
+    with terminal.progress() as progress:
+        result = run(directory, format=format, out=out, force=force, progress=progress)
+    _report(terminal, result)
+    where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
+    terminal.say(f"Next: ssmc bench{where}")
+
+
+def _report(terminal: Terminal, result: ExportResult) -> None:
+    _cuts(terminal, result)
+    sizes = table("Sizes", "", "before", "after", "ratio")
+    for name, (before, after), text in (
+        ("parameters", result.parameters, "{:,}".format),
+        ("weights", result.weight_bytes, size),
+    ):
+        sizes.add_row(name, text(before), text(after), f"{after / before:.3f}")
+    terminal.show(sizes)
+    runtimes = table("Runs where", "runtime", "from", "runs", "remark")
+    for column in runtimes.columns:
+        column.justify = "left"
+    for runtime in result.runs_where:
+        runtimes.add_row(runtime.name, runtime.reads, "yes" if runtime.runs else "no", runtime.remark)
+    terminal.show(runtimes)
+    compared = result.comparison
+    kind = "real text" if compared.real_text else "random tokens (there is no tokenizer)"
+    terminal.say(
+        f"Largest difference of a logit to the masked model: {compared.max_difference:.2e} on {compared.tokens} tokens "
+        f"of {kind} (allowed {compared.tolerance:.2e}, largest logit {compared.scale:.3g})."
+    )
+    terminal.say(f"Wrote {result.directory}.")
+
+
+def _cuts(terminal: Terminal, result: ExportResult) -> None:
+    """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
+    layers: dict[str, list[str]] = {}
+    for cut in result.cuts:
+        layer, _, tensor = cut.name.rpartition(".mixer.")
+        layers.setdefault(layer.rpartition(".")[2], []).append(_change(tensor, cut.before, cut.after))
+    cuts = table("Cuts", "layer", "what got smaller")
+    cuts.columns[1].justify = "left"
+    for layer, changes in layers.items():
+        cuts.add_row(layer, ", ".join(changes))
+    terminal.show(cuts)
+
+
+def _change(tensor: str, before: tuple[int, ...], after: tuple[int, ...]) -> str:
+    name = tensor.removesuffix(".weight")
+    if name == tensor:
+        return f"{name} {_join(' x ', before)} => {_join(' x ', after)}"
+    # the weight of a linear layer is stored as (out, in), read it in the direction of the data
+    return f"{name} {_join(' -> ', before[::-1])} => {_join(' -> ', after[::-1])}"
+
+
+def _join(separator: str, shape: tuple[int, ...]) -> str:
+    return separator.join(str(size) for size in shape)

@@ -1,0 +1,63 @@
+"""Options that several sub-commands share, and the words their values are chosen from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .terminal import Terminal
+
+# The words are spelled out here and not taken from where they mean something, because that would import torch before
+# the shell gets its completion; tests/test_cli.py compares them.
+Pattern = Literal["column"]
+Score = Literal["exact", "energy", "ghost", "magnitude", "random", "sparsessm", "sparsessm-l2", "sparsessm-vote"]
+Device = Literal["auto", "cpu", "cuda"]
+ExportFormat = Literal["safetensors", "mamba-ssm"]
+
+METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
+
+
+def _switch(name: str) -> Callable[[typer.Context, bool], bool]:
+    def switch(context: typer.Context, value: bool) -> bool:
+        if value:
+            setattr(context.ensure_object(Terminal), name, True)
+        return value
+
+    return switch
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_switch("verbose"),
+        help="Show the warnings of other libraries, and the traceback of an error.",
+        rich_help_panel=GENERAL,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_switch("quiet"), help="Print nothing but errors.", rich_help_panel=GENERAL),
+]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
+]
+CompressedDirectory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that `ssmc compress` wrote.", show_default=True)
+]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """What the shell offers for MODEL: the embedded model and folders."""
+    start = Path(incomplete)
+    parent, prefix = (start, "") if incomplete.endswith("/") or not incomplete else (start.parent, start.name)
+    try:
+        found = [p for p in parent.iterdir() if p.is_dir() and p.name.startswith(prefix)]
+        folders = sorted(f"{p}/" for p in found if prefix or not p.name.startswith("."))
+    except OSError:
+        folders = []
+    return [word for word in ("tiny", *folders) if word.startswith(incomplete)]
