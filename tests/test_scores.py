@@ -1,0 +1,106 @@
+"""Scores and choices against their formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssmc.compressor.config import Score
+from ssmc.compressor.scores import Layer, choose_states, entry_importance, state_importance, statistics_for
+
+from .naive import hidden_states, random_inputs
+from .test_statistics import feed
+
+D, N = 7, 5
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return random_inputs(d_inner=D, d_state=N)
+
+
+@pytest.fixture(scope="module")
+def h(inputs):
+    return hidden_states(inputs)
+
+
+def layer_for(score, inputs, keep=3, repair=False):
+    A_log = torch.log(-inputs.A)
+    statistics = statistics_for(score, A_log, keep, repair)
+    for statistic in statistics.wanted():
+        feed(statistic, inputs, 4, 2)
+    return Layer(0, A_log, statistics)
+
+
+def formula(score, inputs, h):
+    """(D, N) importance, straight from the definition of each score."""
+    A_log, A = torch.log(-inputs.A).double().numpy(), inputs.A.double().numpy()
+    C, dt = inputs.C.double().numpy(), inputs.dt.double().numpy()
+    if score is Score.magnitude:
+        return np.abs(A_log)
+    if score is Score.sparsessm_l2:
+        return A_log**2 * (h[:, :-1] ** 2).sum((0, 1))
+    if score is Score.sparsessm:
+        decays = np.exp(dt[..., None] * A).sum(0)  # (L, D, N)
+        squares = (h[:, :-1] ** 2).sum(0)
+        weights = np.array([0.0] + [1 / t for t in range(1, len(decays))])
+        return np.einsum("t,tdn->dn", weights, decays**2 * squares)
+    if score is Score.energy:
+        return ((C[:, :, None] * h[:, 1:]) ** 2).sum((0, 1))
+    if score is Score.ghost:
+        return (h[:, 1:] ** 2).sum((0, 1)) * (C**2).sum((0, 1))
+    raise AssertionError(score)
+
+
+ENTRY_SCORES = [Score.magnitude, Score.sparsessm_l2, Score.sparsessm, Score.energy, Score.ghost]
+
+
+@pytest.mark.parametrize("score", ENTRY_SCORES)
+def test_importance_is_the_formula(score, inputs, h):
+    layer = layer_for(score, inputs)
+    expected = formula(score, inputs, h)
+    np.testing.assert_allclose(entry_importance(score, layer), expected, rtol=1e-4)
+    np.testing.assert_allclose(state_importance(score, layer, seed=0), expected.sum(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("score", ENTRY_SCORES)
+@pytest.mark.parametrize("keep", [1, 3, 4])
+def test_the_dearest_states_stay(score, keep, inputs, h):
+    expected = sorted(np.argsort(-formula(score, inputs, h).sum(0))[:keep].tolist())
+    assert choose_states(score, layer_for(score, inputs, keep), keep, repair=False, seed=0) == expected
+
+
+def test_vote_prunes_the_most_often_named(inputs):
+    layer = layer_for(Score.sparsessm_vote, inputs, keep=3)
+    counts = layer.statistics.vote.value
+    kept = choose_states(Score.sparsessm_vote, layer, 3, repair=False, seed=0)
+    assert max(counts[kept]) <= min(counts[n] for n in range(N) if n not in kept)
+
+
+def test_random_follows_the_seed_and_differs_between_layers():
+    A_log = torch.zeros(4, 16)
+    pick = [choose_states(Score.random, Layer(i, A_log), 8, False, seed=s) for s in (0, 1) for i in (0, 1, 2)]
+    again = choose_states(Score.random, Layer(0, A_log), 8, False, seed=0)
+    assert pick[0] == again
+    assert len({tuple(p) for p in pick}) == len(pick)
+
+
+def test_ties_are_decided_by_position():
+    layer = Layer(0, torch.ones(4, 6))
+    assert choose_states(Score.magnitude, layer, 3, False, seed=0) == [0, 1, 2]
+
+
+def test_exact_with_and_without_repair_may_differ_but_each_is_best_for_its_aim(inputs):
+    from ssmc.compressor.repair import evaluate
+
+    layer = layer_for(Score.exact, inputs, keep=2, repair=True)
+    G = layer.statistics.normal.dense()
+    repaired = choose_states(Score.exact, layer, 2, repair=True, seed=0)
+    plain = choose_states(Score.exact, layer, 2, repair=False, seed=0)
+    assert evaluate(G, repaired, True).error <= evaluate(G, plain, True).error * 1.0001
+    assert evaluate(G, plain, False).error <= evaluate(G, repaired, False).error * 1.0001
+
+
+def test_only_what_a_score_needs_is_collected():
+    A_log = torch.zeros(4, 6)
+    assert statistics_for(Score.magnitude, A_log, 3, repair=False).wanted() == []
+    assert len(statistics_for(Score.ghost, A_log, 3, repair=True).wanted()) == 2
