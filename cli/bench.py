@@ -3,27 +3,184 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from .options import CompressedDirectory, Quiet, Verbose
-from .terminal import Terminal
+from .options import OUTPUT, CompressedDirectory, Device, Dtype, Quiet, ScanBackend, Verbose, complete_model
+from .terminal import Terminal, table
+
+if TYPE_CHECKING:
+    from ssmc.runtime.bench import Report
+
+MODELS, SPEED, QUALITY = "What is compared", "Speed and memory", "Perplexity"
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse "128,512"."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 128,512") from None
 
 
 def bench(
     context: typer.Context,
     directory: CompressedDirectory = Path("ssmc-out"),
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model to compare with.",
+            show_default="the one DIR was made from",
+            autocompletion=complete_model,
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure this model; can be given several times.",
+            show_default="the exports in DIR",
+            autocompletion=complete_model,
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(metavar="INT,INT,...", help="Tokens of the prefills.", rich_help_panel=SPEED)
+    ] = "128,512,2048",
+    batch_sizes: Annotated[
+        str, typer.Option(metavar="INT,INT,...", help="Sequences at once.", rich_help_panel=SPEED)
+    ] = "1,8",
+    decode_tokens: Annotated[
+        int, typer.Option(help="Steps one sample of decoding is the mean of.", rich_help_panel=SPEED)
+    ] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds of every timing at most.", rich_help_panel=SPEED)] = 15,
+    time_budget: Annotated[
+        float, typer.Option(help="Seconds to spend on timing, a guide.", rich_help_panel=SPEED)
+    ] = 90.0,
+    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of weights and activations.",
+            show_default="float32 on a CPU, as stored on a GPU",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    stock: Annotated[
+        bool,
+        typer.Option("--stock/--no-stock", help="Time transformers' own loop as well.", rich_help_panel=SPEED),
+    ] = True,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Held-out text, as for `ssmc compress --calib`.",
+            show_default="the embedded stories",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Folder or hub id of the tokenizer.",
+            show_default="the dense model's",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)] = 1024,
+    max_windows: Annotated[
+        int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
+    ] = 32,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Existing folder for the report.",
+            show_default="DIR, or with --model the current one",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the dense model beside the compressed one.
+    """Measure the dense model beside the compressed one: size, memory, speed, perplexity.
 
-    Writes `bench.json` and the self-contained page `bench.html` into the folder.
+    Every timing is warmed up and interleaved; the tables show medians with quartiles, and ratios with a confidence
+    interval. Writes `bench.json` and `bench.html`, a page that needs nothing else, into the folder; an earlier report
+    is replaced.
+
+    **Examples**
+
+        ssmc bench
+
+        ssmc bench smaller --text my-heldout.jsonl --lengths 512,4096 --batch-sizes 1
+
+        ssmc bench --dense ./my-mamba --model smaller/safetensors --model smallest/safetensors --out .
     """
     terminal = context.ensure_object(Terminal)
-    from ssmc.runtime.bench import benchmark
+    prefills, batches = numbers(lengths), numbers(batch_sizes)
+    import torch
+
+    from ssmc.runtime.bench import benchmark, check_output
 
     terminal.hush_libraries()
+    if out is None:
+        out = Path(".") if model else directory
+    if out.exists() or out != directory:  # without DIR there is more to say than that the report has no place
+        check_output(out)
     with terminal.progress() as progress:
-        report = benchmark(directory, progress=progress)
-    report.write(directory)
+        report = benchmark(
+            directory,
+            dense=dense,
+            models=model or None,
+            lengths=prefills,
+            batch_sizes=batches,
+            decode_tokens=decode_tokens,
+            repeats=repeats,
+            time_budget=time_budget,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            text=text,
+            tokenizer=tokenizer,
+            window=window,
+            max_windows=max_windows or None,
+            stock=stock,
+            backend=backend,
+            progress=progress,
+        )
+    written = report.write(out)
+    _report(terminal, report)
+    terminal.say(f"Wrote {' and '.join(str(path) for path in written)}.")
+
+
+def _report(terminal: Terminal, report: Report) -> None:
+    from ssmc.runtime.bench import findings, summary_rows
+
+    names = [name for model in report.compressed for name in (model.name, "ratio")]
+    rows = table("Dense beside compressed", "", report.dense.name, *names)
+    for row in summary_rows(report):
+        cells = [Text(row.values[0])]
+        for value, change, verdict in zip(row.values[1:], row.changes, row.verdicts, strict=True):
+            cells += [Text(value), Text(change, style=COLOURS.get(verdict, ""))]
+        rows.add_row(row.metric, *cells)
+    terminal.show(rows)
+    for sentence in findings(report):
+        terminal.say(f"- {sentence}")
+    for note in report.notes:
+        terminal.note(note)
+    c = report.conditions
+    where = c.gpu.name if c.gpu else f"{c.cpu}, {c.torch_threads} threads"
+    terminal.say(f"Measured on {where}, {c.dtype}, torch {c.versions['torch']}; load {_load(report)}.", style="dim")
+
+
+def _load(report: Report) -> str:
+    """How busy the machine was, which spoils timings when it was busy with something else."""
+    loads = (report.conditions.load_average, report.load_average_after)
+    return " -> ".join(f"{load[0]:.1f}" for load in loads if load) or "unknown"

@@ -15,6 +15,8 @@ from .terminal import Terminal
 Pattern = Literal["column"]
 Score = Literal["exact", "energy", "ghost", "magnitude", "random", "sparsessm", "sparsessm-l2", "sparsessm-vote"]
 Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ScanBackend = Literal["auto", "cpu", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
