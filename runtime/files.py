@@ -1,0 +1,221 @@
+"""Write results so that they appear whole or not at all, and so that nothing of the user's is overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MIB = 2**20
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path, force: bool = False, marker: str = "ssmc.json") -> Iterator[Path]:
+    """Fill a directory under a temporary name beside `path`; it takes its name only when the block ends without error.
+
+    On any exception, an interrupt included, the temporary directory is removed and what stood at `path` stays as it
+    was. With `force`, the old directory goes only after the new one is complete.
+
+    Args:
+        path: the directory to make; its parents are made as well. An empty one may stand there.
+        force: replace an earlier result, that is a directory with `marker` in it.
+        marker: name of the file that says a directory is one of ours.
+
+    Yields:
+        The temporary directory.
+
+    Raises:
+        OutputError: `path` exists, cannot be written, or the disk is full.
+    """
+    path = Path(path).expanduser()
+    refuse_existing(path, force=force, marker=marker)
+    target = _resolve(path)  # a symbolic link stays, the directory it names is replaced
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    missing_parents = [p for p in target.parents if not p.exists()]  # the deepest first
+    try:
+        with _disk_errors(path):
+            temporary.mkdir(parents=True)
+        with _disk_errors(path, only_inside=temporary):
+            yield temporary
+        with _disk_errors(path):
+            _sync_tree(temporary)
+            refuse_existing(path, force=force, marker=marker)  # somebody may have been faster
+            _put_in_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def refuse_existing(path: str | Path, force: bool = False, marker: str = "ssmc.json") -> None:
+    """Check that `new_directory` may write to `path`, so that it fails before minutes of work, not after.
+
+    Raises:
+        OutputError: see `new_directory`.
+    """
+    path = Path(path).expanduser()
+    with _disk_errors(path):
+        target = _resolve(path)
+        ancestor = _existing_ancestor(target)
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{path} is a file, not a folder. Choose another place with --out.")
+        if not ancestor.is_dir():
+            raise OutputError(f"{path} cannot be made: {ancestor} is a file. Choose another place with --out.")
+        if target.is_dir():
+            _refuse_full(path, target, force, marker)
+        _probe(ancestor if ancestor != target else target.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 with `\\n` line ends; readers see the old content or the new, never a part of it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(path).expanduser()
+    with _disk_errors(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder, a file was to be written there. Choose another name.")
+        target = _resolve(path)
+        temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(directory: str | Path, nbytes: int) -> None:
+    """Check that `nbytes` more fit on the disk where `directory` is or will be.
+
+    Raises:
+        OutputError: they do not.
+    """
+    with _disk_errors(Path(directory)):
+        place = _existing_ancestor(_resolve(Path(directory).expanduser()))
+        free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OutputError(
+            f"There is no space left for {directory}: it needs {_mib(nbytes)} MB and {_mib(free)} MB are free. "
+            f"Free {_mib(nbytes - free)} MB or choose another disk with --out."
+        )
+
+
+def _refuse_full(path: Path, target: Path, force: bool, marker: str) -> None:
+    """Refuse a directory that would lose something by being replaced."""
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"{path} is the current folder or contains it. Choose another place with --out.")
+    if not any(target.iterdir()):
+        return
+    ours = (target / marker).is_file()
+    if not ours:
+        raise OutputError(
+            f"{path} exists and was not written by ssmc (no {marker} in it), so it is never replaced. "
+            "Choose another place with --out."
+        )
+    if not force:
+        raise OutputError(f"{path} exists already. Replace it with --force or choose another place with --out.")
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename the complete directory to its name; what stood there goes last."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    try:
+        target.rename(aside)
+        temporary.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)  # the new one is in place: what remains of the old is only litter
+
+
+def _probe(directory: Path) -> None:
+    """Make and remove a directory: permissions, quotas and read-only file systems all show here."""
+    probe = directory / f".ssmc-{secrets.token_hex(4)}"
+    probe.mkdir()
+    probe.rmdir()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path, only_inside: Path | None = None) -> Iterator[None]:
+    """Turn errors of the operating system that concern the output into sentences.
+
+    With `only_inside`, errors about files elsewhere pass (something could not be read); a full disk never does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise OutputError(
+                f"There is no space left for {path}: {error.strerror}. Free some or choose another disk with --out."
+            ) from error
+        if only_inside is not None and not _is_inside(error.filename, only_inside):
+            raise
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written: {reason}. Choose another place with --out.") from error
+
+
+def _is_inside(name: str | bytes | int | None, directory: Path) -> bool:
+    if not isinstance(name, str | bytes):  # no file, or only its descriptor
+        return False
+    path = Path(os.fsdecode(name))
+    return directory in (path, *path.parents)
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # Python before 3.13
+        raise OSError(errno.ELOOP, "it is a loop of symbolic links") from error
+
+
+def _existing_ancestor(path: Path) -> Path:
+    """`path` itself or the closest directory above it that exists."""
+    return next((p for p in (path, *path.parents) if os.path.lexists(p)), Path(path.anchor))
+
+
+def _sync_tree(directory: Path) -> None:
+    """Have everything on the disk before it takes its name: a rename may survive a power cut that the data does not."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if os.name == "posix":
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    # Windows flushes only what is open for writing; POSIX opens directories for reading only
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mib(nbytes: int) -> int:
+    """Bytes in MB, rounded up."""
+    return -(-nbytes // MIB)
