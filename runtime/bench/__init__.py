@@ -1,1 +1,13 @@
-"""TODO."""
+"""Measure the dense model beside the compressed ones: sizes, memory, speed, perplexity, and the conditions of it all.
+
+report = benchmark("ssmc-out")
+report.write("ssmc-out")        # bench.json and bench.html
+summary_rows(report)            # the overview as formatted rows, for a terminal
+findings(report)                # the outcome in sentences
+"""
+
+from .benchmark import benchmark
+from .report import Measurement, Model, Report, check_output
+from .summary import Row, findings, summary_rows
+
+__all__ = ["Measurement", "Model", "Report", "Row", "benchmark", "check_output", "findings", "summary_rows"]

@@ -1,0 +1,133 @@
+"""`benchmark`: the dense model beside the compressed ones, everything measured in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import Checkpoint, parameter_count
+from ..fast import use_fast_scan
+from ..perplexity import Perplexity, excess_loss
+from ..progress import Progress, silent
+from .conditions import conditions, load_average
+from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
+from .quality import read_tokens, score, shortened_note
+from .report import Model, Report, WeightFiles
+from .settings import Settings, choose_device, choose_dtype
+from .sources import Subject, find_sources, load_subjects, weight_bytes
+from .speed import measure_speed
+
+
+def benchmark(
+    directory: str | Path = "ssmc-out",
+    *,
+    dense: str | Path | None = None,
+    models: Sequence[str | Path] | None = None,
+    lengths: Sequence[int] = (128, 512, 2048),
+    batch_sizes: Sequence[int] = (1, 8),
+    decode_tokens: int = 32,
+    repeats: int = 15,
+    time_budget: float = 90.0,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    text: str | Path | None = None,
+    tokenizer: str | None = None,
+    window: int = 1024,
+    max_windows: int | None = 32,
+    stock: bool = True,
+    backend: str = "auto",
+    progress: Progress = silent,
+) -> Report:
+    """Measure the dense model beside the compressed ones: sizes, memory, speed, perplexity.
+
+    Args:
+        directory: what `compress` wrote, with exports in it, or one export.
+        dense: the model to compare with; by default the one the artefact was made from.
+        models: models to compare instead of the artefact's exports; without `dense`, the first is the reference.
+        lengths: tokens of the prefills.
+        batch_sizes: sequences at once, in decoding and prefill; see `workloads.grid`.
+        decode_tokens: steps one decoding sample is the mean of.
+        repeats: rounds of every timing at most.
+        time_budget: seconds to spend on timing, a guide: no workload gets fewer than `timing.MIN_ROUNDS` rounds.
+        device: "cpu", "cuda" or "auto".
+        dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
+        text: held-out text for perplexity, as in `read_texts`; by default the sample that comes with `tiny`.
+        tokenizer: directory or hub id, where the dense model carries none.
+        window: tokens per window of perplexity.
+        max_windows: windows scored at most, from the start of the text; None scores all.
+        stock: also time the dense model with transformers' own loop, for context.
+        backend: of the selective scan, see `use_fast_scan`.
+        progress: told what is being done.
+
+    Raises:
+        SsmcError: with one sentence on what is wrong and what to do.
+    """
+    settings = Settings(
+        tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend
+    )
+    where = choose_device(device)
+    subjects = load_subjects(find_sources(directory, dense, models), choose_dtype(dtype, where), progress)
+    reference = subjects[0].checkpoint
+    tokens, text_info, notes = read_tokens(reference, text, tokenizer, settings)
+    before = conditions(where, reference.model.dtype)
+    memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
+    for subject in subjects:
+        use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
+    measurements = measure_speed(subjects, settings, where, stock, progress)
+    scores = [None if tokens is None else score(subject, tokens, window, progress) for subject in subjects]
+    if scores[0] is not None:
+        notes += shortened_note(scores[0], window)
+    return Report(
+        conditions=before,
+        settings=settings,
+        text=text_info,
+        models=tuple(_model(*parts, scores[0]) for parts in zip(subjects, memory, scores, strict=True)),
+        measurements=tuple(measurements),
+        notes=tuple(notes),
+        load_average_after=load_average(),
+    )
+
+
+def _memory(
+    subject: Subject, settings: Settings, device: torch.device, notes: list[str], progress: Progress
+) -> Memory | None:
+    progress(f"memory of {subject.source.name}", 0, 1)
+    task = MemoryTask(
+        source=subject.source.where,
+        device=device.type,
+        dtype=str(subject.checkpoint.model.dtype).removeprefix("torch."),
+        length=max(settings.lengths),
+        prefill_batch=min(settings.batch_sizes),
+        decode_batch=max(settings.batch_sizes),
+        backend=settings.backend,
+    )
+    try:
+        return measure_memory(task)
+    except MemoryProcessError as error:
+        notes.append(f"The peak memory of {subject.source.name} could not be measured: {error}.")
+        return None
+
+
+def _model(subject: Subject, memory: Memory | None, score: Perplexity | None, dense: Perplexity | None) -> Model:
+    checkpoint = subject.checkpoint
+    everyone = ((subject.source, checkpoint), *subject.twins)
+    return Model(
+        name=subject.source.name,
+        dense=subject.source.dense,
+        recipe=subject.source.recipe,
+        stored_dtype=_stored_dtype(checkpoint),
+        dimensions=checkpoint.dimensions,
+        parameters=parameter_count(checkpoint.tensors()),
+        files=tuple(WeightFiles(s.name, c.format, weight_bytes(c.directory)) for s, c in everyone),
+        state_bytes=checkpoint.dimensions.state_bytes(),
+        memory=memory,
+        perplexity=score,
+        excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
+    return names.pop() if len(names) == 1 else "mixed"

@@ -1,0 +1,80 @@
+"""Perplexity of a benchmark: which text, which tokens of it, and what to say about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import Checkpoint
+from ..errors import SsmcError
+from ..perplexity import Perplexity, perplexity, split_windows
+from ..progress import Progress, silent
+from ..text import read_texts, tokenize
+from ..tiny import heldout_path
+from ..tokenizers import load_tokenizer
+from .report import TextInfo
+from .settings import Settings
+from .sources import Subject, label
+
+EMBEDDED = "embedded held-out stories"
+
+
+def read_tokens(
+    dense: Checkpoint, source: str | Path | None, tokenizer: str | None, settings: Settings
+) -> tuple[torch.Tensor | None, TextInfo | None, list[str]]:
+    """The tokens perplexity is measured on, what they are, and what to say about them.
+
+    Args:
+        dense: the model whose tokenizer reads the text.
+        source: the text, as in `read_texts`; None: the held-out sample that comes with `tiny`.
+        tokenizer: directory or hub id; None: what lies with the model.
+        settings: how many windows of how many tokens.
+
+    Returns:
+        Tokens (T,) and their description, both None if the user named no text and the default cannot be read, and
+        notes for the report.
+
+    Raises:
+        SsmcError: the text or the tokenizer the user named cannot be read.
+    """
+    try:
+        texts = read_texts(heldout_path() if source is None else source, split="test")
+        tokens = tokenize(texts, load_tokenizer(dense, tokenizer))
+        split_windows(dense.model, tokens, settings.window)  # see now, not after minutes, that it can be scored
+    except SsmcError as error:
+        if source is not None or tokenizer is not None:
+            raise
+        return None, None, [f"Perplexity was not measured: {error}"]
+    info = TextInfo(
+        EMBEDDED if source is None else label(source), texts.sha256, tokens.numel(), embedded=source is None
+    )
+    if settings.max_windows is not None:
+        tokens = tokens[: settings.max_windows * settings.window]
+    notes = []
+    if source is None and dense.source != "tiny":
+        notes.append(
+            "Perplexity was measured on the embedded sample of simple stories, a fair text only for the embedded model "
+            "`tiny`. For any other model name held-out text like what it will read."
+        )
+    return tokens, info, notes
+
+
+def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent) -> Perplexity:
+    """Perplexity of one model, told to `progress` under its name."""
+
+    def report(_: str, done: int, total: int) -> None:
+        progress(f"perplexity of {subject.source.name}", done, total)
+
+    return perplexity(subject.checkpoint.model, tokens, window, progress=report)
+
+
+def shortened_note(score: Perplexity, window: int) -> list[str]:
+    """What to say where the text was too short for the window asked for, or for a standard error."""
+    if score.window < window:
+        return [
+            f"The text has only {score.window} tokens, so one window of that length was scored instead of {window}."
+        ]
+    if score.windows == 1:
+        return ["The text fills a single window, so the perplexity has no standard error."]
+    return []

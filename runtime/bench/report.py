@@ -1,0 +1,200 @@
+"""The result of a benchmark: frozen dataclasses, their JSON, and the sentences that sum it up.
+
+`bench.json` is `Report.to_json()`: the fields below by name, durations in seconds, sizes in bytes, losses in nats.
+Ratios are dense over compressed: above 1 the compressed model is faster or smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..architectures import Dimensions
+from ..errors import OutputError
+from ..files import write_text
+from ..perplexity import ExcessLoss, Perplexity
+from .conditions import Conditions
+from .memory import Memory
+from .settings import Settings
+from .timing import Ratio, Timing
+
+SCHEMA = "ssmc-bench/1"
+JSON_NAME, HTML_NAME = "bench.json", "bench.html"
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """The text perplexity was measured on."""
+
+    source: str
+    sha256: str
+    tokens: int  # all of them; Perplexity.tokens says how many were scored
+    embedded: bool  # the sample that comes with `tiny`
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Size of the weights on disk in one format."""
+
+    name: str
+    format: str  # "transformers" or "mamba-ssm"
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model: what is exact about it, and what needs no interleaving."""
+
+    name: str
+    dense: bool
+    recipe: dict[str, Any] | None  # how it was compressed, where a manifest says
+    stored_dtype: str  # of the weights on disk; "mixed" if several
+    dimensions: Dimensions
+    parameters: int  # tied embedding once
+    files: tuple[WeightFiles, ...]  # the first is the one that was timed
+    state_bytes: int  # recurrent state per sequence, all layers, float32
+    memory: Memory | None
+    perplexity: Perplexity | None
+    excess: ExcessLoss | None  # above the dense model
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One workload timed on several models in turns.
+
+    Attributes:
+        kind: "prefill" (L tokens into a fresh cache, last logits), "decode" (one token of every sequence), "scan" (the
+            first layer's selective scan alone) or "stock" (the dense model's prefill, by transformers' own loop and by
+            our scan).
+        length: tokens of every sequence; 1 in decoding.
+        batch: sequences at once.
+        timings: name of the model (in "stock": of the loop) -> seconds per call.
+        ratios: the same names but the first -> the first's seconds over theirs, paired by round.
+    """
+
+    kind: str
+    length: int
+    batch: int
+    timings: dict[str, Timing]
+    ratios: dict[str, Ratio]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a call processes."""
+        return self.length * self.batch
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole benchmark."""
+
+    conditions: Conditions
+    settings: Settings
+    text: TextInfo | None
+    models: tuple[Model, ...]  # the dense one first
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...]  # what was left out, and why a figure may mislead
+    load_average_after: tuple[float, float, float] | None
+
+    @property
+    def dense(self) -> Model:
+        """What the others are compared with."""
+        return self.models[0]
+
+    @property
+    def compressed(self) -> tuple[Model, ...]:
+        """Everything else."""
+        return self.models[1:]
+
+    def of_kind(self, kind: str) -> tuple[Measurement, ...]:
+        """The measurements of one kind, by batch and length."""
+        found = (m for m in self.measurements if m.kind == kind)
+        return tuple(sorted(found, key=lambda m: (m.batch, m.length)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in types JSON has, with derived figures (medians, tokens/s, verdicts) beside the samples."""
+        return {
+            "schema": SCHEMA,
+            "conditions": asdict(self.conditions) | {"load_average_after": self.load_average_after},
+            "settings": asdict(self.settings),
+            "text": None if self.text is None else asdict(self.text),
+            "models": [_model(model) for model in self.models],
+            "measurements": [_measurement(m) for m in self.measurements],
+            "notes": list(self.notes),
+        }
+
+    def write(self, directory: str | Path) -> list[Path]:
+        """Write bench.json and bench.html into an existing folder, replacing those of an earlier benchmark.
+
+        Raises:
+            OutputError: see `check_output`.
+        """
+        from .html import render  # needs matplotlib and jinja2, which reading a report does not
+
+        directory = Path(directory).expanduser()
+        check_output(directory)
+        text = json.dumps(_finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        written = {directory / JSON_NAME: text + "\n", directory / HTML_NAME: render(self)}
+        for path, content in written.items():
+            write_text(path, content)
+        return list(written)
+
+
+def check_output(directory: str | Path) -> None:
+    """See, before minutes of work, that a report can be written.
+
+    Raises:
+        OutputError: `directory` is no folder, or holds a bench.json or bench.html that is not ours.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise OutputError(f"{directory} is not a folder, so the report cannot be written there. Name one that exists.")
+    for name in (JSON_NAME, HTML_NAME):
+        path = directory / name
+        try:
+            foreign = path.exists() and SCHEMA.partition("/")[0] not in path.read_text(encoding="utf-8")[:2000]
+        except (OSError, UnicodeDecodeError):
+            foreign = True
+        if foreign:
+            raise OutputError(
+                f"{path} was not written by ssmc bench and is left alone. Move it, or name another folder."
+            )
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return asdict(model) | {
+        "dimensions": model.dimensions.as_dict(),
+        "perplexity": None if model.perplexity is None else asdict(model.perplexity),
+    }
+
+
+def _measurement(measurement: Measurement) -> dict[str, Any]:
+    timings = {}
+    for name, timing in measurement.timings.items():
+        low, high = timing.quartiles
+        timings[name] = {
+            "median": timing.median,
+            "quartiles": [low, high],
+            "tokens_per_second": measurement.tokens / timing.median,
+            "calls_per_sample": timing.calls,
+            "samples": list(timing.seconds),
+        }
+    return {
+        "kind": measurement.kind,
+        "length": measurement.length,
+        "batch": measurement.batch,
+        "timings": timings,
+        "ratios": {name: asdict(ratio) | {"verdict": ratio.verdict} for name, ratio in measurement.ratios.items()},
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a perplexity beyond float64 becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

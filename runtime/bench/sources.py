@@ -1,0 +1,167 @@
+"""Which models are compared: the dense one and every export of an artefact, or those the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from ..checkpoints import Checkpoint, load_checkpoint
+from ..errors import CheckpointError, UsageError
+from ..manifest import MANIFEST, read_manifest
+from ..progress import Progress, silent
+
+EXPORTS = ("safetensors", "mamba-ssm")
+"""Folders of an artefact that hold exports, the one to time first."""
+
+RECIPE = ("pattern", "sparsity", "score", "repair")
+"""What of a manifest's configuration a report repeats; the rest may name the user's paths."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to measure, not yet read."""
+
+    name: str  # what reports call it; never an absolute path
+    where: str  # what `load_checkpoint` takes
+    dense: bool
+    recipe: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, read; `twins` are the same tensors in other formats, which need no timing of their own."""
+
+    source: Source
+    checkpoint: Checkpoint
+    twins: tuple[tuple[Source, Checkpoint], ...] = ()
+
+
+def find_sources(
+    directory: str | Path, dense: str | Path | None = None, models: Sequence[str | Path] | None = None
+) -> list[Source]:
+    """The models of a comparison, the dense one first.
+
+    Args:
+        directory: an artefact of `compress` with exports in it, or one export; not read if `models` are given.
+        dense: the model to compare with; by default the one the artefact was made from, or the first of `models`.
+        models: explicit models to compare instead of an artefact's exports.
+
+    Raises:
+        UsageError: nothing to compare.
+        CheckpointError: the manifest does not say where the dense model is.
+    """
+    if models is not None:
+        named = [str(model) for model in ([] if dense is None else [dense]) + list(models)]
+        if not named:
+            raise UsageError("There is no model to measure. Name at least one.")
+        sources = [Source(label(where), where, dense=position == 0) for position, where in enumerate(named)]
+        return _distinct(sources)
+    directory = Path(directory).expanduser()
+    manifest = read_manifest(directory)
+    exports = _exports(directory, manifest)
+    if not exports:
+        raise UsageError(f"{directory} holds no export to compare with the dense model. Run `ssmc export` first.")
+    reference = _dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
+    return _distinct([reference, *exports])
+
+
+def load_subjects(sources: Sequence[Source], dtype: torch.dtype | None, progress: Progress = silent) -> list[Subject]:
+    """Read all models; exports with the same tensors as one before them become its twins.
+
+    Raises:
+        CheckpointError: a model cannot be read, or was not made for the same vocabulary as the dense one.
+    """
+    subjects: list[Subject] = []
+    for done, source in enumerate(sources):
+        progress(f"reading {source.name}", done, len(sources))
+        checkpoint = _load(source, dtype)
+        for position, other in enumerate(subjects):
+            if not source.dense and not other.source.dense and _same_model(checkpoint, other.checkpoint):
+                subjects[position] = Subject(other.source, other.checkpoint, (*other.twins, (source, checkpoint)))
+                break
+        else:
+            subjects.append(Subject(source, checkpoint))
+    vocabularies = {subject.source.name: subject.checkpoint.dimensions.vocab_size for subject in subjects}
+    if len(set(vocabularies.values())) > 1:
+        sizes = ", ".join(f"{name}: {size}" for name, size in vocabularies.items())
+        raise CheckpointError(f"These models have different vocabularies ({sizes}), so they cannot be compared.")
+    return subjects
+
+
+def label(where: str | Path) -> str:
+    """What to call a model in a report: as the user typed it, but of an absolute path only the last part."""
+    path = Path(where).expanduser()
+    if path.is_absolute() or str(where).startswith("~"):
+        return path.name
+    if str(where) in (".", "..") or str(where).startswith("../"):
+        return path.resolve().name
+    return str(PurePosixPath(str(where)))
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes on disk of the weights that are read from `directory`: safetensors if there are any, else PyTorch's."""
+    files = list(directory.glob("model*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:
+    if manifest.get("kind") == "export":  # the user named one export
+        return [Source(label(directory), str(directory), dense=False, recipe=_recipe(manifest))]
+    found = []
+    for name in EXPORTS:
+        if (directory / name / MANIFEST).is_file():
+            recipe = _recipe(read_manifest(directory / name))
+            found.append(Source(f"{label(directory)}/{name}", str(directory / name), dense=False, recipe=recipe))
+    return found
+
+
+def _recipe(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    config = manifest.get("config") or {}
+    return {key: config[key] for key in RECIPE if key in config} or None
+
+
+def _dense_source(directory: Path, manifest: dict[str, Any]) -> Source:
+    """Where the dense model is: seen from the artefact if it still stands there, else as it was named."""
+    source = manifest.get("source") or {}
+    named, relative = source.get("model"), source.get("relative")
+    if not named:
+        raise CheckpointError(
+            f"The manifest in {directory} does not say which model it was made from. Name the dense model with --dense."
+        )
+    # an export repeats the path of the artefact it lies in, which starts one folder higher
+    above = directory.parent if manifest.get("kind") == "export" else directory
+    where = above / relative if relative and (above / relative).exists() else named
+    return Source(label(named), str(where), dense=True)
+
+
+def _load(source: Source, dtype: torch.dtype | None) -> Checkpoint:
+    try:
+        return load_checkpoint(source.where, dtype=dtype)
+    except CheckpointError as error:
+        if not source.dense:
+            raise
+        raise CheckpointError(
+            f"The dense model to compare with cannot be read: {error} It can be named with --dense."
+        ) from error
+
+
+def _same_model(one: Checkpoint, other: Checkpoint) -> bool:
+    ours, theirs = one.tensors(), other.tensors()
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+    )
+
+
+def _distinct(sources: list[Source]) -> list[Source]:
+    """Number the later ones of equal names."""
+    seen: dict[str, int] = {}
+    named = []
+    for source in sources:
+        seen[source.name] = count = seen.get(source.name, 0) + 1
+        name = source.name if count == 1 else f"{source.name} ({count})"
+        named.append(Source(name, source.where, source.dense, source.recipe))
+    return named

@@ -1,0 +1,224 @@
+"""A report in words and in formatted tables, shared by the command line and the page: no numbers are made here."""
+
+# ruff: noqa: RUF001 (typographic dashes and multiplication signs are meant)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .memory import Memory
+from .report import Measurement, Model, Report
+from .timing import Ratio, Timing
+
+KINDS = {"prefill": "Prefill", "decode": "Decode", "scan": "Scan alone, one layer", "stock": "Prefill, dense"}
+WORTH_SAYING = 1.005
+"""A size that differs by less than this factor is called the same."""
+
+MEMORY_NOISE = 1.03
+"""Peak memory is read once and wanders by about a percent between runs."""
+
+MIN_WINDOWS = 8
+"""Fewer windows give no standard error to judge by; of 8, 2.4 of them hold the mean with 95 % (Student's t)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a figure for every model, and for every model but the first how it compares."""
+
+    metric: str
+    values: tuple[str, ...]
+    changes: tuple[str, ...]
+    verdicts: tuple[str, ...]  # "better", "worse", "same" or "" for each change
+
+
+def summary_rows(report: Report) -> list[Row]:
+    """What matters at a glance: sizes, memory, the longest prefill, decode, the scan, perplexity."""
+    rows = [*size_rows(report), *memory_rows(report)[-1:]]
+    for kind in ("prefill", "decode", "scan"):
+        found = report.of_kind(kind)
+        if kind == "decode":
+            rows += [timing_row(m) for m in found]
+        elif found:
+            smallest = [m for m in found if m.batch == found[0].batch]
+            rows.append(timing_row(smallest[-1]))
+    return rows + perplexity_rows(report)
+
+
+def size_rows(report: Report) -> list[Row]:
+    """Exact figures: parameters, weights on disk, recurrent state."""
+    return [
+        _size_row(report, "Parameters", lambda m: m.parameters, lambda n: f"{n:,}"),
+        _size_row(report, "Weights on disk", lambda m: m.files[0].bytes, format_bytes),
+        _size_row(report, "State per sequence", lambda m: m.state_bytes, format_bytes),
+        _size_row(report, "d_state", lambda m: m.dimensions.d_state, str),
+    ]
+
+
+def memory_rows(report: Report) -> list[Row]:
+    """High-water marks; empty where a process gave no answer."""
+    if any(model.memory is None for model in report.models):
+        return []
+    gpu = report.conditions.device == "cuda"
+    rows = [] if gpu else [_memory_row(report, "Python and libraries, no model", lambda m: m.libraries)]
+    rows.append(_memory_row(report, "Most while loading", lambda m: m.loaded))
+    if gpu:
+        rows.append(_memory_row(report, "Reserved by the allocator", lambda m: m.reserved))
+    else:
+        rows.append(_memory_row(report, "What the model adds to the libraries", lambda m: m.above_libraries))
+    return [*rows, _memory_row(report, "Peak GPU memory" if gpu else "Peak memory of the process", lambda m: m.peak)]
+
+
+def timing_row(measurement: Measurement) -> Row:
+    """One workload: median and quartiles for each, and the paired ratio."""
+    return Row(
+        metric=workload_name(measurement),
+        values=tuple(format_timing(timing) for timing in measurement.timings.values()),
+        changes=tuple(format_ratio(ratio) for ratio in measurement.ratios.values()),
+        verdicts=tuple(_better(ratio) for ratio in measurement.ratios.values()),
+    )
+
+
+def perplexity_rows(report: Report) -> list[Row]:
+    """Perplexity, and the loss above the dense model in nats; empty if it was not measured."""
+    if report.dense.perplexity is None:
+        return []
+    values, changes, verdicts = [], [], []
+    for model in report.models:
+        stderr = model.perplexity.stderr
+        spread = "" if stderr is None else f" (±{_digits(model.perplexity.ppl * stderr)})"
+        values.append(f"{model.perplexity.ppl:.5g}{spread}")
+        if model.excess is not None:
+            changes.append(format_excess(model))
+            verdicts.append(_excess_verdict(model))
+    return [Row("Perplexity", tuple(values), tuple(changes), tuple(verdicts))]
+
+
+def findings(report: Report) -> list[str]:
+    """The outcome in plain sentences, what does not help included; one list for every compressed model."""
+    sentences = []
+    for model in report.compressed:
+        several = len(report.compressed) > 1
+        who = model.name if several else "The compressed model"
+        prefix = f"{model.name} at " if several else ""
+        sentences.append(_sizes_sentence(who, report.dense, model))
+        for kind in ("prefill", "decode"):
+            sentences += [_speed_sentence(prefix, model, m) for m in _extremes(report.of_kind(kind), kind)]
+        sentences += _scan_sentence(report, model)
+        sentences += _loss_sentence(prefix, model)
+    return sentences
+
+
+def workload_name(measurement: Measurement) -> str:
+    """ "Prefill, 512 tokens, batch 8"."""
+    name = KINDS[measurement.kind]
+    if measurement.kind != "decode":
+        name += f", {measurement.length} tokens"
+    return f"{name}, batch {measurement.batch}"
+
+
+def format_timing(timing: Timing) -> str:
+    """Median and quartiles, "12.3 ms (12.1–12.9)"."""
+    low, high = timing.quartiles
+    unit, factor = ("s", 1) if timing.median >= 10 else ("ms", 1e3) if timing.median >= 1e-4 else ("µs", 1e6)
+    return f"{_digits(timing.median * factor)} {unit} ({_digits(low * factor)}–{_digits(high * factor)})"
+
+
+def format_ratio(ratio: Ratio) -> str:
+    """ "1.08× (1.05–1.10)"; the brackets hold the median's confidence interval."""
+    return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in binary units with three digits."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{_digits(size)} {units[0]}" if units[0] != "B" else f"{count} B"
+
+
+def format_excess(model: Model) -> str:
+    """A difference in loss, "+0.0031 nats (±0.0004)"; the brackets hold its standard error."""
+    stderr = "" if model.excess.stderr is None else f" (±{model.excess.stderr:.4f})"
+    return f"{model.excess.nats:+.4f} nats{stderr}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _memory_row(report: Report, metric: str, read: Callable[[Memory], int]) -> Row:
+    return _size_row(report, metric, lambda model: read(model.memory), format_bytes, noise=MEMORY_NOISE)
+
+
+def _size_row(
+    report: Report, metric: str, read: Callable[[Model], Any], show: Callable[[Any], str], noise: float = WORTH_SAYING
+) -> Row:
+    sizes = [read(model) for model in report.models]
+    factors = [sizes[0] / size if size else 1.0 for size in sizes[1:]]
+    verdicts = ["better" if f > noise else "worse" if f < 1 / noise else "same" for f in factors]
+    return Row(metric, tuple(show(s) for s in sizes), tuple(f"{f:.2f}×" for f in factors), tuple(verdicts))
+
+
+def _better(ratio: Ratio) -> str:
+    return {"faster": "better", "slower": "worse", "no difference": "same"}[ratio.verdict]
+
+
+def _excess_verdict(model: Model) -> str:
+    nats, stderr = model.excess.nats, model.excess.stderr
+    if stderr is None or model.perplexity.windows < MIN_WINDOWS:
+        return ""
+    return "same" if abs(nats) <= 2.4 * stderr else "worse" if nats > 0 else "better"
+
+
+def _extremes(measurements: tuple[Measurement, ...], kind: str) -> list[Measurement]:
+    """The longest prefill of a single small batch; every batch of decoding."""
+    if kind == "decode":
+        return list(measurements)
+    return [max(measurements, key=lambda m: (-m.batch, m.length))] if measurements else []
+
+
+def _sizes_sentence(who: str, dense: Model, model: Model) -> str:
+    parameters = _change(dense.parameters, model.parameters, "fewer", "more")
+    state = _change(dense.state_bytes, model.state_bytes, "less", "more")
+    text = f"{who} has {parameters} parameters and {state} recurrent state per sequence"
+    if model.stored_dtype != dense.stored_dtype:
+        return f"{text}; its weights are stored as {model.stored_dtype}, the dense ones as {dense.stored_dtype}."
+    return f"{text}; its weights take {_change(dense.files[0].bytes, model.files[0].bytes, 'less', 'more')} disk."
+
+
+def _change(before: int, after: int, less: str, more: str) -> str:
+    return f"{abs(1 - after / before):.1%} {less if after <= before else more}"
+
+
+def _speed_sentence(who: str, model: Model, measurement: Measurement) -> str:
+    ratio = measurement.ratios[model.name]
+    verdict = "no difference beyond the noise of this run" if ratio.verdict == "no difference" else ratio.verdict
+    return f"{workload_name(measurement)}: {who}{format_ratio(ratio)} the dense model's speed, {verdict}."
+
+
+def _scan_sentence(report: Report, model: Model) -> list[str]:
+    """How much of the scan's gain is left end to end, at the longest prefill both were timed at."""
+    scans = {(m.length, m.batch): m for m in report.of_kind("scan")}
+    both = [m for m in report.of_kind("prefill") if (m.length, m.batch) in scans]
+    if not both:
+        return []
+    prefill = max(both, key=lambda m: m.length)
+    scan = scans[prefill.length, prefill.batch]
+    share = scan.timings[report.dense.name].median * report.dense.dimensions.n_layer
+    share /= prefill.timings[report.dense.name].median
+    return [
+        f"The scan alone runs {scan.ratios[model.name].median:.2f} times as fast at {scan.length} tokens, but it is "
+        f"only about {min(share, 1):.0%} of the dense model's prefill; end to end that leaves "
+        f"{prefill.ratios[model.name].median:.2f}×."
+    ]
+
+
+def _loss_sentence(who: str, model: Model) -> list[str]:
+    if model.excess is None:
+        return []
+    remarks = {"same": ", within the noise of this text", "better": ", better", "worse": ", worse", "": ""}
+    remark = remarks[_excess_verdict(model)]
+    return [f"Loss per token on this text: {who}{format_excess(model)} against the dense model{remark}."]

@@ -1,0 +1,159 @@
+"""Fair timings: the contenders take turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+MIN_ROUNDS = 5
+"""Fewer rounds give no confidence interval worth the name: the range of 5 holds the median with 94 %."""
+
+MIN_SAMPLE = 0.02
+"""Seconds one sample lasts at least; shorter calls are repeated, or the clock and the scheduler are what is timed."""
+
+CONFIDENCE = 0.9
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one contender, one figure a round.
+
+    Attributes:
+        seconds: every sample, in the order of the rounds; those of two contenders in one round were taken together.
+        calls: how many calls each sample is the mean of.
+    """
+
+    seconds: tuple[float, ...]
+    calls: int = 1
+
+    @property
+    def median(self) -> float:
+        """Median seconds per call."""
+        return median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile, the spread."""
+        return quantile(self.seconds, 0.25), quantile(self.seconds, 0.75)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times one quantity is another: median of the ratios of single rounds, and where that median lies.
+
+    `low` and `high` are the order statistics that hold the median with at least 90 % (of 5 to 7 rounds: the extremes).
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "faster", "slower", or "no difference" when the interval holds 1: then the noise is larger."""
+        if self.low > 1:
+            return "faster"
+        return "slower" if self.high < 1 else "no difference"
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    budget: float,
+    *,
+    calls: int | None = None,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
+    """Time several callables in turns: A, B, B, A, A, B, ...
+
+    Every contender is called untimed first (compilation, allocation, caches). Rounds end after `repeats`, or earlier
+    when the next one would exceed the budget, but not before MIN_ROUNDS.
+
+    Args:
+        contenders: name -> what to time.
+        device: whose work to wait for.
+        repeats: rounds at most.
+        budget: seconds for all rounds together, warm-up aside.
+        calls: calls per sample; None takes as many as make a sample of MIN_SAMPLE seconds.
+        prepare: name -> what to call, untimed, before every sample of a contender.
+    """
+    prepare = prepare or {}
+    warm = {name: _calls_per_sample(run, device, prepare.get(name, _nothing)) for name, run in contenders.items()}
+    per_sample = {name: calls or warm[name] for name in contenders}
+    names = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    started = time.perf_counter()
+    for done in range(1, repeats + 1):
+        for name in names if done % 2 else reversed(names):
+            prepare.get(name, _nothing)()
+            samples[name].append(clock(contenders[name], device, per_sample[name]))
+        spent = time.perf_counter() - started
+        if done >= MIN_ROUNDS and spent + spent / done > budget:
+            break
+    return {name: Timing(tuple(seconds), per_sample[name]) for name, seconds in samples.items()}
+
+
+def clock(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Mean seconds of a call: CUDA events on a GPU, else the monotonic clock."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def paired_ratio(numerator: Timing, denominator: Timing) -> Ratio:
+    """The ratio of two interleaved timings, round by round."""
+    ratios = sorted(a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True))
+    rank = median_interval(len(ratios))
+    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank])
+
+
+def median_interval(count: int) -> int:
+    """The largest k for which the k-th smallest and k-th largest of `count` samples enclose the true median with
+    CONFIDENCE; 0, the extremes, where even those do not.
+
+    A sample lies below the median like a coin falls, so the chance that they fail to is 2 P(Binomial(count, 1/2) <= k).
+    """
+    tail, best = 0.0, 0
+    for k in range((count + 1) // 2):
+        tail += math.comb(count, k) / 2**count
+        if 1 - 2 * tail < CONFIDENCE:
+            break
+        best = k
+    return best
+
+
+def quantile(values: tuple[float, ...], share: float) -> float:
+    """Linear interpolation between order statistics (numpy's default)."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def _calls_per_sample(run: Callable[[], object], device: torch.device, prepare: Callable[[], object]) -> int:
+    """Warm up, then find out how many calls make a sample long enough to time."""
+    prepare()
+    run()  # may compile, so its time says nothing
+    prepare()
+    return max(1, math.ceil(MIN_SAMPLE / clock(run, device)))
+
+
+def _nothing() -> None:
+    pass

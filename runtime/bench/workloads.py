@@ -1,0 +1,79 @@
+"""What is timed: one prefill, one decoding step, one layer's scan, as callables without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..architectures import Architecture
+from ..scan import ScanInputs, selective_scan
+
+PROMPT = 16
+"""Tokens read before decoding. Its length does not matter to a recurrent model: the state has one size."""
+
+
+def grid(lengths: Sequence[int], batch_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The (length, batch) pairs of prefill: every length with the smallest batch, and with larger batches as long as
+    that is no more tokens than the longest prefill has, or at least at the shortest length."""
+    smallest, most = min(batch_sizes), max(lengths) * min(batch_sizes)
+    return [
+        (length, batch)
+        for batch in sorted(set(batch_sizes))
+        for length in sorted(set(lengths))
+        if batch == smallest or length * batch <= most or length == min(lengths)
+    ]
+
+
+def random_tokens(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    """(B, L) ids from the whole vocabulary; the same for every model of that vocabulary."""
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(embedding.shape[0], (batch, length), generator=generator).to(embedding.device)
+
+
+def prefill(model: nn.Module, batch: int, length: int) -> Callable[[], torch.Tensor]:
+    """Read (B, L) tokens into a fresh cache and score the next token."""
+    tokens = random_tokens(model, batch, length)
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return model(tokens, use_cache=True, logits_to_keep=1).logits  # (B, 1, V)
+
+    return run
+
+
+def decode(model: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
+    """One step: one token for each of B sequences, from the cache of all steps before."""
+    with torch.inference_mode():
+        cache = model(random_tokens(model, batch, PROMPT), use_cache=True, logits_to_keep=1).cache_params
+    tokens = random_tokens(model, batch, 1)
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return model(tokens, cache_params=cache, use_cache=True).logits  # (B, 1, V)
+
+    return run
+
+
+def scan(
+    model: nn.Module, architecture: Architecture, batch: int, length: int, backend: str
+) -> Callable[[], torch.Tensor]:
+    """The selective scan of the first layer alone, on what that layer computes from (B, L) tokens."""
+    inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length))
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return selective_scan(inputs, backend=backend)[0]  # (B, L, D)
+
+    return run
+
+
+@torch.inference_mode()
+def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs:
+    """What the scan of the first layer reads for (B, L) tokens."""
+    block = architecture.blocks(model)[0]
+    mixer = architecture.mixer(block)
+    x, z = architecture.expand(mixer, architecture.normed(block, model.get_input_embeddings()(tokens)))
+    return architecture.scan_inputs(mixer, x, z)
