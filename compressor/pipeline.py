@@ -17,8 +17,8 @@ from .repair import Repair, evaluate
 from .scores import Layer, choose_states, statistics_for
 from .statistics import Chunk, Statistic
 
-STRETCH = 32  # time steps whose hidden states exist at once
-PROJECTED = 1024  # tokens that pass in_proj together: enough for full speed of the matrix product
+STRETCH = 64  # time steps whose hidden states exist at once
+PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
 STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
 
 

@@ -51,7 +51,7 @@ def statistics_for(score: Score, A_log: torch.Tensor, keep: int, repair: bool) -
         readout=SquaredReadout() if score in (Score.energy, Score.ghost) else None,
         weighted=TimeWeighted() if score is Score.sparsessm else None,
         vote=Vote(A_log, n - keep) if score is Score.sparsessm_vote else None,
-        normal=NormalMatrix(n) if repair or score is Score.exact else None,
+        normal=NormalMatrix() if repair or score is Score.exact else None,
     )
 
 

@@ -7,7 +7,7 @@ time weights) hold it for one chunk only. Sums are plain sums: every sample and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -133,14 +133,13 @@ class Vote(Statistic):
 
 @dataclass
 class NormalMatrix(Statistic):
-    """The normal matrix of the repair, N^4 numbers kept as a (P, P) matrix of pairs, P = N (N + 1) / 2.
+    """The normal matrix of the repair, N^4 numbers.
 
-    G[k, n, m, p] = sum_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate that follows.
-    It is symmetric in (k, m) and in (n, p), so pairs are enough.
+    G[k, n, m, p] = sum_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate that follows:
+    a sum over tokens of outer products of two small (N, N) matrices, so one matrix product per chunk.
     """
 
-    d_state: int
-    pairs: torch.Tensor | float = field(default=0.0)  # (P, P) float64
+    value: torch.Tensor | float = 0.0  # (N N, N N) float64, row index k N + m, column index n N + p
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -148,21 +147,15 @@ class NormalMatrix(Statistic):
         if chunk.inputs.z is not None:
             gated = gated * F.silu(chunk.inputs.z.float())[:, :, None, :]  # (B, T, N, D)
         gated = gated.flatten(0, 1)
-        grams = torch.bmm(gated, gated.transpose(1, 2))  # (B T, N, N): sum over channels, a step at a time
+        grams = torch.bmm(gated, gated.transpose(1, 2))  # (B T, N, N): sum over channels, a token at a time
         C = chunk.inputs.C.float().flatten(0, 1)  # (B T, N)
-        rows, columns = torch.triu_indices(self.d_state, self.d_state, device=C.device)
-        state_pairs = grams[:, rows, columns].double()  # (B T, P)
-        reader_pairs = (C[:, rows] * C[:, columns]).double()
-        self.pairs = self.pairs + state_pairs.t() @ reader_pairs
+        readers = C[:, :, None] * C[:, None, :]  # (B T, N, N)
+        self.value = self.value + grams.flatten(1).t().double() @ readers.flatten(1).double()
 
     def dense(self) -> torch.Tensor:
-        """The full matrix, (N N, N N) float64, row index k N + n and column index m N + p."""
-        n = self.d_state
-        rows, columns = torch.triu_indices(n, n)
-        pair = torch.empty(n, n, dtype=torch.long)
-        pair[rows, columns] = pair[columns, rows] = torch.arange(len(rows))
-        full = self.pairs.cpu()[pair[:, :, None, None], pair[None, None]]  # [k, m, n, p]
-        return full.permute(0, 2, 1, 3).reshape(n * n, n * n)
+        """G as the quadratic form of vec(M): (N N, N N) float64 on the CPU, row index k N + n, column index m N + p."""
+        n = round(len(self.value) ** 0.5)
+        return self.value.cpu().view(n, n, n, n).permute(0, 2, 1, 3).reshape(n * n, n * n)
 
 
 def _sum_of_squares(states: torch.Tensor, readers: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ N = 5
 @pytest.fixture(scope="module", params=[0, 1])
 def layer(request):
     inputs = random_inputs(batch=2, length=40, d_inner=8, d_state=N, seed=request.param)
-    return inputs, hidden_states(inputs), feed(NormalMatrix(N), inputs, 16, 2).dense()
+    return inputs, hidden_states(inputs), feed(NormalMatrix(), inputs, 16, 2).dense()
 
 
 def relative_error(inputs, h, kept, mixing=None):
@@ -91,7 +91,7 @@ def test_states_that_repeat_another_go_for_free():
     inputs = random_inputs(batch=2, length=30, d_inner=6, d_state=N, seed=3)
     inputs.A[:, 4] = inputs.A[:, 1]
     inputs.B[..., 4] = inputs.B[..., 1]
-    G = feed(NormalMatrix(N), inputs, 16, 2).dense()
+    G = feed(NormalMatrix(), inputs, 16, 2).dense()
     kept = eliminate(G, N - 1, repair=True)
     assert len({1, 4} & set(kept)) == 1
     assert evaluate(G, kept, repair=True).error < 1e-5

@@ -95,5 +95,5 @@ def test_normal_matrix(inputs, h, stretch, group):
         for t in range(inputs.length):
             gated = gate[b, t][:, None] * h[b, t + 1]  # (D, N)
             expected += np.einsum("dk,dm,n,p->knmp", gated, gated, C[b, t], C[b, t])
-    result = feed(NormalMatrix(n), inputs, stretch, group).dense()
+    result = feed(NormalMatrix(), inputs, stretch, group).dense()
     np.testing.assert_allclose(result, expected.reshape(n * n, n * n), rtol=1e-4, atol=1e-5 * expected.max())

@@ -1,0 +1,173 @@
+"""How much faster and leaner calibration is than the plain loop of the paper's published code.
+
+    python benchmarks/compress_speed.py               # one layer of 130M shapes, L = 2048, interleaved; memory apart
+    python benchmarks/compress_speed.py --full        # and `ssmc compress` on a whole 24-layer checkpoint, both formats
+
+The loop is written from the formula over time steps as the published code goes about it: run the layer token by token
+keeping every hidden state, add up the statistics, run the layer once more for the next layer's input. Ours collects
+more (the repair's normal matrix as well) and propagates too. Both are given per sample and layer.
+Memory is the peak above what the model and the layer inputs hold, each measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import MambaConfig, MambaForCausalLM
+
+from ssmc.compressor import Score, collect, compress, propagate
+from ssmc.compressor.repair import eliminate, evaluate
+from ssmc.compressor.scores import statistics_for
+from ssmc.runtime.architectures import architecture_for
+from ssmc.runtime.bench.conditions import conditions
+from ssmc.runtime.checkpoints import write_checkpoint
+from ssmc.runtime.fast import use_fast_scan
+
+ARCHITECTURE = architecture_for("mamba")
+
+
+def shapes_130m(layers: int, vocab: int = 50280) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=vocab, hidden_size=768, state_size=16, num_hidden_layers=layers)
+    return MambaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def plain_loop(block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Statistics (L, D, N) of one layer over all samples, a time step at a time; replaces `hidden` by the outputs."""
+    sums = decays = None
+    for i in range(len(hidden)):
+        _, states, decay = token_by_token(block, hidden[i : i + 1])
+        squares = torch.stack(states, dim=1)[0] ** 2  # (L, D, N)
+        sums = squares if sums is None else sums + squares
+        decays = decay[0] if decays is None else decays + decay[0]
+    for i in range(len(hidden)):
+        hidden[i : i + 1] = token_by_token(block, hidden[i : i + 1])[0]
+    return decays**2 * sums
+
+
+def token_by_token(block: torch.nn.Module, hidden: torch.Tensor) -> tuple:
+    mixer, length = block.mixer, hidden.shape[1]
+    x, z = mixer.in_proj(block.norm(hidden)).transpose(1, 2).chunk(2, dim=1)
+    u = F.silu(mixer.conv1d(x)[..., :length]).transpose(1, 2)  # (1, L, D)
+    n, r = mixer.ssm_state_size, mixer.time_step_rank
+    dt, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
+    dt = F.softplus(mixer.dt_proj(dt))
+    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log))  # (1, L, D, N)
+    drive = (dt * u)[..., None] * B[:, :, None]  # (1, L, D, N)
+    h, states, outputs = torch.zeros_like(decay[:, 0]), [], []
+    for t in range(length):
+        states.append(h)
+        h = decay[:, t] * h + drive[:, t]
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    y = torch.stack(outputs, dim=1) + mixer.D * u
+    return hidden + mixer.out_proj(y * F.silu(z.transpose(1, 2))), states, decay
+
+
+def ours(block: torch.nn.Module, hidden: torch.Tensor) -> None:
+    sums = statistics_for(Score.exact, block.mixer.A_log, 8, repair=True)
+    collect(ARCHITECTURE, block, hidden, sums.wanted())
+    G = sums.normal.dense()
+    evaluate(G, eliminate(G, 8, repair=True), repair=True)
+    propagate(block, hidden)
+
+
+WAYS = {"loop": plain_loop, "ours": ours}
+
+
+def timed(way: str, block: torch.nn.Module, hidden: torch.Tensor) -> float:
+    start = time.perf_counter()
+    WAYS[way](block, hidden.clone())
+    return (time.perf_counter() - start) / len(hidden)
+
+
+def child(way: str, samples: int, length: int) -> None:
+    """Print the peak resident memory above model and layer inputs, in bytes."""
+    model = use_fast_scan(shapes_130m(layers=1, vocab=1024))
+    block = model.backbone.layers[0]
+    WAYS[way](block, torch.randn(1, 8, 768))  # code, thread pools and caches are not what is compared
+    hidden = torch.randn(samples, length, 768)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = psutil.Process().memory_info().rss
+    with torch.no_grad():
+        WAYS[way](block, hidden)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) * 1024 - before)
+
+
+def peak_memory(way: str, args: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--child", way, "--samples", str(args.samples), "--length", str(args.length)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def whole_checkpoint(folder: Path, length: int, samples: int) -> dict[str, float]:
+    """Seconds per sample and layer of `ssmc.compress` on 24 layers of 130M shapes, reading and writing included."""
+    from transformers import PreTrainedTokenizerFast
+
+    from ssmc.runtime.tiny import TINY_DIRECTORY
+
+    model, seconds = shapes_130m(layers=24), {}
+    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    for format in ("transformers", "mamba-ssm"):
+        source = folder / format
+        source.mkdir()
+        write_checkpoint(source, tensors, model.config, format=format)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(TINY_DIRECTORY) / "tokenizer.json"))
+        tokenizer.save_pretrained(source)
+        start = time.perf_counter()
+        compress(source, out=folder / f"{format}-out", nsamples=samples, seqlen=length)
+        seconds[format] = (time.perf_counter() - start) / samples / 24
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="also compress a whole checkpoint in both formats")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.samples, args.length)
+    model = use_fast_scan(shapes_130m(layers=1, vocab=1024))
+    block = model.backbone.layers[0]
+    hidden = torch.randn(args.samples, args.length, 768)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    with torch.no_grad():
+        for way in WAYS:
+            timed(way, block, hidden[:1, :64])  # warm-up: compilers, thread pools
+        for _ in range(args.repeats):
+            for way in WAYS:  # interleaved, so that a noisy neighbour disturbs both
+                times[way].append(timed(way, block, hidden))
+    ratios = [slow / fast for slow, fast in zip(times["loop"], times["ours"], strict=True)]
+    memory = {way: peak_memory(way, args) for way in WAYS}
+    report = {
+        "conditions": conditions(),
+        "shapes": {"d_model": 768, "d_inner": 1536, "d_state": 16, "L": args.length, "samples": args.samples},
+        "seconds_per_sample_and_layer": times,
+        "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+        "peak_bytes_above_model_and_inputs": memory,
+        "memory_ratio": memory["ours"] / memory["loop"],
+    }
+    if args.full:
+        with tempfile.TemporaryDirectory() as folder:
+            report["whole_checkpoint"] = whole_checkpoint(Path(folder), args.length, args.samples)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""All scores with and without repair at several sparsities: what each loses on held-out text, as table, plot and JSON.
+
+    python benchmarks/scores.py                                        # the embedded model and its texts
+    python benchmarks/scores.py MODEL --calib train.jsonl --text valid.jsonl
+
+"Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ssmc.compressor import Score, configure, kept_states, prune_states
+from ssmc.compressor.calibration import draw_samples
+from ssmc.runtime.bench.conditions import conditions
+from ssmc.runtime.checkpoints import load_checkpoint
+from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import calibration_path, heldout_path
+from ssmc.runtime.tokenizers import load_tokenizer
+
+matplotlib.use("svg")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("--calib", default=calibration_path(), help="calibration text")
+    parser.add_argument("--text", default=heldout_path(), help="held-out text")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("docs/scores"), help="writes OUT.json and OUT.svg")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    checkpoint = load_checkpoint(args.model, dtype=torch.float32)
+    tokenizer = load_tokenizer(checkpoint, args.tokenizer)
+    calibration = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed)
+    text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
+    dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
+    cells = [(s, r, p) for s in Score for r in (False, True) for p in args.sparsities]
+    rows = []
+    for score, repair, sparsity in track(cells, "scores"):
+        config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
+        model = copy.deepcopy(checkpoint.model)
+        keep = kept_states(checkpoint.dimensions.d_state, sparsity)
+        tokens = calibration.tokens
+        layers = prune_states(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes)
+        result = perplexity(model, text, args.window)
+        rows.append(
+            {
+                "score": score.value,
+                "repair": repair,
+                "sparsity": sparsity,
+                "kept": keep,
+                "perplexity": result.ppl,
+                "excess_nats": result.nll_per_token - dense.nll_per_token,
+                "layer_errors": [layer.error for layer in layers],
+            }
+        )
+    report = {
+        "model": str(args.model),
+        "dense_perplexity": dense.ppl,
+        "calibration": {"nsamples": len(calibration.tokens), "seqlen": args.seqlen, "seed": args.seed},
+        "heldout_tokens": dense.tokens,
+        "conditions": conditions(),
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, args.out.with_suffix(".svg"))
+    print_table(report, args.sparsities)
+
+
+def print_table(report: dict, sparsities: list[float]) -> None:
+    table = Table(title=f"{report['model']}: perplexity (excess nats); dense {report['dense_perplexity']:.3f}")
+    table.add_column("score")
+    for sparsity in sparsities:
+        table.add_column(f"{sparsity:.0%}", justify="right")
+        table.add_column(f"{sparsity:.0%} + repair", justify="right")
+    by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
+    for score in Score:
+        cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
+        table.add_row(score.value, *(f"{c['perplexity']:.3f} ({c['excess_nats']:.4f})" for c in cells))
+    Console(width=200).print(table)
+
+
+def plot(report: dict, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "ssmc"
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for i, score in enumerate(Score):
+        for repair, style in ((False, "--"), (True, "-")):
+            rows = [r for r in report["rows"] if r["score"] == score.value and r["repair"] is repair]
+            label = score.value if repair else None
+            excess = [max(r["excess_nats"], 1e-5) for r in rows]
+            axes.plot([r["sparsity"] for r in rows], excess, style, color=f"C{i}", marker=".", label=label)
+    axes.set(yscale="log", xlabel="states removed", ylabel="excess loss (nats a token)")
+    axes.set_title("Column pruning: without repair (dashed), with repair (solid)")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
