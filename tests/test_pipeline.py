@@ -31,6 +31,8 @@ def random_model(seed=0, layers=2, d_state=6):
                 parameter.copy_(torch.rand_like(parameter) * 2 - 1)
             elif name.endswith(("dt_proj.bias", "mixer.D")):
                 parameter.uniform_(-1, 1)
+            elif name.endswith("proj.weight"):  # so that what a layer adds is no smaller than what it reads
+                parameter.normal_(std=3 / parameter.shape[1] ** 0.5)
     return model
 
 
@@ -48,6 +50,7 @@ def tokens():
     return torch.randint(61, (5, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
+@torch.no_grad()
 def stock_scan_inputs(model, hidden, layer):
     """What the scan of a layer reads, by calling transformers' own modules in the order its source does."""
     mixer = model.backbone.layers[layer].mixer
@@ -62,8 +65,10 @@ def stock_scan_inputs(model, hidden, layer):
 
 @torch.no_grad()
 def hidden_before(model, tokens, layer):
-    """The input of a layer, from transformers' own forward."""
-    return model(tokens, output_hidden_states=True).hidden_states[layer]
+    """The input of a layer, from transformers' own forward (which lists the outputs of the blocks)."""
+    if layer == 0:
+        return model.backbone.embeddings(tokens)
+    return model(tokens, output_hidden_states=True).hidden_states[layer - 1]
 
 
 @pytest.mark.parametrize("nsamples", [5, 1])
@@ -106,7 +111,7 @@ def test_later_layers_are_calibrated_on_the_pruned_layers_outputs(model, tokens)
     for source in (pruned, model):  # statistics of layer 1 behind the pruned and behind the dense layer 0
         hidden = hidden_before(source, tokens, 1)
         inputs = stock_scan_inputs(model, hidden, 1)
-        C, h = inputs.C.detach().double().numpy(), hidden_states(inputs)
+        C, h = inputs.C.double().numpy(), hidden_states(inputs)
         energy.append(((C[:, :, None] * h[:, 1:]) ** 2).sum((0, 1, 2)))
     assert list(results[1].kept) == sorted(np.argsort(-energy[0])[:3].tolist())
     assert not np.allclose(energy[0], energy[1], rtol=1e-3)  # else the first line would prove nothing
