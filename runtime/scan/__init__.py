@@ -89,7 +89,7 @@ def _obstacle(tensors: list[torch.Tensor]) -> str | None:
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The numba kernels, imported at first use because numba takes half a second; None where it is missing or broken."""
+    """The numba kernels, imported at first use as numba takes half a second; None where it is missing or broken."""
     try:
         from . import cpu
     except Exception:  # a numba that does not fit this numpy or Python raises all sorts of errors

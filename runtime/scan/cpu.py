@@ -55,8 +55,8 @@ def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @intrinsic
-def _power_of_two(typing_context, x):  # noqa: ARG001 - numba's calling convention
-    """2^k as float32 for the integer k in the low bits of x, by writing k into the exponent: 0 for -127, inf for 128."""
+def _power_of_two(typing_context, x):
+    """2^k as float32, k the integer in the low bits of x, by writing k into the exponent; 0 for -127, inf for 128."""
 
     def generate(context, builder, signature, arguments):
         i32 = ir.IntType(32)
