@@ -1,1 +1,12 @@
-"""Checkpoints."""
+"""Read and write models, in transformers' layout and in mamba_ssm's.
+
+Checkpoint        a model in memory that remembers how it was stored
+load_checkpoint   read one from a directory, the hub, or the embedded `tiny`
+write_checkpoint  write tensors and a configuration into a directory
+parameter_count   how many numbers a model has
+"""
+
+from .checkpoint import FORMATS, Checkpoint, load_checkpoint, parameter_count, write_checkpoint
+from .mamba_ssm_format import unpadded_vocab_size
+
+__all__ = ["FORMATS", "Checkpoint", "load_checkpoint", "parameter_count", "unpadded_vocab_size", "write_checkpoint"]
