@@ -39,8 +39,8 @@ def find_directory(source: str | Path) -> Path:
     if isinstance(source, str) and is_hub_id(source):
         return download(source)
     raise CheckpointError(
-        f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging Face "
-        f"hub as owner/name, or {TINY}, the embedded model."
+        f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging "
+        f"Face hub as owner/name, or {TINY}, the embedded model."
     )
 
 
@@ -88,11 +88,12 @@ def _snapshot(hub_id: str, patterns: list[str]) -> Path:
         raise CheckpointError(f"{what} is no model of the hub that you may read. Check the name.") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{what} could not be fetched from the Hugging Face hub: no connection. Download it where there is a network "
-            "and name the folder."
+            f"{what} could not be fetched from the Hugging Face hub: no connection. Download it where there is a "
+            "network and name the folder."
         ) from error
     except Exception as error:  # httpx's, the file system's and the hub's own errors
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise CheckpointError(
-            f"{what} could not be fetched from the Hugging Face hub ({reason}). Download it otherwise and name the folder."
+            f"{what} could not be fetched from the Hugging Face hub ({reason}). Download it otherwise and name "
+            "the folder."
         ) from error
