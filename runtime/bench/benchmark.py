@@ -69,9 +69,9 @@ def benchmark(
     )
     where = choose_device(device)
     subjects = load_subjects(find_sources(directory, dense, models), choose_dtype(dtype, where), progress)
-    reference = subjects[0].checkpoint
-    tokens, text_info, notes = read_tokens(reference, text, tokenizer, settings)
-    before = conditions(where, reference.model.dtype)
+    checkpoints = [subject.checkpoint for subject in subjects]
+    tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
+    before = conditions(where, checkpoints[0].model.dtype)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
     for subject in subjects:
         use_fast_scan(subject.checkpoint.model.to(where), backend=backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from ..perplexity import Perplexity, perplexity, split_windows
 from ..progress import Progress, silent
 from ..text import read_texts, tokenize
 from ..tiny import heldout_path
-from ..tokenizers import load_tokenizer
+from ..tokenizers import load_tokenizer, tokenizer_directory
 from .report import TextInfo
 from .settings import Settings
 from .sources import Subject, label
@@ -21,12 +22,12 @@ EMBEDDED = "embedded held-out stories"
 
 
 def read_tokens(
-    dense: Checkpoint, source: str | Path | None, tokenizer: str | None, settings: Settings
+    checkpoints: Sequence[Checkpoint], source: str | Path | None, tokenizer: str | None, settings: Settings
 ) -> tuple[torch.Tensor | None, TextInfo | None, list[str]]:
     """The tokens perplexity is measured on, what they are, and what to say about them.
 
     Args:
-        dense: the model whose tokenizer reads the text.
+        checkpoints: the models; the first that has a tokenizer reads the text.
         source: the text, as in `read_texts`; None: the held-out sample that comes with `tiny`.
         tokenizer: directory or hub id; None: what lies with the model.
         settings: how many windows of how many tokens.
@@ -38,9 +39,11 @@ def read_tokens(
     Raises:
         SsmcError: the text or the tokenizer the user named cannot be read.
     """
+    dense = checkpoints[0]
     try:
         texts = read_texts(heldout_path() if source is None else source, split="test")
-        tokens = tokenize(texts, load_tokenizer(dense, tokenizer))
+        owner = next((c for c in checkpoints if tokenizer_directory(c, tokenizer) is not None), dense)
+        tokens = tokenize(texts, load_tokenizer(owner, tokenizer))
         split_windows(dense.model, tokens, settings.window)  # see now, not after minutes, that it can be scored
     except SsmcError as error:
         if source is not None or tokenizer is not None:

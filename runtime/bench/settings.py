@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
+from ..scan import check_backend
 from .timing import MIN_ROUNDS
 
 
@@ -24,12 +25,13 @@ class Settings:
     backend: str  # of the selective scan
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "batch_sizes", "decode_tokens", "repeats", "max_windows"):
+        for name in ("lengths", "batch_sizes", "decode_tokens", "repeats", "window", "max_windows"):
             value = getattr(self, name)
             counts = value if isinstance(value, tuple) else (1 if value is None else value,)
-            least = MIN_ROUNDS if name == "repeats" else 1
+            least = {"repeats": MIN_ROUNDS, "window": 2}.get(name, 1)
             if not counts or min(counts) < least:
                 raise UsageError(f"{name} must be at least {least}, not {', '.join(map(str, counts)) or 'empty'}.")
+        check_backend(self.backend)
         for name in ("lengths", "batch_sizes"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
 

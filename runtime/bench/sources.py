@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, load_checkpoint
+from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
 from ..manifest import MANIFEST, read_manifest
 from ..progress import Progress, silent
@@ -103,9 +104,15 @@ def label(where: str | Path) -> str:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes on disk of the weights that are read from `directory`: safetensors if there are any, else PyTorch's."""
-    files = list(directory.glob("model*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in files)
+    """Bytes on disk of the weights that `load_checkpoint` reads from a model directory."""
+    for single in SINGLE_FILES:
+        index = directory / f"{single}.index.json"
+        if (directory / single).is_file():
+            return (directory / single).stat().st_size
+        if index.is_file():
+            shards = set(read_json(index)["weight_map"].values())
+            return sum((directory / shard).stat().st_size for shard in shards)
+    raise ValueError(f"{directory} was loaded, so it has weights")
 
 
 def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:

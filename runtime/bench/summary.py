@@ -90,7 +90,8 @@ def perplexity_rows(report: Report) -> list[Row]:
         spread = "" if stderr is None else f" (±{_digits(model.perplexity.ppl * stderr)})"
         values.append(f"{model.perplexity.ppl:.5g}{spread}")
         if model.excess is not None:
-            changes.append(format_excess(model))
+            error = "" if model.excess.stderr is None else f", ±{model.excess.stderr:.4f}"
+            changes.append(f"{model.excess.nats:+.4f} (nats{error})")
             verdicts.append(_excess_verdict(model))
     return [Row("Perplexity", tuple(values), tuple(changes), tuple(verdicts))]
 
@@ -209,10 +210,11 @@ def _scan_sentence(report: Report, model: Model) -> list[str]:
     scan = scans[prefill.length, prefill.batch]
     share = scan.timings[report.dense.name].median * report.dense.dimensions.n_layer
     share /= prefill.timings[report.dense.name].median
+    noise = ", which this run cannot tell from none" if prefill.ratios[model.name].verdict == "no difference" else ""
     return [
         f"The scan alone runs {scan.ratios[model.name].median:.2f} times as fast at {scan.length} tokens, but it is "
         f"only about {min(share, 1):.0%} of the dense model's prefill; end to end that leaves "
-        f"{prefill.ratios[model.name].median:.2f}×."
+        f"{prefill.ratios[model.name].median:.2f}×{noise}."
     ]
 
 
