@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .architectures import Architecture, architecture_for
@@ -50,14 +51,14 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     """
     check_backend(backend)
     architecture, mixers = _mixers(model)
+    hooked = [m for m in mixers if _MARK not in vars(m) and "forward" in vars(m)]
+    if hooked:
+        raise CheckpointError(
+            f"A {type(hooked[0]).__name__} of this model already has a replaced forward (accelerate's hooks do that). "
+            "Load the model without offloading, or remove the hooks, before giving it the fast scan."
+        )
     for mixer in mixers:
-        if _MARK not in vars(mixer):
-            if "forward" in vars(mixer):
-                raise CheckpointError(
-                    f"A {type(mixer).__name__} of this model already has a replaced forward (accelerate's hooks do "
-                    "that). Load the model without offloading, or remove the hooks, before giving it the fast scan."
-                )
-            mixer.forward = MethodType(_forward, mixer)  # a bound method: deepcopy binds the copy to the copied mixer
+        mixer.forward = MethodType(_forward, mixer)  # a bound method: deepcopy binds the copy to the copied mixer
         setattr(mixer, _MARK, _Fast(architecture, backend))
     return model
 
@@ -119,7 +120,7 @@ def _forward(
         hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
     x, z = fast.architecture.expand(mixer, hidden_states)
     width = mixer.conv_kernel_size
-    history = None if conv_state is None or width == 1 else conv_state[..., 1 - width :].transpose(1, 2)
+    history = None if conv_state is None else _history(conv_state, width - 1)
     inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask)
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
@@ -137,6 +138,14 @@ def _cached(mixer: nn.Module, cache: Any) -> tuple[torch.Tensor | None, torch.Te
     if not hasattr(cache, "get_recurrent_state"):
         return None, None
     return cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
+
+
+def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
+    """The last `length` inputs of the convolution, (B, length, D), out of the cache's (B, D, any)."""
+    missing = length - conv_state.shape[-1]
+    if missing > 0:  # a cache that records its past does not pad
+        conv_state = F.pad(conv_state, (missing, 0))
+    return conv_state[..., conv_state.shape[-1] - length :].transpose(1, 2)
 
 
 def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, continues: bool) -> bool:
