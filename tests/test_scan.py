@@ -287,11 +287,12 @@ def test_shapes_that_do_not_belong_together_are_refused(name):
         selective_scan(inputs, torch.zeros(2, 3, 8))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("shape", [(1, 0, 5, 4), (0, 3, 5, 4)])
-def test_empty_inputs_keep_the_state(shape):
+def test_empty_inputs_keep_the_state(shape, backend):
     inputs = random_inputs(*shape)
     state = random_state(inputs)
-    y, end = selective_scan(inputs, state, "cpu")
+    y, end = selective_scan(inputs, state, backend)
     assert y.shape == inputs.u.shape
     assert torch.equal(end, state)
-    assert scan_states(inputs, state, "cpu").shape == (shape[0], shape[1] + 1, shape[3], shape[2])
+    assert scan_states(inputs, state, backend).shape == (shape[0], shape[1] + 1, shape[3], shape[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -19,15 +21,7 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.
         (B, L + 1, N, D) float32. Entry t is the state before token t, so `[:, :-1]` is h_{t-1}, `[:, 1:]` is h_t
         and `[:, -1]` the final state.
     """
-    h = (inputs.initial_state() if state is None else state.float()).transpose(1, 2)  # (B, N, D)
-    A = inputs.A.float().t()  # (N, D)
-    states = [h]
-    for t in range(inputs.length):
-        dt = inputs.dt[:, t, None, :].float()  # (B, 1, D)
-        drive = dt * inputs.u[:, t, None, :].float() * inputs.B[:, t, :, None].float()  # (B, N, D)
-        h = torch.exp(dt * A) * h + drive
-        states.append(h)
-    return torch.stack(states, dim=1)
+    return torch.stack(list(_walk(inputs, state)), dim=1)
 
 
 def selective_scan(inputs: ScanInputs, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +35,28 @@ def selective_scan(inputs: ScanInputs, state: torch.Tensor | None = None) -> tup
         Output (B, L, D) in the dtype of `inputs.u`, gated when `inputs.z` is given, and the final state
         (B, D, N) in float32.
     """
-    states = scan_states(inputs, state)
-    y = torch.einsum("blnd,bln->bld", states[:, 1:], inputs.C.float())
-    y = y + inputs.D.float() * inputs.u.float()
+    walk = _walk(inputs, state)
+    h = next(walk)
+    C = inputs.C.float().unbind(1)
+    rows = []
+    for C_t in C:
+        h = next(walk)
+        rows.append((C_t[:, None, :] @ h).squeeze(1))  # (B, D)
+    u = inputs.u.float()
+    y = inputs.D.float() * u + (torch.stack(rows, dim=1) if rows else torch.zeros_like(u))
     if inputs.z is not None:
         y = y * F.silu(inputs.z.float())
-    return y.to(inputs.u.dtype), states[:, -1].transpose(1, 2).contiguous()
+    return y.to(inputs.u.dtype), h.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _walk(inputs: ScanInputs, state: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """The states (B, N, D) before the first token and after each one; only the consumer keeps them."""
+    # contiguous: elementwise operations on mixed layouts are an order of magnitude slower
+    h = (inputs.initial_state() if state is None else state.float()).transpose(1, 2).contiguous()
+    yield h
+    A = inputs.A.float().t().contiguous()  # (N, D)
+    for t in range(inputs.length):
+        dt = inputs.dt[:, t, None, :].float()  # (B, 1, D)
+        drive = dt * inputs.u[:, t, None, :].float() * inputs.B[:, t, :, None].float()  # (B, N, D)
+        h = torch.exp(dt * A) * h + drive
+        yield h
