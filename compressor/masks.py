@@ -1,0 +1,135 @@
+"""Masks from importance: tensor in, boolean tensor out, True where the entry is KEPT.
+
+Every mask is a real top-K: exactly as many entries stay as were asked for. Equal importances are decided by position,
+the earlier entry stays, so a mask is the same on every machine. (A threshold `importance <= t` is not a top-K: where
+many entries tie, for example at 0, it takes all of them.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ssmc.runtime.errors import CalibrationError, UsageError
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: of every `m` consecutive entries exactly `n` are KEPT, so 2:4 keeps 2 of 4.
+
+    This is how NVIDIA's hardware and the SparseGPT paper count. SparseSSM's published code is inconsistent about it: N
+    is the number pruned in one of its files and the number kept in another. For 2:4 and 4:8 both readings agree.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise UsageError(f"The pattern {self} does not work: n of every m entries are kept, 0 < n < m, as in 2:4.")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """The part that is removed."""
+        return 1 - self.n / self.m
+
+
+Target = float | NM
+"""How much goes: a part of all entries inside [0, 1), or an N:M pattern."""
+
+
+def pruned_count(entries: int, sparsity: float) -> int:
+    """How many of `entries` go: round(sparsity * entries).
+
+    Raises:
+        UsageError: the sparsity is not inside [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {sparsity} does not work: it is the part that is removed, at least 0 and below 1.")
+    return round(sparsity * entries)
+
+
+def unstructured_mask(importance: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The round(sparsity * numel) least important entries of the whole tensor go.
+
+    Args:
+        importance: any shape; higher is dearer.
+        sparsity: part that is removed, in [0, 1).
+
+    Returns:
+        Boolean, the shape of `importance`, True where kept.
+    """
+    return lowest_mask(importance, pruned_count(importance.numel(), sparsity))
+
+
+def lowest_mask(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """As `unstructured_mask`, with the number of entries that go given."""
+    return _keep_highest(importance.flatten(), importance.numel() - count).view(importance.shape)
+
+
+def per_row_mask(importance: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The round(sparsity * in) least important entries of every row go: Wanda compares within an output.
+
+    The number is rounded row by row, so a row of 4 cannot lose 30 %: it loses 1 of 4.
+
+    Args:
+        importance: (out, in).
+        sparsity: part that is removed, in [0, 1).
+    """
+    columns = importance.shape[-1]
+    return _keep_highest(importance, columns - pruned_count(columns, sparsity))
+
+
+def nm_mask(importance: torch.Tensor, n: int, m: int, axis: int = -1) -> torch.Tensor:
+    """The n most important of every m consecutive entries along `axis` stay; see `NM` for what N means.
+
+    An axis that m does not divide is refused: kernels for N:M take whole groups only.
+
+    Args:
+        importance: any shape.
+        n: entries kept of each group.
+        m: entries in a group.
+        axis: along which groups lie; the inputs of a weight (out, in) for hardware.
+
+    Raises:
+        UsageError: not 0 < n < m, or m does not divide the axis.
+    """
+    check_groups(importance.shape[axis], NM(n, m))
+    last = importance.movedim(axis, -1)
+    groups = last.reshape(-1, m)
+    return _keep_highest(groups, n).view(last.shape).movedim(-1, axis)
+
+
+def check_groups(length: int, pattern: NM) -> None:
+    """Refuse an axis that is not made of whole groups.
+
+    Raises:
+        UsageError: m does not divide `length`.
+    """
+    if length % pattern.m:
+        raise UsageError(
+            f"The pattern {pattern} needs whole groups of {pattern.m} entries, but the axis has {length}. "
+            "Leave this tensor out or use a pattern whose m divides it."
+        )
+
+
+def _keep_highest(importance: torch.Tensor, keep: int) -> torch.Tensor:
+    """True at the `keep` highest entries of each row (the last axis), ties to the earlier entry."""
+    if importance.isnan().any():
+        raise CalibrationError(
+            "An importance is not a number (NaN), so nothing can be ranked. "
+            "The model or its activations overflow: compute in float32 and check the checkpoint."
+        )
+    prune = importance.shape[-1] - keep
+    if prune == 0:
+        return torch.ones_like(importance, dtype=torch.bool)
+    # the k-th value and the ties at it: eight times as fast as a stable sort of a whole weight matrix
+    threshold = importance.kthvalue(prune, dim=-1, keepdim=True).values
+    above = importance > threshold
+    ties = importance == threshold
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
