@@ -35,7 +35,7 @@ def new_directory(path: str | Path, force: bool = False, marker: str = "ssmc.jso
     Raises:
         OutputError: `path` exists, cannot be written, or the disk is full.
     """
-    path = Path(path).expanduser()
+    path = _expand(path)
     refuse_existing(path, force=force, marker=marker)
     target = _resolve(path)  # a symbolic link stays, the directory it names is replaced
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
@@ -63,7 +63,7 @@ def refuse_existing(path: str | Path, force: bool = False, marker: str = "ssmc.j
     Raises:
         OutputError: see `new_directory`.
     """
-    path = Path(path).expanduser()
+    path = _expand(path)
     with _disk_errors(path):
         target = _resolve(path)
         ancestor = _existing_ancestor(target)
@@ -82,7 +82,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    path = Path(path).expanduser()
+    path = _expand(path)
     with _disk_errors(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder, a file was to be written there. Choose another name.")
@@ -112,7 +112,7 @@ def require_space(directory: str | Path, nbytes: int) -> None:
         OutputError: they do not.
     """
     with _disk_errors(Path(directory)):
-        place = _existing_ancestor(_resolve(Path(directory).expanduser()))
+        place = _existing_ancestor(_resolve(_expand(directory)))
         free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OutputError(
@@ -184,6 +184,13 @@ def _is_inside(name: str | bytes | int | None, directory: Path) -> bool:
         return False
     path = Path(os.fsdecode(name))
     return directory in (path, *path.parents)
+
+
+def _expand(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # the home of a user who is not there
+        raise OutputError(f"{path} cannot be written: {error} Choose another place with --out.") from error
 
 
 def _resolve(path: Path) -> Path:

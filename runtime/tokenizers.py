@@ -42,12 +42,14 @@ def load_tokenizer(model: Checkpoint | str | Path, override: str | Path | None =
     where = str(override or _name(model))
     if source is None:
         raise CheckpointError(
-            f"{where} comes without a tokenizer. Name one with --tokenizer: a folder, a tokenizer.json file or a hub id."
+            f"{where} comes without a tokenizer. Name one with --tokenizer: a folder, a tokenizer.json file or a "
+            "hub id."
         )
     tokenizer = _load(source, where)
-    if isinstance(model, Checkpoint) and len(tokenizer) > model.dimensions.vocab_size:
+    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # not its length: ids may have gaps
+    if isinstance(model, Checkpoint) and needed > model.dimensions.vocab_size:
         raise CheckpointError(
-            f"The tokenizer of {where} has {len(tokenizer)} tokens, the embedding of {model.source} only "
+            f"The tokenizer of {where} has token ids up to {needed - 1}, the embedding of {model.source} only "
             f"{model.dimensions.vocab_size} rows, so they do not belong together. Name the right one with --tokenizer."
         )
     return tokenizer
@@ -110,7 +112,10 @@ def _find(override: str | Path) -> Path:
     """The directory or file a user means by `--tokenizer`."""
     if override == TINY:
         return TINY_DIRECTORY
-    path = Path(override).expanduser()
+    try:
+        path = Path(override).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        path = Path(override)
     if path.is_file() or (path.is_dir() and has_tokenizer(path)):
         return path
     if path.is_dir():

@@ -263,6 +263,12 @@ def test_write_text_where_it_cannot(tmp_path):
         write_text(tmp_path / "nowhere" / "file", "x")
 
 
+def test_the_home_of_nobody():
+    for refused in (refuse_existing, lambda path: write_text(path, "x"), lambda path: require_space(path, 1)):
+        with pytest.raises(OutputError, match="~nobody-here/out"):
+            refused("~nobody-here/out")
+
+
 def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1

@@ -135,8 +135,8 @@ def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig]:
     raw = read_json(path)
     for layout in FORMATS.values():
         if layout.recognises(raw):
-            if isinstance(raw.get("model_type"), str):
-                architecture_for(raw["model_type"], where)
+            if "model_type" in raw:
+                architecture_for(str(raw["model_type"]), where)
             return layout, layout.read_config(raw, path)
     raise CheckpointError(
         f"{path} has neither model_type (transformers) nor d_model (mamba_ssm), so it does not describe a model ssmc "

@@ -6,6 +6,7 @@ plain containers and refuses everything else a pickle could do.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -135,12 +136,14 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # about pickle protocols and old storage classes
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks to before the start of a file that is too short
+            raise _damaged(path, error) from error
         raise _unreadable(path, error) from error
     except pickle.UnpicklingError as error:
         call = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        what = f"is a pickle that calls {call[1]}" if call else "is damaged, or a pickle of more than tensors"
         raise CheckpointError(
-            f"{path} is a pickle with more than tensors in it{f' (it calls {call[1]})' if call else ''}; nothing of it "
-            "was run. Get the model as safetensors, or save its state dict alone."
+            f"{path} {what}; nothing of it was run. Copy it again, or get the model as safetensors."
         ) from error
     except Exception as error:  # torch, zip and pickle raise many kinds on damaged bytes
         raise _damaged(path, error) from error

@@ -27,14 +27,15 @@ def find_directory(source: str | Path) -> Path:
     """
     if source == TINY:
         return TINY_DIRECTORY
-    path = Path(source).expanduser()
     try:
-        if path.is_dir():
+        path = Path(source).expanduser()
+        if path.is_dir() and source != "":  # which Path takes for the current folder
             return path
-        exists = path.exists()
-    except OSError as error:
-        raise CheckpointError(f"{source} cannot be read: {error.strerror}. Check the path.") from error
-    if exists:
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # the latter for the home of a user who is not there
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{source} cannot be read: {reason}. Check the path.") from error
+    if is_file:
         raise CheckpointError(f"{source} is a file. Name the folder that holds the model's config.json and weights.")
     if isinstance(source, str) and is_hub_id(source):
         return download(source)

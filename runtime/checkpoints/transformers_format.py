@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 NAME = "transformers"
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and before
+_MOST_LAYERS = 10_000  # transformers makes lists of this length before anything can be compared with the weights
 
 # Set anew when writing, or (the last) no part of the model: it may name a path of the machine that wrote it.
 _NOT_PASSED_ON = ("model_type", "transformers_version", "_name_or_path", *DTYPE_KEYS)
@@ -51,6 +52,9 @@ def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> Pretr
     Raises:
         CheckpointError: transformers refuses a value.
     """
+    layers = values["num_hidden_layers"]
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise CheckpointError(f"{path} speaks of {layers} layers, which makes no sense. Mend it.")
     try:
         return CONFIG_MAPPING[model_type](**values)
     except Exception as error:  # the strict dataclasses, torch and transformers each raise their own

@@ -1,0 +1,33 @@
+"""Models that several test files read; nobody may change them."""
+
+import pytest
+import torch
+
+from ssmc.runtime.checkpoints import load_checkpoint
+
+from .models import random_model, save_mamba_ssm, save_transformers
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded trained model, in float32."""
+    return load_checkpoint("tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """A function that makes directories of one and the same random model: layout, dtype, in shards or not."""
+    made = {}
+
+    def make(layout="transformers", dtype=torch.float32, sharded=False):
+        key = (layout, dtype, sharded)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("model") / f"{layout}-{str(dtype).removeprefix('torch.')}-{sharded}"
+            if layout == "transformers":
+                save_transformers(random_model(dtype), directory, **({"max_shard_size": "8KB"} if sharded else {}))
+            else:
+                save_mamba_ssm(random_model(dtype), directory)
+            made[key] = directory
+        return made[key]
+
+    return make

@@ -1,0 +1,58 @@
+"""Small random models and the directories they come in, written without ssmc: by transformers itself, or by hand."""
+
+import json
+import math
+
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+VOCAB, PADDED = 61, 64  # mamba_ssm pads the embedding to a multiple of 8
+LAYERS = 3
+
+
+def random_model(dtype=torch.float32, seed=0, **changes):
+    """A Mamba in which no tensor has a structure to hide behind; all sizes are different."""
+    sizes = {"vocab_size": PADDED, "hidden_size": 24, "state_size": 6, "num_hidden_layers": LAYERS, "time_step_rank": 5}
+    model = MambaForCausalLM(MambaConfig(**(sizes | changes)))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=g)
+            fan_in = math.prod(tensor.shape[1:])
+            if name.endswith("A_log"):
+                tensor.copy_(0.5 * noise)
+            elif name.endswith("dt_proj.bias"):
+                tensor.copy_(noise - 2)
+            elif tensor.ndim == 1:  # norms, D and the other biases
+                tensor.copy_(1 + 0.3 * noise)
+            else:
+                tensor.copy_(noise / math.sqrt(fan_in))
+    return model.to(dtype).eval()
+
+
+def save_transformers(model, directory, **options):
+    model.save_pretrained(directory, **options)
+    return directory
+
+
+def save_mamba_ssm(model, directory, config=None):
+    """As mamba_ssm's save_pretrained does: a state dict with a shared tied head, and its own config.json."""
+    directory.mkdir(parents=True)
+    c = model.config
+    ssm_cfg = {"d_state": c.state_size, "dt_rank": c.time_step_rank}
+    raw = {"d_model": c.hidden_size, "d_intermediate": 0, "n_layer": c.num_hidden_layers, "vocab_size": VOCAB}
+    raw |= {"ssm_cfg": ssm_cfg, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True}
+    raw |= {"fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": c.tie_word_embeddings}
+    (directory / "config.json").write_text(json.dumps(raw | (config or {}), indent=4))
+    state = {n.replace("embeddings.", "embedding."): t.detach() for n, t in model.state_dict().items()}
+    torch.save(state, directory / "pytorch_model.bin")
+    return directory
+
+
+def random_tokens(shape=(2, 9), seed=3):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, tokens=None):
+    return model(random_tokens() if tokens is None else tokens).logits
