@@ -15,6 +15,7 @@ from ssmc.runtime.errors import OutputError, SsmcError
 
 from .bench import bench
 from .compress import compress
+from .eval import evaluate
 from .export import export
 from .options import GENERAL, Quiet, Verbose
 from .terminal import Terminal
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Commands, in this order")(compress)
 app.command(rich_help_panel="Commands, in this order")(export)
 app.command(rich_help_panel="Commands, in this order")(bench)
+app.command("eval", rich_help_panel="Commands, in this order")(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,204 @@
+"""`ssmc eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from .options import OUTPUT, Device, Dtype, Quiet, ScanBackend, Verbose, complete_model
+from .terminal import Terminal, table
+
+if TYPE_CHECKING:
+    from ssmc.runtime.evaluation import EvalReport, Score
+
+MODELS, TASKS, QUALITY, SPEED = "What is compared", "Tasks", "Perplexity", "Speed"
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def evaluate(
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Models, the one to compare with first; or one folder that `ssmc compress` wrote, for its dense model "
+            "and its exports.",
+            show_default="ssmc-out",
+            autocompletion=complete_model,
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model to compare with.",
+            show_default="the first, or the one the folder was made from",
+            autocompletion=complete_model,
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,TASK,...",
+            help="Tasks of lm-eval: piqa, openbookqa, winogrande, arc_easy, arc_challenge, lambada_openai, any other.",
+            show_default="none, only perplexity",
+            rich_help_panel=TASKS,
+        ),
+    ] = "",
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Documents of each task.", show_default="all of them", rich_help_panel=TASKS),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Local documents: TASK.jsonl for every task, wikitext2.jsonl for perplexity. Nothing is downloaded.",
+            show_default="the data sets of the hub",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity/--no-perplexity", help="Measure it.", rich_help_panel=QUALITY)
+    ] = True,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Held-out text, as for `ssmc compress --calib`.",
+            show_default="wikitext2, its test split",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)] = 2048,
+    max_windows: Annotated[
+        int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
+    ] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Folder or hub id of the tokenizer.",
+            show_default="the one beside the first model",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences of a task at once; no score depends on it.", rich_help_panel=SPEED)
+    ] = 8,
+    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of weights and activations.",
+            show_default="float32 on a CPU, as stored on a GPU",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write the report; an earlier one is replaced.",
+            show_default="eval.json, in the folder that is evaluated or in the current one",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score models side by side: perplexity on a text, and tasks of lm-eval.
+
+    Differences to the first model are paired: both read the same documents, and the standard error is that of the
+    difference. Tasks need lm-eval: `pip install 'ssmc[eval]'`.
+
+    **Examples**
+
+        ssmc eval --tasks piqa,arc_easy
+
+        ssmc eval tiny smaller/safetensors --tasks lambada_openai --limit 200 --data my-data
+
+        ssmc eval smaller --text my-heldout.jsonl
+    """
+    terminal = context.ensure_object(Terminal)
+    import torch
+
+    from ssmc.runtime.evaluation import check_output, evaluate_models, output_path
+
+    terminal.hush_libraries()
+    _hush_lm_eval(terminal)
+    place = output_path(models or (), out)
+    check_output(place)
+    with terminal.progress() as progress:
+        report = evaluate_models(
+            models or (),
+            tasks,
+            dense=dense,
+            limit=limit,
+            data=data,
+            text=text,
+            perplexity=perplexity,
+            window=window,
+            max_windows=max_windows or None,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            backend=backend,
+            progress=progress,
+        )
+    written = report.write(place)
+    _report(terminal, report)
+    terminal.say(f"Wrote {written}.")
+
+
+def _hush_lm_eval(terminal: Terminal) -> None:
+    if terminal.verbose:
+        return
+    import logging
+
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _report(terminal: Terminal, report: EvalReport) -> None:
+    others = [cell for model in report.models[1:] for cell in (model.name, "difference")]
+    scores = table("Scores", "", "metric", report.dense.name, *others)
+    scores.columns[1].justify = "left"
+    for row in report.rows():
+        cells = [Text(_value(row[0]))]
+        for score in row[1:]:
+            cells += [Text(_value(score)), Text(_difference(score), style=COLOURS.get(score.verdict, ""))]
+        metric = row[0].metric if row[0].filter == "none" else f"{row[0].metric} ({row[0].filter})"
+        scores.add_row(Text(row[0].task), Text(metric), *cells)
+    terminal.show(scores)
+    terminal.say(
+        "±: one standard error; of a difference, over the same documents (windows of text, for perplexity). Coloured "
+        "where it is beyond two.",
+        style="dim",
+    )
+    for note in report.notes:
+        terminal.note(note)
+    read = [] if report.text is None else [f"{report.models[0].perplexity.tokens:,} tokens of {report.text.source}"]
+    read += [f"{task.documents:,} of {task.available:,} documents of {task.name}" for task in report.tasks]
+    terminal.say(f"Scored on {', '.join(read)}; {report.dtype} on {report.device}.", style="dim")
+
+
+def _value(score: Score) -> str:
+    return _number(score.value) + ("" if score.stderr is None else f" ± {_number(score.stderr)}")
+
+
+def _difference(score: Score) -> str:
+    difference = score.difference
+    if difference is None:
+        return ""
+    return f"{difference.value:+.4g}" + ("" if difference.stderr is None else f" ± {_number(difference.stderr)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

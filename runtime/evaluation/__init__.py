@@ -1,0 +1,23 @@
+"""Perplexity and lm-eval's tasks of several models side by side, each with its difference to the first one.
+
+report = evaluate_models(["tiny", "ssmc-out/safetensors"], tasks=["piqa", "arc_easy"], limit=100, data="my-data")
+report.write("eval.json")
+report.rows()                   # one row per metric, for a table
+"""
+
+from .evaluate import evaluate_models
+from .report import EvalReport, ModelResult, Score, TaskInfo, check_output, output_path
+from .settings import EvalSettings
+from .statistics import Difference
+
+__all__ = [
+    "Difference",
+    "EvalReport",
+    "EvalSettings",
+    "ModelResult",
+    "Score",
+    "TaskInfo",
+    "check_output",
+    "evaluate_models",
+    "output_path",
+]

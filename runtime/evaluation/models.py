@@ -1,0 +1,42 @@
+"""Which models are evaluated: those the user names, or the dense model of an artefact and what was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..bench.sources import EXPORTS, Source, _dense_source, find_sources
+from ..manifest import MANIFEST, read_manifest
+
+DEFAULT_DIRECTORY = "ssmc-out"
+
+
+def artefact_directory(models: Sequence[str | Path]) -> Path | None:
+    """The artefact that stands for its dense model and its exports: the only model named, or the default folder."""
+    if not models:
+        return Path(DEFAULT_DIRECTORY)
+    only = Path(models[0]).expanduser()
+    return only if len(models) == 1 and (only / MANIFEST).is_file() else None
+
+
+def choose_sources(models: Sequence[str | Path], dense: str | Path | None = None) -> list[Source]:
+    """The models of an evaluation, the reference first.
+
+    Args:
+        models: models, of which the first is the reference unless `dense` is named; or one folder that `compress` or
+            `export` wrote, which stands for its dense model and its exports, or for its dense model and itself where
+            it has none; or nothing, which stands for ssmc-out.
+        dense: the reference.
+
+    Raises:
+        UsageError: there is nothing to evaluate.
+        CheckpointError: the manifest does not say where the dense model is.
+    """
+    directory = artefact_directory(models)
+    if directory is None:
+        return find_sources(DEFAULT_DIRECTORY, dense, models)
+    manifest = read_manifest(directory)
+    if manifest.get("kind") == "export" or any((directory / name / MANIFEST).is_file() for name in EXPORTS):
+        return find_sources(directory, dense)
+    where = _dense_source(directory, manifest).where if dense is None else dense
+    return find_sources(directory, where, [directory])
