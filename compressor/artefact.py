@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ssmc.runtime.versions import versions
 from .calibration import Calibration
 from .config import CompressConfig
 from .pipeline import LayerResult
+from .recipe import write_recipe
+from .shedder import Removal
 
 
 def write_artefact(
@@ -24,6 +27,7 @@ def write_artefact(
     config: CompressConfig,
     calibration: Calibration | None,
     layers: Sequence[LayerResult],
+    removals: Sequence[Removal],
     tokenizer_directory: Path | None,
     *,
     command: str | None,
@@ -36,7 +40,8 @@ def write_artefact(
         checkpoint: the masked model.
         config: the run's configuration.
         calibration: what the statistics were computed on; None when the score needed none.
-        layers: what happened to each layer.
+        layers: what happened to each layer; empty when whole layers were removed.
+        removals: the layers, or SSMs, that were removed, in that order.
         tokenizer_directory: where the tokenizer files are; None when there are none.
         command: the command line, for the manifest.
         force: replace an earlier artefact.
@@ -53,6 +58,7 @@ def write_artefact(
         files = write_checkpoint(folder, tensors, checkpoint.config)
         if tokenizer_directory is not None:
             files += copy_tokenizer(tokenizer_directory, folder)
+        files.append(write_recipe(folder, config))
         manifest = {
             "kind": "masked",
             "versions": versions(),
@@ -62,6 +68,7 @@ def write_artefact(
             "calibration": _calibration(calibration),
             "dimensions": checkpoint.dimensions.as_dict(),
             "layers": [_layer(layer) for layer in layers],
+            "removed": [{"layer": r.layer, "calibration_loss": r.loss} for r in removals],
             "parameters": sum(t.numel() for t in tensors.values()),
             "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(files)},
         }
@@ -92,4 +99,6 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
         "repaired": layer.repaired,
         "error": layer.error,
         "error_unrepaired": layer.error_unrepaired,
+        "a_log_zeros": layer.a_log_zeros,
+        "modules": [asdict(module) for module in layer.modules],
     }

@@ -20,8 +20,11 @@ from ssmc.runtime.tokenizers import load_tokenizer, tokenizer_directory
 
 from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
-from .config import CompressConfig, Score, configure, kept_states
-from .pipeline import LayerResult, prune_states
+from .config import COLUMN, LAYER, SSM, SSM_MODULE, CompressConfig, Score, configure, kept_states
+from .masks import check_groups
+from .notes import notes_for
+from .pipeline import LayerResult, prune_layers
+from .shedder import Removal, shed
 
 LARGEST_REPAIRABLE = 64  # states; the normal matrix has N^4 numbers
 
@@ -32,7 +35,8 @@ class CompressResult:
 
     directory: Path
     manifest: dict[str, Any]
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerResult, ...]  # empty when whole layers were removed
+    removals: tuple[Removal, ...]  # whole layers or SSMs that were removed, in that order
     notes: tuple[str, ...]  # what the user should know about this choice
 
 
@@ -53,8 +57,7 @@ def compress(
         force: replace an earlier result of ssmc.
         progress: told what is being done.
         command: recorded in the manifest.
-        options: fields of `CompressConfig`: pattern, sparsity, score, repair, calib, nsamples, seqlen, seed,
-            round_to, tokenizer, device.
+        options: fields of `CompressConfig`, or those a recipe names (`read_recipe`).
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
@@ -65,31 +68,43 @@ def compress(
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
     dense_states = checkpoint.dimensions.d_state
-    keep = kept_states(dense_states, config.sparsity, config.round_to)
-    _check_size(config, dense_states)
+    keep = _kept(config, dense_states)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
-    calibration = _calibration(config, checkpoint)
+    calibration = _calibration(config, checkpoint) if config.needs_text else None
     device = _device(config.device)
     use_fast_scan(checkpoint.model.to(device))
-    layers = prune_states(
-        checkpoint.model,
-        checkpoint.architecture,
-        None if calibration is None else calibration.tokens.to(device),
-        config,
-        keep,
-        checkpoint.dtypes,
-        progress,
-    )
+    tokens = None if calibration is None else calibration.tokens.to(device)
+    layers: list[LayerResult] = []
+    removals: list[Removal] = []
+    if config.pattern in (LAYER, SSM_MODULE):
+        removals = shed(checkpoint.model, checkpoint.architecture, tokens, config, progress)
+    else:
+        layers = prune_layers(
+            checkpoint.model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes, progress
+        )
     checkpoint.model.cpu()
     manifest = write_artefact(
-        out, checkpoint, config, calibration, layers, tokenizer_source, command=command, force=force
+        out, checkpoint, config, calibration, layers, removals, tokenizer_source, command=command, force=force
     )
-    return CompressResult(out, manifest, tuple(layers), tuple(_notes(config, calibration, dense_states, keep)))
+    notes = notes_for(config, calibration, dense_states, keep)
+    return CompressResult(out, manifest, tuple(layers), tuple(removals), tuple(notes))
 
 
-def _calibration(config: CompressConfig, checkpoint: Checkpoint) -> Calibration | None:
-    if not config.repair and config.score in (Score.magnitude, Score.random):
-        return None
+def _kept(config: CompressConfig, d_state: int) -> int:
+    """States that stay; all of them unless the pattern removes states."""
+    if config.pattern != COLUMN or SSM not in config.targets:
+        if config.nm and SSM in config.targets:
+            check_groups(d_state, config.nm)
+        return d_state
+    if d_state > LARGEST_REPAIRABLE and (config.repair or config.judge is Score.exact):
+        raise UsageError(
+            f"The repair and the score exact keep N^4 numbers a layer, too many for d_state {d_state} (at most "
+            f"{LARGEST_REPAIRABLE}). Use --score energy --no-repair."
+        )
+    return kept_states(d_state, config.sparsity, config.round_to)
+
+
+def _calibration(config: CompressConfig, checkpoint: Checkpoint) -> Calibration:
     tokenizer = load_tokenizer(checkpoint, config.tokenizer)
     texts = read_texts(calibration_path() if config.calib is None else config.calib)
     return draw_samples(texts, tokenizer, config.nsamples, config.seqlen, config.seed)
@@ -101,31 +116,3 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _check_size(config: CompressConfig, d_state: int) -> None:
-    if d_state > LARGEST_REPAIRABLE and (config.repair or config.score is Score.exact):
-        raise UsageError(
-            f"The repair and the score exact keep N^4 numbers a layer, too many for d_state {d_state} (at most "
-            f"{LARGEST_REPAIRABLE}). Use --score energy --no-repair."
-        )
-
-
-def _notes(config: CompressConfig, calibration: Calibration | None, dense_states: int, keep: int) -> list[str]:
-    notes = []
-    if calibration and calibration.shortfall:
-        notes.append(calibration.shortfall)
-    if calibration and config.calib is None and config.model != "tiny":
-        notes.append(
-            "Calibrated on the embedded sample of simple stories. For a model of real text give text like what it "
-            "will read: --calib wikitext2 or a file."
-        )
-    if keep & (keep - 1):
-        padded = 1 << keep.bit_length()
-        gain = "gains nothing there" if padded >= dense_states else f"costs as much as {padded} there"
-        notes.append(
-            f"{keep} states is not a power of two: the Triton decode kernels of mamba_ssm and vLLM pad it to {padded}, "
-            f"so it {gain}; transformers, our CPU scan and mamba_ssm's prefill do gain. "
-            "--round-to power-of-two avoids it."
-        )
-    return notes

@@ -1,27 +1,30 @@
-"""What a compression run is asked to do: one typed, validated, immutable object."""
+"""What a compression run is asked to do: one typed, validated, immutable object, for the command line and recipes."""
 
 from __future__ import annotations
 
 import math
+import re
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssmc.runtime.errors import UsageError
 
+from .masks import NM
+from .sensitivity import ALPHA, check_ramp
+
 POWER_OF_TWO = "power-of-two"
+COLUMN, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "unstructured", "layer", "ssm-module"
+PATTERNS = (COLUMN, UNSTRUCTURED, LAYER, SSM_MODULE)  # and every N:M
 
-
-class Pattern(str, Enum):
-    """What is removed."""
-
-    column = "column"
-    """Whole states: column n of A_log and the B and C rows n of x_proj, for all channels."""
+SSM = "A_log"  # the name of the target that `ssm` stands for
+FFN = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # in the order they run
+TARGETS = {"ssm": (SSM,), "ffn": FFN, "all": (SSM, *FFN)}
 
 
 class Score(str, Enum):
-    """How the importance of a state is judged."""
+    """How the importance of a state, of an entry of A_log, or of a whole layer is judged."""
 
     magnitude = "magnitude"
     random = "random"
@@ -31,6 +34,35 @@ class Score(str, Enum):
     energy = "energy"
     ghost = "ghost"
     exact = "exact"
+    sparsegpt = "sparsegpt"
+    mamba_shedder = "mamba-shedder"
+
+
+class FfnScore(str, Enum):
+    """How the weights of the projections and of conv1d are pruned."""
+
+    sparsegpt = "sparsegpt"
+    wanda = "wanda"
+    magnitude = "magnitude"
+
+
+class Weighting(str, Enum):
+    """Weight of time step t in the score `sparsessm`, t counted from the first step that has a state behind it."""
+
+    power = "power"  # 1 / (t + 1)
+    linear = "linear"  # L - t
+    discount = "discount"  # 0.9^t
+    window = "window"  # 1 for the first quarter, then 0
+    uniform = "uniform"  # 1
+
+
+# Which scores a pattern can be judged by, its default first.
+_SCORES = {
+    COLUMN: (Score.exact, *(s for s in Score if s not in (Score.exact, Score.sparsegpt, Score.mamba_shedder))),
+    UNSTRUCTURED: (Score.sparsessm, *(s for s in Score if s not in (Score.sparsessm, Score.exact, Score.mamba_shedder))),
+    LAYER: (Score.mamba_shedder, Score.random),
+    SSM_MODULE: (Score.mamba_shedder, Score.random),
+}
 
 
 class CompressConfig(BaseModel):
@@ -39,10 +71,14 @@ class CompressConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    pattern: Pattern = Pattern.column
-    sparsity: float = 0.5  # the part of the states that goes, inside (0, 1)
-    score: Score = Score.exact
-    repair: bool = True  # fold the least-squares repair into x_proj
+    pattern: str = COLUMN  # one of PATTERNS, or N:M: of every M entries N are kept
+    target: str | None = None  # ssm, ffn, all, or module names with commas; None: ssm, or ffn for N:M
+    sparsity: float = 0.5  # the part that goes, inside (0, 1); N:M says it by itself
+    score: Score | None = None  # of states and layers; None: the pattern's default
+    weighting: Weighting = Weighting.power  # of the score sparsessm
+    ffn_score: FfnScore = FfnScore.sparsegpt
+    alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
+    repair: bool = True  # column: fold the least-squares repair into x_proj
     calib: str | None = None  # None: the sample that comes with `tiny`
     nsamples: Annotated[int, Field(ge=1)] = 64
     seqlen: Annotated[int, Field(ge=2)] = 2048
@@ -51,12 +87,74 @@ class CompressConfig(BaseModel):
     tokenizer: str | None = None  # None: the one beside the model
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value not in PATTERNS and not _parse_nm(value):
+            raise ValueError(f"it is one of {', '.join(PATTERNS)}, or N:M such as 2:4")
+        return value
+
     @field_validator("sparsity")
     @classmethod
     def _inside(cls, value: float) -> float:
         if not 0 < value < 1:
             raise ValueError("it is the part that is removed and lies between 0 and 1, both excluded, such as 0.5")
         return value
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, value: str | None) -> str | None:
+        words = [] if value is None else value.split(",")
+        unknown = [w for w in words if w not in (*TARGETS, SSM, *FFN)]
+        if unknown:
+            raise ValueError(f"it is {', '.join(TARGETS)}, or some of {SSM}, {', '.join(FFN)} with commas between")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompressConfig:
+        allowed = _SCORES.get(self.pattern, _SCORES[UNSTRUCTURED])
+        if self.score is not None and self.score not in allowed:
+            names = ", ".join(s.value for s in allowed)
+            raise ValueError(f"score {self.score.value} does not judge the pattern {self.pattern}; {names} do")
+        if self.pattern in (LAYER, SSM_MODULE) and self.target is not None:
+            raise ValueError(f"target does not go with the pattern {self.pattern}, which removes whole modules")
+        if self.modules and self.nm is None:
+            check_ramp(self.sparsity, self.alpha)
+        return self
+
+    @property
+    def nm(self) -> NM | None:
+        """The pattern as N:M, None if it is none."""
+        return _parse_nm(self.pattern)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules that are pruned, in the order they run, A_log first."""
+        if self.pattern in (LAYER, SSM_MODULE):
+            return ()
+        words = (self.target or ("ffn" if self.nm else "ssm")).split(",")
+        wanted = {name for word in words for name in TARGETS.get(word, (word,))}
+        return tuple(name for name in (SSM, *FFN) if name in wanted)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The projections and conv1d among the targets."""
+        return tuple(name for name in self.targets if name != SSM)
+
+    @property
+    def judge(self) -> Score:
+        """The score that is used: the one asked for, or the pattern's default."""
+        return self.score or _SCORES.get(self.pattern, _SCORES[UNSTRUCTURED])[0]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is decided or fitted by running the model."""
+        if self.modules and self.ffn_score is not FfnScore.magnitude:
+            return True
+        if self.pattern == COLUMN and SSM in self.targets and self.repair:
+            return True
+        blind = self.judge in (Score.magnitude, Score.random)
+        return not blind and (SSM in self.targets or self.pattern in (LAYER, SSM_MODULE))
 
 
 def configure(**options: Any) -> CompressConfig:
@@ -68,16 +166,26 @@ def configure(**options: Any) -> CompressConfig:
     try:
         return CompressConfig(**options)
     except ValidationError as error:
-        raise UsageError(" ".join(_sentence(e) for e in error.errors())) from error
+        raise UsageError(" ".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from error
 
 
 def _sentence(error: Any) -> str:
-    option = str(error["loc"][0]) if error["loc"] else "the configuration"
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(CompressConfig.model_fields)
-        return f"There is no option {option!r}; there are {known}."
     reason = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if not error["loc"]:
+        return reason[0].upper() + reason[1:] + "."
+    option = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"There is no option {option!r}; there are {', '.join(CompressConfig.model_fields)}."
+    if error["type"] == "missing":
+        return f"{option} is missing."
+    if option == "round_to":  # a union: pydantic complains once for each member
+        reason = f"it should be a whole number of at least 1, or {POWER_OF_TWO}"
     return f"{option} {error['input']!r} does not work: {reason}."
+
+
+def _parse_nm(pattern: str) -> NM | None:
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
+    return NM(int(match[1]), int(match[2])) if match else None
 
 
 def kept_states(d_state: int, sparsity: float, round_to: int | str = 1) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,9 +12,10 @@ from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import scan_states
 
-from .config import CompressConfig
-from .repair import Repair, evaluate
-from .scores import Layer, choose_states, statistics_for
+from .config import COLUMN, SSM, CompressConfig
+from .modules import ModuleResult, module_targets, prune_modules
+from .repair import evaluate
+from .scores import Layer, choose_states, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
 
 STRETCH = 64  # time steps whose hidden states exist at once
@@ -26,14 +27,16 @@ STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
 class LayerResult:
     """What happened to one layer."""
 
-    kept: tuple[int, ...]
-    error: float | None  # relative squared error of the gated output; None when nothing was measured
-    error_unrepaired: float | None
-    repaired: bool
+    kept: tuple[int, ...]  # states that stay
+    error: float | None = None  # relative squared error of the gated output; None when nothing was measured
+    error_unrepaired: float | None = None
+    repaired: bool = False
+    a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
+    modules: tuple[ModuleResult, ...] = ()
 
 
 @torch.no_grad()
-def prune_states(
+def prune_layers(
     model: nn.Module,
     architecture: Architecture,
     tokens: torch.Tensor | None,
@@ -42,35 +45,70 @@ def prune_states(
     stored_dtypes: Mapping[str, torch.dtype],
     progress: Progress = silent,
 ) -> list[LayerResult]:
-    """Mask all but `keep` states in every layer of `model`, in place.
+    """Prune every layer of `model` in place, each on what the pruned layers before it put out.
 
     Args:
         model: with the fast scan in use, in float32 on a CPU.
         architecture: its adapter.
-        tokens: (nsamples, seqlen) calibration samples; None when neither score nor repair reads any.
-        config: score, repair and seed.
-        keep: states that stay in each layer.
+        tokens: (nsamples, seqlen) calibration samples; None when the run needs no text.
+        config: what is pruned and how.
+        keep: states that stay in each layer, for the pattern `column`.
         stored_dtypes: by tensor name, what the model will be saved as; a pruned layer is rounded to it before its
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
     """
     hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
-    results = []
     blocks = architecture.blocks(model)
+    targets = module_targets(architecture, model, hidden, config, progress)
+    results = []
     for index, block in enumerate(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
-        statistics = statistics_for(config.score, mixer.A_log, keep, config.repair)
-        if hidden is not None:
-            collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
-        kept = choose_states(config.score, Layer(index, mixer.A_log, statistics), keep, config.repair, config.seed)
-        repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
-        architecture.mask_states(mixer, kept, repair.mixing if repair else None)
+        result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+        if SSM in config.targets:
+            result = _prune_ssm(architecture, block, hidden, index, config, keep, progress, label)
+        if config.modules:
+            # after the states, so that x_proj and out_proj are fitted to the pruned scan
+            modules = prune_modules(
+                architecture, block, hidden, targets[index], config.ffn_score, progress, f"{label}: Hessians"
+            )
+            if config.pattern == COLUMN and SSM in config.targets:
+                architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
+            result = replace(result, modules=tuple(modules))
         _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
             propagate(block, hidden, progress, f"{label}: outputs")
-        results.append(_result(kept, repair))
+        results.append(result)
     return results
+
+
+def _prune_ssm(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    index: int,
+    config: CompressConfig,
+    keep: int,
+    progress: Progress,
+    label: str,
+) -> LayerResult:
+    """Prune the states, or the entries of A_log, of one layer."""
+    mixer = architecture.mixer(block)
+    A_log = mixer.A_log
+    statistics = statistics_for(config, A_log, keep, 0 if hidden is None else hidden.shape[1])
+    if hidden is not None:
+        collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
+    layer = Layer(index, A_log.detach().clone(), statistics)
+    if config.pattern != COLUMN:
+        A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
+        zeros = float((A_log == 0).sum()) / A_log.numel()
+        return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
+    kept = choose_states(config.judge, layer, keep, config.repair, config.seed)
+    repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
+    architecture.mask_states(mixer, kept, repair.mixing if repair else None)
+    if repair is None:
+        return LayerResult(tuple(kept))
+    return LayerResult(tuple(kept), repair.error, repair.error_unrepaired, repaired=repair.mixing is not None)
 
 
 def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,12 +119,6 @@ def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> None:
     for name, parameter in mixer.named_parameters():
         parameter.copy_(parameter.to(dtypes[prefix + name]))
-
-
-def _result(kept: Sequence[int], repair: Repair | None) -> LayerResult:
-    if repair is None:
-        return LayerResult(tuple(kept), None, None, repaired=False)
-    return LayerResult(tuple(kept), repair.error, repair.error_unrepaired, repaired=repair.mixing is not None)
 
 
 def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .config import Score
+from .config import COLUMN, CompressConfig, Score
+from .hessian import StateMoment
+from .masks import NM, Target, nm_mask, pruned_count, unstructured_mask
 from .repair import eliminate
-from .statistics import NormalMatrix, SquaredReadout, SquaredStates, Statistic, TimeWeighted, Vote
+from .sparsegpt import sparsegpt_a_log
+from .statistics import (
+    NormalMatrix,
+    SquaredReadout,
+    SquaredStates,
+    States,
+    Statistic,
+    TimeWeighted,
+    Vote,
+    time_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,11 @@ class LayerStatistics:
     weighted: TimeWeighted | None = None
     vote: Vote | None = None
     normal: NormalMatrix | None = None
+    states: States | None = None
 
     def wanted(self) -> Sequence[Statistic]:
         """The sums to collect, possibly none."""
-        return [s for s in (self.squares, self.readout, self.weighted, self.vote, self.normal) if s is not None]
+        return [statistic for statistic in vars(self).values() if statistic is not None]
 
 
 @dataclass(frozen=True)
@@ -36,38 +49,64 @@ class Layer:
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
 
 
-def statistics_for(score: Score, A_log: torch.Tensor, keep: int, repair: bool) -> LayerStatistics:
-    """Empty sums for a score, with or without repair.
+def statistics_for(config: CompressConfig, A_log: torch.Tensor, keep: int, length: int) -> LayerStatistics:
+    """Empty sums for what a run wants to know of a layer's states.
 
     Args:
-        score: the score that will read them.
+        config: pattern, score, weighting, repair.
         A_log: (D, N) of the layer.
-        keep: how many states will stay.
-        repair: whether the layer will be repaired.
+        keep: how many states will stay, for the pattern `column`.
+        length: tokens of a calibration sample.
     """
-    n = A_log.shape[1]
+    score, column = config.judge, config.pattern == COLUMN
     return LayerStatistics(
         squares=SquaredStates() if score is Score.sparsessm_l2 else None,
         readout=SquaredReadout() if score in (Score.energy, Score.ghost) else None,
-        weighted=TimeWeighted() if score is Score.sparsessm else None,
-        vote=Vote(A_log, n - keep) if score is Score.sparsessm_vote else None,
-        normal=NormalMatrix() if repair or score is Score.exact else None,
+        weighted=TimeWeighted(time_weights(config.weighting, length)) if score is Score.sparsessm else None,
+        vote=Vote(A_log, _nominate(config, A_log.shape[1] - keep), column) if score is Score.sparsessm_vote else None,
+        normal=NormalMatrix() if column and (config.repair or score is Score.exact) else None,
+        states=States(StateMoment(A_log.shape[1], A_log.device)) if score is Score.sparsegpt else None,
     )
 
 
-def entry_importance(score: Score, layer: Layer) -> torch.Tensor:
+def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What one time step names: so many states, so many entries, or so many in every group of N:M. Real top-Ks."""
+    if config.pattern == COLUMN:
+        return lambda importance: _lowest(importance, states)
+    if config.nm:
+        return lambda importance: ~nm_mask(importance, config.nm.n, config.nm.m)
+
+    def entries(importance: torch.Tensor) -> torch.Tensor:  # (T, D, N)
+        flat = importance.flatten(1)
+        return _lowest(flat, pruned_count(flat.shape[1], config.sparsity)).view(importance.shape)
+
+    return entries
+
+
+def _lowest(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the `count` lowest of each row."""
+    named = torch.zeros(importance.shape, dtype=torch.bool, device=importance.device)
+    return named.scatter_(1, importance.topk(count, dim=1, largest=False).indices, True)
+
+
+def entry_importance(score: Score, layer: Layer, seed: int = 0) -> torch.Tensor:
     """Importance of every entry of A_log, (D, N), for the scores that judge entries.
 
     magnitude: |A_log|. sparsessm-l2: A_log^2 sum h_{t-1}^2 (SparseSSM, Theorem 1). sparsessm: the time-weighted form of
-    its second version. energy: sum of (C h)^2. ghost: sum of h^2 times sum of C^2 (GHOST).
+    its second version. sparsessm-vote: how seldom the steps named it. energy: sum of (C h)^2. ghost: sum of h^2 times
+    sum of C^2 (GHOST).
     """
     A_log, sums = layer.A_log.double(), layer.statistics
     if score is Score.magnitude:
         return A_log.abs()
+    if score is Score.random:
+        return _random(A_log.shape, layer.index, seed)
     if score is Score.sparsessm_l2:
         return A_log.square() * sums.squares.value.t()
     if score is Score.sparsessm:
         return sums.weighted.value.t()
+    if score is Score.sparsessm_vote:
+        return -sums.vote.value.double()  # the most often named goes first
     if score is Score.energy:
         return sums.readout.products.t()
     if score is Score.ghost:
@@ -78,11 +117,15 @@ def entry_importance(score: Score, layer: Layer) -> torch.Tensor:
 def state_importance(score: Score, layer: Layer, seed: int) -> torch.Tensor:
     """Importance of every state, (N,): the entries summed over channels, or the score's own rule for states."""
     if score is Score.random:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + layer.index) % 2**63)
-        return torch.rand(layer.A_log.shape[1], generator=generator, dtype=torch.float64)
+        return _random(layer.A_log.shape[1:], layer.index, seed)
     if score is Score.sparsessm_vote:
         return -layer.statistics.vote.value.double()  # the most often named goes first
     return entry_importance(score, layer).sum(0)
+
+
+def _random(shape: Sequence[int], layer: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int) -> list[int]:
@@ -100,3 +143,19 @@ def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int
     importance = state_importance(score, layer, seed).cpu()
     # stable, so that equal importances are decided by position and not by the sorting routine
     return sorted(importance.argsort(descending=True, stable=True)[:keep].tolist())
+
+
+def prune_entries(score: Score, layer: Layer, target: Target, seed: int) -> torch.Tensor:
+    """A_log (D, N) with entries set to 0, that is A = -1; SparseGPT also moves the entries that stay.
+
+    Args:
+        score: how to judge.
+        layer: what to judge by.
+        target: sparsity over all entries, or N:M along the states.
+        seed: for `random`.
+    """
+    if score is Score.sparsegpt:
+        return sparsegpt_a_log(layer.A_log, layer.statistics.states.moment.total, target).weight
+    importance = entry_importance(score, layer, seed).to(layer.A_log.device)
+    mask = nm_mask(importance, target.n, target.m) if isinstance(target, NM) else unstructured_mask(importance, target)
+    return layer.A_log * mask

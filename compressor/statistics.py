@@ -7,12 +7,17 @@ time weights) hold it for one chunk only. Sums are plain sums: every sample and 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ssmc.runtime.scan import ScanInputs
+
+from .config import Weighting
+from .hessian import StateMoment
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,13 @@ class SquaredReadout(Statistic):
 
 @dataclass
 class TimeWeighted(Statistic):
-    """sum_t w_t (sum_b dA_t)^2 (sum_b h_{t-1}^2), w_t = 1 / (t + 1): SparseSSM v2. `value` is (N, D).
+    """sum_t w_t (sum_b dA_t)^2 (sum_b h_{t-1}^2): SparseSSM v2. `value` is (N, D).
 
-    t counts the steps whose h_{t-1} is not zero by construction, so no weight is spent on the first token, where the
-    published code puts an eighth of it.
+    `weights` (L,) start at the first step that has a state behind it, so none is spent on the first token, where the
+    published code puts an eighth of its weight on h = 0. See `time_weights`.
     """
 
+    weights: torch.Tensor
     value: torch.Tensor | float = 0.0
     _start: int = 0
     _squares: torch.Tensor | float = 0.0  # (T, N, D): sum over samples of h_{t-1}^2
@@ -94,41 +100,69 @@ class TimeWeighted(Statistic):
 
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
-        steps = torch.arange(len(self._squares), device=self._squares.device) + self._start
-        # step 1 is the first that has a state behind it: weight 1; step 0 contributes h_{-1} = 0 anyway
-        weights = 1.0 / steps.clamp(min=1).double()
+        steps = torch.arange(len(self._squares)) + self._start - 1
+        weights = self.weights[steps.clamp(min=0)] * (steps >= 0)  # step 0 has no state behind it
         importance = (self._decays.square() * self._squares).double()
-        self.value = self.value + torch.einsum("t,tnd->nd", weights, importance)
+        self.value = self.value + torch.einsum("t,tnd->nd", weights.double().to(importance.device), importance)
         self._squares = self._decays = 0.0
+
+
+def time_weights(kind: Weighting, length: int) -> torch.Tensor:
+    """Weights of `length` time steps, (length,) float64, summing to 1 (the published code's choices; `power` is v2's)."""
+    t = torch.arange(length, dtype=torch.float64)
+    weights = {
+        Weighting.power: 1 / (t + 1),
+        Weighting.linear: length - t,
+        Weighting.discount: 0.9**t,
+        Weighting.window: (t < math.ceil(length / 4)).double(),
+        Weighting.uniform: torch.ones_like(t),
+    }[kind]
+    return weights / weights.sum()
 
 
 @dataclass
 class Vote(Statistic):
-    """How often each state is among the `candidates` least important ones: SparseSSM v1, Algorithm 1.
+    """How often each candidate for removal is named: SparseSSM v1, Algorithm 1.
 
-    At every time step the importance of state n is A_log^2 * sum_b h_{t-1}^2 summed over channels. The step names the
-    `candidates` lowest. The first token is left out: its h_{t-1} is zero everywhere and says nothing.
+    At every time step the importance of an entry is A_log^2 * sum_b h_{t-1}^2, that of a state the sum over its
+    entries, and the step names the least important ones. The first token is left out: its h_{t-1} is zero everywhere
+    and says nothing.
     """
 
     A_log: torch.Tensor  # (D, N)
-    candidates: int  # how many states a step names
-    value: torch.Tensor | float = 0.0  # (N,) counts
+    name: Callable[[torch.Tensor], torch.Tensor]  # importance (T, ...) -> which are named at each step, bool (T, ...)
+    states: bool  # judge whole states, (T, N); else entries, (T, D, N)
+    value: torch.Tensor | float = 0.0  # (N,) or (D, N): how often each was named
     _start: int = 0
-    _squares: torch.Tensor | float = 0.0  # (T, N): importance of this stretch so far
+    _importance: torch.Tensor | float = 0.0  # of this stretch so far
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
         self._start = chunk.start
         weights = self.A_log.float().square().t()  # (N, D)
-        self._squares = self._squares + torch.einsum("btnd,nd->tn", chunk.before.square(), weights).double()
+        squares = chunk.before.square()
+        if self.states:
+            importance = torch.einsum("btnd,nd->tn", squares, weights).double()
+        else:
+            importance = (squares.sum(0) * weights).transpose(1, 2)  # (T, D, N)
+        self._importance = self._importance + importance
 
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
-        steps = self._squares[1:] if self._start == 0 else self._squares
-        named = steps.topk(self.candidates, dim=1, largest=False).indices  # a real top-K: exactly K a step
-        counts = torch.bincount(named.flatten(), minlength=self._squares.shape[1])
-        self.value = self.value + counts
-        self._squares = 0.0
+        steps = self._importance[1:] if self._start == 0 else self._importance
+        self.value = self.value + self.name(steps).sum(0)
+        self._importance = 0.0
+
+
+@dataclass
+class States(Statistic):
+    """sum of h_{t-1} h_{t-1}' over samples, time and channels, for the baseline SparseGPT on A_log."""
+
+    moment: StateMoment
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        self.moment.add(chunk.before)
 
 
 @dataclass

@@ -57,6 +57,9 @@ class Architecture(Protocol):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run; each takes and returns (B, L, d_model)."""
 
+    def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
+
     def mixer(self, block: nn.Module) -> nn.Module:
         """The state-space mixer inside a block."""
 
@@ -73,6 +76,18 @@ class Architecture(Protocol):
         self, mixer: nn.Module, x: torch.Tensor, z: torch.Tensor, history: torch.Tensor | None = None
     ) -> ScanInputs:
         """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
+
+    def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
+
+    def module_inputs(self, block: nn.Module, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What each of these modules reads when the block reads `hidden`, and what the block returns."""
+
+    def remove_block(self, block: nn.Module) -> None:
+        """Make a block hand on what it reads, in place and without changing a shape."""
+
+    def remove_ssm(self, block: nn.Module) -> None:
+        """Silence the states of a block in place; the convolution, the skip D and the gate stay."""
 
     def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
         """Silence all states but `kept` in place, mixing the C rows of the kept ones first."""

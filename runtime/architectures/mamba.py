@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MambaConfig
 
-from ..scan.inputs import ScanInputs
+from ..scan import ScanInputs, selective_scan
 from .base import Cut, Dimensions
 
 
@@ -38,6 +38,10 @@ class MambaArchitecture:
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run."""
         return model.backbone.layers
+
+    def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
+        return model.lm_head(model.backbone.norm_f(hidden).to(model.lm_head.weight.dtype)).float()
 
     def mixer(self, block: nn.Module) -> nn.Module:
         """The state-space mixer inside a block."""
@@ -82,6 +86,39 @@ class MambaArchitecture:
         dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float())
         return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
 
+    def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
+        weights = {name: getattr(mixer, name).weight.data for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+        return {**weights, "conv1d": mixer.conv1d.weight.data.squeeze(1)}
+
+    def module_inputs(self, block: nn.Module, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What each of these modules reads when the block reads `hidden`, and what the block returns.
+
+        Args:
+            block: a MambaBlock.
+            hidden: (B, L, d_model).
+
+        Returns:
+            Inputs by module name, (B, L, in) or (B, L, D) for conv1d; the block's output (B, L, d_model).
+        """
+        mixer, normed = block.mixer, self.normed(block, hidden)
+        x, z = self.expand(mixer, normed)
+        inputs = self.scan_inputs(mixer, x, z)
+        y, _ = selective_scan(inputs)
+        low_rank = F.linear(inputs.u, mixer.x_proj.weight[: mixer.time_step_rank])
+        read = {"in_proj": normed, "conv1d": x, "x_proj": inputs.u, "dt_proj": low_rank, "out_proj": y}
+        return read, hidden + mixer.out_proj(y)
+
+    def remove_block(self, block: nn.Module) -> None:
+        """Make a block hand on what it reads: out_proj becomes zero, so nothing is added to the residual stream."""
+        with torch.no_grad():
+            for parameter in block.mixer.out_proj.parameters():
+                parameter.zero_()
+
+    def remove_ssm(self, block: nn.Module) -> None:
+        """Silence the states of a block in place; the convolution, the skip D and the gate stay."""
+        self.mask_states(block.mixer, kept=[])
+
     def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
         """Silence all states but `kept` in place.
 
@@ -96,7 +133,7 @@ class MambaArchitecture:
         b_rows, c_rows = self._state_rows(mixer)
         with torch.no_grad():
             weight = mixer.x_proj.weight
-            keep = torch.as_tensor(list(kept), device=weight.device)
+            keep = torch.as_tensor(list(kept), device=weight.device, dtype=torch.long)
             dropped = torch.ones(mixer.ssm_state_size, dtype=torch.bool, device=weight.device)
             dropped[keep] = False
             if mixing is not None:

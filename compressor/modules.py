@@ -1,0 +1,151 @@
+"""The projections and conv1d of a layer: Hessians on what they really read, then SparseGPT, Wanda or magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ssmc.runtime.architectures import Architecture
+from ssmc.runtime.progress import Progress, silent
+
+from .config import FFN, CompressConfig, FfnScore
+from .depthwise import prune_depthwise
+from .hessian import DepthwiseSecondMoment, SecondMoment, SquaredInputs
+from .masks import NM, Target
+from .sensitivity import RANKED, allocate
+from .sparsegpt import sparsegpt
+from .wanda import magnitude, wanda
+
+CONV = "conv1d"
+Moments = dict[str, SecondMoment | DepthwiseSecondMoment]
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """What happened to one module of a layer."""
+
+    name: str
+    target: str  # sparsity aimed at, or N:M
+    zeros: float  # part of the weights that is zero now
+    error: float | None  # squared error of its output relative to the output's energy; None when not measured
+
+
+def module_targets(
+    architecture: Architecture,
+    model: nn.Module,
+    hidden: torch.Tensor | None,
+    config: CompressConfig,
+    progress: Progress = silent,
+) -> list[dict[str, Target]]:
+    """How sparse each module of each layer becomes: N:M, or Eq. 7 of SparseSSM from one pass over the dense model.
+
+    Args:
+        architecture: adapter of the model.
+        model: dense.
+        hidden: (nsamples, L, d_model) embeddings of the calibration samples, not modified; None without any.
+        config: pattern, sparsity, alpha, targets.
+        progress: told about layers.
+    """
+    layers = len(architecture.blocks(model))
+    if config.nm:
+        return [dict.fromkeys(config.modules, config.nm) for _ in range(layers)]
+    names = [name for name in config.modules if name in RANKED]
+    if hidden is None or not names or config.alpha == 0:
+        return [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
+    sensitivities = _sensitivities(architecture, model, hidden.clone(), names, progress)
+    ranked = allocate(sensitivities, config.sparsity, config.alpha)
+    return [
+        {name: ranked[name][layer] if name in ranked else config.sparsity for name in config.modules}
+        for layer in range(layers)
+    ]
+
+
+def _sensitivities(
+    architecture: Architecture, model: nn.Module, hidden: torch.Tensor, names: Sequence[str], progress: Progress
+) -> dict[str, list[float]]:
+    """trace(H) / size of each module in each layer; the trace alone needs no matrix product."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    blocks = architecture.blocks(model)
+    for index, block in enumerate(blocks):
+        progress("sensitivity of the layers (Eq. 7)", index, len(blocks))
+        weights = architecture.module_weights(architecture.mixer(block))
+        sums = {name: SquaredInputs(weights[name].shape[1], hidden.device) for name in names}
+        for i in range(len(hidden)):
+            inputs, hidden[i : i + 1] = architecture.module_inputs(block, hidden[i : i + 1])
+            for name in names:
+                sums[name].add(inputs[name])
+        for name in names:
+            found[name].append(float(sums[name].total.sum()) / weights[name].numel())
+    return found
+
+
+def prune_modules(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    targets: Mapping[str, Target],
+    score: FfnScore,
+    progress: Progress = silent,
+    label: str = "Hessians",
+) -> list[ModuleResult]:
+    """Prune modules of one layer in place.
+
+    All Hessians come from one pass over the layer as it is before any of them is touched.
+
+    Args:
+        architecture: adapter of the model.
+        block: the layer.
+        hidden: (nsamples, L, d_model) what the layer reads; None for magnitude, which looks at no data.
+        targets: sparsity or N:M by module name.
+        score: how to prune.
+        progress: told about samples.
+        label: what to call the work.
+    """
+    weights = architecture.module_weights(architecture.mixer(block))
+    moments: Moments = {}
+    if hidden is not None and score is not FfnScore.magnitude:
+        moments = _moments(architecture, block, hidden, {n: weights[n] for n in targets}, progress, label)
+    results = []
+    for name in (name for name in FFN if name in targets):
+        weight, target = weights[name], targets[name]
+        pruned, error = _prune(name, weight, moments.get(name), target, score)
+        weight.copy_(pruned)
+        zeros = float((weight == 0).sum()) / weight.numel()
+        results.append(ModuleResult(name, str(target) if isinstance(target, NM) else f"{target:.4f}", zeros, error))
+    return results
+
+
+def _moments(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    progress: Progress,
+    label: str,
+) -> Moments:
+    moments: Moments = {
+        name: (DepthwiseSecondMoment(*w.shape, hidden.device) if name == CONV else SecondMoment(w.shape[1], w.device))
+        for name, w in weights.items()
+    }
+    for i in range(len(hidden)):
+        progress(label, i, len(hidden))
+        inputs, _ = architecture.module_inputs(block, hidden[i : i + 1])
+        for name, moment in moments.items():
+            moment.add(inputs[name])
+    progress(label, len(hidden), len(hidden))
+    return moments
+
+
+def _prune(
+    name: str, weight: torch.Tensor, moment: SecondMoment | DepthwiseSecondMoment | None, target: Target, score: FfnScore
+) -> tuple[torch.Tensor, float | None]:
+    """The pruned weight (out, in), or (D, K) for conv1d, and its relative output error where it is known."""
+    if score is FfnScore.magnitude or moment is None:
+        return weight * magnitude(weight, target), None
+    if score is FfnScore.wanda:
+        return weight * wanda(weight, moment.total.diagonal(dim1=-2, dim2=-1), target), None
+    result = prune_depthwise(weight, moment.total, target) if name == CONV else sparsegpt(weight, moment.total, target)
+    return result.weight.to(weight.dtype), result.error

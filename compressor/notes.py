@@ -1,0 +1,58 @@
+"""What a user should know about a run besides its result: one sentence each."""
+
+from __future__ import annotations
+
+from .calibration import Calibration
+from .config import COLUMN, SSM, SSM_MODULE, CompressConfig
+
+
+def notes_for(config: CompressConfig, calibration: Calibration | None, dense_states: int, keep: int) -> list[str]:
+    """Sentences about a run.
+
+    Args:
+        config: the run.
+        calibration: what it was calibrated on, None if it looked at no text.
+        dense_states: N of the dense model.
+        keep: states that stay.
+    """
+    notes = []
+    if calibration and calibration.shortfall:
+        notes.append(calibration.shortfall)
+    if calibration and config.calib is None and config.model != "tiny":
+        notes.append(
+            "Calibrated on the embedded sample of simple stories. For a model of real text give text like what it "
+            "will read: --calib wikitext2 or a file."
+        )
+    if config.pattern == COLUMN and keep < dense_states and keep & (keep - 1):
+        notes.append(_padding(dense_states, keep))
+    if config.pattern != COLUMN and SSM in config.targets:
+        notes.append(
+            "Entries of A_log that are 0 stand for A = -1: the state still decays and costs the same, so this makes "
+            "nothing smaller or faster. It is there to compare with; --pattern column removes states for real."
+        )
+    if config.pattern == SSM_MODULE:
+        notes.append(
+            "The SSM of the removed layers is silent but still computed: stock loaders have no layer without one, so "
+            "this makes nothing smaller or faster. It is there to compare with."
+        )
+    if config.modules and config.nm is None:
+        notes.append(
+            "Zeros spread over the projections make nothing smaller or faster by themselves: dense formats store them "
+            "and dense products multiply by them."
+        )
+    if config.modules and config.nm:
+        notes.append(
+            f"The file stays as large: {config.nm} zeros are stored. GPUs with sparse tensor cores can use 2:4; "
+            "on a CPU nothing gets faster."
+        )
+    return notes
+
+
+def _padding(dense_states: int, keep: int) -> str:
+    padded = 1 << keep.bit_length()
+    gain = "gains nothing there" if padded >= dense_states else f"costs as much as {padded} there"
+    return (
+        f"{keep} states is not a power of two: the Triton decode kernels of mamba_ssm and vLLM pad it to {padded}, "
+        f"so it {gain}; transformers, our CPU scan and mamba_ssm's prefill do gain. "
+        "--round-to power-of-two avoids it."
+    )

@@ -1,0 +1,118 @@
+"""Mamba-Shedder (NAACL 2025): take away whole blocks, or only their SSM, one after the other, by perplexity.
+
+At each step every removal that is still possible is tried, and the one that leaves the lowest perplexity on the
+calibration text is made. Test text is never looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssmc.runtime.architectures import Architecture
+from ssmc.runtime.progress import Progress, silent
+
+from .config import LAYER, CompressConfig, Score
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One step of the greedy search."""
+
+    layer: int
+    loss: float | None  # nats a token on the calibration text after this removal; None for `random`
+
+
+def removal_count(n_layer: int, sparsity: float) -> int:
+    """How many of `n_layer` layers go: the nearest whole number, at least one, and at least one stays."""
+    return min(max(1, round(n_layer * sparsity)), n_layer - 1)
+
+
+@torch.no_grad()
+def shed(
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: torch.Tensor | None,
+    config: CompressConfig,
+    progress: Progress = silent,
+) -> list[Removal]:
+    """Remove blocks or SSMs from `model` in place, without changing a shape.
+
+    Args:
+        model: with the fast scan in use.
+        architecture: its adapter.
+        tokens: (nsamples, seqlen) calibration samples; None for the score `random`.
+        config: pattern (`layer` or `ssm-module`), sparsity, score, seed.
+        progress: told about tries.
+
+    Returns:
+        The removals in the order they were made.
+    """
+    blocks = architecture.blocks(model)
+    remove = architecture.remove_block if config.pattern == LAYER else architecture.remove_ssm
+    count = removal_count(len(blocks), config.sparsity)
+    if config.judge is Score.random:
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
+        removals = [Removal(layer, None) for layer in order]
+    else:
+        removals = _greedy(model, architecture, tokens, count, remove, progress)
+    for removal in removals:
+        remove(blocks[removal.layer])
+    return removals
+
+
+def _greedy(
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: torch.Tensor,
+    count: int,
+    remove: Callable[[nn.Module], None],
+    progress: Progress,
+) -> list[Removal]:
+    """Try every removal left, make the cheapest, until `count` are made; `model` is left as it was.
+
+    The layers before a candidate compute the same with and without it, so a sweep carries their output along and each
+    try runs only what follows: half the work.
+    """
+    blocks = list(architecture.blocks(model))
+    removals: list[Removal] = []
+    total, done = sum(len(blocks) - i for i in range(count)), 0
+    while len(removals) < count:
+        gone = {r.layer for r in removals}
+        losses = dict.fromkeys((i for i in range(len(blocks)) if i not in gone), 0.0)
+        candidates = {i: _without(blocks[i], remove) for i in losses}
+        for sample in tokens.split(1):
+            hidden = model.get_input_embeddings()(sample).float()
+            for i, block in enumerate(blocks):
+                if i in losses:
+                    without = candidates[i](hidden)
+                    losses[i] += _loss(architecture, model, sample, without, blocks[i + 1 :]) / len(tokens)
+                hidden = block(hidden)
+        best = min(losses, key=lambda i: (losses[i], i))
+        removals.append(Removal(best, losses[best]))
+        blocks[best] = candidates[best]
+        done += len(losses)
+        progress("trying removals", done, total)
+    return removals
+
+
+def _without(block: nn.Module, remove: Callable[[nn.Module], None]) -> nn.Module:
+    """A copy of a block with its removal made."""
+    removed = copy.deepcopy(block)
+    remove(removed)
+    return removed
+
+
+def _loss(
+    architecture: Architecture, model: nn.Module, sample: torch.Tensor, hidden: torch.Tensor, blocks: list[nn.Module]
+) -> float:
+    """Mean negative log-likelihood of the next token, in nats, from the hidden states before `blocks`."""
+    for block in blocks:
+        hidden = block(hidden)
+    logits = architecture.head(model, hidden)  # (1, L, vocab)
+    return float(F.cross_entropy(logits[0, :-1].float(), sample[0, 1:]))
