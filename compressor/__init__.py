@@ -1,20 +1,26 @@
-"""One-shot pruning: scores, repair, and the layer-by-layer pipeline.
+"""One-shot pruning: scores, repair, weight pruning, and the layer-by-layer pipeline.
 
 `compress` is the whole run; the other names are its parts, for those who build on them.
 """
 
 from .compress import CompressResult, compress
-from .config import CompressConfig, Pattern, Score, configure, kept_states
-from .pipeline import LayerResult, collect, propagate, prune_states
+from .config import CompressConfig, FfnScore, Score, Weighting, configure, kept_states
+from .modules import ModuleResult, prune_modules
+from .pipeline import LayerResult, collect, propagate, prune_layers
+from .recipe import read_recipe
 from .repair import Repair, eliminate, evaluate
+from .shedder import Removal, shed
 
 __all__ = [
     "CompressConfig",
     "CompressResult",
+    "FfnScore",
     "LayerResult",
-    "Pattern",
+    "ModuleResult",
+    "Removal",
     "Repair",
     "Score",
+    "Weighting",
     "collect",
     "compress",
     "configure",
@@ -22,5 +28,8 @@ __all__ = [
     "evaluate",
     "kept_states",
     "propagate",
-    "prune_states",
+    "prune_layers",
+    "prune_modules",
+    "read_recipe",
+    "shed",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,7 +23,7 @@ FFN = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # in the order the
 TARGETS = {"ssm": (SSM,), "ffn": FFN, "all": (SSM, *FFN)}
 
 
-class Score(str, Enum):
+class Score(StrEnum):
     """How the importance of a state, of an entry of A_log, or of a whole layer is judged."""
 
     magnitude = "magnitude"
@@ -38,7 +38,7 @@ class Score(str, Enum):
     mamba_shedder = "mamba-shedder"
 
 
-class FfnScore(str, Enum):
+class FfnScore(StrEnum):
     """How the weights of the projections and of conv1d are pruned."""
 
     sparsegpt = "sparsegpt"
@@ -46,7 +46,7 @@ class FfnScore(str, Enum):
     magnitude = "magnitude"
 
 
-class Weighting(str, Enum):
+class Weighting(StrEnum):
     """Weight of time step t in the score `sparsessm`, t counted from the first step that has a state behind it."""
 
     power = "power"  # 1 / (t + 1)
@@ -59,7 +59,10 @@ class Weighting(str, Enum):
 # Which scores a pattern can be judged by, its default first.
 _SCORES = {
     COLUMN: (Score.exact, *(s for s in Score if s not in (Score.exact, Score.sparsegpt, Score.mamba_shedder))),
-    UNSTRUCTURED: (Score.sparsessm, *(s for s in Score if s not in (Score.sparsessm, Score.exact, Score.mamba_shedder))),
+    UNSTRUCTURED: (
+        Score.sparsessm,
+        *(s for s in Score if s not in (Score.sparsessm, Score.exact, Score.mamba_shedder)),
+    ),
     LAYER: (Score.mamba_shedder, Score.random),
     SSM_MODULE: (Score.mamba_shedder, Score.random),
 }

@@ -110,12 +110,24 @@ def prune_modules(
         moments = _moments(architecture, block, hidden, {n: weights[n] for n in targets}, progress, label)
     results = []
     for name in (name for name in FFN if name in targets):
-        weight, target = weights[name], targets[name]
-        pruned, error = _prune(name, weight, moments.get(name), target, score)
-        weight.copy_(pruned)
-        zeros = float((weight == 0).sum()) / weight.numel()
-        results.append(ModuleResult(name, str(target) if isinstance(target, NM) else f"{target:.4f}", zeros, error))
+        weight, target, error = weights[name], targets[name], None
+        if _takes(weight, target):
+            pruned, error = _prune(name, weight, moments.get(name), target, score)
+            weight.copy_(pruned)
+        zeros = int((weight == 0).sum()) / weight.numel()
+        results.append(ModuleResult(name, _text(target, weight), zeros, error))
     return results
+
+
+def _takes(weight: torch.Tensor, target: Target) -> bool:
+    """Whether the inputs of a module are whole groups of N:M; one whose are not is left as it is."""
+    return not isinstance(target, NM) or weight.shape[1] % target.m == 0
+
+
+def _text(target: Target, weight: torch.Tensor) -> str:
+    if not isinstance(target, NM):
+        return f"{target:.4f}"
+    return str(target) if _takes(weight, target) else f"left out: {weight.shape[1]} inputs are no groups of {target.m}"
 
 
 def _moments(
@@ -140,7 +152,11 @@ def _moments(
 
 
 def _prune(
-    name: str, weight: torch.Tensor, moment: SecondMoment | DepthwiseSecondMoment | None, target: Target, score: FfnScore
+    name: str,
+    weight: torch.Tensor,
+    moment: SecondMoment | DepthwiseSecondMoment | None,
+    target: Target,
+    score: FfnScore,
 ) -> tuple[torch.Tensor, float | None]:
     """The pruned weight (out, in), or (D, K) for conv1d, and its relative output error where it is known."""
     if score is FfnScore.magnitude or moment is None:

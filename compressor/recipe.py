@@ -25,13 +25,17 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"The recipe {path} cannot be read: {reason}. Name the recipe.yaml of an earlier run.") from error
+        raise UsageError(
+            f"The recipe {path} cannot be read: {reason}. Name the recipe.yaml of an earlier run."
+        ) from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         place = f" (line {where.line + 1})" if where else ""
         raise UsageError(f"The recipe {path} is not YAML{place}. Write one `option: value` a line.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"The recipe {path} does not name options. Write one `option: value` a line, as sparsity: 0.5.")
+        raise UsageError(
+            f"The recipe {path} does not name options. Write one `option: value` a line, as sparsity: 0.5."
+        )
     return content
 
 

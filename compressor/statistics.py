@@ -108,7 +108,7 @@ class TimeWeighted(Statistic):
 
 
 def time_weights(kind: Weighting, length: int) -> torch.Tensor:
-    """Weights of `length` time steps, (length,) float64, summing to 1 (the published code's choices; `power` is v2's)."""
+    """Weights of `length` time steps, (length,) float64, summing to 1 : the published code's choices."""
     t = torch.arange(length, dtype=torch.float64)
     weights = {
         Weighting.power: 1 / (t + 1),

@@ -46,7 +46,14 @@ def test_sparsity_out_of_range(sparsity):
     ("options", "words"),
     [
         ({"score": "best"}, "score 'best' does not work.*sparsessm-vote.*exact"),
-        ({"pattern": "row"}, "pattern 'row' does not work"),
+        ({"pattern": "row"}, "pattern 'row' does not work.*column.*N:M"),
+        ({"pattern": "4:2"}, "4:2 does not work"),
+        ({"pattern": "unstructured", "score": "exact"}, "exact does not judge the pattern unstructured; .*ghost"),
+        ({"score": "sparsegpt"}, "sparsegpt does not judge the pattern column"),
+        ({"target": "mlp"}, "target 'mlp'.*ffn.*in_proj"),
+        ({"pattern": "layer", "target": "ffn"}, "arget does not go with the pattern layer"),
+        ({"pattern": "unstructured", "target": "ffn", "alpha": 0.6}, "alpha 0.6"),
+        ({"alpha": -0.1}, "alpha -0.1"),
         ({"nsamples": 0}, "nsamples 0"),
         ({"seqlen": 1}, "seqlen 1"),
         ({"seed": -1}, "seed -1"),
@@ -63,3 +70,37 @@ def test_mistakes_are_named(options, words):
 def test_all_mistakes_are_named_at_once():
     with pytest.raises(UsageError, match=r"sparsity 2(.|\n)*seqlen 0"):
         configure(model="tiny", sparsity=2, seqlen=0)
+
+
+def test_defaults_follow_the_pattern():
+    assert configure(model="tiny").targets == ("A_log",)
+    assert configure(model="tiny", pattern="unstructured").targets == ("A_log",)
+    assert configure(model="tiny", pattern="2:4").targets == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    assert configure(model="tiny", pattern="layer").targets == ()
+    judges = {p: configure(model="tiny", pattern=p).judge.value for p in ("column", "unstructured", "2:4", "layer")}
+    assert judges == {"column": "exact", "unstructured": "sparsessm", "2:4": "sparsessm", "layer": "mamba-shedder"}
+
+
+def test_targets_run_in_order_whatever_the_order_asked():
+    assert configure(model="tiny", pattern="unstructured", target="out_proj,ssm,in_proj").targets == (
+        "A_log",
+        "in_proj",
+        "out_proj",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({}, True),
+        ({"score": "magnitude", "repair": False}, False),
+        ({"score": "magnitude"}, True),
+        ({"pattern": "unstructured", "score": "random"}, False),
+        ({"pattern": "2:4", "ffn_score": "magnitude"}, False),
+        ({"pattern": "2:4"}, True),
+        ({"pattern": "layer"}, True),
+        ({"pattern": "layer", "score": "random"}, False),
+    ],
+)
+def test_text_is_read_only_when_something_is_decided_by_it(options, needs):
+    assert configure(model="tiny", **options).needs_text is needs

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from ssmc.compressor import configure
 from ssmc.compressor.config import Score
-from ssmc.compressor.scores import Layer, choose_states, entry_importance, state_importance, statistics_for
+from ssmc.compressor.masks import NM
+from ssmc.compressor.scores import (
+    Layer,
+    choose_states,
+    entry_importance,
+    prune_entries,
+    state_importance,
+    statistics_for,
+)
 
 from .naive import hidden_states, random_inputs
 from .test_statistics import feed
@@ -23,9 +32,10 @@ def h(inputs):
     return hidden_states(inputs)
 
 
-def layer_for(score, inputs, keep=3, repair=False):
+def layer_for(score, inputs, keep=3, repair=False, **options):
     A_log = torch.log(-inputs.A)
-    statistics = statistics_for(score, A_log, keep, repair)
+    config = configure(model="test", score=score, repair=repair, **options)
+    statistics = statistics_for(config, A_log, keep, inputs.length - 1)
     for statistic in statistics.wanted():
         feed(statistic, inputs, 4, 2)
     return Layer(0, A_log, statistics)
@@ -43,7 +53,7 @@ def formula(score, inputs, h):
         decays = np.exp(dt[..., None] * A).sum(0)  # (L, D, N)
         squares = (h[:, :-1] ** 2).sum(0)
         weights = np.array([0.0] + [1 / t for t in range(1, len(decays))])
-        return np.einsum("t,tdn->dn", weights, decays**2 * squares)
+        return np.einsum("t,tdn->dn", weights / weights.sum(), decays**2 * squares)
     if score is Score.energy:
         return ((C[:, :, None] * h[:, 1:]) ** 2).sum((0, 1))
     if score is Score.ghost:
@@ -102,5 +112,33 @@ def test_exact_with_and_without_repair_may_differ_but_each_is_best_for_its_aim(i
 
 def test_only_what_a_score_needs_is_collected():
     A_log = torch.zeros(4, 6)
-    assert statistics_for(Score.magnitude, A_log, 3, repair=False).wanted() == []
-    assert len(statistics_for(Score.ghost, A_log, 3, repair=True).wanted()) == 2
+    wanted = lambda **options: statistics_for(configure(model="test", **options), A_log, 3, 10).wanted()  # noqa: E731
+    assert wanted(score="magnitude", repair=False) == []
+    assert len(wanted(score="ghost", repair=True)) == 2
+    assert len(wanted(score="ghost", pattern="unstructured")) == 1
+
+
+@pytest.mark.parametrize("score", ENTRY_SCORES)
+def test_unstructured_sets_the_cheapest_entries_to_zero(score, inputs, h):
+    layer = layer_for(score, inputs, pattern="unstructured")
+    pruned = prune_entries(score, layer, 0.4, seed=0)
+    cheapest = np.argsort(formula(score, inputs, h), axis=None)[: round(0.4 * D * N)]
+    expected = layer.A_log.clone()
+    expected.view(-1)[torch.as_tensor(cheapest)] = 0
+    assert torch.equal(pruned, expected)
+
+
+@pytest.mark.parametrize("score", [*ENTRY_SCORES, Score.sparsessm_vote, Score.random, Score.sparsegpt])
+def test_n_of_every_m_states_stay(score):
+    inputs = random_inputs(d_inner=D, d_state=8)
+    pruned = prune_entries(score, layer_for(score, inputs, pattern="1:4"), NM(1, 4), seed=0)
+    assert ((pruned.view(D, 2, 4) != 0).sum(2) == 1).all()
+
+
+def test_sparsegpt_moves_the_entries_that_stay_and_the_others_do_not(inputs):
+    for score, moves in ((Score.sparsegpt, True), (Score.sparsessm, False)):
+        layer = layer_for(score, inputs, pattern="unstructured")
+        pruned = prune_entries(score, layer, 0.5, seed=0)
+        stayed = pruned != 0
+        assert int((~stayed).sum()) == round(0.5 * D * N)
+        assert torch.equal(pruned[stayed], layer.A_log[stayed]) is not moves

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor.statistics import Chunk, NormalMatrix, SquaredReadout, SquaredStates, TimeWeighted, Vote
+from ssmc.compressor.config import Weighting
+from ssmc.compressor.hessian import StateMoment
+from ssmc.compressor.scores import _lowest
+from ssmc.compressor.statistics import (
+    Chunk,
+    NormalMatrix,
+    SquaredReadout,
+    SquaredStates,
+    States,
+    TimeWeighted,
+    Vote,
+    time_weights,
+)
 from ssmc.runtime.scan import ScanInputs, scan_states
 
 from .naive import hidden_states, random_inputs, silu
@@ -66,7 +78,30 @@ def test_time_weighted_sums_over_samples_before_multiplying(inputs, h, stretch, 
         decays = sum(np.exp(dt[b, t][:, None] * A) for b in range(inputs.batch))
         squares = sum(h[b, t] ** 2 for b in range(inputs.batch))
         expected += 1 / t * decays**2 * squares
-    np.testing.assert_allclose(feed(TimeWeighted(), inputs, stretch, group).value, expected.T, rtol=1e-5)
+    expected /= sum(1 / t for t in range(1, inputs.length))
+    weights = time_weights(Weighting.power, inputs.length - 1)
+    np.testing.assert_allclose(feed(TimeWeighted(weights), inputs, stretch, group).value, expected.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Weighting.power, [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
+        (Weighting.linear, [5, 4, 3, 2, 1]),
+        (Weighting.discount, [1, 0.9, 0.81, 0.729, 0.6561]),
+        (Weighting.window, [1, 1, 0, 0, 0]),  # ceil(5 / 4) steps
+        (Weighting.uniform, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_time_weights(kind, expected):
+    np.testing.assert_allclose(time_weights(kind, 5), np.array(expected) / sum(expected), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("stretch", "group"), CUTS)
+def test_state_moment_sums_over_samples_time_and_channels(inputs, h, stretch, group):
+    expected = np.einsum("btdn,btdm->nm", h[:, :-1], h[:, :-1])
+    moment = feed(States(StateMoment(5)), inputs, stretch, group).moment
+    np.testing.assert_allclose(moment.total, expected, rtol=1e-5, atol=1e-6 * expected.max())
 
 
 @pytest.mark.parametrize(("stretch", "group"), CUTS)
@@ -81,9 +116,23 @@ def test_vote_names_exactly_k_a_step_and_none_at_the_first(inputs, h, stretch, g
         ]
         for n in sorted(range(5), key=lambda n: importance[n])[:candidates]:
             counts[n] += 1
-    result = feed(Vote(A_log, candidates), inputs, stretch, group).value
+    vote = Vote(A_log, lambda importance: _lowest(importance, candidates), states=True)
+    result = feed(vote, inputs, stretch, group).value
     assert result.tolist() == counts.tolist()
     assert result.sum() == candidates * (inputs.length - 1)
+
+
+@pytest.mark.parametrize(("stretch", "group"), CUTS)
+def test_vote_on_entries(inputs, h, stretch, group):
+    """Each step names the 12 least important of all 7 x 5 entries."""
+    A_log = torch.log(-inputs.A)
+    counts = np.zeros((7, 5), dtype=int)
+    for t in range(1, inputs.length):
+        importance = A_log.double().numpy() ** 2 * (h[:, t] ** 2).sum(0)
+        for flat in np.argsort(importance, axis=None)[:12]:
+            counts[np.unravel_index(flat, counts.shape)] += 1
+    name = lambda importance: _lowest(importance.flatten(1), 12).view(importance.shape)  # noqa: E731
+    assert feed(Vote(A_log, name, states=False), inputs, stretch, group).value.tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize(("stretch", "group"), CUTS)
