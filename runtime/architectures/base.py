@@ -99,3 +99,11 @@ class Architecture(Protocol):
         self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
         """Remove all states but `kept[layer]` from a whole state dict and its configuration."""
+
+    def is_removed(self, block: nn.Module) -> bool:
+        """Whether a block hands on what it reads, so that cutting it changes nothing."""
+
+    def cut_blocks(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, removed: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Remove whole blocks from a state dict and its configuration; those that stay are numbered anew."""

@@ -7,6 +7,7 @@ x_proj, whose (dt_rank + 2 N) rows are stacked as dt, B, C.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -169,6 +170,27 @@ class MambaArchitecture:
                 cuts.append(Cut(prefix + name, tuple(before.shape), tuple(out[prefix + name].shape)))
         smaller = copy.deepcopy(config)
         smaller.state_size = counts.pop()
+        return out, smaller, cuts
+
+    def is_removed(self, block: nn.Module) -> bool:
+        """Whether a block hands on what it reads: its out_proj is zero."""
+        return not any(bool(parameter.any()) for parameter in block.mixer.out_proj.parameters())
+
+    def cut_blocks(
+        self, tensors: Mapping[str, torch.Tensor], config: MambaConfig, removed: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], MambaConfig, list[Cut]]:
+        """Remove whole blocks from a state dict and its configuration; those that stay are numbered anew."""
+        kept = [layer for layer in range(config.num_hidden_layers) if layer not in removed]
+        number = {f"backbone.layers.{old}.": f"backbone.layers.{new}." for new, old in enumerate(kept)}
+        out, cuts = {}, []
+        for name, tensor in tensors.items():
+            prefix = re.match(r"backbone\.layers\.\d+\.|", name)[0]
+            if not prefix or prefix in number:
+                out[number.get(prefix, "") + name[len(prefix) :]] = tensor
+            else:
+                cuts.append(Cut(name, tuple(tensor.shape), ()))
+        smaller = copy.deepcopy(config)
+        smaller.num_hidden_layers = len(kept)
         return out, smaller, cuts
 
     @staticmethod
