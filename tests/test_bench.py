@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.bench import benchmark, check_output, findings, summary_rows
+from ssmc.runtime.bench.conditions import conditions as read_conditions
 from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.memory import MemoryProcessError, MemoryTask, measure_memory
 from ssmc.runtime.bench.quality import read_tokens
@@ -36,6 +37,7 @@ from ssmc.runtime.tiny import heldout_path
 from ssmc.runtime.tokenizers import copy_tokenizer, load_tokenizer
 
 KEPT = [0, 2, 5]  # of 8 states
+CPU = torch.device("cpu")
 SMALL = {"lengths": (8, 16), "batch_sizes": (1, 3), "decode_tokens": 4, "repeats": MIN_ROUNDS, "time_budget": 0.1}
 
 
@@ -273,7 +275,8 @@ def test_memory_is_measured_in_processes_of_their_own(report):
 def test_conditions_describe_the_machine_but_not_whose_it_is(report, artefact):
     conditions = report.conditions
     assert conditions.versions["torch"] == torch.__version__
-    assert conditions.torch_threads == torch.get_num_threads()
+    before = torch.get_num_threads()
+    assert read_conditions(CPU, torch.float32, None).torch_threads == before == torch.get_num_threads()
     assert conditions.memory_bytes > 2**28
     assert conditions.cpu
     assert (conditions.device, conditions.dtype, conditions.gpu) == ("cpu", "float32", None)
@@ -434,7 +437,7 @@ def test_one_model_alone_needs_no_tokenizer(artefact):
     with pytest.raises(CheckpointError, match="without a tokenizer"):
         read_tokens(checkpoints, heldout_path(), None, settings)
     assert read_tokens(checkpoints, None, "tiny", settings)[0].shape == (2 * 64,)
-    measurements = measure_speed(bare, settings, torch.device("cpu"), stock=False)
+    measurements = measure_speed(bare, settings, CPU, stock=False)
     assert [(m.kind, m.ratios) for m in measurements] == [("prefill", {}), ("decode", {}), ("scan", {})]
 
 

@@ -41,7 +41,7 @@ class Conditions:
     physical_cores: int | None
     logical_cores: int | None
     torch_threads: int
-    numba_threads: int
+    numba_threads: int  # at most; our scan takes as many as torch has
     memory_bytes: int
     load_average: tuple[float, float, float] | None  # over 1, 5 and 15 minutes, before the run
     device: str  # "cpu" or "cuda"
@@ -51,7 +51,7 @@ class Conditions:
 
 def conditions(device: torch.device, dtype: torch.dtype, load_before: tuple[float, float, float] | None) -> Conditions:
     """Read the conditions now, except for the load, which is that of before the run."""
-    import numba  # slow to import, and the only use here
+    import numba  # slow to import. Its get_num_threads would start its threads and set torch's number to theirs
 
     return Conditions(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -62,7 +62,7 @@ def conditions(device: torch.device, dtype: torch.dtype, load_before: tuple[floa
         physical_cores=psutil.cpu_count(logical=False),
         logical_cores=psutil.cpu_count(),
         torch_threads=torch.get_num_threads(),
-        numba_threads=numba.get_num_threads(),
+        numba_threads=numba.config.NUMBA_NUM_THREADS,
         memory_bytes=psutil.virtual_memory().total,
         load_average=load_before,
         device=device.type,
