@@ -70,7 +70,9 @@ def perplexity(
         CalibrationError: too few tokens, or tokens the model has no embedding for.
         CheckpointError: the model's loss is not a number.
     """
-    windows = _windows(model, tokens, window, batch)  # (W, window)
+    if batch < 1:
+        raise UsageError(f"Perplexity needs a batch of at least 1, not {batch}.")
+    windows = split_windows(model, tokens, window)  # (W, window)
     losses = []
     for start in range(0, len(windows), batch):
         losses += _window_losses(model, windows[start : start + batch])
@@ -112,12 +114,14 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(variance / len(values))
 
 
-def _windows(model: nn.Module, tokens: torch.Tensor, window: int, batch: int) -> torch.Tensor:
-    """The stream cut into windows, (W, window)."""
-    if window < 2 or batch < 1:
-        raise UsageError(
-            f"Perplexity needs windows of at least 2 tokens and a batch of at least 1, not {window} and {batch}."
-        )
+def split_windows(model: nn.Module, tokens: torch.Tensor, window: int) -> torch.Tensor:
+    """The stream (T,) cut into windows, (W, window), if `model` can be scored on them.
+
+    Raises:
+        UsageError, CalibrationError: as `perplexity`, but at once.
+    """
+    if window < 2:
+        raise UsageError(f"Perplexity needs windows of at least 2 tokens, not {window}.")
     total = tokens.numel()
     if total < min(window, MIN_TOKENS):
         raise CalibrationError(

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.bench import benchmark, check_output, findings, summary_rows
+from ssmc.runtime.bench.conditions import conditions as read_conditions
 from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.memory import MemoryProcessError, MemoryTask, measure_memory
 from ssmc.runtime.bench.quality import read_tokens
@@ -36,6 +37,7 @@ from ssmc.runtime.tiny import heldout_path
 from ssmc.runtime.tokenizers import copy_tokenizer, load_tokenizer
 
 KEPT = [0, 2, 5]  # of 8 states
+CPU = torch.device("cpu")
 SMALL = {"lengths": (8, 16), "batch_sizes": (1, 3), "decode_tokens": 4, "repeats": MIN_ROUNDS, "time_budget": 0.1}
 
 
@@ -167,7 +169,7 @@ def test_models_of_different_vocabularies_are_refused(artefact, tmp_path):
         ({"lengths": (8, 0)}, "lengths must be at least 1, not 8, 0"),
         ({"batch_sizes": (-1,)}, "batch_sizes must"),
         ({"decode_tokens": 0}, "decode_tokens must"),
-        ({"repeats": 2}, "repeats must be at least 5"),
+        ({"repeats": 0}, "repeats must be at least 1"),
         ({"max_windows": 0}, "max_windows must"),
         ({"window": 1}, "window must be at least 2"),
         ({"device": "tpu"}, "no device 'tpu'"),
@@ -273,7 +275,8 @@ def test_memory_is_measured_in_processes_of_their_own(report):
 def test_conditions_describe_the_machine_but_not_whose_it_is(report, artefact):
     conditions = report.conditions
     assert conditions.versions["torch"] == torch.__version__
-    assert conditions.torch_threads == torch.get_num_threads()
+    before = torch.get_num_threads()
+    assert read_conditions(CPU, torch.float32, None).torch_threads == before == torch.get_num_threads()
     assert conditions.memory_bytes > 2**28
     assert conditions.cpu
     assert (conditions.device, conditions.dtype, conditions.gpu) == ("cpu", "float32", None)
@@ -384,7 +387,7 @@ def test_the_summary_says_what_does_not_help(report):
     def with_decode(seconds):
         """The report as if decoding had taken the compressed model these seconds and the dense one 1."""
         names = [model.name for model in report.models]
-        timings = {names[0]: Timing((1.0,) * 5), names[1]: Timing(seconds)}
+        timings = {names[0]: Timing((1.0,) * len(seconds)), names[1]: Timing(seconds)}
         ratios = {names[1]: paired_ratio(*timings.values())}
         measurements = [
             dataclasses.replace(m, timings=timings, ratios=ratios) if m.kind == "decode" else m
@@ -394,13 +397,17 @@ def test_the_summary_says_what_does_not_help(report):
         row = next(row for row in summary_rows(changed) if row.metric == "Decode, batch 1")
         return row.verdicts, next(sentence for sentence in findings(changed) if sentence.startswith("Decode, batch 1"))
 
-    assert with_decode((0.5,) * 5) == (
+    assert with_decode((0.5,) * 6) == (
         ("better",),
         "Decode, batch 1: 2.00× (2.00–2.00) the dense model's speed, faster.",
     )
-    assert with_decode((2.0,) * 5)[0] == ("worse",)
-    assert with_decode((2.0,) * 5)[1].endswith("slower.")
-    verdicts, sentence = with_decode((0.9, 0.9, 0.9, 0.9, 1.1))
+    assert with_decode((2.0,) * 6)[0] == ("worse",)
+    assert with_decode((2.0,) * 6)[1].endswith("slower.")
+    assert with_decode((0.5,) * 2) == (
+        ("",),
+        "Decode, batch 1: 2.00× (2.00–2.00) the dense model's speed, but fewer than 6 rounds cannot tell.",
+    )
+    verdicts, sentence = with_decode((0.9, 0.9, 0.9, 0.9, 0.9, 1.1))
     assert verdicts == ("same",)
     assert sentence.endswith("no difference beyond the noise of this run.")
 
@@ -430,7 +437,7 @@ def test_one_model_alone_needs_no_tokenizer(artefact):
     with pytest.raises(CheckpointError, match="without a tokenizer"):
         read_tokens(checkpoints, heldout_path(), None, settings)
     assert read_tokens(checkpoints, None, "tiny", settings)[0].shape == (2 * 64,)
-    measurements = measure_speed(bare, settings, torch.device("cpu"), stock=False)
+    measurements = measure_speed(bare, settings, CPU, stock=False)
     assert [(m.kind, m.ratios) for m in measurements] == [("prefill", {}), ("decode", {}), ("scan", {})]
 
 

@@ -11,7 +11,7 @@ from ..checkpoints import Checkpoint, parameter_count
 from ..fast import use_fast_scan
 from ..perplexity import Perplexity, excess_loss
 from ..progress import Progress, silent
-from .conditions import conditions, load_average
+from .conditions import busy_note, conditions, load_average
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
 from .quality import read_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
@@ -71,7 +71,8 @@ def benchmark(
     subjects = load_subjects(find_sources(directory, dense, models), choose_dtype(dtype, where), progress)
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
-    before = conditions(where, checkpoints[0].model.dtype)
+    load_before = load_average()
+    notes += busy_note(load_before)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
     for subject in subjects:
         use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
@@ -80,7 +81,8 @@ def benchmark(
     if scores[0] is not None:
         notes += shortened_note(scores[0], window)
     return Report(
-        conditions=before,
+        # read after the work: numba's first parallel loop can change how many threads torch has
+        conditions=conditions(where, checkpoints[0].model.dtype, load_before),
         settings=settings,
         text=text_info,
         models=tuple(_model(*parts, scores[0]) for parts in zip(subjects, memory, scores, strict=True)),

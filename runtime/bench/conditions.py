@@ -33,7 +33,7 @@ class Gpu:
 class Conditions:
     """The machine and the software of one run. Host and user names are left out on purpose."""
 
-    date: str  # ISO 8601, UTC
+    date: str  # ISO 8601, UTC, when the run ended
     system: str  # "Linux x86_64"
     python: str
     versions: dict[str, str]  # ssmc, torch, transformers, ...
@@ -41,7 +41,7 @@ class Conditions:
     physical_cores: int | None
     logical_cores: int | None
     torch_threads: int
-    numba_threads: int
+    numba_threads: int  # at most; our scan takes as many as torch has
     memory_bytes: int
     load_average: tuple[float, float, float] | None  # over 1, 5 and 15 minutes, before the run
     device: str  # "cpu" or "cuda"
@@ -49,9 +49,9 @@ class Conditions:
     gpu: Gpu | None
 
 
-def conditions(device: torch.device, dtype: torch.dtype) -> Conditions:
-    """Read the conditions now."""
-    import numba  # slow to import, and the only use here
+def conditions(device: torch.device, dtype: torch.dtype, load_before: tuple[float, float, float] | None) -> Conditions:
+    """Read the conditions now, except for the load, which is that of before the run."""
+    import numba  # slow to import. Its get_num_threads would start its threads and set torch's number to theirs
 
     return Conditions(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -62,13 +62,24 @@ def conditions(device: torch.device, dtype: torch.dtype) -> Conditions:
         physical_cores=psutil.cpu_count(logical=False),
         logical_cores=psutil.cpu_count(),
         torch_threads=torch.get_num_threads(),
-        numba_threads=numba.get_num_threads(),
+        numba_threads=numba.config.NUMBA_NUM_THREADS,
         memory_bytes=psutil.virtual_memory().total,
-        load_average=load_average(),
+        load_average=load_before,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         gpu=_gpu(device) if device.type == "cuda" else None,
     )
+
+
+def busy_note(load: tuple[float, float, float] | None) -> list[str]:
+    """What to say where more was going on before the run than the machine has cores for."""
+    cores = psutil.cpu_count()
+    if load is None or cores is None or load[0] <= 1.25 * cores:
+        return []
+    return [
+        f"The machine was busy when this began (load {load[0]:.1f} on {cores} cores). If it stayed so, the timings are "
+        "longer and less certain than they need be."
+    ]
 
 
 def load_average() -> tuple[float, float, float] | None:

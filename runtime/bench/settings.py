@@ -8,7 +8,6 @@ import torch
 
 from ..errors import UsageError
 from ..scan import check_backend
-from .timing import MIN_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Settings:
         for name in ("lengths", "batch_sizes", "decode_tokens", "repeats", "window", "max_windows"):
             value = getattr(self, name)
             counts = value if isinstance(value, tuple) else (1 if value is None else value,)
-            least = {"repeats": MIN_ROUNDS, "window": 2}.get(name, 1)
+            least = 2 if name == "window" else 1
             if not counts or min(counts) < least:
                 raise UsageError(f"{name} must be at least {least}, not {', '.join(map(str, counts)) or 'empty'}.")
         check_backend(self.backend)

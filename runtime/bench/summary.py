@@ -10,9 +10,13 @@ from typing import Any
 
 from .memory import Memory
 from .report import Measurement, Model, Report
-from .timing import Ratio, Timing
+from .timing import MIN_ROUNDS, Ratio, Timing
 
 KINDS = {"prefill": "Prefill", "decode": "Decode", "scan": "Scan alone, one layer", "stock": "Prefill, dense"}
+VERDICTS = {
+    "no difference": "no difference beyond the noise of this run",
+    "unclear": f"but fewer than {MIN_ROUNDS} rounds cannot tell",
+}
 WORTH_SAYING = 1.005
 """A size that differs by less than this factor is called the same."""
 
@@ -164,7 +168,7 @@ def _size_row(
 
 
 def _better(ratio: Ratio) -> str:
-    return {"faster": "better", "slower": "worse", "no difference": "same"}[ratio.verdict]
+    return {"faster": "better", "slower": "worse", "no difference": "same", "unclear": ""}[ratio.verdict]
 
 
 def _excess_verdict(model: Model) -> str:
@@ -196,7 +200,7 @@ def _change(before: int, after: int, less: str, more: str) -> str:
 
 def _speed_sentence(who: str, model: Model, measurement: Measurement) -> str:
     ratio = measurement.ratios[model.name]
-    verdict = "no difference beyond the noise of this run" if ratio.verdict == "no difference" else ratio.verdict
+    verdict = VERDICTS.get(ratio.verdict, ratio.verdict)
     return f"{workload_name(measurement)}: {who}{format_ratio(ratio)} the dense model's speed, {verdict}."
 
 
@@ -210,7 +214,8 @@ def _scan_sentence(report: Report, model: Model) -> list[str]:
     scan = scans[prefill.length, prefill.batch]
     share = scan.timings[report.dense.name].median * report.dense.dimensions.n_layer
     share /= prefill.timings[report.dense.name].median
-    noise = ", which this run cannot tell from none" if prefill.ratios[model.name].verdict == "no difference" else ""
+    sure = prefill.ratios[model.name].verdict in ("faster", "slower")
+    noise = "" if sure else ", which this run cannot tell from none"
     return [
         f"The scan alone runs {scan.ratios[model.name].median:.2f} times as fast at {scan.length} tokens, but it is "
         f"only about {min(share, 1):.0%} of the dense model's prefill; end to end that leaves "
@@ -221,6 +226,7 @@ def _scan_sentence(report: Report, model: Model) -> list[str]:
 def _loss_sentence(who: str, model: Model) -> list[str]:
     if model.excess is None:
         return []
-    remarks = {"same": ", within the noise of this text", "better": ", better", "worse": ", worse", "": ""}
+    remarks = {"same": ", within the noise of this text", "": ""}
+    remarks |= dict.fromkeys(("better", "worse"), ", beyond the noise of this text")
     remark = remarks[_excess_verdict(model)]
     return [f"Loss per token on this text: {who}{format_excess(model)} against the dense model{remark}."]

@@ -10,13 +10,13 @@ from statistics import median
 
 import torch
 
-MIN_ROUNDS = 5
-"""Fewer rounds give no confidence interval worth the name: the range of 5 holds the median with 94 %."""
+MIN_ROUNDS = 6
+"""Fewer rounds give no confidence interval worth the name: the range of 6 holds the median with 97 %."""
 
 MIN_SAMPLE = 0.02
 """Seconds one sample lasts at least; shorter calls are repeated, or the clock and the scheduler are what is timed."""
 
-CONFIDENCE = 0.9
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,21 @@ class Timing:
 class Ratio:
     """How many times one quantity is another: median of the ratios of single rounds, and where that median lies.
 
-    `low` and `high` are the order statistics that hold the median with at least 90 % (of 5 to 7 rounds: the extremes).
+    `low` and `high` are the order statistics that hold the median with at least 95 % (of 6 to 8 rounds, and of fewer,
+    which hold it with less: the extremes).
     """
 
     median: float
     low: float
     high: float
+    rounds: int
 
     @property
     def verdict(self) -> str:
-        """ "faster", "slower", or "no difference" when the interval holds 1: then the noise is larger."""
+        """ "faster" or "slower"; "no difference" when the interval holds 1, so that the noise is larger than any;
+        "unclear" after fewer than MIN_ROUNDS rounds."""
+        if self.rounds < MIN_ROUNDS:
+            return "unclear"
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference"
@@ -73,7 +78,7 @@ def interleave(
     """Time several callables in turns: A, B, B, A, A, B, ...
 
     Every contender is called untimed first (compilation, allocation, caches). Rounds end after `repeats`, or earlier
-    when the next one would exceed the budget, but not before MIN_ROUNDS.
+    when the next one would exceed the budget, but not before MIN_ROUNDS (or `repeats`, if that is less).
 
     Args:
         contenders: name -> what to time.
@@ -120,7 +125,7 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> Ratio:
     """The ratio of two interleaved timings, round by round."""
     ratios = sorted(a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True))
     rank = median_interval(len(ratios))
-    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank])
+    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank], len(ratios))
 
 
 def median_interval(count: int) -> int:
