@@ -5,31 +5,93 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import CALIBRATION, METHOD, OUTPUT, Device, Force, Pattern, Quiet, Score, Verbose, complete_model
+from .options import (
+    CALIBRATION,
+    METHOD,
+    OUTPUT,
+    Device,
+    FfnScore,
+    Force,
+    Quiet,
+    Score,
+    Verbose,
+    Weighting,
+    complete_model,
+    complete_pattern,
+)
 from .terminal import Terminal, size, table
 
 if TYPE_CHECKING:
-    from ssmc.compressor import CompressResult
+    from rich.table import Table
+
+    from ssmc.compressor import CompressConfig, CompressResult
 
 MODEL_HELP = "A transformers or mamba_ssm folder, a hub id (state-spaces/mamba-130m), or `tiny`, the embedded model."
 
 
 def compress(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model, show_default="the recipe's"),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Options from a YAML file, such as the recipe.yaml every run writes; those given here come first.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     pattern: Annotated[
-        Pattern, typer.Option(help="What is removed: `column`, whole states.", rich_help_panel=METHOD)
+        str,
+        typer.Option(
+            metavar="column|unstructured|N:M|layer|ssm-module",
+            help="What is removed: `column`, whole states, the one that makes a model smaller and faster; "
+            "`unstructured`, single entries; `2:4`, `4:8` or any N:M, all but N of every M; `layer`, whole blocks; "
+            "`ssm-module`, the SSM of whole blocks.",
+            autocompletion=complete_pattern,
+            rich_help_panel=METHOD,
+        ),
     ] = "column",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ssm|ffn|all|MODULE,...",
+            help="Where: `ssm` (A_log), `ffn` (the projections and conv1d), `all`, or names of modules.",
+            show_default="ssm; ffn for N:M",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     sparsity: Annotated[
         float, typer.Option(help="The part that is removed, between 0 and 1.", rich_help_panel=METHOD)
     ] = 0.5,
     score: Annotated[
-        Score, typer.Option(metavar="SCORE", help="How the importance of a state is judged.", rich_help_panel=METHOD)
-    ] = "exact",
+        Score | None,
+        typer.Option(
+            metavar="SCORE",
+            help="How states and layers are judged, see above.",
+            show_default="exact for column, mamba-shedder for layers, sparsessm else",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    weighting: Annotated[
+        Weighting, typer.Option(help="Weight of the time steps in `--score sparsessm`.", rich_help_panel=METHOD)
+    ] = "power",
+    ffn_score: Annotated[
+        FfnScore, typer.Option(help="How the projections and conv1d are pruned.", rich_help_panel=METHOD)
+    ] = "sparsegpt",
+    alpha: Annotated[
+        float,
+        typer.Option(
+            help="How far the sparsities of in_proj and out_proj spread over the layers, by sensitivity (Eq. 7).",
+            rich_help_panel=METHOD,
+        ),
+    ] = 0.04,
     repair: Annotated[
         bool,
         typer.Option(
@@ -81,12 +143,13 @@ def compress(
 ) -> None:
     """Prune a Mamba model in one shot, and write it masked, in its original shape.
 
-    Nothing is trained: one pass over a little text decides which states go, and what the others must become to make up
-    for them. `ssmc export` then makes the result physically smaller.
+    Nothing is trained: one pass over a little text decides what goes, and what the rest must become to make up for it.
+    `ssmc export` then makes the result physically smaller, where the pattern allows it.
 
     **Scores**: `exact` (the default) removes the states whose loss the repair mends best; `energy` and `ghost` weigh
-    states by what is read from them; `sparsessm`, `sparsessm-l2` and `sparsessm-vote` are SparseSSM's; `magnitude` and
-    `random` look at no text.
+    states by what is read from them; `sparsessm`, `sparsessm-l2` and `sparsessm-vote` are SparseSSM's; `sparsegpt`
+    treats A_log as SparseGPT would; `mamba-shedder` removes layers by perplexity; `magnitude` and `random` look at no
+    text.
 
     **Examples**
 
@@ -95,42 +158,77 @@ def compress(
         ssmc compress ./my-mamba --sparsity 0.75 --calib my-text.jsonl --out smaller
 
         ssmc compress state-spaces/mamba-130m --calib wikitext2 --round-to power-of-two
+
+        ssmc compress tiny --pattern unstructured --target all --sparsity 0.5
+
+        ssmc compress tiny --recipe recipe.yaml
     """
     terminal = context.ensure_object(Terminal)
     from ssmc.compressor import compress as run
+    from ssmc.compressor import configure, read_recipe
 
     terminal.hush_libraries()
-    terminal.say(
-        f"Removing {sparsity:.4g} of the states of {model}: score {score}, {'with' if repair else 'without'} repair."
-    )
+    options = {} if recipe is None else read_recipe(recipe)
+    options.update(_given(context))
+    config = configure(**options)
+    terminal.say(_intention(config))
     with terminal.progress() as progress:
         result = run(
-            model,
-            pattern=pattern,
-            sparsity=sparsity,
-            score=score,
-            repair=repair,
-            round_to=round_to,
-            calib=calib,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            tokenizer=tokenizer,
-            device=device,
+            **options,
             out=out,
             force=force,
             progress=progress,
             command=shlex.join(["ssmc", *sys.argv[1:]]),
         )
-    _report(terminal, result)
+    _report(terminal, result, config)
 
 
-def _report(terminal: Terminal, result: CompressResult) -> None:
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options of the run that stand on the command line; what is left out keeps the recipe's or its default."""
+    elsewhere = {"recipe", "out", "force", "verbose", "quiet"}
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name not in elsewhere and context.get_parameter_source(name).name == "COMMANDLINE"
+    }
+
+
+def _intention(config: CompressConfig) -> str:
+    """What a run is going to do, in one sentence."""
+    removes = {"column": "states", "layer": "layers", "ssm-module": "SSMs"}.get(config.pattern)
+    if removes:
+        how = f"score {config.judge.value}"
+        how += f", {'with' if config.repair else 'without'} repair" if config.pattern == "column" else ""
+        sentence = f"Removing {config.sparsity:.4g} of the {removes} of {config.model}: {how}."
+        return sentence + (f" Then {config.ffn_score.value} on {', '.join(config.modules)}." if config.modules else "")
+    what = "all but N of every M" if config.nm else f"{config.sparsity:.4g}"
+    parts = [f"A_log by {config.judge.value}"] if "A_log" in config.targets else []
+    parts += [f"{', '.join(config.modules)} by {config.ffn_score.value}"] if config.modules else []
+    return f"Setting {what.replace('N of every M', config.pattern)} of the entries to zero: {'; '.join(parts)}."
+
+
+def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) -> None:
     manifest = result.manifest
     calibration = manifest["calibration"]
     if calibration:
         terminal.say(f"Calibrated on {calibration['nsamples']} samples of {calibration['seqlen']} tokens.")
-    dense = manifest["dimensions"]["d_state"]
+    if config.pattern == "column" and "A_log" in config.targets:
+        terminal.show(_states(result, manifest["dimensions"]["d_state"]))
+        terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
+    if config.modules:
+        terminal.show(_modules(result))
+        terminal.say("zeros, and squared error of the module's output relative to the output.", style="dim")
+    if result.removals:
+        terminal.show(_removals(result))
+    for note in result.notes:
+        terminal.note(note)
+    written = sum(file["bytes"] for file in manifest["files"].values())
+    terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
+    where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
+    terminal.say(f"Next: ssmc export{where} --format safetensors")
+
+
+def _states(result: CompressResult, dense: int) -> Table:
     layers = table("Layers", "layer", f"kept of {dense}", "states that stay", "error", "without repair")
     for index, layer in enumerate(result.layers):
         layers.add_row(
@@ -140,14 +238,27 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
             _error(layer.error),
             _error(layer.error_unrepaired) if layer.repaired else "",
         )
-    terminal.show(layers)
-    terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
-    for note in result.notes:
-        terminal.note(note)
-    written = sum(file["bytes"] for file in manifest["files"].values())
-    terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
-    where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
-    terminal.say(f"Next: ssmc export{where} --format safetensors")
+    return layers
+
+
+def _modules(result: CompressResult) -> Table:
+    """Sparsity of every module in every layer: Eq. 7 shows in the columns of in_proj and out_proj."""
+    names = [module.name for module in result.layers[0].modules]
+    modules = table("Modules", "layer", *names)
+    for index, layer in enumerate(result.layers):
+        cells = [f"{m.zeros:.1%}" + ("" if m.error is None else f" ({m.error:.1e})") for m in layer.modules]
+        modules.add_row(str(index), *cells)
+    for row in result.layers[0].modules:
+        if row.target.startswith("left out"):
+            modules.caption = f"{row.name} {row.target}"
+    return modules
+
+
+def _removals(result: CompressResult) -> Table:
+    removals = table("Removed, in this order", "step", "layer", "loss on the calibration text (nats)")
+    for step, removal in enumerate(result.removals, 1):
+        removals.add_row(str(step), str(removal.layer), "" if removal.loss is None else f"{removal.loss:.4f}")
+    return removals
 
 
 def _error(value: float | None) -> str:

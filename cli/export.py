@@ -87,8 +87,14 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
 
 def _cuts(terminal: Terminal, result: ExportResult) -> None:
     """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
+    if not result.cuts:
+        terminal.note("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.")
+        return
     layers: dict[str, list[str]] = {}
     for cut in result.cuts:
+        if not cut.after:  # a whole block went
+            layers[cut.name.split(".")[2]] = ["removed"]
+            continue
         layer, _, tensor = cut.name.rpartition(".mixer.")
         layers.setdefault(layer.rpartition(".")[2], []).append(_change(tensor, cut.before, cut.after))
     cuts = table("Cuts", "layer", "what got smaller")

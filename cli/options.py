@@ -12,8 +12,21 @@ from .terminal import Terminal
 
 # The words are spelled out here and not taken from where they mean something, because that would import torch before
 # the shell gets its completion; tests/test_cli.py compares them.
-Pattern = Literal["column"]
-Score = Literal["exact", "energy", "ghost", "magnitude", "random", "sparsessm", "sparsessm-l2", "sparsessm-vote"]
+PATTERNS = ("column", "unstructured", "layer", "ssm-module", "2:4", "4:8")  # and any other N:M
+Score = Literal[
+    "exact",
+    "energy",
+    "ghost",
+    "magnitude",
+    "mamba-shedder",
+    "random",
+    "sparsegpt",
+    "sparsessm",
+    "sparsessm-l2",
+    "sparsessm-vote",
+]
+FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
+Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
@@ -51,6 +64,11 @@ Force = Annotated[
 CompressedDirectory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `ssmc compress` wrote.", show_default=True)
 ]
+
+
+def complete_pattern(incomplete: str) -> list[str]:
+    """What the shell offers for --pattern."""
+    return [word for word in PATTERNS if word.startswith(incomplete)]
 
 
 def complete_model(incomplete: str) -> list[str]:

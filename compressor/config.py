@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -166,6 +167,7 @@ def configure(**options: Any) -> CompressConfig:
     Raises:
         UsageError: naming every option that is wrong, what it was and what it may be.
     """
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     try:
         return CompressConfig(**options)
     except ValidationError as error:
@@ -180,7 +182,7 @@ def _sentence(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"There is no option {option!r}; there are {', '.join(CompressConfig.model_fields)}."
     if error["type"] == "missing":
-        return f"{option} is missing."
+        return f"{option.upper()} is missing: name one on the command line, or in the recipe."
     if option == "round_to":  # a union: pydantic complains once for each member
         reason = f"it should be a whole number of at least 1, or {POWER_OF_TWO}"
     return f"{option} {error['input']!r} does not work: {reason}."

@@ -86,7 +86,7 @@ def test_sparsity_outside_its_range(capsys, sparsity, form):
         (["--sparsity", "0.01"], ["0.01", "16 states", "none"]),
         (["--sparsity", "0.99"], ["0.99", "16 states", "none"]),
         (["--score", "best"], ["--score", "best", "exact"]),
-        (["--pattern", "checkers"], ["--pattern", "checkers", "column"]),
+        (["--pattern", "checkers"], ["pattern", "checkers", "column"]),
         (["--nsamples", "0"], ["nsamples", "0", "greater than or equal to 1"]),
         (["--seqlen", "1"], ["seqlen", "1"]),
         (["--seed", "-3"], ["seed", "-3"]),
