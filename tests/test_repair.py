@@ -67,7 +67,7 @@ def test_elimination_takes_the_cheapest_state_each_time(layer, keep, repair):
     while len(left) > keep:
 
         def cost(state):
-            rest = [s for s in left if s != state]  # noqa: B023
+            rest = [s for s in left if s != state]
             return relative_error(inputs, h, rest, least_squares(inputs, h, rest) if repair else None)
 
         left.remove(min(left, key=cost))
