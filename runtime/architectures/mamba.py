@@ -84,7 +84,7 @@ class MambaArchitecture:
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
         # transformers adds the bias in float32 whatever the weights' dtype
-        dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float())
+        dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float().add_(mixer.dt_proj.bias.float()))
         return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,10 +214,13 @@ def causal_conv(
         bias: (D,) or None.
         history: (B, K - 1, D) the inputs before x; None stands for zeros.
     """
-    taps = weight.squeeze(1).t()  # (K, D)
+    taps = weight.squeeze(1).t().contiguous()  # (K, D)
     width, length = taps.shape[0], x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], dim=1)
+    if length == 1:  # decode: fewer calls
+        y = (padded * taps).sum(dim=1, keepdim=True)
+        return y if bias is None else y.add_(bias)
     y = padded[:, :length] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :length], taps[0])
     for k in range(1, width):
-        y = torch.addcmul(y, padded[:, k : k + length], taps[k])
+        y.addcmul_(padded[:, k : k + length], taps[k])  # in place: autograd does not need y
     return y

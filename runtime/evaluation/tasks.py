@@ -130,7 +130,8 @@ def _defined(root: Path, pattern: str) -> dict[tuple[str, str], Path]:
 def _unknown(name: str, known: dict[tuple[str, str], Path]) -> UsageError:
     if ("group", name) in known:
         return UsageError(f"{name} is a group of lm-eval's tasks. Name the single tasks in it.")
-    near = difflib.get_close_matches(name, [task for kind, task in known if kind == "task"], n=3)
+    tasks = [task for kind, task in known if kind == "task"]
+    near = [task for task in tasks if name.startswith(task)] or difflib.get_close_matches(name, tasks, n=3)
     hint = f"Did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them."
     return UsageError(f"lm-eval has no task {name!r}. {hint}")
 

@@ -15,6 +15,8 @@ __all__ = ["BACKENDS", "ScanInputs", "check_backend", "scan_states", "selective_
 
 BACKENDS = ("auto", "cpu", "reference")
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # anything else may have no memory to read
+
 
 def selective_scan(
     inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto"
@@ -76,12 +78,14 @@ def _choose(backend: str, inputs: ScanInputs, state: torch.Tensor | None) -> Mod
 
 def _obstacle(tensors: list[torch.Tensor]) -> str | None:
     """Why the numba kernel cannot take these tensors, or None."""
-    if not all(t.is_cpu for t in tensors):
-        return "a tensor is not in CPU memory"
-    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors):
-        return "a tensor is of a special type, without plain memory"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "it computes no gradients"
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return "a tensor is not in CPU memory"
+        if type(tensor) not in _PLAIN:
+            return "a tensor is of a special type, without plain memory"
+        if grad and tensor.requires_grad:
+            return "it computes no gradients"
     if _kernels() is None:
         return "numba cannot be imported"
     return None

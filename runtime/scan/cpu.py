@@ -27,7 +27,6 @@ from .inputs import ScanInputs
 
 LANES = np.uint64(32)  # channels per block. Unsigned: numba's negative-index handling would prevent vectorising
 TILE = 32  # tokens staged at once
-STEP_LANES = np.uint64(8)  # states per vector in the one-token kernel
 SERIAL_WORK = 2**19  # state updates below which waking a second thread costs more than it saves (about 0.2 ms)
 
 _F = np.float32
@@ -81,6 +80,15 @@ def _exp2(x):
 @_inline
 def _silu(x):
     return x / (_F(1) + _exp2(-x * _LOG2_E))
+
+
+@numba.njit(forceinline=True, fastmath={"contract", "reassoc"})
+def _dot(x, y):
+    """Sum of products in any order; only here may the order change, which vectorises the sum."""
+    total = _F(0)
+    for i in range(np.uint64(x.shape[0])):
+        total += x[i] * y[i]
+    return total
 
 
 @_inline
@@ -179,31 +187,33 @@ def _scan_states_blocks(first, last, size, u, u_step, dt, dt_step, B, B_step, A,
 
 @_jit
 def _scan_token(size, u, u_step, dt, dt_step, z, z_step, gated, B, B_step, C, C_step, A, D, state, y, out):
-    """One token of every sequence: lanes hold states, which are contiguous, so that nothing is transposed."""
+    """One token of every sequence: lanes hold (channel, state) pairs as they lie, so that nothing is transposed.
+
+    What differs by channel is spread over its states first; the long flat loop that follows vectorises for any N.
+    """
     batch, channels = size
-    N = np.uint64(A.shape[1])
-    whole = N - N % STEP_LANES
-    rates, before, after, acc = A.ravel(), state.ravel(), out.ravel(), np.empty(STEP_LANES, _F)
+    N = A.shape[1]
+    power, drive = np.empty(int(LANES) * N, _F), np.empty(int(LANES) * N, _F)
+    rates, before, after = A.ravel(), state.ravel(), out.ravel()
     for b in range(batch):
-        at_B, at_C = np.uint64(b * B_step[0]), np.uint64(b * C_step[0])
-        for d in range(channels):
-            at_A, at_h = np.uint64(d) * N, np.uint64(b * channels + d) * N
-            x, delta = u[np.uint64(b * u_step[0] + d)], dt[np.uint64(b * dt_step[0] + d)]
-            power, drive, total = delta * _LOG2_E, delta * x, D[d] * x
-            acc[:] = 0
-            for n in range(np.uint64(0), whole, STEP_LANES):
-                for j in range(STEP_LANES):
-                    i = n + j
-                    value = _exp2(power * rates[at_A + i]) * before[at_h + i] + drive * B[at_B + i]
-                    after[at_h + i] = value
-                    acc[j] += value * C[at_C + i]
-            for i in range(whole, N):
-                value = _exp2(power * rates[at_A + i]) * before[at_h + i] + drive * B[at_B + i]
-                after[at_h + i] = value
-                total += value * C[at_C + i]
-            for j in range(STEP_LANES):
-                total += acc[j]
-            y[np.uint64(b * channels + d)] = total * _silu(z[np.uint64(b * z_step[0] + d)]) if gated else total
+        B_b, C_b = B[b * B_step[0] : b * B_step[0] + N], C[b * C_step[0] : b * C_step[0] + N]
+        for first in range(0, channels, int(LANES)):
+            width = min(int(LANES), channels - first)
+            for j in range(width):
+                delta = dt[np.uint64(b * dt_step[0] + first + j)]
+                step = delta * u[np.uint64(b * u_step[0] + first + j)]
+                for n in range(N):
+                    power[np.uint64(j * N + n)] = delta * _LOG2_E
+                    drive[np.uint64(j * N + n)] = step * B_b[np.uint64(n)]
+            at_A, at_h = np.uint64(first * N), np.uint64((b * channels + first) * N)
+            for i in range(np.uint64(width * N)):
+                after[at_h + i] = _exp2(power[i] * rates[at_A + i]) * before[at_h + i] + drive[i]
+            for j in range(width):
+                d = first + j
+                total = D[np.uint64(d)] * u[np.uint64(b * u_step[0] + d)]
+                total += _dot(after[(b * channels + d) * N : (b * channels + d + 1) * N], C_b)
+                gate = _silu(z[np.uint64(b * z_step[0] + d)]) if gated else _F(1)
+                y[np.uint64(b * channels + d)] = total * gate
 
 
 def _flat(tensor: torch.Tensor) -> tuple[np.ndarray, tuple[int, int]]:
