@@ -43,6 +43,16 @@ def test_second_moment_is_the_sum_of_outer_products():
     assert moment.tokens == 29
 
 
+@pytest.mark.parametrize("in_features", [1, 128, 129, 515])
+def test_both_triangles_are_filled_at_any_width(in_features):
+    x = random(20, in_features, dtype=torch.float64)
+    moment = SecondMoment(in_features)
+    moment.add(x[:12])
+    moment.add(x[12:])
+    torch.testing.assert_close(moment.total, x.t() @ x)
+    assert torch.equal(moment.total, moment.total.t())
+
+
 def test_streaming_equals_one_shot_and_every_token_weighs_the_same():
     x = random(4, 50, 6, dtype=torch.float64)
     whole, parts, shuffled = SecondMoment(6), SecondMoment(6), SecondMoment(6)

@@ -202,8 +202,25 @@ def test_singular_hessian_is_damped_more_until_it_factors(W):
 
 def test_retries_go_up_tenfold(W):
     H = torch.eye(IN, dtype=torch.float64)
-    H[0, 1] = H[1, 0] = 1.5  # smallest eigenvalue -0.5: 0.01 and 0.1 fail, 1 does
+    H[0, 1] = H[1, 0] = 1.05  # smallest eigenvalue -0.05
+    assert sparsegpt(W, H, 0.5).damping == pytest.approx(0.1)
+    H[0, 1] = H[1, 0] = 1.5
     assert sparsegpt(W, H, 0.5).damping == pytest.approx(1.0)
+
+
+def test_pivots_that_are_only_rounding_count_as_a_failure(W):
+    H = torch.eye(IN, dtype=torch.float64)
+    H[3, 3] = 1e-14  # factors, but float64 sums of products are not that exact
+    assert sparsegpt(W, H, 0.5, damping=0.0).damping == pytest.approx(1e-6)
+
+
+def test_wide_layers_are_inverted_by_halves_alike():
+    x, W = random(900, 600, seed=14), random(3, 600, seed=15)
+    H = x.t() @ x
+    mask = torch.arange(600) >= 300  # a prefix goes, so least squares is the answer
+    result = sparsegpt_with_mask(W, H, mask.expand(3, -1), damping=0.0)
+    assert result.damping == 0.0
+    np.testing.assert_allclose(result.weight, least_squares(W, x, mask.expand(3, -1)), atol=1e-8)
 
 
 def test_twin_inputs_take_over_from_one_another(W, x):
