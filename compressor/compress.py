@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
@@ -71,7 +72,7 @@ def compress(
     keep = _kept(config, dense_states)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = _calibration(config, checkpoint) if config.needs_text else None
-    device = _device(config.device)
+    device = choose_device(config.device)
     use_fast_scan(checkpoint.model.to(device))
     tokens = None if calibration is None else calibration.tokens.to(device)
     layers: list[LayerResult] = []
@@ -108,11 +109,3 @@ def _calibration(config: CompressConfig, checkpoint: Checkpoint) -> Calibration:
     tokenizer = load_tokenizer(checkpoint, config.tokenizer)
     texts = read_texts(calibration_path() if config.calib is None else config.calib)
     return draw_samples(texts, tokenizer, config.nsamples, config.seqlen, config.seed)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device. Use --device cpu or auto.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

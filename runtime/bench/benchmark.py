@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import Checkpoint, parameter_count
+from ..device import choose_device, choose_dtype
 from ..fast import use_fast_scan
 from ..perplexity import Perplexity, excess_loss
 from ..progress import Progress, silent
@@ -15,7 +16,7 @@ from .conditions import busy_note, conditions, load_average
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
 from .quality import read_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
-from .settings import Settings, choose_device, choose_dtype
+from .settings import Settings
 from .sources import Subject, find_sources, load_subjects, weight_bytes
 from .speed import measure_speed
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import UsageError
 from ..scan import check_backend
 
@@ -33,23 +31,3 @@ class Settings:
         check_backend(self.backend)
         for name in ("lengths", "batch_sizes"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device "cpu", "cuda" or "auto" stands for.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"There is no device {name!r}; there are auto, cpu and cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("The device cuda was asked for, but torch sees no CUDA device. Use cpu or auto.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def choose_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """float32 on a CPU, where half precision is slow and often missing; None, the stored one, on a GPU."""
-    return torch.float32 if dtype is None and device.type == "cpu" else dtype

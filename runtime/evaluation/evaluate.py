@@ -12,7 +12,7 @@ import torch
 from ..bench.quality import score as perplexity_of
 from ..bench.quality import shortened_note
 from ..bench.report import TextInfo
-from ..bench.settings import choose_device, choose_dtype
+from ..device import choose_device, choose_dtype
 from ..bench.sources import Subject, label, load_subjects
 from ..checkpoints import Checkpoint, parameter_count
 from ..errors import CalibrationError, SsmcError
