@@ -12,9 +12,9 @@ import torch
 from ..bench.quality import score as perplexity_of
 from ..bench.quality import shortened_note
 from ..bench.report import TextInfo
-from ..device import choose_device, choose_dtype
 from ..bench.sources import Subject, label, load_subjects
 from ..checkpoints import Checkpoint, parameter_count
+from ..device import choose_device, choose_dtype
 from ..errors import CalibrationError, SsmcError
 from ..fast import use_fast_scan
 from ..perplexity import Perplexity, excess_loss, split_windows
