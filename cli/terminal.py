@@ -71,7 +71,7 @@ def table(title: str, *columns: str) -> Table:
     """An empty table; every column but the first is aligned to the right."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index else "left")
+        result.add_column(column, justify="right" if index else "left", overflow="fold")
     return result
 
 
