@@ -97,7 +97,7 @@ def published(tmp_path):
     """A repository as they are: several formats, code, and pictures beside the model."""
     source = tmp_path / "published"
     shutil.copytree(TINY_DIRECTORY, source, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.jsonl"))
-    for extra in ("pytorch_model.bin", "modeling.py", "picture.png", "onnx/model.onnx", "onnx/config.json"):
+    for extra in ("pytorch_model.bin", "modeling.py", "picture.png", "onnx/model.safetensors", "onnx/config.json"):
         (source / extra).parent.mkdir(exist_ok=True)
         (source / extra).write_bytes(b"not for us")
     return source

@@ -114,7 +114,7 @@ def write(
     stored.setdefault(_HEAD, tensors[_EMBEDDING])  # the same storage, so that a tied head costs nothing on disk
     written = [directory / "config.json", directory / "pytorch_model.bin"]
     written[0].write_text(text, encoding="utf-8", newline="\n")
-    with written[1].open("wb") as file:  # torch puts the name of a path into the bytes, but not that of a file object
+    with written[1].open("wb") as file:  # given a path, torch loses the system's error when the disk is full
         torch.save(stored, file)
     return written
 
