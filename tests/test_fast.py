@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from ssmc.runtime import fast
+from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 
@@ -79,6 +80,15 @@ def test_logits_and_cache_equal_stock(backend, state_size, biases):
             ours, theirs = (getattr(o.cache_params, read)(layer) for o in (got, wanted))
             assert ours.dtype == theirs.dtype
             assert difference(ours, theirs) < 1e-5
+
+
+@torch.no_grad()
+def test_a_trained_model_agrees_too():
+    model = load_checkpoint("tiny", dtype=torch.float32).model
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    wanted = use_stock_scan(model)(ids).logits
+    assert difference(use_fast_scan(model)(ids).logits, wanted) < 1e-5
+    assert difference(in_pieces(model, ids, [30, 1, 33])[0], wanted) < 1e-5
 
 
 @torch.no_grad()
@@ -202,9 +212,10 @@ def test_gradients_equal_stock(training):
         assert difference(parameter.grad, wanted[name].grad) < 1e-4, name
 
 
-def test_gradients_flow_through_pieces():
-    model, ids = use_fast_scan(random_model()), random_ids(1, 9)
-    wanted = random_model()
+@pytest.mark.parametrize("state_size", [1, 5])  # of size 1, a transposed state is the cache's own memory
+def test_gradients_flow_through_pieces(state_size):
+    model, ids = use_fast_scan(random_model(state_size=state_size)), random_ids(1, 9)
+    wanted = random_model(state_size=state_size)
     wanted(ids).logits.square().sum().backward()
     in_pieces(model, ids, [4, 1, 4])[0].square().sum().backward()
     for (name, parameter), other in zip(model.named_parameters(), wanted.parameters(), strict=True):

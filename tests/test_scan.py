@@ -101,6 +101,21 @@ def test_the_largest_state_and_several_shares_of_work():
     assert difference(state, wanted_state) < 2e-6
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_any_strides_will_do(length):
+    inputs = random_inputs(2, length, 40, 16)
+    y, states = naive(inputs)
+    names = ("u", "dt", "B", "C", "z")
+    channels_first = {n: getattr(inputs, n).transpose(1, 2).contiguous().transpose(1, 2) for n in names}
+    odd = replace(inputs, A=inputs.A.t().contiguous().t(), D=inputs.D.repeat_interleave(2)[::2], **channels_first)
+    assert not odd.A.is_contiguous()
+    got, end = selective_scan(odd, torch.zeros(2, 16, 40).transpose(1, 2), "cpu")
+    assert difference(got, y) < 1e-6
+    assert difference(end.transpose(1, 2), states[:, -1]) < 1e-6
+    shared = replace(inputs, B=inputs.B[:1].expand(2, -1, -1))
+    assert difference(selective_scan(shared, backend="cpu")[0], naive(shared)[0]) < 1e-6
+
+
 def tokens(inputs: ScanInputs, part: slice) -> ScanInputs:
     pieces = {name: getattr(inputs, name)[:, part] for name in ("u", "dt", "B", "C", "z")}
     return replace(inputs, **pieces)
@@ -135,20 +150,20 @@ def test_half_inputs_are_computed_in_float32(dtype, length):
 
 
 @pytest.mark.parametrize("length", [1, 70])
-@pytest.mark.parametrize("name", ["u", "dt", "B", "C", "z"])
+@pytest.mark.parametrize("name", ["u", "dt", "A", "B", "C", "z"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_go_where_the_formula_sends_them(name, value, length):
-    if name == "dt" and value < 0:
-        pytest.skip("dt is positive")
+    if name in ("dt", "A") and value == (float("-inf") if name == "dt" else float("inf")):
+        pytest.skip("dt is positive, A negative")
     inputs = random_inputs(2, length, 40, 8)
     tensor = getattr(inputs, name).clone()
-    tensor[1, length // 2, 3] = value
+    tensor[(7, 3) if name == "A" else (1, length // 2, 3)] = value
     spoiled = replace(inputs, **{name: tensor})
     state = random_state(inputs)
     with np.errstate(all="ignore"):
         y, states = naive(spoiled, state)
     got, end = selective_scan(spoiled, state, "cpu")
-    assert not np.isfinite(y).all()
+    assert not np.isfinite(y).all() or name == "A"  # a state that forgets everything at once is finite
     agree_where_finite(got, y, value)
     agree_where_finite(end.transpose(1, 2), states[:, -1], value)
     agree_where_finite(scan_states(spoiled, state, "cpu"), states, value)
