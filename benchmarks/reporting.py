@@ -15,7 +15,7 @@ from ssmc.runtime.bench.timing import Timing, paired_ratio
 
 def print_conditions(dtype: torch.dtype = torch.float32) -> Conditions:
     """Print what the figures below are taken on, and return it for the JSON."""
-    now = conditions(torch.device("cpu"), dtype)
+    now = conditions(torch.device("cpu"), dtype, load_average())
     software = ", ".join(f"{name} {version}" for name, version in now.versions.items())
     print(f"{now.cpu}, {now.physical_cores} cores, {now.torch_threads} threads (torch and our scan), {now.dtype}")
     print(f"{now.system}, Python {now.python}, {software}")

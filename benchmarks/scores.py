@@ -11,17 +11,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
 import torch
+from reporting import print_conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ssmc.compressor import Score, configure, kept_states, prune_states
+from ssmc.compressor import configure, kept_states, prune_layers
 from ssmc.compressor.calibration import draw_samples
-from ssmc.runtime.bench.conditions import conditions
+from ssmc.compressor.config import COLUMN, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import perplexity
@@ -50,19 +52,20 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
     calibration = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed)
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
-    cells = [(s, r, p) for s in Score for r in (False, True) for p in args.sparsities]
+    cells = [(s, r, p) for s in scores_of(COLUMN) for r in (False, True) for p in args.sparsities]
     rows = []
     for score, repair, sparsity in track(cells, "scores"):
         config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
         model = copy.deepcopy(checkpoint.model)
         keep = kept_states(checkpoint.dimensions.d_state, sparsity)
         tokens = calibration.tokens
-        layers = prune_states(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes)
+        layers = prune_layers(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes)
         result = perplexity(model, text, args.window)
         rows.append(
             {
@@ -80,7 +83,7 @@ def main() -> None:
         "dense_perplexity": dense.ppl,
         "calibration": {"nsamples": len(calibration.tokens), "seqlen": args.seqlen, "seed": args.seed},
         "heldout_tokens": dense.tokens,
-        "conditions": conditions(),
+        "conditions": asdict(now),
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def print_table(report: dict, sparsities: list[float]) -> None:
         table.add_column(f"{sparsity:.0%}", justify="right")
         table.add_column(f"{sparsity:.0%} + repair", justify="right")
     by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
-    for score in Score:
+    for score in scores_of(COLUMN):
         cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
         table.add_row(score.value, *(f"{c['perplexity']:.3f} ({c['excess_nats']:.4f})" for c in cells))
     Console(width=200).print(table)
@@ -107,7 +110,7 @@ def plot(report: dict, path: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "ssmc"
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, score in enumerate(Score):
+    for i, score in enumerate(scores_of(COLUMN)):
         for repair, style in ((False, "--"), (True, "-")):
             rows = [r for r in report["rows"] if r["score"] == score.value and r["repair"] is repair]
             label = score.value if repair else None

@@ -69,6 +69,11 @@ _SCORES = {
 }
 
 
+def scores_of(pattern: str) -> tuple[Score, ...]:
+    """The scores a pattern can be judged by, its default first."""
+    return _SCORES.get(pattern, _SCORES[UNSTRUCTURED])  # N:M on A_log judges entries, as unstructured does
+
+
 class CompressConfig(BaseModel):
     """A compression run. Build it with `configure`, which turns mistakes into one clear sentence."""
 
@@ -116,7 +121,7 @@ class CompressConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompressConfig:
-        allowed = _SCORES.get(self.pattern, _SCORES[UNSTRUCTURED])
+        allowed = scores_of(self.pattern)
         if self.score is not None and self.score not in allowed:
             names = ", ".join(s.value for s in allowed)
             raise ValueError(f"score {self.score.value} does not judge the pattern {self.pattern}; {names} do")
@@ -148,7 +153,7 @@ class CompressConfig(BaseModel):
     @property
     def judge(self) -> Score:
         """The score that is used: the one asked for, or the pattern's default."""
-        return self.score or _SCORES.get(self.pattern, _SCORES[UNSTRUCTURED])[0]
+        return self.score or scores_of(self.pattern)[0]
 
     @property
     def needs_text(self) -> bool:
