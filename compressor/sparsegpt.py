@@ -161,9 +161,8 @@ def _prune(weight: torch.Tensor, hessian: torch.Tensor, rule: _Rule, block: int,
     before = computing(weight.detach())
     H = check_finite(hessian).to(before.device, torch.float64)
     factor, damping = _inverse_factor(_without_dead_inputs(H), damping)
-    columns = before.t().clone(
-        memory_format=torch.contiguous_format
-    )  # (in, out): what is updated together lies together
+    # (in, out): what is updated together lies together; a clone, as one row is contiguous either way
+    columns = before.t().clone(memory_format=torch.contiguous_format)
     columns[H.diagonal() == 0] = 0
     kept = _sweep(columns, factor.to(columns.dtype), rule, block)
     after = columns.t().contiguous()

@@ -84,7 +84,7 @@ def test_exactly_what_was_asked_goes(W, H, sparsity):
     assert int((~result.mask).sum()) == round(sparsity * W.numel())
 
 
-@pytest.mark.parametrize(("n", "m", "taps"), [(2, 4, 4), (1, 4, 4), (1, 2, 4), (2, 4, 8)])
+@pytest.mark.parametrize(("n", "m", "taps"), [(2, 4, 4), (1, 4, 4), (1, 2, 4), (1, 2, 6), (2, 4, 8)])
 def test_nm_is_the_best_allowed_set_of_every_channel(x, n, m, taps):
     W = random(CHANNELS, taps, seed=3)
     result = prune_depthwise(W, hessian_of(x, taps), NM(n, m))

@@ -300,10 +300,22 @@ def test_a_log_is_pruned_by_the_moment_of_its_hidden_states(target):
     states, A_log = random(2, 7, 8, 5, seed=11), random(5, 8, seed=12)  # (B, T, N, D), (D, N)
     moment = StateMoment(8)
     moment.add(states)
-    result = sparsegpt_a_log(A_log, moment.total, target)
     H = torch.zeros(8, 8, dtype=torch.float64)
     for b, t, d in np.ndindex(2, 7, 5):
         H += torch.outer(states[b, t, :, d], states[b, t, :, d])
-    expected, _ = surgeon(A_log, H, lambda losses, start: result.mask, span=8)
+
+    def all_states_at_once(losses, start):
+        lines = [losses.ravel()] if target == 0.5 else losses
+        return np.stack([line > np.sort(line)[line.size // 2 - 1] for line in lines]).reshape(losses.shape)
+
+    expected, kept = surgeon(A_log, H, all_states_at_once, span=8)
+    result = sparsegpt_a_log(A_log, moment.total, target)
+    np.testing.assert_array_equal(result.mask, kept)
     np.testing.assert_allclose(result.weight, expected, atol=1e-10)
-    assert int((~result.mask).sum()) == 20
+
+
+def test_a_single_row_is_not_pruned_in_place():
+    weight = random(1, 8, seed=13)
+    before = weight.clone()
+    sparsegpt(weight, torch.eye(8), 0.5)
+    assert torch.equal(weight, before)
