@@ -69,12 +69,15 @@ def main() -> None:
     ids = torch.randint(0, 50280, (args.batch, args.length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = check(model, ids)
-        prefill = both(model, lambda: model(ids), args.repeats)
+        # as generation does it: logits of the last token, states kept
+        prefill = both(model, lambda: model(ids, use_cache=True, logits_to_keep=1), args.repeats)
+        everything = both(model, lambda: model(ids), args.repeats)
         decode = both(model, lambda: model(ids[:, :1], cache_params=cache, use_cache=True), 4 * args.repeats)
         inputs = layer_inputs(args.batch, args.length, 2 * args.d_model, args.d_state)
         scan = interleave(contenders(inputs, reference=False), CPU, args.repeats, budget=300)
     sizes = f"d_model {args.d_model}, {args.layers} layers, N = {args.d_state}, batch {args.batch}"
     print_timings(f"Prefill of {args.length} tokens, {sizes}", prefill, "stock")
+    print_timings("The same with the logits of every token", everything, "stock")
     print_timings("Decode, per token", decode, "stock")
     print_timings("Scan alone, one layer", scan, "transformers")
     for name, part in (("stock", "transformers"), ("fast", "ours")):
@@ -82,7 +85,8 @@ def main() -> None:
         print(f"the scan is about {share:.0%} of the {name} prefill")
     ratio = paired_ratio(prefill["stock"], prefill["fast"])
     print(f"end-to-end prefill: {ratio.median:.1f} times faster ({ratio.low:.1f} .. {ratio.high:.1f})")
-    results = {"prefill": as_json(prefill, "stock"), "decode": as_json(decode, "stock")}
+    results = {"prefill": as_json(prefill, "stock"), "prefill_all_logits": as_json(everything, "stock")}
+    results |= {"decode": as_json(decode, "stock")}
     results["scan"] = as_json(scan, "transformers")
     write_json(args.json, now, {k: v for k, v in vars(args).items() if k != "json"}, results)
 
