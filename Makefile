@@ -3,8 +3,8 @@
 #   make PIP_ARGS='--index-url ...'  another place to take packages from
 PYTHON ?= python3
 PIP_ARGS ?=
-# Two workers win nothing on one core, and each costs a second import of torch.
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+# A file stays with one worker, so that what its tests share is made once.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
