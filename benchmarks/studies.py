@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with Progress(*columns, transient=True) as bar:
             for name in args.only:
-                write_text(args.out / f"{name}.json", json.dumps(run(name, args, subject, bar), indent=1) + "\n")
+                write_text(args.out / f"{name}.json", as_json(run(name, args, subject, bar)))
                 print(f"{name}: {rebuild(args.out)}")
     except SsmcError as error:
         sys.exit(str(error))
@@ -124,6 +124,21 @@ def run(name: str, args: argparse.Namespace, subject: Callable[[], tuple[Subject
     }
 
 
+def as_json(study: dict) -> str:
+    """One row a line, eight significant digits: small enough to commit."""
+    rows = ",\n  ".join(json.dumps(_rounded(row)) for row in study["rows"])
+    head = json.dumps(_rounded({k: v for k, v in study.items() if k != "rows"}), indent=1)
+    return head.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.8g}") if isinstance(value, float) else value
+
+
 def constructed(name: str) -> Work:
     """A study of layers made for it."""
     if name == "uniformity":
@@ -150,7 +165,7 @@ def read_subject(args: argparse.Namespace) -> tuple[Subject, dict]:
     """The dense model, its texts and its perplexity, and what the page tells of them."""
     checkpoint = load_checkpoint(str(args.model), dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
-    most = max(args.nsamples, *(SAMPLES if "samples" in args.only else ()))
+    most = max((args.nsamples, *(SAMPLES if "samples" in args.only else ())))
     calib, heldout = read_texts(args.calib), read_texts(args.text, split="test")
     calibration = draw_samples(calib, tokenizer, most, args.seqlen, args.seed)
     text = tokenize(heldout, tokenizer)[: args.windows * args.window or None]

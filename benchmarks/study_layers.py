@@ -126,7 +126,7 @@ def uniformity_rows(study: Uniformity, knob: float, seed: int) -> list[dict]:
     for repair in (False, True):
         errors = {kept: r.error if repair else r.error_unrepaired for kept, r in results.items()}
         best = min(errors, key=errors.get)
-        case = {"knob": knob, "seed": seed, "repair": repair, "correlation": _correlation(chunk), "best": list(best)}
+        case = {"knob": knob, "seed": seed, "repair": repair, "correlation": _correlation(chunk)}
         case["best_error"] = errors[best]
         for score in UNIFORMITY_SCORES:
             kept = _choose(_layer(score, chunk, study.keep, repair), score, study.keep, repair)

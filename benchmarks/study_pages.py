@@ -1,4 +1,4 @@
-"""From the studies' JSON files to docs/studies/README.md: tables, one-sentence readings and plots, nothing computed anew."""
+"""From the studies' JSON files to docs/studies/README.md: tables, one-sentence readings and plots."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def rebuild(folder: Path) -> Path:
 HEAD = """# Studies
 
 Written by `python benchmarks/studies.py [MODEL]`, which makes the tables anew for any Mamba-1 checkpoint; do not edit.
-"Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text that
-do not overlap; ± is one standard error over windows, paired. The lowest figure of a column is bold. Scores are named as
-on the command line: `sparsessm-vote` is the paper's first version, `sparsessm` (time-weighted) its second,
-`sparsessm-l2` its ablation. Where the model has the dimensions of one of the paper's, the paper's figure stands beside."""
+"Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text
+that do not overlap; ± is one standard error over windows, paired. The lowest figure of a column is bold. Scores are
+named as on the command line: `sparsessm-vote` is the paper's first version, `sparsessm` (time-weighted) its second,
+`sparsessm-l2` its ablation. Where the model has the dimensions of one of the paper's, the paper's figure stands
+beside."""
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -384,8 +385,8 @@ PAGES = {
     ),
     "aggregation": Page(
         "Aggregation over time",
-        "SparseSSM's importance of an entry at each time step, brought to one number by votes, by a weighted sum, or by a "
-        "plain one; without repair. Perplexity:",
+        "SparseSSM's importance of an entry at each time step, brought to one number by votes, by a weighted sum, or "
+        "by a plain one; without repair. Perplexity:",
         lambda study: [grid(study, "aggregation")],
         _aggregation_reading,
         _plot_aggregation,
@@ -399,8 +400,8 @@ PAGES = {
     ),
     "alpha": Page(
         "Sensitivity-aware sparsity (Eq. 7)",
-        "How far the sparsities of in_proj and out_proj spread over the layers around 50 %, weights by SparseGPT, A_log "
-        "(whole model) by `sparsessm`. Perplexity by alpha:",
+        "How far the sparsities of in_proj and out_proj spread over the layers around 50 %; weights by SparseGPT, "
+        "A_log (whole model) by `sparsessm`. Perplexity by alpha:",
         lambda study: [grid(study, "alpha")],
         _alpha_reading,
         lambda study, path: _plot_lines(study, path, "alpha"),
@@ -409,18 +410,18 @@ PAGES = {
         "Where the diagonal approximation fails",
         "Constructed layers whose states are the more alike the further the knob is turned: rows of B and columns of A "
         "are interpolated towards common ones. Half of the states go. Figures: true error of the gated output, divided "
-        "by that of the best of all subsets, median over layers (largest in brackets). A diagonal score adds up what each "
-        "state loses alone; alike states cancel or add up.",
+        "by that of the best of all subsets, median over layers (largest in brackets). A diagonal score adds up what "
+        "each state loses alone; states that are alike cancel each other or add up.",
         _uniformity_tables,
         _uniformity_reading,
         _plot_uniformity,
     ),
     "rare": Page(
         "A state that matters at rare steps",
-        "Constructed layers with one state that is written (B), read (C), or both at a small part of the steps only, so "
-        "strongly that its output energy is the same at every rate, several times that of any other. Rank 1 is the state "
-        "a score would keep last of all. The vote adds up samples before it votes, so it is given for several numbers "
-        "of samples.",
+        "Constructed layers with one state that is written (B), read (C), or both at a small part of the steps only, "
+        "so strongly that its output energy is the same at every rate, several times that of any other. Rank 1 is the "
+        "state a score lets go last. The vote adds up samples before it votes, so it is given for several numbers of "
+        "samples.",
         _rare_tables,
         _rare_reading,
         _plot_rare,
