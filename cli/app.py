@@ -101,8 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code, as documented in `ssmc --help`.
     """
-    # Read when torch is loaded, later: its OpenMP threads otherwise spin for milliseconds after each operation, on cores
-    # that our scan's threads wait for. A busy machine gains most.
+    # Read when torch is loaded, later: its OpenMP threads otherwise spin for milliseconds after each operation, on
+    # cores that our scan's threads wait for. A busy machine gains most.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     terminal = Terminal()
     # A polite kill cleans up as Ctrl-C does.
