@@ -190,15 +190,15 @@ def _report(terminal: Terminal, report: EvalReport) -> None:
 
 
 def _value(score: Score) -> str:
-    return _number(score.value) + ("" if score.stderr is None else f" ± {_number(score.stderr)}")
+    return f"{score.value:.4g}{_plus_minus(score.stderr)}"
 
 
 def _difference(score: Score) -> str:
     difference = score.difference
     if difference is None:
         return ""
-    return f"{difference.value:+.4g}" + ("" if difference.stderr is None else f" ± {_number(difference.stderr)}")
+    return f"{difference.value:+.4g}{_plus_minus(difference.stderr)}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _plus_minus(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.2g}"
