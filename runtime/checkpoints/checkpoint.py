@@ -84,9 +84,9 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     tensors = {layout.to_transformers_name(k): v for k, v in read_tensors(directory, progress).items()}
     tensors = check_tensors(tensors, config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model = build_model(config, tensors, dtype, str(source))
     _read_generation_config(model, directory)
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory)
 
 

@@ -63,18 +63,19 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig,
 
 
 def build_model(
-    config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: str
+    config: PretrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None, where: str
 ) -> PreTrainedModel:
     """transformers' model around `tensors`, without initialising anything first.
 
     Args:
         config: of the model.
-        tensors: checked by `check_tensors`; used as they are where the dtype is right.
+        tensors: checked by `check_tensors`; used as they are where the dtype is right. The dictionary is emptied, so
+            that of a tensor that is cast only the new one stays in memory.
         dtype: of the weights in memory; None keeps each tensor's own.
         where: what to call the model in errors.
     """
     model = _empty_model(config, where)
-    state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    state = {name: tensors.pop(name).to(dtype=dtype) for name in list(tensors)}
     model.load_state_dict(state, strict=False, assign=True)  # strict but for the tied head: checked before
     model.tie_weights()
     if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
@@ -138,7 +139,8 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size, where: str
             f"{where} has {name} stored as {kind}; ssmc reads float32, float16 and bfloat16. Take the "
             "unquantised model."
         )
-    if not torch.isfinite(tensor).all():
+    # NaN wins in both; unlike isfinite this makes no temporary of the tensor's size
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(
             f"{where} has NaN or infinity in {name}, so no result of it means anything. Copy it again or mend "
             "the model."
