@@ -1,6 +1,7 @@
 """The command line where everything goes well: help, versions, completion, the three commands."""
 
 import inspect
+import os
 import platform
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ssmc.exporters import FORMATS
 from ssmc.runtime import errors
 from ssmc.runtime.scan import BACKENDS
 
-from .commandline import run, run_process
+from .commandline import SSMC, run
 
 HEAVY = {"torch", "transformers", "numba", "matplotlib", "pydantic_settings", "datasets"}
 
@@ -118,12 +119,17 @@ def test_completion(capsys, monkeypatch, tmp_path, typed, offered):
     assert set(outcome.out.split()) == offered
 
 
-def test_completion_can_be_installed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    outcome = run_process("--show-completion", "bash", cwd=tmp_path)
-    assert outcome.code == 0
-    assert "complete -o default -F _ssmc_completion ssmc" in outcome.out
-    assert run_process("--install-completion", "bash", cwd=tmp_path, HOME=str(tmp_path)).code == 0
+def test_completion_can_be_installed(tmp_path):
+    """From a bash, as a user would: typer asks which shell it was started from, and `make` is run by sh."""
+
+    def from_bash(option):
+        # a second command keeps bash from replacing itself by the first
+        command = ["bash", "-c", f"'{SSMC}' {option}; exit $?"]
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+
+    assert "complete -o default -F _ssmc_completion ssmc" in from_bash("--show-completion").stdout
+    from_bash("--install-completion")
     assert "_SSMC_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "ssmc.sh").read_text()
 
 
