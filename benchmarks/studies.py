@@ -158,7 +158,7 @@ def on_model(name: str, args: argparse.Namespace, subject: Subject, settings: di
     }[name]()
     if name == "samples":
         settings = settings | {"nsamples": max(cell.nsamples for cell in cells)}
-    return Work(cells, lambda cell, report: [measure(subject, cell, report)], settings)
+    return Work(cells, lambda cell, report: measure(subject, cell, report), settings)
 
 
 def read_subject(args: argparse.Namespace) -> tuple[Subject, dict]:

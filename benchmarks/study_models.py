@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ STATE_SCORES = tuple(s for s in Score if s not in (Score.sparsegpt, Score.mamba_
 # d_model and n_layer of the models the paper reports; Mamba2-370M has those of 370M and another architecture.
 SIZES = {(768, 24): "130M", (1024, 48): "370M", (1536, 48): "790M", (2048, 48): "1.4B", (2560, 64): "2.8B"}
 
-DENSE, WHOLE = "dense", "whole model"
+DENSE, ENTRIES, FORGETFUL, WHOLE = "dense", "entries", "entries, no memory", "whole model"
+NO_MEMORY = 15.0  # A_log whose decay exp(-dt e^15) is zero for every dt that a model computes
 OURS = "SparseSSM (version not stated)"
 
 # Perplexity on WikiText-2: (model, table, row) -> value. SparseSSM's v1 is `sparsessm-vote`, its v2 `sparsessm`.
@@ -100,7 +101,7 @@ def methods_cells(sparsities: Iterable[float]) -> list[Cell]:
     patterns += [(group, {"pattern": group, "target": "ssm"}) for group in GROUPS]
     for score in ENTRY_SCORES:
         seeds = RANDOM_SEEDS if score is Score.random else None
-        cells += [Cell("entries", score.value, name, {**o, "score": score}, seeds=seeds) for name, o in patterns]
+        cells += [Cell(ENTRIES, score.value, name, {**o, "score": score}, seeds=seeds) for name, o in patterns]
     for score, repair in [*((s, False) for s in STATE_SCORES), (Score.exact, True)]:
         seeds = RANDOM_SEEDS if score is Score.random else None
         row = score.value + (" + repair" if repair else "")
@@ -169,8 +170,12 @@ def alpha_cells() -> list[Cell]:
     ]
 
 
-def measure(subject: Subject, cell: Cell, progress: Progress = silent) -> dict:
-    """Make and score the models of one cell. A model that computes no number is a result: its `failed` says why."""
+def measure(subject: Subject, cell: Cell, progress: Progress = silent) -> list[dict]:
+    """Make and score the models of one cell. A model that computes no number is a result: its `failed` says why.
+
+    Returns:
+        The cell's row, and for entries of A_log a second one, of the table FORGETFUL.
+    """
     row: dict[str, Any] = {"table": cell.table, "row": cell.row, "column": cell.column}
     row["options"] = {name: getattr(value, "value", value) for name, value in cell.options.items()}
     row["nsamples"] = cell.nsamples or subject.nsamples
@@ -178,26 +183,50 @@ def measure(subject: Subject, cell: Cell, progress: Progress = silent) -> dict:
     try:
         results = [_prune_and_score(subject, cell, row["nsamples"], seed, progress) for seed in row["seeds"]]
     except SsmcError as error:
-        return row | {"failed": str(error)}
+        return [row | {"failed": str(error)}]
+    tables = (cell.table, FORGETFUL)
+    return [row | {"table": t} | _figures(subject, r) for t, r in zip(tables, zip(*results, strict=True), strict=False)]
+
+
+def _figures(subject: Subject, results: Sequence[Perplexity]) -> dict[str, Any]:
+    """Loss of a model, or the mean loss of several."""
     nll = math.fsum(r.nll_per_token for r in results) / len(results)
     excess = [excess_loss(r, subject.dense) for r in results]
-    row |= {"perplexity": math.exp(nll) if nll < 700 else None, "nll": nll}
-    row["excess_nats"] = math.fsum(e.nats for e in excess) / len(excess)
-    row["excess_stderr"] = excess[0].stderr if len(excess) == 1 else None
-    row["window_nll"] = list(results[0].window_nll) if len(results) == 1 else None
-    return row
+    return {
+        "perplexity": math.exp(nll) if nll < 700 else None,
+        "nll": nll,
+        "excess_nats": math.fsum(e.nats for e in excess) / len(excess),
+        "excess_stderr": excess[0].stderr if len(excess) == 1 else None,
+        "window_nll": list(results[0].window_nll) if len(results) == 1 else None,
+    }
 
 
-def _prune_and_score(subject: Subject, cell: Cell, nsamples: int, seed: int, progress: Progress) -> Perplexity:
-    checkpoint, tokens = subject.checkpoint, subject.pool[:nsamples]
+def _prune_and_score(
+    subject: Subject, cell: Cell, nsamples: int, seed: int, progress: Progress
+) -> tuple[Perplexity, ...]:
+    checkpoint = subject.checkpoint
     config = configure(model="study", seed=seed, **cell.options)
+    # Eq. 7 ranks layers by their inputs even where the weights themselves go by magnitude
+    tokens = subject.pool[:nsamples] if config.needs_text or config.modules else None
     model = copy.deepcopy(checkpoint.model)
     if config.pattern in (LAYER, SSM_MODULE):
         shed(model, checkpoint.architecture, tokens, config, progress)
     else:
         keep = _keep(config, checkpoint.dimensions.d_state)
         prune_layers(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes, progress)
-    return perplexity(model, subject.text, subject.window, progress=progress)
+    results = [perplexity(model, subject.text, subject.window, progress=progress)]
+    if cell.table == ENTRIES:
+        forget_pruned(checkpoint, model)
+        results.append(perplexity(model, subject.text, subject.window, progress=progress))
+    return tuple(results)
+
+
+@torch.no_grad()
+def forget_pruned(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Give entries of A_log that are zero a decay of zero in place of exp(-dt), as the published evaluation does."""
+    for block in checkpoint.architecture.blocks(model):
+        A_log = checkpoint.architecture.mixer(block).A_log
+        A_log[A_log == 0] = NO_MEMORY
 
 
 def _keep(config: CompressConfig, d_state: int) -> int:

@@ -1,5 +1,6 @@
 """The studies: constructed layers against running the scan without the removed states, cells against `compress`."""
 
+import copy
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from ssmc.compressor import compress, configure
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.scan import scan_states
 from ssmc.runtime.tiny import heldout_path
 
 from .naive import hidden_states, scan_output
@@ -121,7 +123,7 @@ def subject(tiny):
 def test_a_cell_is_what_compress_writes(options, subject, tmp_path):
     """The figure of a table is the perplexity of the model that `ssmc compress` saves with the same options."""
     subject, settings = subject
-    row = study_models.measure(subject, study_models.Cell("t", "r", "c", options))
+    row, *_ = study_models.measure(subject, study_models.Cell("t", "r", "c", options))
     compress("tiny", out=tmp_path / "out", nsamples=2, seqlen=64, **options)
     saved = use_fast_scan(load_checkpoint(tmp_path / "out", dtype=torch.float32).model)
     expected = perplexity(saved, subject.text, 64)
@@ -143,7 +145,29 @@ def test_cells_cover_what_the_paper_reports():
 
 def test_a_cell_that_cannot_be_measured_says_why(subject):
     cell = study_models.Cell("t", "r", "c", {"pattern": "3:7", "target": "ssm", "score": "magnitude"})
-    assert "groups of 7" in study_models.measure(subject[0], cell)["failed"]
+    assert "groups of 7" in study_models.measure(subject[0], cell)[0]["failed"]
+
+
+def test_entries_without_memory_forget_and_the_others_do_not(tiny):
+    """Against the scan written out: h = dt u B alone where the entry is pruned."""
+    model = copy.deepcopy(tiny.model)
+    mixer = model.backbone.layers[0].mixer
+    with torch.no_grad():
+        mixer.A_log[:, ::2] = 0
+        hidden = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0))
+        study_models.forget_pruned(tiny, model)
+        inputs = tiny.architecture.scan_inputs(mixer, *tiny.architecture.expand(mixer, hidden))
+        states = scan_states(inputs)[:, 1:]  # (1, 5, N, D)
+        drive = (inputs.dt * inputs.u)[:, :, None] * inputs.B[..., None]
+    torch.testing.assert_close(states[:, :, ::2], drive[:, :, ::2])
+    assert not torch.allclose(states[:, 1:, 1::2], drive[:, 1:, 1::2], atol=1e-3)
+
+
+def test_entries_are_scored_with_and_without_memory(subject):
+    options = {"pattern": "unstructured", "score": "magnitude"}
+    plain, forgetful = study_models.measure(subject[0], study_models.Cell(study_models.ENTRIES, "r", "c", options))
+    assert (plain["table"], forgetful["table"]) == (study_models.ENTRIES, study_models.FORGETFUL)
+    assert plain["perplexity"] != forgetful["perplexity"]
 
 
 def model_study(name, cells, size=None):
