@@ -66,6 +66,7 @@ def export(
     manifest = read_manifest(directory)
     if manifest["kind"] != "masked":
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
+    manifest = read_manifest(directory, needed=("versions", "config", "dimensions", "layers", "removed"))
     out = directory / format if out is None else Path(out).expanduser()
     progress("reading the masked model", 0, 4)
     masked = load_checkpoint(directory, dtype=torch.float32)

@@ -6,6 +6,7 @@ A manifest carries no date, duration or machine: the same run gives the same byt
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import CheckpointError, UsageError
 
 MANIFEST = "ssmc.json"
 SCHEMA = 1
+EVERYWHERE = ("kind", "source")  # what every manifest says, of an artefact or of an export
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -21,8 +23,12 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Read the manifest of an artefact.
+
+    Args:
+        directory: what `compress` or `export` wrote.
+        needed: keys the caller is going to read, beside `EVERYWHERE`.
 
     Raises:
         UsageError: `directory` is not an artefact of ssmc.
@@ -43,4 +49,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has schema {found!r}, this ssmc reads {SCHEMA}. Compress again with this version."
         )
+    missing = [key for key in (*EVERYWHERE, *needed) if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}. Run `ssmc compress` again.")
     return manifest

@@ -293,6 +293,10 @@ def test_a_damaged_manifest(capsys, artefact):
     assert "ssmc.json" in run(capsys, "export").sentence(CHECKPOINT)
     (artefact / "ssmc.json").write_text("{}")
     assert "ssmc.json" in run(capsys, "export").sentence(CHECKPOINT)
+    (artefact / "ssmc.json").write_text('{"schema": 1}')
+    assert "lacks kind, source" in run(capsys, "export").sentence(CHECKPOINT)
+    (artefact / "ssmc.json").write_text('{"schema": 1, "kind": "masked", "source": {}}')
+    assert "lacks versions, config, dimensions, layers, removed" in run(capsys, "export").sentence(CHECKPOINT)
 
 
 def test_weights_changed_after_compressing(capsys, artefact):
