@@ -102,9 +102,9 @@ def _methods_tables(study: dict) -> list[str]:
         "Entries of A_log set to 0, the plain checkpoint: A = -1, the state goes on with decay exp(-dt). Nothing gets "
         "smaller:",
         grid(study, ENTRIES),
-        "The same models as the paper's published code evaluates them (model/mamba.py of CFinTech/SparseSSM at 4eb0984): "
-        "wherever A is -1 it sets the decay to 0, so a pruned entry has no memory at all. A stock runtime that loads the "
-        "checkpoint does not. The paper's figures for entries most likely belong here:",
+        "The same models as the paper's published code evaluates them (model/mamba.py of CFinTech/SparseSSM at "
+        "4eb0984): wherever A is -1 it sets the decay to 0, so a pruned entry has no memory at all. A stock runtime "
+        "that loads the checkpoint does not. The paper's figures for entries most likely belong here:",
         grid(study, FORGETFUL),
         "Whole states removed, for all channels (this shrinks):",
         grid(study, "columns"),
