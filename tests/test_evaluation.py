@@ -1,5 +1,6 @@
 """Tasks and their statistics against stock transformers, one text at a time, and sums done by hand."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -26,8 +27,11 @@ from ssmc.runtime.tokenizers import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="tasks need the extra `eval`")
 
+import datasets
+import lm_eval.api.task
+
 from ssmc.runtime.evaluation.lm import RecurrentLM
-from ssmc.runtime.evaluation.tasks import find_definitions, load_tasks
+from ssmc.runtime.evaluation.tasks import find_definitions, load_tasks, quiet
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SIX = ("piqa", "openbookqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
@@ -399,6 +403,16 @@ def test_progress_ends_at_the_total(data):
 def test_nothing_is_printed(data, capfd):
     evaluate_models(["tiny"], "lambada_openai", data=data, perplexity=False, device="cpu")
     assert capfd.readouterr() == ("", "")
+
+
+def test_other_users_of_the_libraries_get_their_progress_bars_back():
+    before = lm_eval.api.task.tqdm
+    with contextlib.suppress(KeyError), quiet():
+        assert lm_eval.api.task.tqdm is not before
+        assert not datasets.is_progress_bar_enabled()
+        raise KeyError
+    assert lm_eval.api.task.tqdm is before
+    assert datasets.is_progress_bar_enabled()
 
 
 # --- which models and which text --------------------------------------------------------------------------------------
