@@ -105,8 +105,10 @@ def test_load_gives_the_same_model_with_the_fast_scan_and_its_tokenizer(story):
         fast, stock = model(tokens).logits, use_stock_scan(model)(tokens).logits
     assert tokens.shape[1] > 4
     torch.testing.assert_close(fast, stock, rtol=1e-4, atol=1e-4)
-    kept, _ = ssmc.load(folder / "ssmc-out" / "safetensors", fast=False)
-    assert kept.dtype == torch.float16
+    plain, _ = ssmc.load(folder / "ssmc-out" / "safetensors", fast=False)
+    assert plain.dtype == torch.float16
+    mixers = [m.get_submodule("backbone.layers.0.mixer") for m in (plain, ssmc.load("tiny")[0])]
+    assert ["forward" in vars(mixer) for mixer in mixers] == [False, True]  # an instance's own forward is the fast one
 
 
 def test_what_the_user_should_know_is_said(capsys, monkeypatch, tmp_path):
@@ -158,8 +160,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, how):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
-    with subprocess.Popen([SSMC, "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_a_closed_pipe_is_no_error(tmp_path, option):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([SSMC, option], cwd=tmp_path, env=buffered, **pipes) as p:
         p.stdout.close()
         assert p.stderr.read() == b""
     assert p.returncode == 1
