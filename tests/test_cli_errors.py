@@ -299,6 +299,13 @@ def test_a_damaged_manifest(capsys, artefact):
     assert "lacks versions, config, dimensions, layers, removed" in run(capsys, "export").sentence(CHECKPOINT)
 
 
+@pytest.mark.parametrize("command", ["export", "bench"])
+@pytest.mark.parametrize("left", ['{"schema": 1}', '{"schema": 1, "kind": "masked"}'])
+def test_a_manifest_with_parts_missing(capsys, artefact, command, left):
+    (artefact / "ssmc.json").write_text(left)
+    assert "ssmc.json" in run(capsys, command).sentence(CHECKPOINT)
+
+
 def test_weights_changed_after_compressing(capsys, artefact):
     change_tensors(artefact, lambda tensors: tensors[X_PROJ].add_(1))
     assert "Layer 1" in run(capsys, "export").sentence(CHECKPOINT)
