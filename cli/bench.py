@@ -8,14 +8,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from .options import OUTPUT, CompressedDirectory, Device, Dtype, Quiet, ScanBackend, Verbose, complete_model
-from .terminal import Terminal, table
+from .options import (
+    MODELS,
+    OUTPUT,
+    QUALITY,
+    CompressedDirectory,
+    Device,
+    Dtype,
+    MaxWindows,
+    Quiet,
+    ScanBackend,
+    Verbose,
+    Window,
+    complete_model,
+    dtype_option,
+    heldout_option,
+    tokenizer_option,
+)
+from .terminal import COLOURS, Terminal, table
 
 if TYPE_CHECKING:
     from ssmc.runtime.bench import Report
 
-MODELS, SPEED, QUALITY = "What is compared", "Speed and memory", "Perplexity"
-COLOURS = {"better": "green", "worse": "red"}
+SPEED = "Speed and memory"
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -63,41 +78,16 @@ def bench(
         float, typer.Option(help="Seconds to spend on timing, a guide.", rich_help_panel=SPEED)
     ] = 90.0,
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Of weights and activations.",
-            show_default="float32 on a CPU, as stored on a GPU",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+    dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
     stock: Annotated[
         bool,
         typer.Option("--stock/--no-stock", help="Time transformers' own loop as well.", rich_help_panel=SPEED),
     ] = True,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Held-out text, as for `ssmc compress --calib`.",
-            show_default="the embedded stories",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Folder or hub id of the tokenizer.",
-            show_default="the dense model's",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)] = 1024,
-    max_windows: Annotated[
-        int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
-    ] = 32,
+    text: Annotated[str | None, heldout_option("the embedded stories")] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("the dense model's", QUALITY)] = None,
+    window: Window = 1024,
+    max_windows: MaxWindows = 32,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -22,6 +22,7 @@ from .options import (
     Weighting,
     complete_model,
     complete_pattern,
+    tokenizer_option,
 )
 from .terminal import Terminal, size, table
 
@@ -124,15 +125,7 @@ def compress(
         int,
         typer.Option(help="Draws the samples; the same seed gives the same bytes.", rich_help_panel=CALIBRATION),
     ] = 0,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Folder or hub id of the tokenizer.",
-            show_default="the one beside the model",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", CALIBRATION)] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.", rich_help_panel=CALIBRATION)] = "auto",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT)] = Path(
         "ssmc-out"

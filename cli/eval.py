@@ -8,14 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from .options import OUTPUT, Device, Dtype, Quiet, ScanBackend, Verbose, complete_model
-from .terminal import Terminal, table
+from .options import (
+    MODELS,
+    OUTPUT,
+    QUALITY,
+    Device,
+    Dtype,
+    MaxWindows,
+    Quiet,
+    ScanBackend,
+    Verbose,
+    Window,
+    complete_model,
+    dtype_option,
+    heldout_option,
+    tokenizer_option,
+)
+from .terminal import COLOURS, Terminal, table
 
 if TYPE_CHECKING:
     from ssmc.runtime.evaluation import EvalReport, Score
 
-MODELS, TASKS, QUALITY, SPEED = "What is compared", "Tasks", "Perplexity", "Speed"
-COLOURS = {"better": "green", "worse": "red"}
+TASKS, SPEED = "Tasks", "Speed"
 
 
 def evaluate(
@@ -65,40 +79,15 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option("--perplexity/--no-perplexity", help="Measure it.", rich_help_panel=QUALITY)
     ] = True,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Held-out text, as for `ssmc compress --calib`.",
-            show_default="wikitext2, its test split",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)] = 2048,
-    max_windows: Annotated[
-        int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
-    ] = 0,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Folder or hub id of the tokenizer.",
-            show_default="the one beside the first model",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
+    text: Annotated[str | None, heldout_option("wikitext2, its test split")] = None,
+    window: Window = 2048,
+    max_windows: MaxWindows = 0,
+    tokenizer: Annotated[str | None, tokenizer_option("the one beside the first model", MODELS)] = None,
     batch_size: Annotated[
         int, typer.Option(help="Sequences of a task at once; no score depends on it.", rich_help_panel=SPEED)
     ] = 8,
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Of weights and activations.",
-            show_default="float32 on a CPU, as stored on a GPU",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+    dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
     out: Annotated[
         Path | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,7 @@ ScanBackend = Literal["auto", "cpu", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
+MODELS, QUALITY = "What is compared", "Perplexity"
 
 
 def _switch(name: str) -> Callable[[typer.Context, bool], bool]:
@@ -61,9 +62,37 @@ Quiet = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]
+Window = Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)]
+MaxWindows = Annotated[
+    int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
+]
 CompressedDirectory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `ssmc compress` wrote.", show_default=True)
 ]
+
+
+def tokenizer_option(default: str, panel: str) -> Any:
+    """--tokenizer; `default` says where it is looked for otherwise."""
+    return typer.Option(
+        metavar="SRC", help="Folder or hub id of the tokenizer.", show_default=default, rich_help_panel=panel
+    )
+
+
+def heldout_option(default: str) -> Any:
+    """--text; `default` says what is read otherwise."""
+    return typer.Option(
+        metavar="SRC",
+        help="Held-out text, as for `ssmc compress --calib`.",
+        show_default=default,
+        rich_help_panel=QUALITY,
+    )
+
+
+def dtype_option(panel: str) -> Any:
+    """--dtype, to compute in."""
+    return typer.Option(
+        help="Of weights and activations.", show_default="float32 on a CPU, as stored on a GPU", rich_help_panel=panel
+    )
 
 
 def complete_pattern(incomplete: str) -> list[str]:

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from .progress import Bar
 
+COLOURS = {"better": "green", "worse": "red"}  # of a comparison with the dense model
+
 
 def _stdout() -> Console:
     return Console(highlight=False)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssmc.runtime.checkpoints import Checkpoint, write_checkpoint
-from ssmc.runtime.files import new_directory, require_space, sha256
-from ssmc.runtime.manifest import MANIFEST, write_manifest
+from ssmc.runtime.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from ssmc.runtime.files import new_directory, require_space
+from ssmc.runtime.manifest import MANIFEST, file_records, write_manifest
 from ssmc.runtime.tokenizers import copy_tokenizer
 from ssmc.runtime.versions import versions
 
@@ -53,7 +53,7 @@ def write_artefact(
         OutputError: see `new_directory`.
     """
     tensors = checkpoint.tensors()
-    require_space(out, sum(t.numel() * t.element_size() for t in tensors.values()))
+    require_space(out, tensor_bytes(tensors))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         files = write_checkpoint(folder, tensors, checkpoint.config)
         if tokenizer_directory is not None:
@@ -69,8 +69,8 @@ def write_artefact(
             "dimensions": checkpoint.dimensions.as_dict(),
             "layers": [_layer(layer) for layer in layers],
             "removed": [{"layer": r.layer, "calibration_loss": r.loss} for r in removals],
-            "parameters": sum(t.numel() for t in tensors.values()),
-            "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(files)},
+            "parameters": parameter_count(tensors),
+            "files": file_records(files),
         }
         write_manifest(folder, manifest)
     return manifest

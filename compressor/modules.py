@@ -15,7 +15,7 @@ from .config import FFN, CompressConfig, FfnScore
 from .depthwise import prune_depthwise
 from .hessian import DepthwiseSecondMoment, SecondMoment, SquaredInputs
 from .masks import NM, Target
-from .sensitivity import RANKED, allocate
+from .sensitivity import RANKED, allocate, sensitivity
 from .sparsegpt import sparsegpt
 from .wanda import magnitude, wanda
 
@@ -78,7 +78,7 @@ def _sensitivities(
             for name in names:
                 sums[name].add(inputs[name])
         for name in names:
-            found[name].append(float(sums[name].total.sum()) / weights[name].numel())
+            found[name].append(sensitivity(sums[name].total, weights[name].numel()))
     return found
 
 

@@ -17,10 +17,12 @@ def sensitivity(hessian: torch.Tensor, size: int) -> float:
     """trace(H) / size.
 
     Args:
-        hessian: (in, in) second moment of the module's inputs, or (D, K, K) for a depthwise conv1d.
+        hessian: (in, in) second moment of the module's inputs, or (D, K, K) for a depthwise conv1d; of the former the
+            diagonal alone, (in,), is enough.
         size: number of weights of the module.
     """
-    return float(hessian.diagonal(dim1=-2, dim2=-1).double().sum()) / size
+    diagonal = hessian if hessian.dim() == 1 else hessian.diagonal(dim1=-2, dim2=-1)
+    return float(diagonal.double().sum()) / size
 
 
 def ramp(sensitivities: Sequence[float], sparsity: float, alpha: float = ALPHA) -> list[float]:

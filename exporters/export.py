@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ssmc.runtime.architectures import Cut
-from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, write_checkpoint
+from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.files import new_directory, require_space, sha256
-from ssmc.runtime.manifest import MANIFEST, read_manifest, write_manifest
+from ssmc.runtime.files import new_directory, require_space
+from ssmc.runtime.manifest import MANIFEST, file_records, read_manifest, require_keys, write_manifest
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
@@ -66,13 +66,13 @@ def export(
     manifest = read_manifest(directory)
     if manifest["kind"] != "masked":
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
-    manifest = read_manifest(directory, needed=("versions", "config", "dimensions", "layers", "removed"))
+    require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), directory)
     out = directory / format if out is None else Path(out).expanduser()
     progress("reading the masked model", 0, 4)
     masked = load_checkpoint(directory, dtype=torch.float32)
     progress("cutting", 1, 4)
     shrunk = shrink(masked, manifest, directory)
-    require_space(out, _bytes(shrunk.tensors))
+    require_space(out, tensor_bytes(shrunk.tensors))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         progress("writing", 2, 4)
         files = write_checkpoint(
@@ -84,13 +84,14 @@ def export(
         comparison = _compare(masked, folder, directory)
         write_manifest(folder, _manifest(manifest, format, masked, shrunk, comparison, files))
     progress("done", 4, 4)
+    before = masked.tensors()
     return ExportResult(
         directory=out,
         cuts=tuple(shrunk.cuts),
         comparison=comparison,
         runs_where=tuple(runs_where(masked.architecture.dimensions(shrunk.config), manifest["dimensions"]["d_state"])),
-        parameters=(_parameters(masked.tensors()), _parameters(shrunk.tensors)),
-        weight_bytes=(_bytes(masked.tensors()), _bytes(shrunk.tensors)),
+        parameters=(parameter_count(before), parameter_count(shrunk.tensors)),
+        weight_bytes=(tensor_bytes(before), tensor_bytes(shrunk.tensors)),
     )
 
 
@@ -134,14 +135,6 @@ def _manifest(
             "tokens": comparison.tokens,
             "real_text": comparison.real_text,
         },
-        "parameters": _parameters(shrunk.tensors),
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(files)},
+        "parameters": parameter_count(shrunk.tensors),
+        "files": file_records(files),
     }
-
-
-def _parameters(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() for t in tensors.values())
-
-
-def _bytes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -6,11 +6,12 @@ A manifest carries no date, duration or machine: the same run gives the same byt
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, UsageError
+from .files import sha256
 
 MANIFEST = "ssmc.json"
 SCHEMA = 1
@@ -23,12 +24,16 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+def file_records(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files by name, for a manifest."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(files)}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
     """Read the manifest of an artefact.
 
     Args:
         directory: what `compress` or `export` wrote.
-        needed: keys the caller is going to read, beside `EVERYWHERE`.
 
     Raises:
         UsageError: `directory` is not an artefact of ssmc.
@@ -49,7 +54,18 @@ def read_manifest(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]
         raise CheckpointError(
             f"{path} has schema {found!r}, this ssmc reads {SCHEMA}. Compress again with this version."
         )
-    missing = [key for key in (*EVERYWHERE, *needed) if key not in manifest]
-    if missing:
-        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}. Run `ssmc compress` again.")
+    require_keys(manifest, EVERYWHERE, directory)
     return manifest
+
+
+def require_keys(manifest: Mapping[str, Any], keys: Iterable[str], directory: Path) -> None:
+    """Check that a manifest says what is going to be read.
+
+    Raises:
+        CheckpointError: it lacks something.
+    """
+    missing = [key for key in keys if key not in manifest]
+    if missing:
+        raise CheckpointError(
+            f"{directory / MANIFEST} is damaged: it lacks {', '.join(missing)}. Run `ssmc compress` again."
+        )

@@ -136,7 +136,7 @@ class Report:
 
         directory = Path(directory).expanduser()
         check_output(directory)
-        text = json.dumps(_finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
         written = {directory / JSON_NAME: text + "\n", directory / HTML_NAME: render(self)}
         for path, content in written.items():
             write_text(path, content)
@@ -191,10 +191,10 @@ def _measurement(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: a perplexity beyond float64 becomes null."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -66,7 +66,7 @@ def find_sources(
     exports = _exports(directory, manifest)
     if not exports:
         raise UsageError(f"{directory} holds no export to compare with the dense model. Run `ssmc export` first.")
-    reference = _dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
+    reference = dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
     return _distinct([reference, *exports])
 
 
@@ -131,7 +131,7 @@ def _recipe(manifest: dict[str, Any]) -> dict[str, Any] | None:
     return {key: config[key] for key in RECIPE if key in config} or None
 
 
-def _dense_source(directory: Path, manifest: dict[str, Any]) -> Source:
+def dense_source(directory: Path, manifest: dict[str, Any]) -> Source:
     """Where the dense model is: seen from the artefact if it still stands there, else as it was named."""
     source = manifest.get("source") or {}
     named, relative = source.get("model"), source.get("relative")

@@ -128,6 +128,11 @@ def parameter_count(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for name, tensor in tensors.items() if not _is_tied_head(name, tensor, tensors))
 
 
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many bytes the numbers of a model take, as they are stored."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig]:
     path = directory / "config.json"
     if not path.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.sources import EXPORTS, Source, _dense_source, find_sources
+from ..bench.sources import EXPORTS, Source, dense_source, find_sources
 from ..manifest import MANIFEST, read_manifest
 
 DEFAULT_DIRECTORY = "ssmc-out"
@@ -38,5 +38,5 @@ def choose_sources(models: Sequence[str | Path], dense: str | Path | None = None
     manifest = read_manifest(directory)
     if manifest.get("kind") == "export" or any((directory / name / MANIFEST).is_file() for name in EXPORTS):
         return find_sources(directory, dense)
-    where = _dense_source(directory, manifest).where if dense is None else dense
+    where = dense_source(directory, manifest).where if dense is None else dense
     return find_sources(directory, where, [directory])

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.report import TextInfo
+from ..bench.report import TextInfo, finite
 from ..errors import OutputError
 from ..files import write_text
 from ..perplexity import ExcessLoss, Perplexity
@@ -105,7 +104,7 @@ class EvalReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything in types JSON has; a number beyond float64 is null."""
-        return _finite({"schema": SCHEMA, **asdict(self)})
+        return finite({"schema": SCHEMA, **asdict(self)})
 
     def write(self, path: str | Path) -> Path:
         """Write the report as JSON, replacing an earlier one.
@@ -152,11 +151,3 @@ def check_output(path: str | Path) -> Path:
     if foreign:
         raise OutputError(f"{path} was not written by ssmc eval and is left alone. Name another file with --out.")
     return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
