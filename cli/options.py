@@ -56,10 +56,14 @@ Verbose = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", callback=_switch("quiet"), help="Print nothing but errors.", rich_help_panel=GENERAL),
-]
+
+
+def quiet_option(help: str) -> Any:
+    """--quiet; `help` says what is still printed."""
+    return typer.Option("--quiet", "-q", callback=_switch("quiet"), help=help, rich_help_panel=GENERAL)
+
+
+Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]
