@@ -34,7 +34,8 @@ Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
-ExportFormat = Literal["safetensors", "mamba-ssm"]
+ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24"]
+HalfDtype = Literal["float16", "bfloat16"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
@@ -59,10 +60,14 @@ Verbose = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", callback=_switch("quiet"), help="Print nothing but errors.", rich_help_panel=GENERAL),
-]
+
+
+def quiet_option(help: str) -> Any:
+    """--quiet; `help` says what is still printed."""
+    return typer.Option("--quiet", "-q", callback=_switch("quiet"), help=help, rich_help_panel=GENERAL)
+
+
+Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]

@@ -101,7 +101,7 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("ssmc ", {"compress", "export", "bench", "eval"}),
+        ("ssmc ", {"compress", "export", "bench", "eval", "generate"}),
         ("ssmc compress ti", {"tiny"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
@@ -176,7 +176,7 @@ def test_the_defaults_of_compress():
 
 
 def test_the_public_names():
-    assert ssmc.__all__ == ["__version__", "benchmark", "compress", "export", "load"]
+    assert ssmc.__all__ == ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
     assert set(ssmc.__all__) <= set(dir(ssmc))
     assert all(callable(getattr(ssmc, name)) for name in ssmc.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
