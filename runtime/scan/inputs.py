@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ScanInputs:
     C: torch.Tensor  # (B, L, N)
     D: torch.Tensor  # (D,) skip connection
     z: torch.Tensor | None = None  # (B, L, D) gate before silu; None: the output is not gated
+    dt_bias: torch.Tensor | None = None  # (D,) if given, dt is before bias and softplus: kernels of a GPU fuse them
 
     @property
     def batch(self) -> int:
@@ -50,6 +52,12 @@ class ScanInputs:
     def initial_state(self) -> torch.Tensor:
         """The zero state every sequence starts from, (B, D, N) float32."""
         return self.u.new_zeros(self.batch, self.d_inner, self.d_state, dtype=torch.float32)
+
+    def with_time_steps(self) -> ScanInputs:
+        """The same inputs with bias and softplus applied to dt, in float32, as the models do it."""
+        if self.dt_bias is None:
+            return self
+        return replace(self, dt=F.softplus(self.dt.float() + self.dt_bias.float()), dt_bias=None)
 
     def sequences(self, rows: slice) -> ScanInputs:
         """The same inputs for some of the B sequences only (views, nothing is copied)."""
