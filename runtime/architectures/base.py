@@ -73,9 +73,18 @@ class Architecture(Protocol):
         """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
 
     def scan_inputs(
-        self, mixer: nn.Module, x: torch.Tensor, z: torch.Tensor, history: torch.Tensor | None = None
+        self,
+        mixer: nn.Module,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        history: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        fuse: bool = False,
     ) -> ScanInputs:
-        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
+        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
+
+        `fuse` leaves bias and softplus of dt to a scan that does them itself (`ScanInputs.dt_bias`).
+        """
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""

@@ -9,25 +9,29 @@ import torch
 
 from ..errors import UsageError
 from . import reference
+from .accelerators import accelerator
 from .inputs import ScanInputs
 
-__all__ = ["BACKENDS", "ScanInputs", "check_backend", "scan_states", "selective_scan"]
+__all__ = ["BACKENDS", "ScanInputs", "accelerator", "check_backend", "scan_states", "selective_scan"]
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "mamba-ssm", "reference")
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # anything else may have no memory to read
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto"
+    inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto", in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence of one layer and read it out (Mamba, section 3.2; see `ScanInputs`).
 
     Args:
         inputs: what the scan reads; float16 and bfloat16 are computed in float32.
         state: (B, D, N) state before the first token; None starts from zero. It is not modified.
-        backend: "cpu" the numba kernel, "reference" plain torch on any device and with gradients, "auto" the kernel
-            for CPU tensors that need no gradient and the reference for everything else.
+        backend: "cpu" the numba kernel, "triton" our kernels for a GPU, "mamba-ssm" that package's where it is
+            installed, "reference" plain torch on any device and with gradients, "auto" the numba kernel for CPU
+            tensors, Triton for those of a GPU, and the reference for everything else. Where gradients are needed,
+            the two for a GPU leave it to the reference.
+        in_place: allow the state of a single token to be overwritten with the final one, where that saves time.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, gated when `inputs.z` is given, and the final state (B, D, N) in
@@ -37,7 +41,10 @@ def selective_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
-    return _choose(backend, inputs, state).selective_scan(inputs, state)
+    module, inputs = _choose(backend, inputs, state)
+    if in_place and getattr(module, "FUSES_TIME_STEPS", False):
+        return module.selective_scan(inputs, state, in_place=True)
+    return module.selective_scan(inputs, state)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
@@ -48,7 +55,8 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: 
     Returns:
         (B, L + 1, N, D) float32; entry t is the state before token t, so `[:, 1:]` is h_t, `[:, -1]` the final state.
     """
-    return _choose(backend, inputs, state).scan_states(inputs, state)
+    module, inputs = _choose(backend, inputs, state)
+    return module.scan_states(inputs, state)
 
 
 def check_backend(backend: str) -> str:
@@ -62,18 +70,23 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _choose(backend: str, inputs: ScanInputs, state: torch.Tensor | None) -> ModuleType:
-    """The module that computes this scan."""
-    if check_backend(backend) == "reference":
-        return reference
+def _choose(backend: str, inputs: ScanInputs, state: torch.Tensor | None) -> tuple[ModuleType, ScanInputs]:
+    """The module that computes this scan, and the inputs as it takes them."""
     tensors = [t for t in (*vars(inputs).values(), state) if t is not None]
+    on_gpu = accelerator(check_backend(backend), tensors)
+    if on_gpu is not None:
+        _check_shapes(inputs, state)
+        return on_gpu, inputs
+    inputs = inputs.with_time_steps()
+    if backend not in ("auto", "cpu"):
+        return reference, inputs
     obstacle = _obstacle(tensors)
     if obstacle is None:
         _check_shapes(inputs, state)  # the kernel works on raw memory
-        return _kernels()
+        return _kernels(), inputs
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
-    return reference
+    return reference, inputs
 
 
 def _obstacle(tensors: list[torch.Tensor]) -> str | None:
@@ -107,7 +120,7 @@ def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:
         raise ValueError(f"u must be (B, L, D) and A (D, N), not {tuple(inputs.u.shape)} and {tuple(inputs.A.shape)}")
     sequence = (inputs.batch, inputs.length)
     channels, states = (*sequence, inputs.d_inner), (*sequence, inputs.d_state)
-    wanted = {"dt": channels, "z": channels, "B": states, "C": states, "D": channels[2:]}
+    wanted = {"dt": channels, "z": channels, "B": states, "C": states, "D": channels[2:], "dt_bias": channels[2:]}
     wanted["A"] = (inputs.d_inner, inputs.d_state)
     for name, shape in wanted.items():
         tensor = getattr(inputs, name)

@@ -532,3 +532,50 @@ def states_kernel(
         B_ptr += B_token
         states_ptr += size
         store_tiles(states_ptr, across, channels, channels, 1, h, PARTS, WHOLE)
+
+
+@triton.jit
+def token_kernel(
+    u_ptr,
+    u_batch,
+    dt_ptr,
+    dt_batch,
+    z_ptr,
+    z_batch,
+    B_ptr,
+    B_batch,
+    C_ptr,
+    C_batch,
+    A_ptr,
+    bias_ptr,
+    skip_ptr,
+    before_ptr,
+    after_ptr,
+    y_ptr,
+    channels,
+    STATES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One token: `after` (B, D, N) from `before`, which may be the same memory, and the output `y` (B, D).
+
+    Grid (blocks of channels, sequences). The states of a channel lie together, so lanes run over both: moving the state
+    is all the time this takes, and no lane moves padding.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    u = load_row(u_ptr + row * u_batch, d, channels, WHOLE).to(tl.float32)
+    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
+    step = time_step(load_row(dt_ptr + row * dt_batch, d, channels, WHOLE), bias, SOFTPLUS)
+    B, C = load_vectors(B_ptr + row * B_batch, PARTS), load_vectors(C_ptr + row * C_batch, PARTS)
+    rates = load_tiles(A_ptr, d, channels, 1, STATES, PARTS, WHOLE)
+    h = load_tiles(before_ptr + row * channels * STATES, d, channels, 1, STATES, PARTS, WHOLE)
+    h = advance(h, rates, step * LOG2_E, step * u, B, PARTS)
+    store_tiles(after_ptr + row * channels * STATES, d, channels, 1, STATES, h, PARTS, WHOLE)
+    y = read_out(h, C, PARTS) + load_row(skip_ptr, d, channels, WHOLE).to(tl.float32) * u
+    if GATED:
+        y = y * silu(load_row(z_ptr + row * z_batch, d, channels, WHOLE).to(tl.float32))
+    store_row(y_ptr + row * channels, d, channels, y.to(y_ptr.dtype.element_ty), WHOLE)

@@ -126,6 +126,7 @@ class Scan:
             "WHOLE": inputs.d_inner % plan.block == 0,
             "SOFTPLUS": inputs.dt_bias is not None,
             "num_warps": plan.warps,
+            "enable_fp_fusion": True,  # Triton 3.10 will not by itself
         }
         self.ends = self.sums = self.rates  # read by nobody unless there are several chunks
         if chunks > 1:

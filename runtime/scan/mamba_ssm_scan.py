@@ -1,0 +1,44 @@
+"""The selective scan with mamba_ssm's own CUDA and Triton kernels, where that package is installed.
+
+Its prefill kernel wants time as the last axis and one dtype for all sequences, and always starts from a zero state; its
+decode kernel updates a state in place. What it cannot do, continuing a prompt from a state, our Triton scan does.
+"""
+
+from __future__ import annotations
+
+import torch
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+from . import gpu
+from .gpu import scan_states
+from .inputs import ScanInputs
+
+__all__ = ["FUSES_TIME_STEPS", "scan_states", "selective_scan"]
+
+FUSES_TIME_STEPS = True
+
+
+def selective_scan(
+    inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence and read it out; as `gpu.selective_scan`."""
+    fused = inputs.dt_bias is not None
+    bias = inputs.dt_bias.float() if fused else None
+    dtype = inputs.u.dtype if fused else torch.promote_types(inputs.u.dtype, inputs.dt.dtype)
+    u, dt, B, C = (t.to(dtype) for t in (inputs.u, inputs.dt, inputs.B, inputs.C))
+    z = None if inputs.z is None else inputs.z.to(dtype)
+    A, D = inputs.A.float().contiguous(), inputs.D.float()
+    if state is None:
+        u, dt, B, C, z = (t if t is None else t.transpose(1, 2) for t in (u, dt, B, C, z))  # (B, D, L), (B, N, L)
+        y, final = selective_scan_fn(
+            u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=fused, return_last_state=True
+        )
+        return y.transpose(1, 2).to(inputs.u.dtype), final
+    if inputs.length > 1:
+        return gpu.selective_scan(inputs, state)
+    after = state.float().contiguous()
+    after = after if in_place or after is not state else state.clone()
+    u, dt, B, C, z = (t if t is None else t[:, 0] for t in (u, dt, B, C, z))
+    y = selective_state_update(after, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=fused)
+    return y[:, None].to(inputs.u.dtype), after
