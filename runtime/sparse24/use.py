@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,23 @@ class Sparse24Report:
     def kept(self) -> int:
         """Modules that run sparse."""
         return sum(module.kept for module in self.modules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in types JSON has; seconds are medians."""
+        rows = [
+            {
+                "name": m.name,
+                "shape": list(m.shape),
+                "backend": m.backend,
+                "dense_seconds": None if m.dense is None else m.dense.median,
+                "sparse_seconds": None if m.sparse is None else m.sparse.median,
+                "ratio": None if m.ratio is None else asdict(m.ratio),
+                "kept": m.kept,
+                "reason": m.reason,
+            }
+            for m in self.modules
+        ]
+        return {"batch": self.batch, "length": self.length, "reason": self.reason, "kept": self.kept, "modules": rows}
 
 
 class Sparse24Linear(nn.Module):
