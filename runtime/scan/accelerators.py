@@ -74,10 +74,11 @@ def _missing(backend: str) -> str | None:
         if tuple(int(part) for part in __version__.split(".")[:2]) < _OLDEST_TRITON:
             return f"triton {__version__} is too old, 3.6 is the first that was tried"
     try:
-        import_module(_MODULES[backend], __package__)
+        module = import_module(_MODULES[backend], __package__)
+        if backend == MAMBA_SSM:
+            module.kernels()
     except Exception as error:
-        what = "mamba-ssm's kernels cannot" if backend == MAMBA_SSM else "its kernels cannot"
-        return f"{what} be imported ({type(error).__name__}: {error})"
+        return f"{backend}'s kernels cannot be imported ({type(error).__name__}: {error})"
     return None
 
 

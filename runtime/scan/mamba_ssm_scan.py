@@ -6,23 +6,43 @@ decode kernel updates a state in place. What it cannot do, continuing a prompt f
 
 from __future__ import annotations
 
-import torch
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from collections.abc import Callable
+from functools import cache
 
-from . import gpu
-from .gpu import scan_states
+import torch
+
 from .inputs import ScanInputs
 
-__all__ = ["FUSES_TIME_STEPS", "scan_states", "selective_scan"]
+__all__ = ["FUSES_TIME_STEPS", "kernels", "scan_states", "selective_scan"]
 
 FUSES_TIME_STEPS = True
+
+
+@cache
+def kernels() -> tuple[Callable, Callable]:
+    """mamba_ssm's `selective_scan_fn` and `selective_state_update`.
+
+    Raises:
+        Exception: whatever importing a package with CUDA kernels raises where it is missing or does not fit.
+    """
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return selective_scan_fn, selective_state_update
+
+
+def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.Tensor:
+    """All hidden states, which mamba_ssm has no kernel for: as `gpu.scan_states`."""
+    from . import gpu
+
+    return gpu.scan_states(inputs, state)
 
 
 def selective_scan(
     inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `gpu.selective_scan`."""
+    scan, update = kernels()
     fused = inputs.dt_bias is not None
     bias = inputs.dt_bias.float() if fused else None
     dtype = inputs.u.dtype if fused else torch.promote_types(inputs.u.dtype, inputs.dt.dtype)
@@ -31,14 +51,14 @@ def selective_scan(
     A, D = inputs.A.float().contiguous(), inputs.D.float()
     if state is None:
         u, dt, B, C, z = (t if t is None else t.transpose(1, 2) for t in (u, dt, B, C, z))  # (B, D, L), (B, N, L)
-        y, final = selective_scan_fn(
-            u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=fused, return_last_state=True
-        )
+        y, final = scan(u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=fused, return_last_state=True)
         return y.transpose(1, 2).to(inputs.u.dtype), final
     if inputs.length > 1:
+        from . import gpu
+
         return gpu.selective_scan(inputs, state)
     after = state.float().contiguous()
     after = after if in_place or after is not state else state.clone()
     u, dt, B, C, z = (t if t is None else t[:, 0] for t in (u, dt, B, C, z))
-    y = selective_state_update(after, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=fused)
+    y = update(after, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=fused)
     return y[:, None].to(inputs.u.dtype), after
