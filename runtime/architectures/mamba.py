@@ -87,6 +87,12 @@ class MambaArchitecture:
         dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float().add_(mixer.dt_proj.bias.float()))
         return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
 
+    def scan(
+        self, mixer: nn.Module, inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
+        return selective_scan(inputs, state, backend)
+
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
         weights = {name: getattr(mixer, name).weight.data for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}

@@ -1,4 +1,4 @@
-"""Selective scans: one interface, a fast CPU kernel behind it, and plain torch wherever that cannot serve."""
+"""Selective scans of Mamba and Mamba-2: one interface, fast CPU kernels, and plain torch where they cannot serve."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 
 from ..errors import UsageError
-from . import reference
-from .inputs import ScanInputs
+from . import reference, ssd
+from .inputs import ScanInputs, SsdInputs
 
-__all__ = ["BACKENDS", "ScanInputs", "check_backend", "scan_states", "selective_scan"]
+__all__ = ["BACKENDS", "ScanInputs", "SsdInputs", "check_backend", "scan_states", "selective_scan", "ssd_scan"]
 
 BACKENDS = ("auto", "cpu", "reference")
 
@@ -49,6 +49,27 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: 
         (B, L + 1, N, D) float32; entry t is the state before token t, so `[:, 1:]` is h_t, `[:, -1]` the final state.
     """
     return _choose(backend, inputs, state).scan_states(inputs, state)
+
+
+def ssd_scan(
+    inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence of one Mamba-2 layer and read it out (Mamba-2, section 6; see `SsdInputs`).
+
+    Args:
+        inputs: what the scan reads; float16 and bfloat16 are computed in float32.
+        state: (B, H, P, N) state before the first token; None starts from zero. It is not modified.
+        backend: as for `selective_scan`; the reference is matrix products over chunks of tokens.
+
+    Returns:
+        Output (B, L, D) in the dtype of `inputs.u`, not gated, and the final state (B, H, P, N) in float32.
+
+    Raises:
+        UsageError: there is no such backend, or it cannot take these tensors.
+        ValueError: the shapes do not belong together.
+    """
+    _check_ssd_shapes(inputs, state)
+    return ssd.ssd_scan(inputs, state)
 
 
 def check_backend(backend: str) -> str:
@@ -115,3 +136,22 @@ def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:
             raise ValueError(f"{name} must be {shape} to go with u and A, not {tuple(tensor.shape)}")
     if state is not None and state.shape != (inputs.batch, inputs.d_inner, inputs.d_state):
         raise ValueError(f"state must be {(inputs.batch, inputs.d_inner, inputs.d_state)}, not {tuple(state.shape)}")
+
+
+def _check_ssd_shapes(inputs: SsdInputs, state: torch.Tensor | None) -> None:
+    """Raise ValueError unless all shapes belong together."""
+    if inputs.u.dim() != 3 or inputs.dt.dim() != 3 or inputs.B.dim() != 4:
+        shapes = [tuple(tensor.shape) for tensor in (inputs.u, inputs.dt, inputs.B)]
+        raise ValueError("u must be (B, L, D), dt (B, L, H) and B (B, L, G, N), not {}, {} and {}".format(*shapes))
+    sequence, heads = (inputs.batch, inputs.length), inputs.heads
+    if inputs.d_inner % heads or heads % inputs.groups:
+        raise ValueError(f"{inputs.d_inner} channels, {heads} heads and {inputs.groups} groups do not divide evenly")
+    readers = (*sequence, inputs.groups, inputs.d_state)
+    wanted = {"dt": (*sequence, heads), "z": inputs.u.shape, "B": readers, "C": readers, "A": (heads,), "D": (heads,)}
+    for name, shape in wanted.items():
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} to go with u, dt and B, not {tuple(tensor.shape)}")
+    if state is not None and state.shape != (inputs.batch, heads, inputs.head_dim, inputs.d_state):
+        wanted_state = (inputs.batch, heads, inputs.head_dim, inputs.d_state)
+        raise ValueError(f"state must be {wanted_state}, not {tuple(state.shape)}")
