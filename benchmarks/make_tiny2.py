@@ -4,10 +4,10 @@
     python benchmarks/make_tiny2.py --until 22:55 --work work/tiny2         # as many steps as fit, by the clock
     python benchmarks/make_tiny2.py --pack --work work/tiny2                # runtime/tiny2 out of the last checkpoint
 
-It shares the tokenizer and the texts of `tiny`, and trains in one thread with the scan of ssmc itself. The order of the
-text and the initial weights come from --seed; with --steps a run repeats on the same machine and number of threads, with
---until the learning rate follows the clock instead. --lock names a file: while somebody holds it exclusively (flock),
-training waits.
+It shares the tokenizer and the texts of `tiny`, and trains in one thread with the scan of ssmc itself. The order of
+the text and the initial weights come from --seed; with --steps a run repeats on the same machine, with --until the
+learning rate follows the clock instead. --lock names a file: while somebody holds it exclusively (flock), training
+waits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def new_model(seed: int) -> Mamba2ForCausalLM:
     with torch.no_grad():
         model.backbone.embeddings.weight.normal_(std=0.02)
         for block in model.backbone.layers:
-            for part, scale in ((block.mixer.in_proj, 1.0), (block.mixer.out_proj, CONFIG["num_hidden_layers"] ** -0.5)):
+            for part, scale in (
+                (block.mixer.in_proj, 1.0),
+                (block.mixer.out_proj, CONFIG["num_hidden_layers"] ** -0.5),
+            ):
                 part.weight.normal_(std=0.6 * scale * part.in_features**-0.5)
     return model
 
@@ -119,7 +122,10 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     args.work.mkdir(parents=True, exist_ok=True)
-    stories, tokenizer = args.shared / "data" / "stories", Tokenizer.from_file(str(ROOT / "runtime/tiny/tokenizer.json"))
+    stories, tokenizer = (
+        args.shared / "data" / "stories",
+        Tokenizer.from_file(str(ROOT / "runtime/tiny/tokenizer.json")),
+    )
     tokens = read_tokens(stories / "train.jsonl", tokenizer)
     heldout = read_tokens(stories / "valid.jsonl", tokenizer)[: 16 * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
     model = use_fast_scan(new_model(args.seed)).train()

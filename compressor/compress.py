@@ -23,6 +23,7 @@ from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
+from .families import check_family
 from .notes import notes_for
 from .patterns import CHANNEL, LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
@@ -69,6 +70,7 @@ def compress(
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
+    check_family(config, checkpoint.architecture.model_type)
     counts = kept(config, checkpoint.dimensions)  # what cannot be met is said before minutes of work
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = _calibration(config, checkpoint) if config.needs_text else None

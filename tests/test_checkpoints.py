@@ -799,7 +799,7 @@ def test_config_with_values_that_make_no_sense(tmp_path, model_directory, values
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2", "d_state": 6}}, "Mamba2"),
+        ({"ssm_cfg": {"layer": "Mamba3", "d_state": 6}}, "Mamba3"),
         ({"ssm_cfg": {"headdim": 64}}, "headdim"),
         ({"ssm_cfg": [1]}, "ssm_cfg"),
         ({"ssm_cfg": {"expand": "2"}}, "expand"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -68,8 +69,7 @@ def ssd_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
-    _check_ssd_shapes(inputs, state)
-    return ssd.ssd_scan(inputs, state)
+    return _choose(backend, inputs, state).ssd_scan(inputs, state)
 
 
 def check_backend(backend: str) -> str:
@@ -83,21 +83,24 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _choose(backend: str, inputs: ScanInputs, state: torch.Tensor | None) -> ModuleType:
+def _choose(backend: str, inputs: ScanInputs | SsdInputs, state: torch.Tensor | None) -> ModuleType:
     """The module that computes this scan."""
+    is_ssd = isinstance(inputs, SsdInputs)
+    plain, kernels = (ssd, "ssd_cpu") if is_ssd else (reference, "cpu")
     if check_backend(backend) == "reference":
-        return reference
+        return plain
     tensors = [t for t in (*vars(inputs).values(), state) if t is not None]
-    obstacle = _obstacle(tensors)
+    obstacle = _obstacle(tensors, kernels)
     if obstacle is None:
-        _check_shapes(inputs, state)  # the kernel works on raw memory
-        return _kernels()
+        # the kernel works on raw memory
+        _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
+        return _kernels(kernels)
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
-    return reference
+    return plain
 
 
-def _obstacle(tensors: list[torch.Tensor]) -> str | None:
+def _obstacle(tensors: list[torch.Tensor], kernels: str) -> str | None:
     """Why the numba kernel cannot take these tensors, or None."""
     grad = torch.is_grad_enabled()
     for tensor in tensors:
@@ -107,19 +110,18 @@ def _obstacle(tensors: list[torch.Tensor]) -> str | None:
             return "a tensor is of a special type, without plain memory"
         if grad and tensor.requires_grad:
             return "it computes no gradients"
-    if _kernels() is None:
+    if _kernels(kernels) is None:
         return "numba cannot be imported"
     return None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _kernels(name: str) -> ModuleType | None:
     """The numba kernels, imported at first use as numba takes half a second; None where it is missing or broken."""
     try:
-        from . import cpu
+        return import_module(f".{name}", __package__)
     except Exception:  # a numba that does not fit this numpy or Python raises all sorts of errors
         return None
-    return cpu
 
 
 def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:

@@ -37,11 +37,6 @@ class _Sequences:
         """Number of channels D."""
         return self.u.shape[2]
 
-    @property
-    def d_state(self) -> int:
-        """Number of states N per channel."""
-        return self.B.shape[-1]
-
     def sequences(self: _Inputs, rows: slice) -> _Inputs:
         """The same inputs for some of the B sequences only (views, nothing is copied)."""
         z = None if self.z is None else self.z[rows]
@@ -68,6 +63,11 @@ class ScanInputs(_Sequences):
         D: (D,) skip connection.
         z: (B, L, D) gate before silu; None: the output is not gated.
     """
+
+    @property
+    def d_state(self) -> int:
+        """Number of states N per channel."""
+        return self.A.shape[1]
 
     def initial_state(self) -> torch.Tensor:
         """The zero state every sequence starts from, (B, D, N) float32."""
@@ -108,6 +108,11 @@ class SsdInputs(_Sequences):
     def groups(self) -> int:
         """Number of groups G."""
         return self.B.shape[2]
+
+    @property
+    def d_state(self) -> int:
+        """Number of states N per channel."""
+        return self.B.shape[3]
 
     def initial_state(self) -> torch.Tensor:
         """The zero state every sequence starts from, (B, H, P, N) float32."""

@@ -1,9 +1,9 @@
 """Mamba-2's scan in chunks of matrix products, in plain torch: on any device, with gradients.
 
-Within a chunk the recurrence is written out as a lower triangular matrix over token pairs, C_t B_s' exp(sum of dt A from
-s + 1 to t); between chunks only the state travels (Mamba-2, section 6: state space duality). B and C are shared by the
-heads of a group, so C B' is computed once a group, and the products with the state are one matrix product for all of
-its heads.
+Within a chunk the recurrence is written out as a lower triangular matrix over token pairs, C_t B_s' exp(sum of dt A
+from s + 1 to t); between chunks only the state travels (Mamba-2, section 6: state space duality). The heads of a group
+share B and C, so C B' is computed once a group, and the products with the state are one matrix product for all of its
+heads.
 """
 
 from __future__ import annotations
