@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused():
             ssd_scan(replace(inputs, **{name: getattr(inputs, name)[..., :-1]}))
     with pytest.raises(ValueError, match="state must be"):
         ssd_scan(inputs, torch.zeros(2, 6, 5, 3))
-    with pytest.raises(UsageError, match="no gradients"):
+    with pytest.raises(UsageError, match="no gradients of a Mamba-2"):
         ssd_scan(replace(inputs, u=inputs.u.clone().requires_grad_()), backend="cpu")
     with pytest.raises(UsageError, match="no scan backend"):
         ssd_scan(inputs, backend="gpu")

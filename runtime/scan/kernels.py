@@ -76,9 +76,14 @@ def silu(x):
     return x / (F32(1) + exp2(-x * LOG2_E))
 
 
-@numba.njit(forceinline=True, fastmath={"contract", "reassoc"})
+def fast_sum(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a sum whose order may change; only in such a one may it, which vectorises the sum."""
+    return numba.njit(function, forceinline=True, fastmath={"contract", "reassoc"})
+
+
+@fast_sum
 def dot(x, y):
-    """Sum of products in any order; only here may the order change, which vectorises the sum."""
+    """Sum of products in any order."""
     total = F32(0)
     for i in range(np.uint64(x.shape[0])):
         total += x[i] * y[i]
@@ -110,11 +115,11 @@ if hasattr(os, "register_at_fork"):  # a forked child inherits the pool without 
 
 
 def run(kernel: Callable[..., None], blocks: int, work: int, arguments: tuple[Any, ...]) -> None:
-    """Run a block kernel over the whole grid, on as many threads as torch uses and the work is worth.
+    """Run a kernel over `blocks` tasks, on as many threads as torch uses and the work is worth.
 
     Args:
-        kernel: takes the first block, the end, and `arguments`.
-        blocks: how many there are.
+        kernel: takes the first task, the end, and `arguments`.
+        blocks: how many tasks there are.
         work: state updates in all of them.
         arguments: of the kernel.
     """

@@ -7,17 +7,16 @@ there is one exp for a head instead of one for every pair of tokens. Everything 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
 from .inputs import SsdInputs
-from .kernels import F32, LOG2_E, exp2, flat, jit, run, whole
+from .kernels import F32, LOG2_E, exp2, fast_sum, flat, jit, run, whole
 
 TILE = 16  # tokens whose B and C stay in L1 while all channels of a head pass over them
 
 
-@numba.njit(forceinline=True, fastmath={"contract", "reassoc"})
+@fast_sum
 def _one(h, B, C, decay, drive):
     """Advance the states h (N,) of a channel by a token, in place, and read them out. The sum may take any order."""
     total = F32(0)
@@ -28,7 +27,7 @@ def _one(h, B, C, decay, drive):
     return total
 
 
-@numba.njit(forceinline=True, fastmath={"contract", "reassoc"})
+@fast_sum
 def _two(h, other, B, C, decay, drive, other_drive):
     """The same for two channels of a head, which share B and C."""
     total, other_total = F32(0), F32(0)
