@@ -35,8 +35,9 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Make a loaded model use our scan for prefill, decode and training; calling it again changes the backend.
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
-    already holds some) continues from the state, as one pass would. Training and other gradients use the reference
-    scan. Models on a GPU, or under torch.compile or tracing, run the stock forward wherever that is right.
+    already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
+    derivatives use the backend "reference". Models on a GPU, or under torch.compile or tracing, run the stock forward
+    wherever that is right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -26,8 +27,8 @@ def selective_scan(
     Args:
         inputs: what the scan reads; float16 and bfloat16 are computed in float32.
         state: (B, D, N) state before the first token; None starts from zero. It is not modified.
-        backend: "cpu" the numba kernel, "reference" plain torch on any device and with gradients, "auto" the kernel
-            for CPU tensors that need no gradient and the reference for everything else.
+        backend: "cpu" the numba kernels, "reference" plain torch on any device, "auto" the kernels for CPU tensors and
+            the reference for everything else. Both have gradients; those of the kernels cannot be differentiated again.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, gated when `inputs.z` is given, and the final state (B, D, N) in
@@ -37,13 +38,13 @@ def selective_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
-    return _choose(backend, inputs, state).selective_scan(inputs, state)
+    return _choose(backend, inputs, state, "cpu_backward").selective_scan(inputs, state)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
     """All hidden states of the recurrence; takes memory for L (D, N) states, so give it one time chunk at a time.
 
-    Args and errors: as `selective_scan`.
+    Args and errors: as `selective_scan`, but only the reference has gradients.
 
     Returns:
         (B, L + 1, N, D) float32; entry t is the state before token t, so `[:, 1:]` is h_t, `[:, -1]` the final state.
@@ -62,43 +63,44 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _choose(backend: str, inputs: ScanInputs, state: torch.Tensor | None) -> ModuleType:
-    """The module that computes this scan."""
+def _choose(
+    backend: str, inputs: ScanInputs, state: torch.Tensor | None, with_gradients: str | None = None
+) -> ModuleType:
+    """The module that computes this scan; `with_gradients` names the one of the kernels' that has gradients, if any."""
     if check_backend(backend) == "reference":
         return reference
     tensors = [t for t in (*vars(inputs).values(), state) if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     obstacle = _obstacle(tensors)
+    if obstacle is None and grad and with_gradients is None:
+        obstacle = "it computes no gradients of all states"
     if obstacle is None:
-        _check_shapes(inputs, state)  # the kernel works on raw memory
-        return _kernels()
+        _check_shapes(inputs, state)  # the kernels work on raw memory
+        return _kernels(with_gradients if grad else "cpu")
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
     return reference
 
 
 def _obstacle(tensors: list[torch.Tensor]) -> str | None:
-    """Why the numba kernel cannot take these tensors, or None."""
-    grad = torch.is_grad_enabled()
+    """Why the numba kernels cannot take these tensors, or None."""
     for tensor in tensors:
         if not tensor.is_cpu:
             return "a tensor is not in CPU memory"
         if type(tensor) not in _PLAIN:
             return "a tensor is of a special type, without plain memory"
-        if grad and tensor.requires_grad:
-            return "it computes no gradients"
-    if _kernels() is None:
+    if _kernels("cpu") is None:
         return "numba cannot be imported"
     return None
 
 
 @cache
-def _kernels() -> ModuleType | None:
-    """The numba kernels, imported at first use as numba takes half a second; None where it is missing or broken."""
+def _kernels(name: str) -> ModuleType | None:
+    """A module of numba kernels, imported at first use as numba takes half a second; None if missing or broken."""
     try:
-        from . import cpu
+        return import_module(f".{name}", __name__)
     except Exception:  # a numba that does not fit this numpy or Python raises all sorts of errors
         return None
-    return cpu
 
 
 def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:

@@ -82,9 +82,14 @@ def _silu(x):
     return x / (_F(1) + _exp2(-x * _LOG2_E))
 
 
-@numba.njit(forceinline=True, fastmath={"contract", "reassoc"})
+def _fast_sum(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a sum whose order may change; only in such a one may it, which vectorises the sum."""
+    return numba.njit(function, forceinline=True, fastmath={"contract", "reassoc"})
+
+
+@_fast_sum
 def _dot(x, y):
-    """Sum of products in any order; only here may the order change, which vectorises the sum."""
+    """Sum of products in any order."""
     total = _F(0)
     for i in range(np.uint64(x.shape[0])):
         total += x[i] * y[i]
@@ -105,11 +110,12 @@ def _load_block(b, d, A, state, width):
 
 @_jit
 def _scan_blocks(
-    first, last, size, u, u_step, dt, dt_step, z, z_step, gated, B, B_step, C, C_step, A, D, state, y, out
+    first, last, size, u, u_step, dt, dt_step, z, z_step, gated, B, B_step, C, C_step, A, D, state, y, out, kept, keep
 ):
     """Scan blocks first..last-1 of the (batch x channel blocks) grid.
 
-    u, dt, z, B, C and y are flat; `*_step` are their strides over (batch, token). size is (L, D).
+    u, dt, z, B, C and y are flat; `*_step` are their strides over (batch, token). size is (L, D). With `keep`, the
+    states before each tile go to `kept`, (blocks, tiles, N LANES): a backward pass recomputes the others from them.
     """
     L, channels = size
     N = A.shape[1]
@@ -121,6 +127,8 @@ def _scan_blocks(
         h, rate = _load_block(b, np.uint64(d), A, state, width)
         for start in range(0, L, TILE):
             tokens = min(TILE, L - start)
+            if keep:
+                kept[block, start // TILE] = h
             for t in range(tokens):
                 o = np.uint64(t) * LANES
                 at_u = np.uint64(b * u_step[0] + (start + t) * u_step[1] + d)
@@ -240,9 +248,13 @@ if hasattr(os, "register_at_fork"):  # a forked child inherits the pool without 
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _run(kernel: Callable[..., None], inputs: ScanInputs, arguments: tuple[Any, ...]) -> None:
-    """Run a block kernel over the whole grid, on as many threads as torch uses and the work is worth."""
-    blocks = inputs.batch * -(-inputs.d_inner // int(LANES))
+def _blocks(inputs: ScanInputs) -> int:
+    """Tasks of a scan: sequences times blocks of channels."""
+    return inputs.batch * -(-inputs.d_inner // int(LANES))
+
+
+def _run(kernel: Callable[..., None], inputs: ScanInputs, blocks: int, arguments: tuple[Any, ...]) -> None:
+    """Run a kernel over `blocks` tasks, on as many threads as torch uses and the work is worth."""
     work = inputs.batch * inputs.length * inputs.d_inner * inputs.d_state
     threads = min(torch.get_num_threads(), blocks) if work >= SERIAL_WORK else 1
     if threads == 1:
@@ -264,24 +276,50 @@ def _run(kernel: Callable[..., None], inputs: ScanInputs, arguments: tuple[Any, 
 
 def selective_scan(inputs: ScanInputs, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for CPU tensors."""
-    before = _whole(inputs.initial_state() if state is None else state)
-    y = torch.empty(inputs.u.shape, dtype=torch.float32)
-    after = torch.empty(before.shape, dtype=torch.float32)
+    if inputs.length != 1:
+        return _scan(inputs, state, keep=False)[:2]
+    y, after = _outputs(inputs)
+    _scan_token((inputs.batch, inputs.d_inner), *_arguments(inputs), _before(inputs, state), *_raw(y, after))
+    return y.to(inputs.u.dtype), after
+
+
+def _scan(
+    inputs: ScanInputs, state: torch.Tensor | None, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, final state, and with `keep` the states before each tile of tokens, (blocks, tiles, N LANES)."""
+    y, after = _outputs(inputs)
+    tiles = -(-inputs.length // TILE) if keep else 0
+    kept = torch.empty(_blocks(inputs), tiles, inputs.d_state * int(LANES))
+    arguments = (*_arguments(inputs), _before(inputs, state), *_raw(y, after), kept.numpy(), keep)
+    _run(_scan_blocks, inputs, _blocks(inputs), ((inputs.length, inputs.d_inner), *arguments))
+    return y.to(inputs.u.dtype), after, kept
+
+
+def _arguments(inputs: ScanInputs) -> tuple[Any, ...]:
+    """What the kernels read, in their order."""
     gate = inputs.u if inputs.z is None else inputs.z
     sequences = (*_flat(inputs.u), *_flat(inputs.dt), *_flat(gate), inputs.z is not None)
-    arguments = (*sequences, *_flat(inputs.B), *_flat(inputs.C), _whole(inputs.A), _whole(inputs.D), before)
-    outputs = (y.numpy().reshape(-1), after.numpy())
-    if inputs.length == 1:
-        _scan_token((inputs.batch, inputs.d_inner), *arguments, *outputs)
-    else:
-        _run(_scan_blocks, inputs, ((inputs.length, inputs.d_inner), *arguments, *outputs))
-    return y.to(inputs.u.dtype), after
+    return (*sequences, *_flat(inputs.B), *_flat(inputs.C), _whole(inputs.A), _whole(inputs.D))
+
+
+def _before(inputs: ScanInputs, state: torch.Tensor | None) -> np.ndarray:
+    return _whole(inputs.initial_state() if state is None else state)
+
+
+def _outputs(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the output (B, L, D) and the final state (B, D, N)."""
+    state = (inputs.batch, inputs.d_inner, inputs.d_state)
+    return torch.empty(inputs.u.shape, dtype=torch.float32), torch.empty(state, dtype=torch.float32)
+
+
+def _raw(y: torch.Tensor, state: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return y.numpy().reshape(-1), state.numpy()
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.Tensor:
     """All hidden states; as `reference.scan_states`, without gradients, for CPU tensors."""
-    before = _whole(inputs.initial_state() if state is None else state)
     states = torch.empty(inputs.batch, inputs.length + 1, inputs.d_state, inputs.d_inner, dtype=torch.float32)
-    arguments = (*_flat(inputs.u), *_flat(inputs.dt), *_flat(inputs.B), _whole(inputs.A), before, states.numpy())
-    _run(_scan_states_blocks, inputs, ((inputs.length, inputs.d_inner), *arguments))
+    read = (*_flat(inputs.u), *_flat(inputs.dt), *_flat(inputs.B), _whole(inputs.A), _before(inputs, state))
+    arguments = ((inputs.length, inputs.d_inner), *read, states.numpy())
+    _run(_scan_states_blocks, inputs, _blocks(inputs), arguments)
     return states
