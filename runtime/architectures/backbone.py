@@ -37,6 +37,12 @@ class BackboneArchitecture:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
         return block.norm(hidden.to(block.norm.weight.dtype))
 
+    def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
+        inputs = self.scan_inputs(block.mixer, *self.expand(block.mixer, self.normed(block, hidden)))
+        y, _ = self.scan(block.mixer, inputs)
+        return inputs.u, y
+
     def remove_block(self, block: nn.Module) -> None:
         """Make a block hand on what it reads: out_proj becomes zero, so nothing is added to the residual stream."""
         with torch.no_grad():

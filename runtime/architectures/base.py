@@ -87,6 +87,9 @@ class Architecture(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), from what `scan_inputs` returns, and the state after the last token."""
 
+    def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
+
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
 
