@@ -18,7 +18,7 @@ from torch import nn
 
 from .architectures import Architecture, architecture_for
 from .errors import CheckpointError
-from .scan import accelerator, check_backend, selective_scan
+from .scan import accelerator, check_backend
 
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
 
@@ -35,9 +35,9 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Make a loaded model use our scan for prefill, decode and training; calling it again changes the backend.
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
-    already holds some) continues from the state, as one pass would. Training and other gradients use the reference
-    scan. Models on a GPU use our Triton scan; without triton, for gradients there, and under torch.compile or tracing
-    they run the stock forward wherever that is right.
+    already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
+    derivatives use the backend "reference". Mamba models on a GPU use our Triton scan; other models there, without
+    triton, for gradients on a GPU, and under torch.compile or tracing the stock forward runs wherever that is right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.
@@ -123,10 +123,10 @@ def _forward(
     x, z = fast.architecture.expand(mixer, hidden_states)
     width = mixer.conv_kernel_size
     history = None if conv_state is None else _history(conv_state, width - 1)
-    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, fuse=on_gpu)
+    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, **({"fuse": True} if on_gpu else {}))
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
-    y, state = selective_scan(inputs, state, fast.backend, in_place=True)
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, **({"in_place": True} if on_gpu else {}))
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
         window = x if cache_params.is_recording_past(mixer.layer_idx) else x[:, -width:]
@@ -152,7 +152,7 @@ def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
 
 def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether one of the scans for a GPU takes this call."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not fast.architecture.has_gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     weights = mixer.parameters() if torch.is_grad_enabled() else [mixer.conv1d.weight]  # any may need a gradient
     return accelerator(fast.backend, [hidden_states, *weights]) is not None

@@ -38,6 +38,11 @@ def accelerator(backend: str, tensors: Sequence[torch.Tensor]) -> ModuleType | N
     return _module(backend)
 
 
+def accelerates(module: ModuleType) -> bool:
+    """Whether this is a module that `accelerator` returned: it takes dt before softplus, and updates in place."""
+    return module.__name__ in {f"{__package__}{name}" for name in _MODULES.values()}
+
+
 def triton_obstacle() -> str | None:
     """Why our Triton kernels cannot run on this machine's GPU, or None."""
     return _missing(TRITON) or (None if torch.cuda.is_available() else "torch sees no CUDA device")

@@ -13,9 +13,7 @@ import torch
 
 from .inputs import ScanInputs
 
-__all__ = ["FUSES_TIME_STEPS", "kernels", "scan_states", "selective_scan"]
-
-FUSES_TIME_STEPS = True
+__all__ = ["kernels", "scan_states", "selective_scan"]
 
 
 @cache

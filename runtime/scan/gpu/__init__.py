@@ -15,9 +15,8 @@ from . import kernels, prefill
 from .decode import scan_token
 from .prefill import Plan, parts_of, plan_for
 
-__all__ = ["FUSES_TIME_STEPS", "INTERPRETED", "Plan", "parts_of", "plan_for", "scan_states", "selective_scan"]
+__all__ = ["INTERPRETED", "Plan", "parts_of", "plan_for", "scan_states", "selective_scan"]
 
-FUSES_TIME_STEPS = True  # takes dt before bias and softplus
 INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors
 
 
