@@ -58,7 +58,7 @@ def module_targets(
     names = [name for name in config.modules if name in RANKED]
     if hidden is None or not names or config.alpha == 0:
         return [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
-    sensitivities = _sensitivities(architecture, model, hidden.clone(), names, progress, stage)
+    sensitivities = _sensitivities(architecture, model, stage.place(hidden.clone()), names, progress, stage)
     ranked = allocate(sensitivities, config.sparsity, config.alpha)
     return [
         {name: ranked[name][layer] if name in ranked else config.sparsity for name in config.modules}

@@ -51,7 +51,7 @@ class Stage:
 
     def place(self, hidden: torch.Tensor) -> torch.Tensor:
         """The inputs of a layer, (nsamples, L, d_model), where they stay: on the device if they fit, else pinned."""
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or not hidden.is_cpu:
             return hidden
         if hidden.nbytes <= HIDDEN_SHARE * torch.cuda.mem_get_info(self.device)[0]:
             return hidden.to(self.device)

@@ -135,6 +135,7 @@ def test_propagation_is_that_of_stock_transformers():
         {},
         {"pattern": "2:4"},
         {"pattern": "unstructured", "target": "all"},
+        {"pattern": "channel+column"},
     ],
 )
 def test_a_model_that_comes_and_goes_is_pruned_to_the_same_bytes(options):
