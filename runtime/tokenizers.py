@@ -46,13 +46,28 @@ def load_tokenizer(model: Checkpoint | str | Path, override: str | Path | None =
             "hub id."
         )
     tokenizer = _load(source, where)
-    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # not its length: ids may have gaps
-    if isinstance(model, Checkpoint) and needed > model.dimensions.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer of {where} has token ids up to {needed - 1}, the embedding of {model.source} only "
-            f"{model.dimensions.vocab_size} rows, so they do not belong together. Name the right one with --tokenizer."
-        )
+    if isinstance(model, Checkpoint):
+        check_fits(tokenizer, model.dimensions.vocab_size, where, model.source)
     return tokenizer
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str, model: str) -> None:
+    """See whether a model has an embedding for every token.
+
+    Args:
+        tokenizer: of `where`.
+        vocab_size: rows of the embedding of `model`.
+        where, model: what to call both in the error.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # not its length: ids may have gaps
+    if needed > vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {where} has token ids up to {needed - 1}, the embedding of {model} only {vocab_size} "
+            "rows, so they do not belong together. Name the right one with --tokenizer."
+        )
 
 
 def tokenizer_directory(model: Checkpoint | str | Path, override: str | Path | None = None) -> Path | None:

@@ -8,6 +8,8 @@ for piece in generate("tiny", "Once upon a time"):  # text as it comes
 """
 
 from .generate import Generation, generate, generate_batch, stream_tokens
+from .onnx_graph import is_onnx_export
+from .onnx_session import OnnxSession
 from .opening import LoadedSession, open_session, warm_up
 from .sampling import Sampling
 from .session import Session
@@ -16,11 +18,13 @@ from .torch_session import TorchSession
 __all__ = [
     "Generation",
     "LoadedSession",
+    "OnnxSession",
     "Sampling",
     "Session",
     "TorchSession",
     "generate",
     "generate_batch",
+    "is_onnx_export",
     "open_session",
     "stream_tokens",
     "warm_up",
