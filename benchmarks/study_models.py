@@ -121,6 +121,7 @@ def _whole_cells() -> list[Cell]:
         (UNSTRUCTURED, a_log, weights) for a_log, weights in (("magnitude", "magnitude"), ("sparsegpt", "sparsegpt"))
     ]
     rows += [(UNSTRUCTURED, "sparsessm", weights) for weights in ("magnitude", "wanda", "sparsegpt")]
+    rows.append((UNSTRUCTURED, "ghost", "sparsegpt"))
     rows.append((COLUMN, "exact", "sparsegpt"))
     return [
         Cell(
