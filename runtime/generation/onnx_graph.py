@@ -79,12 +79,16 @@ def is_onnx_export(folder: str | Path) -> bool:
     return (folder / MANIFEST).is_file() and read_manifest(folder).get("format") == "onnx"
 
 
-def open_graph(folder: str | Path, device: str = "auto", progress: Progress = silent) -> Graph:
+def open_graph(
+    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = silent
+) -> Graph:
     """Read an ONNX export.
 
     Args:
         folder: holds model.onnx and its external data.
         device: "cpu", "cuda" or "auto": CUDA where both torch and onnxruntime have it.
+        all_logits: let a graph that gives the last token's logits give all, where it is one of ssmc's and onnx is
+            installed; otherwise it stays as it is.
         progress: told what is being done.
 
     Raises:
@@ -100,7 +104,11 @@ def open_graph(folder: str | Path, device: str = "auto", progress: Progress = si
     _check_files(folder)
     progress(f"reading {folder.name}", 1, 2)
     try:
-        session = ort.InferenceSession(str(folder / GRAPH), _options(ort), providers=_providers(where))
+        options, source = _options(ort), str(folder / GRAPH)
+        if all_logits:
+            source = _with_all_logits(folder) or source
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        session = ort.InferenceSession(source, options, providers=_providers(where))
     except Exception as error:  # onnxruntime has a dozen classes of its own, all direct children of Exception
         raise CheckpointError(
             f"{folder / GRAPH} cannot be read by onnxruntime ({reason(error)}). Export the model again."
@@ -109,6 +117,19 @@ def open_graph(folder: str | Path, device: str = "auto", progress: Progress = si
         raise UsageError("onnxruntime has a CUDA provider but could not start it (is CUDA installed?). Use cpu.")
     progress(f"reading {folder.name}", 2, 2)
     return _graph(session, where, folder)
+
+
+def _with_all_logits(folder: Path) -> bytes | None:
+    """The graph with its head reading all tokens, its weights still in their file; None where that cannot be done."""
+    try:
+        import onnx
+
+        from .onnx_logits import give_all_logits
+
+        model = onnx.load(folder / GRAPH, load_external_data=False)
+        return give_all_logits(model).SerializeToString()
+    except (ImportError, CheckpointError):
+        return None
 
 
 def require_onnxruntime() -> Any:

@@ -86,7 +86,7 @@ def _open_onnx(
 ) -> LoadedSession:
     if dtype is not None:
         raise UsageError(f"The dtype of {folder} was chosen when it was exported: leave out --dtype, or export again.")
-    session = OnnxSession(open_graph(folder, device, progress))
+    session = OnnxSession(open_graph(folder, device, progress=progress))
     config = SimpleNamespace(**read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     found = None
     if tokenizer is not None or has_tokenizer(folder):
