@@ -13,11 +13,9 @@ from ..checkpoints import Checkpoint, load_checkpoint
 from ..checkpoints.packed_format import FILE as PACKED_FILE
 from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
-from ..manifest import MANIFEST, read_manifest
+from ..generation import OnnxExport, is_onnx_export, load_onnx_export
+from ..manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
 from ..progress import Progress, silent
-
-EXPORTS = ("safetensors", "mamba-ssm", "sparse24")
-"""Folders of an artefact that hold exports, the one to time first."""
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""
@@ -28,7 +26,7 @@ class Source:
     """A model to measure, not yet read."""
 
     name: str  # what reports call it; never an absolute path
-    where: str  # what `load_checkpoint` takes
+    where: str  # what `load_checkpoint` or `load_onnx_export` takes
     dense: bool
     recipe: dict[str, Any] | None = None
 
@@ -38,12 +36,20 @@ class Subject:
     """A model to measure, read; `twins` are the same tensors in other formats, which need no timing of their own."""
 
     source: Source
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OnnxExport
     twins: tuple[tuple[Source, Checkpoint], ...] = ()
+
+    @property
+    def runtime(self) -> str:
+        """What computes it, "torch" or "onnx"."""
+        return "onnx" if isinstance(self.checkpoint, OnnxExport) else "torch"
 
 
 def find_sources(
-    directory: str | Path, dense: str | Path | None = None, models: Sequence[str | Path] | None = None
+    directory: str | Path,
+    dense: str | Path | None = None,
+    models: Sequence[str | Path] | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
 ) -> list[Source]:
     """The models of a comparison, the dense one first.
 
@@ -51,11 +57,14 @@ def find_sources(
         directory: an artefact of `compress` with exports in it, or one export; not read if `models` are given.
         dense: the model to compare with; by default the one the artefact was made from, or the first of `models`.
         models: explicit models to compare instead of an artefact's exports.
+        runtimes: whose exports of an artefact are taken.
 
     Raises:
-        UsageError: nothing to compare.
+        UsageError: nothing to compare, or no such runtime.
         CheckpointError: the manifest does not say where the dense model is.
     """
+    if wrong := [name for name in runtimes if name not in RUNTIMES]:
+        raise UsageError(f"There is no runtime {', '.join(wrong)!r}; there are {' and '.join(RUNTIMES)}.")
     if models is not None:
         named = [str(model) for model in ([] if dense is None else [dense]) + list(models)]
         if not named:
@@ -64,25 +73,43 @@ def find_sources(
         return _distinct(sources)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
-    exports = _exports(directory, manifest)
+    exports = _exports(directory, manifest, runtimes)
     if not exports:
-        raise UsageError(f"{directory} holds no export to compare with the dense model. Run `ssmc export` first.")
+        kind = "" if set(runtimes) == set(RUNTIMES) else f" for {' or '.join(runtimes)}"
+        raise UsageError(f"{directory} holds no export{kind} to compare with the dense model. Run `ssmc export` first.")
     reference = dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
     return _distinct([reference, *exports])
 
 
-def load_subjects(sources: Sequence[Source], dtype: torch.dtype | None, progress: Progress = silent) -> list[Subject]:
+def load_subjects(
+    sources: Sequence[Source],
+    dtype: torch.dtype | None,
+    progress: Progress = silent,
+    device: str = "auto",
+    all_logits: bool = False,
+) -> list[Subject]:
     """Read all models; exports with the same tensors as one before them become its twins.
 
+    Args:
+        sources: the models.
+        dtype: of torch's models.
+        progress: told about every model.
+        device: of ONNX exports; torch's models are read on the CPU.
+        all_logits: open ONNX exports to score texts with them, see `load_onnx_export`.
+
     Raises:
+        UsageError: onnxruntime is missing, or cannot use the device.
         CheckpointError: a model cannot be read, or was not made for the same vocabulary as the dense one.
     """
     subjects: list[Subject] = []
     for done, source in enumerate(sources):
         progress(f"reading {source.name}", done, len(sources))
+        if is_onnx_export(source.where):
+            subjects.append(Subject(source, load_onnx_export(source.where, device, all_logits)))
+            continue
         checkpoint = _load(source, dtype)
         for position, other in enumerate(subjects):
-            if not source.dense and not other.source.dense and _same_model(checkpoint, other.checkpoint):
+            if not source.dense and not other.source.dense and _same_model(other.checkpoint, checkpoint):
                 subjects[position] = Subject(other.source, other.checkpoint, (*other.twins, (source, checkpoint)))
                 break
         else:
@@ -116,11 +143,11 @@ def weight_bytes(directory: Path) -> int:
     raise ValueError(f"{directory} was loaded, so it has weights")
 
 
-def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:
+def _exports(directory: Path, manifest: dict[str, Any], runtimes: Sequence[str]) -> list[Source]:
     if manifest.get("kind") == "export":  # the user named one export
         return [Source(label(directory), str(directory), dense=False, recipe=_recipe(manifest))]
     found = []
-    for name in EXPORTS:
+    for name in [name for runtime in RUNTIMES if runtime in runtimes for name in EXPORTS[runtime]]:
         if (directory / name / MANIFEST).is_file():
             recipe = _recipe(read_manifest(directory / name))
             found.append(Source(f"{label(directory)}/{name}", str(directory / name), dense=False, recipe=recipe))
@@ -157,7 +184,9 @@ def _load(source: Source, dtype: torch.dtype | None) -> Checkpoint:
         ) from error
 
 
-def _same_model(one: Checkpoint, other: Checkpoint) -> bool:
+def _same_model(one: Checkpoint | OnnxExport, other: Checkpoint) -> bool:
+    if isinstance(one, OnnxExport):
+        return False
     ours, theirs = one.tensors(), other.tensors()
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in ours.items()

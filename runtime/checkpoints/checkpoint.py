@@ -54,6 +54,11 @@ class Checkpoint:
         """The sizes of the model."""
         return self.architecture.dimensions(self.config)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return parameter_count(self.tensors())
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors as they are now, by transformers' names, in their stored dtypes, on the CPU; no tied head.
 

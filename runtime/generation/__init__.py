@@ -8,6 +8,7 @@ for piece in generate("tiny", "Once upon a time"):  # text as it comes
 """
 
 from .generate import Generation, generate, generate_batch, stream_tokens
+from .onnx_export import OnnxExport, load_onnx_export
 from .onnx_graph import is_onnx_export
 from .onnx_session import OnnxSession
 from .opening import LoadedSession, open_session, warm_up
@@ -18,6 +19,7 @@ from .torch_session import TorchSession
 __all__ = [
     "Generation",
     "LoadedSession",
+    "OnnxExport",
     "OnnxSession",
     "Sampling",
     "Session",
@@ -25,6 +27,7 @@ __all__ = [
     "generate",
     "generate_batch",
     "is_onnx_export",
+    "load_onnx_export",
     "open_session",
     "stream_tokens",
     "warm_up",

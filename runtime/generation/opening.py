@@ -14,7 +14,7 @@ from ..checkpoints.reading import read_json
 from ..device import choose_device, choose_dtype
 from ..errors import CheckpointError, UsageError
 from ..fast import use_fast_scan
-from ..manifest import MANIFEST, read_manifest
+from ..manifest import EXPORTS, MANIFEST, read_manifest
 from ..progress import Progress, silent
 from ..tokenizers import check_fits, has_tokenizer, load_tokenizer, tokenizer_directory
 from .onnx_graph import is_onnx_export, open_graph
@@ -23,8 +23,6 @@ from .session import Session
 from .torch_session import TorchSession
 
 CONFIG = "config.json"
-TORCH_EXPORTS = ("safetensors", "mamba-ssm")
-"""Exports in an artefact's folder, the one to run first; they are smaller than the masked model beside them."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _inside_artefact(source: str | Path) -> str | Path:
     """The export in the folder that `compress` wrote, or what was named."""
     folder = Path(source).expanduser() if str(source) else Path(".")
     if str(source) and (folder / MANIFEST).is_file() and read_manifest(folder)["kind"] == "masked":
-        exports = [folder / name for name in TORCH_EXPORTS if (folder / name / MANIFEST).is_file()]
+        exports = [folder / name for name in EXPORTS["torch"] if (folder / name / MANIFEST).is_file()]
         return exports[0] if exports else source
     return source
 
