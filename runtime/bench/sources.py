@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, load_checkpoint
-from ..checkpoints.packed_format import FILE as PACKED_FILE
 from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
-from ..generation import OnnxExport, is_onnx_export, load_onnx_export
+from ..generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
 from ..manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
 from ..progress import Progress, silent
 
@@ -131,9 +130,30 @@ def label(where: str | Path) -> str:
     return str(PurePosixPath(str(where)))
 
 
-def weight_bytes(directory: Path) -> int:
-    """Bytes on disk of the weights that `load_checkpoint` reads from a model directory."""
-    for single in (*SINGLE_FILES, PACKED_FILE):
+def runnable(sources: Sequence[Source], device: torch.device) -> tuple[list[Source], list[str]]:
+    """Those of the sources that can be run on a device, and a note on ONNX exports that cannot.
+
+    Raises:
+        UsageError: one that cannot is the dense model, or nothing is left beside it.
+    """
+    exports = [source for source in sources if is_onnx_export(source.where)]
+    try:
+        if exports:
+            check_runtime(device.type)
+    except UsageError as error:
+        left = [source for source in sources if source not in exports]
+        if len(left) < 2 or exports[0].dense:
+            raise
+        return left, [f"{', '.join(source.name for source in exports)} was left out: {error}"]
+    return list(sources), []
+
+
+def weight_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+    """Bytes on disk of the weights that a model was read from."""
+    if isinstance(checkpoint, OnnxExport):
+        return checkpoint.weight_bytes
+    directory = checkpoint.directory
+    for single in SINGLE_FILES:
         index = directory / f"{single}.index.json"
         if (directory / single).is_file():
             return (directory / single).stat().st_size
@@ -141,6 +161,24 @@ def weight_bytes(directory: Path) -> int:
             shards = set(read_json(index)["weight_map"].values())
             return sum((directory / shard).stat().st_size for shard in shards)
     raise ValueError(f"{directory} was loaded, so it has weights")
+
+
+def state_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+    """Bytes of recurrent state one sequence occupies, in float32 for torch's models."""
+    return checkpoint.state_bytes if isinstance(checkpoint, OnnxExport) else checkpoint.dimensions.state_bytes()
+
+
+def stored_dtype(checkpoint: Checkpoint | OnnxExport) -> str:
+    """Of the weights on disk; "mixed" if they have several."""
+    if isinstance(checkpoint, OnnxExport):
+        return checkpoint.stored_dtype
+    names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def compute_dtype(subject: Subject) -> str:
+    """What a model computes in; a graph computes in float32 what is not a matrix product."""
+    return "float32" if subject.runtime == "onnx" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
 
 
 def is_sparse24(directory: Path) -> bool:

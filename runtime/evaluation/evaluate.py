@@ -12,7 +12,7 @@ import torch
 from ..bench.quality import score as perplexity_of
 from ..bench.quality import shortened_note
 from ..bench.report import TextInfo
-from ..bench.sources import Subject, label, load_subjects
+from ..bench.sources import Subject, compute_dtype, label, load_subjects, runnable
 from ..checkpoints import Checkpoint
 from ..device import choose_device, choose_dtype
 from ..errors import CalibrationError, SsmcError
@@ -79,7 +79,7 @@ def evaluate_models(
     """
     settings = EvalSettings(task_names(tasks), limit, window, max_windows, batch_size)
     where = choose_device(device)
-    sources = choose_sources(models, dense, runtimes)
+    sources, left_out = runnable(choose_sources(models, dense, runtimes), where)
     loaded = load_tasks(settings.tasks, data, limit, progress) if settings.tasks else ()
     subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device, all_logits=True)
     reference = subjects[0].checkpoint
@@ -103,20 +103,12 @@ def evaluate_models(
         settings=settings,
         versions=versions() | ({"lm_eval": version("lm_eval")} if loaded else {}),
         device=where.type,
-        dtype=_dtype(subjects[0]),
+        dtype=compute_dtype(subjects[0]),
         text=text_info,
         tasks=tuple(_task_info(task, measured[0]) for task in loaded),
         models=tuple(results),
-        notes=(*notes, *_twin_notes(subjects), *_limit_note(loaded, limit)),
+        notes=(*left_out, *notes, *_twin_notes(subjects), *_limit_note(loaded, limit)),
     )
-
-
-def _dtype(subject: Subject) -> str:
-    """What a model computes in; an ONNX export says how its weights are stored."""
-    checkpoint = subject.checkpoint
-    if subject.runtime == "onnx":
-        return checkpoint.stored_dtype
-    return str(checkpoint.model.dtype).removeprefix("torch.")
 
 
 def _read_text(

@@ -9,7 +9,7 @@ for piece in generate("tiny", "Once upon a time"):  # text as it comes
 
 from .generate import Generation, generate, generate_batch, stream_tokens
 from .onnx_export import OnnxExport, load_onnx_export
-from .onnx_graph import is_onnx_export
+from .onnx_graph import check_runtime, is_onnx_export
 from .onnx_session import OnnxSession
 from .opening import LoadedSession, open_session, warm_up
 from .sampling import Sampling
@@ -24,6 +24,7 @@ __all__ = [
     "Sampling",
     "Session",
     "TorchSession",
+    "check_runtime",
     "generate",
     "generate_batch",
     "is_onnx_export",

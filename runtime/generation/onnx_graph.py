@@ -132,6 +132,15 @@ def _with_all_logits(folder: Path) -> bytes | None:
         return None
 
 
+def check_runtime(device: str = "auto") -> None:
+    """See whether exports can be run on a device, before one is read.
+
+    Raises:
+        UsageError: onnxruntime is missing, or cannot use the device.
+    """
+    _device(device, require_onnxruntime().get_available_providers())
+
+
 def require_onnxruntime() -> Any:
     """The onnxruntime module.
 
