@@ -34,8 +34,8 @@ Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
-ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24"]
-HalfDtype = Literal["float16", "bfloat16"]
+ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
+Logits = Literal["last", "all"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
