@@ -36,8 +36,8 @@ def generate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model folder, an export to ONNX, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its export "
-            "for torch is taken.",
+            help="A model folder, an export to ONNX, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its "
+            "export for torch is taken.",
             autocompletion=complete_model,
             show_default=False,
         ),

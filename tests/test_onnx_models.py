@@ -259,10 +259,14 @@ def test_an_export_that_cannot_be_run_is_left_out_where_others_are_left(artefact
 
 
 def test_a_manifest_that_lacks_sizes(tiny_onnx, tmp_path):
-    for name in ("model.onnx", "model.onnx.data"):
+    for name in ("model.onnx", "model.onnx.data", "config.json"):
         (tmp_path / name).write_bytes((tiny_onnx / name).read_bytes())
     manifest = json.loads((tiny_onnx / "ssmc.json").read_text())
-    del manifest["dimensions"]
+    del manifest["parameters"]
     (tmp_path / "ssmc.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="dimensions"):
+    with pytest.raises(CheckpointError, match="parameters"):
+        load_onnx_export(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "ssmc.json").write_text((tiny_onnx / "ssmc.json").read_text())
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_onnx_export(tmp_path)

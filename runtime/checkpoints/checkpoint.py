@@ -94,6 +94,16 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory)
 
 
+def read_dimensions(directory: Path) -> Dimensions:
+    """The sizes of a model from its config.json alone.
+
+    Raises:
+        CheckpointError: there is none, or it describes no model ssmc knows.
+    """
+    _, config = _read_config(directory, str(directory))
+    return architecture_for(config.model_type, str(directory)).dimensions(config)
+
+
 def write_checkpoint(
     directory: Path,
     tensors: Mapping[str, torch.Tensor],

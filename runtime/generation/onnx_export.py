@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures import Dimensions
+from ..checkpoints import read_dimensions
 from ..manifest import read_manifest, require_keys
 from ..progress import Progress, silent
 from .onnx_graph import GRAPH, open_graph
@@ -66,12 +67,13 @@ def load_onnx_export(
     """
     directory = Path(folder).expanduser()
     manifest = read_manifest(directory)
-    require_keys(manifest, ("dimensions", "parameters"), directory)
+    require_keys(manifest, ("parameters",), directory)
+    dimensions = read_dimensions(directory)
     return OnnxExport(
         model=OnnxSession(open_graph(directory, device, all_logits, progress)),
         source=str(folder),
         directory=directory,
-        dimensions=Dimensions(**manifest["dimensions"]),
+        dimensions=dimensions,
         parameters=manifest["parameters"],
         stored_dtype=_stored_dtype(manifest.get("settings") or {}),
     )
