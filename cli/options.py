@@ -33,7 +33,7 @@ FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
 Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-ScanBackend = Literal["auto", "cpu", "reference"]
+ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
 
