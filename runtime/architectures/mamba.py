@@ -36,6 +36,12 @@ class MambaArchitecture:
             vocab_size=config.vocab_size,
         )
 
+    def resized(self, config: MambaConfig, *, n_layer: int, d_inner: int, d_state: int) -> MambaConfig:
+        """A configuration of the same family with other sizes, as a model cut to them would have."""
+        other = copy.deepcopy(config)
+        other.num_hidden_layers, other.intermediate_size, other.state_size = n_layer, d_inner, d_state
+        return other
+
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run."""
         return model.backbone.layers
