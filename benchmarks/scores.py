@@ -23,7 +23,7 @@ from rich.table import Table
 
 from ssmc.compressor import configure, kept_states, prune_layers
 from ssmc.compressor.calibration import draw_samples
-from ssmc.compressor.config import COLUMN, scores_of
+from ssmc.compressor.patterns import COLUMN, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import perplexity
@@ -63,16 +63,15 @@ def main() -> None:
     for score, repair, sparsity in track(cells, "scores"):
         config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
         model = copy.deepcopy(checkpoint.model)
-        keep = kept_states(checkpoint.dimensions.d_state, sparsity)
         tokens = calibration.tokens
-        layers = prune_layers(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes)
+        layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
         result = perplexity(model, text, args.window)
         rows.append(
             {
                 "score": score.value,
                 "repair": repair,
                 "sparsity": sparsity,
-                "kept": keep,
+                "kept": kept_states(checkpoint.dimensions.d_state, sparsity),
                 "perplexity": result.ppl,
                 "excess_nats": result.nll_per_token - dense.nll_per_token,
                 "layer_errors": [layer.error for layer in layers],

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ssmc.compressor import Score, Weighting, configure, kept_states, prune_layers, shed
-from ssmc.compressor.config import COLUMN, LAYER, SSM, SSM_MODULE, UNSTRUCTURED, CompressConfig
+from ssmc.compressor import Score, Weighting, configure, prune_layers, shed
+from ssmc.compressor.patterns import COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
 from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.perplexity import Perplexity, excess_loss, perplexity
@@ -23,8 +23,8 @@ SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 RANDOM_SEEDS = (0, 1, 2)
 GROUPS = ("2:4", "4:8")
 
-ENTRY_SCORES = tuple(s for s in Score if s not in (Score.exact, Score.mamba_shedder))
-STATE_SCORES = tuple(s for s in Score if s not in (Score.sparsegpt, Score.mamba_shedder))
+ENTRY_SCORES = tuple(s for s in Score if s in scores_of(UNSTRUCTURED))
+STATE_SCORES = tuple(s for s in Score if s in scores_of(COLUMN))
 
 # d_model and n_layer of the models the paper reports; Mamba2-370M has those of 370M and another architecture.
 SIZES = {(768, 24): "130M", (1024, 48): "370M", (1536, 48): "790M", (2048, 48): "1.4B", (2560, 64): "2.8B"}
@@ -121,6 +121,7 @@ def _whole_cells() -> list[Cell]:
         (UNSTRUCTURED, a_log, weights) for a_log, weights in (("magnitude", "magnitude"), ("sparsegpt", "sparsegpt"))
     ]
     rows += [(UNSTRUCTURED, "sparsessm", weights) for weights in ("magnitude", "wanda", "sparsegpt")]
+    rows.append((UNSTRUCTURED, "ghost", "sparsegpt"))
     rows.append((COLUMN, "exact", "sparsegpt"))
     return [
         Cell(
@@ -212,8 +213,7 @@ def _prune_and_score(
     if config.pattern in (LAYER, SSM_MODULE):
         shed(model, checkpoint.architecture, tokens, config, progress)
     else:
-        keep = _keep(config, checkpoint.dimensions.d_state)
-        prune_layers(model, checkpoint.architecture, tokens, config, keep, checkpoint.dtypes, progress)
+        prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress)
     results = [perplexity(model, subject.text, subject.window, progress=progress)]
     if cell.table == ENTRIES:
         forget_pruned(checkpoint, model)
@@ -227,9 +227,3 @@ def forget_pruned(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
     for block in checkpoint.architecture.blocks(model):
         A_log = checkpoint.architecture.mixer(block).A_log
         A_log[A_log == 0] = NO_MEMORY
-
-
-def _keep(config: CompressConfig, d_state: int) -> int:
-    if config.pattern == COLUMN and SSM in config.targets:
-        return kept_states(d_state, config.sparsity)
-    return d_state

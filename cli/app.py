@@ -17,6 +17,7 @@ from .bench import bench
 from .compress import compress
 from .eval import evaluate
 from .export import export
+from .generate import generate
 from .options import GENERAL, Quiet, Verbose
 from .terminal import Terminal
 
@@ -62,6 +63,7 @@ app.command(rich_help_panel="Commands, in this order")(compress)
 app.command(rich_help_panel="Commands, in this order")(export)
 app.command(rich_help_panel="Commands, in this order")(bench)
 app.command("eval", rich_help_panel="Commands, in this order")(evaluate)
+app.command(rich_help_panel="Commands, in this order")(generate)
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     if code == INTERRUPTED:  # typer makes this of Ctrl-C
-        terminal.fail("interrupted, nothing was written.")
+        terminal.fail(terminal.interrupted)
     return code or 0
 
 
@@ -129,7 +131,7 @@ def _fail(terminal: Terminal, error: BaseException) -> int:
     if isinstance(error, SystemExit):  # shell completion ends this way
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        terminal.fail("interrupted, nothing was written.", error)
+        terminal.fail(terminal.interrupted, error)
         return INTERRUPTED
     if isinstance(error, SsmcError):
         terminal.fail(str(error), error)

@@ -17,11 +17,11 @@ from .options import (
     FfnScore,
     Force,
     Quiet,
-    Score,
     Verbose,
     Weighting,
     complete_model,
     complete_pattern,
+    complete_score,
     tokenizer_option,
 )
 from .terminal import Terminal, size, table
@@ -51,10 +51,10 @@ def compress(
     pattern: Annotated[
         str,
         typer.Option(
-            metavar="column|unstructured|N:M|layer|ssm-module",
-            help="What is removed: `column`, whole states, the one that makes a model smaller and faster; "
-            "`unstructured`, single entries; `2:4`, `4:8` or any N:M, all but N of every M; `layer`, whole blocks; "
-            "`ssm-module`, the SSM of whole blocks.",
+            metavar="column|channel|layer|unstructured|N:M|ssm-module",
+            help="What is removed. `column`, whole states, `channel`, channels of d_inner, and `layer`, whole blocks, "
+            "make a model smaller and faster and can be combined: `column+channel`. `unstructured`, single entries; "
+            "`2:4`, `4:8` or any N:M, all but N of every M; `ssm-module`, the SSM of whole blocks.",
             autocompletion=complete_pattern,
             rich_help_panel=METHOD,
         ),
@@ -69,14 +69,21 @@ def compress(
         ),
     ] = None,
     sparsity: Annotated[
-        float, typer.Option(help="The part that is removed, between 0 and 1.", rich_help_panel=METHOD)
-    ] = 0.5,
-    score: Annotated[
-        Score | None,
+        str,
         typer.Option(
-            metavar="SCORE",
-            help="How states and layers are judged, see above.",
-            show_default="exact for column, mamba-shedder for layers, sparsessm else",
+            metavar="PART|PATTERN=PART,...",
+            help="The part that is removed, between 0 and 1; of a combined pattern for all, or for each: "
+            "`column=0.75,channel=0.5`.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "0.5",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORE|PATTERN=SCORE,...",
+            help="How states, channels and layers are judged, see above.",
+            show_default="exact for column, obs for channel, mamba-shedder for layers, ghost else",
+            autocompletion=complete_score,
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -109,6 +116,34 @@ def compress(
             rich_help_panel=METHOD,
         ),
     ] = "1",
+    round_channels: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INT",
+            help="Keep a multiple of this many channels: hardware likes 64, or 32 or 16.",
+            show_default="64, less for narrow models",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    states: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,...",
+            help="States to keep in each layer, in place of a sparsity of `column`.",
+            show_default="as many in every layer",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="Channels to keep in each layer, in place of a sparsity of `channel`. Stock loaders have one width: "
+            "for them narrower layers are filled up with zeros to the widest.",
+            show_default="as many in every layer",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -139,10 +174,11 @@ def compress(
     Nothing is trained: one pass over a little text decides what goes, and what the rest must become to make up for it.
     `ssmc export` then makes the result physically smaller, where the pattern allows it.
 
-    **Scores**: `exact` (the default) removes the states whose loss the repair mends best; `energy` and `ghost` weigh
-    states by what is read from them; `sparsessm`, `sparsessm-l2` and `sparsessm-vote` are SparseSSM's; `sparsegpt`
-    treats A_log as SparseGPT would; `mamba-shedder` removes layers by perplexity; `magnitude` and `random` look at no
-    text.
+    **Scores** of states: `exact` (the default) removes those whose loss the repair mends best; `energy` and `ghost`
+    weigh states by what is read from them; `sparsessm`, `sparsessm-l2` and `sparsessm-vote` are SparseSSM's;
+    `sparsegpt` treats A_log as SparseGPT would. Of channels: `obs` (the default) removes those that out_proj can best
+    do without, `activation` those that add least to its output. Of layers: `mamba-shedder` (the default) goes by
+    perplexity, `similarity` by how little a layer changes what it reads. `magnitude` and `random` look at no text.
 
     **Examples**
 
@@ -153,6 +189,8 @@ def compress(
         ssmc compress state-spaces/mamba-130m --calib wikitext2 --round-to power-of-two
 
         ssmc compress tiny --pattern unstructured --target all --sparsity 0.5
+
+        ssmc compress tiny --pattern column+channel --sparsity column=0.75,channel=0.25
 
         ssmc compress tiny --recipe recipe.yaml
     """
@@ -188,11 +226,15 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 def _intention(config: CompressConfig) -> str:
     """What a run is going to do, in one sentence."""
-    removes = {"column": "states", "layer": "layers", "ssm-module": "SSMs"}.get(config.pattern)
-    if removes:
-        how = f"score {config.judge.value}"
-        how += f", {'with' if config.repair else 'without'} repair" if config.pattern == "column" else ""
-        sentence = f"Removing {config.sparsity:.4g} of the {removes} of {config.model}: {how}."
+    names = {"column": "states", "channel": "channels", "layer": "layers", "ssm-module": "SSMs"}
+    if all(part in names for part in config.parts):
+        goes = [
+            f"{_share(config, part)} of the {names[part]} (score {config.judge_of(part).value})"
+            for part in config.parts
+        ]
+        repair = f", {'with' if config.repair else 'without'} repair"
+        repair = repair if {"column", "channel"} & {*config.parts} else ""
+        sentence = f"Removing {', '.join(goes)} of {config.model}{repair}."
         return sentence + (f" Then {config.ffn_score.value} on {', '.join(config.modules)}." if config.modules else "")
     what = "all but N of every M" if config.nm else f"{config.sparsity:.4g}"
     parts = [f"A_log by {config.judge.value}"] if "A_log" in config.targets else []
@@ -200,12 +242,18 @@ def _intention(config: CompressConfig) -> str:
     return f"Setting {what.replace('N of every M', config.pattern)} of the entries to zero: {'; '.join(parts)}."
 
 
+def _share(config: CompressConfig, part: str) -> str:
+    """How much of a part goes, in words."""
+    own = {"column": config.states, "channel": config.widths}.get(part)
+    return f"{config.sparsity_of(part):.4g}" if own is None else "some"
+
+
 def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) -> None:
     manifest = result.manifest
     calibration = manifest["calibration"]
     if calibration:
         terminal.say(f"Calibrated on {calibration['nsamples']} samples of {calibration['seqlen']} tokens.")
-    if config.pattern == "column" and "A_log" in config.targets:
+    if "column" in config.parts and "A_log" in config.targets:
         terminal.show(_states(result, manifest["dimensions"]["d_state"]))
         terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
     if config.modules:
@@ -248,9 +296,12 @@ def _modules(result: CompressResult) -> Table:
 
 
 def _removals(result: CompressResult) -> Table:
-    removals = table("Removed, in this order", "step", "layer", "loss on the calibration text (nats)")
+    judged = result.removals[0].influence is not None
+    heading = "influence (1 - cosine of input and output)" if judged else "loss on the calibration text (nats)"
+    removals = table("Removed, in this order", "step", "layer", heading)
     for step, removal in enumerate(result.removals, 1):
-        removals.add_row(str(step), str(removal.layer), "" if removal.loss is None else f"{removal.loss:.4f}")
+        value = removal.influence if judged else removal.loss
+        removals.add_row(str(step), str(removal.layer), "" if value is None else f"{value:.4f}")
     return removals
 
 

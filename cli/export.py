@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OUTPUT, CompressedDirectory, ExportFormat, Force, Quiet, Verbose
+from .options import OUTPUT, CompressedDirectory, ExportFormat, Force, HalfDtype, Quiet, Verbose
 from .terminal import Terminal, size, table
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def export(
         ExportFormat,
         typer.Option(
             help="`safetensors`: what transformers, vLLM and llama.cpp's converter read; `mamba-ssm`: what mamba_ssm "
-            "reads.",
+            "reads; `sparse24`: a half-precision checkpoint of a model compressed with --pattern 2:4, and the list of "
+            "its 2:4 modules.",
             rich_help_panel=OUTPUT,
         ),
     ] = "safetensors",
@@ -35,6 +36,20 @@ def export(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    dtype: Annotated[
+        HalfDtype | None,
+        typer.Option(
+            help="Of sparse24.",
+            show_default="the model's own if it is one of these, else bfloat16",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed", help="Store 2:4 matrices in 9/16 of their space; only ssmc reads that.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -49,13 +64,15 @@ def export(
         ssmc export
 
         ssmc export smaller --format mamba-ssm --out for-mamba-ssm
+
+        ssmc export --format sparse24 --dtype float16
     """
     terminal = context.ensure_object(Terminal)
     from ssmc.exporters import export as run
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        result = run(directory, format=format, out=out, force=force, progress=progress)
+        result = run(directory, format=format, out=out, dtype=dtype, packed=packed, force=force, progress=progress)
     _report(terminal, result)
     where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
     terminal.say(f"Next: ssmc bench{where}")
@@ -70,6 +87,7 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     ):
         sizes.add_row(name, text(before), text(after), f"{after / before:.3f}")
     terminal.show(sizes)
+    _modules(terminal, result)
     runtimes = table("Runs where", "runtime", "from", "runs", "remark")
     for column in runtimes.columns:
         column.justify = "left"
@@ -82,11 +100,33 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
         f"Largest difference of a logit to the masked model: {compared.max_difference:.2e} on {compared.tokens} tokens "
         f"of {kind} (allowed {compared.tolerance:.2e}, largest logit {compared.scale:.3g})."
     )
+    if result.rounding is not None:
+        terminal.say(
+            f"The model compared is the masked one in half precision; rounding it moved a logit by at most "
+            f"{result.rounding.max_difference:.2e} (allowed {result.rounding.tolerance:.2e})."
+        )
     terminal.say(f"Wrote {result.directory}.")
+
+
+def _modules(terminal: Terminal, result: ExportResult) -> None:
+    """Print which modules are 2:4 and what takes them, one line for all layers with the same answer."""
+    if not result.modules:
+        return
+    kinds: dict[tuple[str, tuple[int, ...], tuple[str, ...], str | None], int] = {}
+    for module in result.modules:
+        kind = (module.name.rpartition(".")[2], module.shape, module.backends, module.remark)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    rows = table("2:4 modules", "module", "layers", "out x in", "sparse tensor cores")
+    rows.columns[3].justify = "left"
+    for (name, shape, backends, remark), count in kinds.items():
+        rows.add_row(name, str(count), _join(" x ", shape), ", ".join(backends) or f"none: {remark}")
+    terminal.show(rows)
 
 
 def _cuts(terminal: Terminal, result: ExportResult) -> None:
     """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
+    if not result.cuts and result.modules:
+        return  # the table of sizes and that of the 2:4 modules say it
     if not result.cuts:
         terminal.note("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.")
         return

@@ -12,25 +12,30 @@ from .terminal import Terminal
 
 # The words are spelled out here and not taken from where they mean something, because that would import torch before
 # the shell gets its completion; tests/test_cli.py compares them.
-PATTERNS = ("column", "unstructured", "layer", "ssm-module", "2:4", "4:8")  # and any other N:M
-Score = Literal[
+PATTERNS = ("column", "channel", "layer", "unstructured", "ssm-module", "2:4", "4:8")  # and any other N:M
+COMBINABLE = ("layer", "column", "channel")
+SCORES = (
     "exact",
+    "obs",
+    "activation",
     "energy",
     "ghost",
     "magnitude",
     "mamba-shedder",
     "random",
+    "similarity",
     "sparsegpt",
     "sparsessm",
     "sparsessm-l2",
     "sparsessm-vote",
-]
+)
 FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
 Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
-ExportFormat = Literal["safetensors", "mamba-ssm"]
+ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24"]
+HalfDtype = Literal["float16", "bfloat16"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
@@ -55,10 +60,14 @@ Verbose = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", callback=_switch("quiet"), help="Print nothing but errors.", rich_help_panel=GENERAL),
-]
+
+
+def quiet_option(help: str) -> Any:
+    """--quiet; `help` says what is still printed."""
+    return typer.Option("--quiet", "-q", callback=_switch("quiet"), help=help, rich_help_panel=GENERAL)
+
+
+Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]
@@ -96,8 +105,16 @@ def dtype_option(panel: str) -> Any:
 
 
 def complete_pattern(incomplete: str) -> list[str]:
-    """What the shell offers for --pattern."""
-    return [word for word in PATTERNS if word.startswith(incomplete)]
+    """What the shell offers for --pattern: a word, or one more behind a +."""
+    start, plus, _ = incomplete.rpartition("+")
+    words = [word for word in COMBINABLE if word not in start.split("+")] if plus else PATTERNS
+    return [word for word in (start + plus + word for word in words) if word.startswith(incomplete)]
+
+
+def complete_score(incomplete: str) -> list[str]:
+    """What the shell offers for --score: a word, or one for a part of the pattern."""
+    split = max(incomplete.rfind("="), incomplete.rfind(",")) + 1
+    return [incomplete[:split] + word for word in SCORES if word.startswith(incomplete[split:])]
 
 
 def complete_model(incomplete: str) -> list[str]:

@@ -29,6 +29,7 @@ class Terminal:
 
     verbose: bool = False
     quiet: bool = False
+    interrupted: str = "interrupted, nothing was written."  # what Ctrl-C is answered with
     out: Console = field(default_factory=_stdout)
     err: Console = field(default_factory=_stderr)
 
@@ -36,6 +37,17 @@ class Terminal:
         """Print a sentence as it is, unless quiet; long lines are left to the terminal to wrap."""
         if not self.quiet:
             self.out.print(sentence, style=style, markup=False, soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Print a piece of text at once and as it is, even when quiet; no line ends are added."""
+        encoding = getattr(self.out.file, "encoding", None) or "utf-8"
+        self.out.file.write(text.encode(encoding, "replace").decode(encoding))
+        self.out.file.flush()
+
+    def remark(self, sentence: str) -> None:
+        """Print something beside the result, where the result itself is what stdout is for; unless quiet."""
+        if not self.quiet:
+            self.err.print(sentence, style="dim", markup=False, soft_wrap=True)
 
     def note(self, sentence: str) -> None:
         """Print something the user should know about the result."""

@@ -4,8 +4,10 @@
 """
 
 from .compress import CompressResult, compress
-from .config import CompressConfig, FfnScore, Score, Weighting, configure, kept_states
+from .config import CompressConfig, FfnScore, Weighting, configure
+from .counts import Kept, kept, kept_channels, kept_states
 from .modules import ModuleResult, prune_modules
+from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
 from .repair import Repair, eliminate, evaluate
@@ -15,6 +17,7 @@ __all__ = [
     "CompressConfig",
     "CompressResult",
     "FfnScore",
+    "Kept",
     "LayerResult",
     "ModuleResult",
     "Removal",
@@ -26,6 +29,8 @@ __all__ = [
     "configure",
     "eliminate",
     "evaluate",
+    "kept",
+    "kept_channels",
     "kept_states",
     "propagate",
     "prune_layers",

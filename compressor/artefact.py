@@ -68,7 +68,7 @@ def write_artefact(
             "calibration": _calibration(calibration),
             "dimensions": checkpoint.dimensions.as_dict(),
             "layers": [_layer(layer) for layer in layers],
-            "removed": [{"layer": r.layer, "calibration_loss": r.loss} for r in removals],
+            "removed": [_removal(removal) for removal in removals],
             "parameters": parameter_count(tensors),
             "files": file_records(files),
         }
@@ -93,9 +93,14 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
     return {"source": calibration.source, "sha256": calibration.sha256, "nsamples": nsamples, "seqlen": seqlen}
 
 
+def _removal(removal: Removal) -> dict[str, Any]:
+    return {"layer": removal.layer, "calibration_loss": removal.loss, "influence": removal.influence}
+
+
 def _layer(layer: LayerResult) -> dict[str, Any]:
     return {
         "kept": list(layer.kept),
+        "kept_channels": None if layer.channels is None else list(layer.channels),
         "repaired": layer.repaired,
         "error": layer.error,
         "error_unrepaired": layer.error_unrepaired,

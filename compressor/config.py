@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import math
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ssmc.runtime.errors import UsageError
 
 from .masks import NM
+from .patterns import (
+    BLIND,
+    CHANNEL,
+    COLUMN,
+    LAYER,
+    SSM_MODULE,
+    Score,
+    check_parts,
+    parse_nm,
+    parse_pattern,
+    parse_values,
+    scores_of,
+)
 from .sensitivity import ALPHA, check_ramp
 
 POWER_OF_TWO = "power-of-two"
-COLUMN, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "unstructured", "layer", "ssm-module"
-PATTERNS = (COLUMN, UNSTRUCTURED, LAYER, SSM_MODULE)  # and every N:M
 
 SSM = "A_log"  # the name of the target that `ssm` stands for
 FFN = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # in the order they run
 TARGETS = {"ssm": (SSM,), "ffn": FFN, "all": (SSM, *FFN)}
-
-
-class Score(StrEnum):
-    """How the importance of a state, of an entry of A_log, or of a whole layer is judged."""
-
-    magnitude = "magnitude"
-    random = "random"
-    sparsessm_vote = "sparsessm-vote"
-    sparsessm = "sparsessm"
-    sparsessm_l2 = "sparsessm-l2"
-    energy = "energy"
-    ghost = "ghost"
-    exact = "exact"
-    sparsegpt = "sparsegpt"
-    mamba_shedder = "mamba-shedder"
+WHOLE = (LAYER, CHANNEL, SSM_MODULE)  # patterns that have no target: they take all of a layer's modules
 
 
 class FfnScore(StrEnum):
@@ -57,58 +52,67 @@ class Weighting(StrEnum):
     uniform = "uniform"  # 1
 
 
-# Which scores a pattern can be judged by, its default first.
-_SCORES = {
-    COLUMN: (Score.exact, *(s for s in Score if s not in (Score.exact, Score.sparsegpt, Score.mamba_shedder))),
-    UNSTRUCTURED: (
-        Score.sparsessm,
-        *(s for s in Score if s not in (Score.sparsessm, Score.exact, Score.mamba_shedder)),
-    ),
-    LAYER: (Score.mamba_shedder, Score.random),
-    SSM_MODULE: (Score.mamba_shedder, Score.random),
-}
-
-
-def scores_of(pattern: str) -> tuple[Score, ...]:
-    """The scores a pattern can be judged by, its default first."""
-    return _SCORES.get(pattern, _SCORES[UNSTRUCTURED])  # N:M on A_log judges entries, as unstructured does
-
-
 class CompressConfig(BaseModel):
     """A compression run. Build it with `configure`, which turns mistakes into one clear sentence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    pattern: str = COLUMN  # one of PATTERNS, or N:M: of every M entries N are kept
+    pattern: str = COLUMN  # one of PATTERNS, several of COMBINABLE with +, or N:M: of every M entries N are kept
     target: str | None = None  # ssm, ffn, all, or module names with commas; None: ssm, or ffn for N:M
-    sparsity: float = 0.5  # the part that goes, inside (0, 1); N:M says it by itself
-    score: Score | None = None  # of states and layers; None: the pattern's default
+    sparsity: float | dict[str, float] = 0.5  # the part that goes, inside (0, 1); for all parts, or by part
+    score: Score | dict[str, Score] | None = None  # of states, channels, layers; None: the part's default
     weighting: Weighting = Weighting.power  # of the score sparsessm
     ffn_score: FfnScore = FfnScore.sparsegpt
     alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
-    repair: bool = True  # column: fold the least-squares repair into x_proj
+    repair: bool = True  # column, channel: fold the least-squares repair into the weights that stay
     calib: str | None = None  # None: the sample that comes with `tiny`
     nsamples: Annotated[int, Field(ge=1)] = 64
     seqlen: Annotated[int, Field(ge=2)] = 2048
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     round_to: Annotated[int, Field(ge=1)] | Literal["power-of-two"] = 1
+    round_channels: Annotated[int, Field(ge=1)] | None = None  # None: 64, or less for narrow models
+    states: tuple[int, ...] | None = None  # kept in each layer, in place of the sparsity of `column`
+    widths: tuple[int, ...] | None = None  # channels kept in each layer, in place of the sparsity of `channel`
     tokenizer: str | None = None  # None: the one beside the model
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        if value not in PATTERNS and not _parse_nm(value):
-            raise ValueError(f"it is one of {', '.join(PATTERNS)}, or N:M such as 2:4")
-        return value
+        return "+".join(parse_pattern(value))
 
-    @field_validator("sparsity")
+    @field_validator("sparsity", mode="before")
     @classmethod
-    def _inside(cls, value: float) -> float:
-        if not 0 < value < 1:
-            raise ValueError("it is the part that is removed and lies between 0 and 1, both excluded, such as 0.5")
-        return value
+    def _sparsities(cls, value: Any, info: ValidationInfo) -> float | dict[str, float]:
+        values = _by_part(value, info)
+        if not isinstance(values, dict):
+            return _fraction(values)
+        if missing := [part for part in parse_pattern(info.data["pattern"]) if part not in values]:
+            raise ValueError(f"it does not say how much of {', '.join(missing)} goes")
+        return {part: _fraction(content) for part, content in values.items()}
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, value: Any, info: ValidationInfo) -> Any:
+        values = _by_part(value, info)
+        names = values.values() if isinstance(values, dict) else [] if values is None else [values]
+        known = [score.value for score in Score]
+        if not all(name in known for name in names):
+            raise ValueError(f"it should be {', '.join(known)}")
+        return values
+
+    @field_validator("states", "widths", mode="before")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        values = value.split(",") if isinstance(value, str) else value
+        try:
+            counts = None if values is None else tuple(int(str(count)) for count in values)
+        except (TypeError, ValueError):
+            counts = ()
+        if counts is not None and not (counts and min(counts) >= 1):
+            raise ValueError("it is a whole number of at least 1 for each layer, with commas between")
+        return counts
 
     @field_validator("target")
     @classmethod
@@ -121,25 +125,50 @@ class CompressConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompressConfig:
-        allowed = scores_of(self.pattern)
-        if self.score is not None and self.score not in allowed:
-            names = ", ".join(s.value for s in allowed)
-            raise ValueError(f"score {self.score.value} does not judge the pattern {self.pattern}; {names} do")
-        if self.pattern in (LAYER, SSM_MODULE) and self.target is not None:
+        self._check_scores()
+        if self.target is not None and any(part in WHOLE for part in self.parts):
             raise ValueError(f"target does not go with the pattern {self.pattern}, which removes whole modules")
+        for name, counts, part in (("states", self.states, COLUMN), ("widths", self.widths, CHANNEL)):
+            if counts is not None and part not in self.parts:
+                raise ValueError(f"{name} goes with the pattern {part}, which is not in {self.pattern}")
         if self.modules and self.nm is None:
             check_ramp(self.sparsity, self.alpha)
         return self
 
+    def _check_scores(self) -> None:
+        """Every score judges its part; one for all parts judges at least one of them."""
+        by_part = self.score if isinstance(self.score, dict) else {}
+        wrong = [(score, part) for part, score in by_part.items() if score not in scores_of(part)]
+        if isinstance(self.score, Score) and all(self.score not in scores_of(part) for part in self.parts):
+            wrong = [(self.score, self.pattern)]
+        for score, part in wrong:
+            able = dict.fromkeys(s.value for name in part.split("+") for s in scores_of(name))
+            raise ValueError(f"score {score.value} does not judge the pattern {part}; {', '.join(able)} do")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is removed, in the order it is carried out; one word unless the pattern is a combined one."""
+        return tuple(self.pattern.split("+"))
+
+    def sparsity_of(self, part: str) -> float:
+        """How much goes of one part of the pattern."""
+        return self.sparsity[part] if isinstance(self.sparsity, dict) else self.sparsity
+
+    def judge_of(self, part: str) -> Score:
+        """The score one part of the pattern is judged by: the one asked for if it can, or the part's default."""
+        allowed = scores_of(part)
+        asked = self.score.get(part) if isinstance(self.score, dict) else self.score
+        return asked if asked in allowed else allowed[0]
+
     @property
     def nm(self) -> NM | None:
         """The pattern as N:M, None if it is none."""
-        return _parse_nm(self.pattern)
+        return parse_nm(self.pattern)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The modules that are pruned, in the order they run, A_log first."""
-        if self.pattern in (LAYER, SSM_MODULE):
+        if all(part in WHOLE for part in self.parts):
             return ()
         words = (self.target or ("ffn" if self.nm else "ssm")).split(",")
         wanted = {name for word in words for name in TARGETS.get(word, (word,))}
@@ -152,18 +181,18 @@ class CompressConfig(BaseModel):
 
     @property
     def judge(self) -> Score:
-        """The score that is used: the one asked for, or the pattern's default."""
-        return self.score or scores_of(self.pattern)[0]
+        """The score that is used; of a combined pattern, that of its first part."""
+        return self.judge_of(self.parts[0])
 
     @property
     def needs_text(self) -> bool:
         """Whether anything is decided or fitted by running the model."""
         if self.modules and self.ffn_score is not FfnScore.magnitude:
             return True
-        if self.pattern == COLUMN and SSM in self.targets and self.repair:
+        judged = [part for part in self.parts if part in WHOLE or SSM in self.targets]
+        if self.repair and (CHANNEL in judged or COLUMN in judged):
             return True
-        blind = self.judge in (Score.magnitude, Score.random)
-        return not blind and (SSM in self.targets or self.pattern in (LAYER, SSM_MODULE))
+        return any(self.judge_of(part) not in BLIND for part in judged)
 
 
 def configure(**options: Any) -> CompressConfig:
@@ -193,37 +222,24 @@ def _sentence(error: Any) -> str:
     return f"{option} {error['input']!r} does not work: {reason}."
 
 
-def _parse_nm(pattern: str) -> NM | None:
-    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
-    return NM(int(match[1]), int(match[2])) if match else None
+def _by_part(value: Any, info: ValidationInfo) -> Any:
+    """A plain value, or a mapping from parts of the pattern; one for a single part is taken out of its mapping."""
+    values = parse_values(value)
+    if not isinstance(values, dict):
+        return values
+    if "pattern" not in info.data:
+        raise ValueError("the pattern it belongs to is wrong")
+    parts = parse_pattern(info.data["pattern"])
+    check_parts(values, parts)
+    return values[parts[0]] if len(parts) == 1 else {part: values[part] for part in parts if part in values}
 
 
-def kept_states(d_state: int, sparsity: float, round_to: int | str = 1) -> int:
-    """How many of `d_state` states stay: the nearest whole number, then the nearest allowed one, ties to fewer.
-
-    Args:
-        d_state: N of the dense model.
-        sparsity: part that is removed, inside (0, 1).
-        round_to: a number K must be a multiple of, or "power-of-two".
-
-    Raises:
-        UsageError: nothing would be removed, or nothing would stay.
-    """
-    wanted = d_state * (1 - sparsity)
-    if round_to == POWER_OF_TWO:
-        allowed = [2**e for e in range(int(math.log2(d_state)) + 1)]
-    else:
-        allowed = list(range(round_to, d_state + 1, round_to))
-    if not allowed:
-        raise UsageError(f"round_to {round_to} is more than the {d_state} states there are. Use a smaller one.")
-    kept = min(allowed, key=lambda k: (abs(k - wanted), k))
-    if round_to == 1 and wanted < 0.5:
-        raise UsageError(
-            f"sparsity {sparsity} of {d_state} states would leave none; the most is {1 - 1 / d_state:g} (one state)."
-        )
-    if kept == d_state:
-        raise UsageError(
-            f"sparsity {sparsity} of {d_state} states, rounded to {round_to}, removes none; "
-            f"use at least {1 / d_state:g} or another round_to."
-        )
-    return kept
+def _fraction(value: Any) -> float:
+    """A number inside (0, 1)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError("it is a number between 0 and 1, or such a number for each part of the pattern") from None
+    if isinstance(value, bool) or not 0 < number < 1:
+        raise ValueError("it is the part that is removed and lies between 0 and 1, both excluded, such as 0.5")
+    return number

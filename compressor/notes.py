@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from ssmc.runtime.architectures import Dimensions
+
 from .calibration import Calibration
-from .config import COLUMN, SSM, SSM_MODULE, CompressConfig
+from .config import SSM, CompressConfig
+from .counts import Kept
+from .patterns import COLUMN, SSM_MODULE
 
 
-def notes_for(config: CompressConfig, calibration: Calibration | None, dense_states: int, keep: int) -> list[str]:
+def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Dimensions, counts: Kept) -> list[str]:
     """Sentences about a run.
 
     Args:
         config: the run.
         calibration: what it was calibrated on, None if it looked at no text.
-        dense_states: N of the dense model.
-        keep: states that stay.
+        sizes: of the dense model.
+        counts: what stays.
     """
     notes = []
     if calibration and calibration.shortfall:
@@ -23,9 +27,10 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, dense_sta
             "Calibrated on the embedded sample of simple stories. For a model of real text give text like what it "
             "will read: --calib wikitext2 or a file."
         )
-    if config.pattern == COLUMN and keep < dense_states and keep & (keep - 1):
-        notes.append(_padding(dense_states, keep))
-    if config.pattern != COLUMN and SSM in config.targets:
+    states = max(counts.states)
+    if COLUMN in config.parts and states < sizes.d_state and states & (states - 1):
+        notes.append(_padding(sizes.d_state, states))
+    if COLUMN not in config.parts and SSM in config.targets:
         notes.append(
             "Entries of A_log that are 0 stand for A = -1: the state still decays and costs the same, so this makes "
             "nothing smaller or faster. It is there to compare with; --pattern column removes states for real."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,10 @@ from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import scan_states
 
-from .config import COLUMN, SSM, CompressConfig
+from .config import SSM, CompressConfig
+from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
+from .patterns import COLUMN
 from .repair import evaluate
 from .scores import Layer, choose_states, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
@@ -28,6 +30,7 @@ class LayerResult:
     """What happened to one layer."""
 
     kept: tuple[int, ...]  # states that stay
+    channels: tuple[int, ...] | None = None  # channels that stay; None: all
     error: float | None = None  # relative squared error of the gated output; None when nothing was measured
     error_unrepaired: float | None = None
     repaired: bool = False
@@ -41,9 +44,9 @@ def prune_layers(
     architecture: Architecture,
     tokens: torch.Tensor | None,
     config: CompressConfig,
-    keep: int,
     stored_dtypes: Mapping[str, torch.dtype],
     progress: Progress = silent,
+    removed: Collection[int] = (),
 ) -> list[LayerResult]:
     """Prune every layer of `model` in place, each on what the pruned layers before it put out.
 
@@ -52,11 +55,15 @@ def prune_layers(
         architecture: its adapter.
         tokens: (nsamples, seqlen) calibration samples; None when the run needs no text.
         config: what is pruned and how.
-        keep: states that stay in each layer, for the pattern `column`.
         stored_dtypes: by tensor name, what the model will be saved as; a pruned layer is rounded to it before its
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
+        removed: layers that are gone as a whole, silenced already; they are passed over.
+
+    Raises:
+        UsageError: the counts asked for do not fit the model.
     """
+    counts = kept(config, architecture.dimensions(model.config))
     hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
     blocks = architecture.blocks(model)
     targets = module_targets(architecture, model, hidden, config, progress)
@@ -65,14 +72,17 @@ def prune_layers(
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
         result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+        if index in removed:
+            results.append(result)
+            continue
         if SSM in config.targets:
-            result = _prune_ssm(architecture, block, hidden, index, config, keep, progress, label)
+            result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
         if config.modules:
             # after the states, so that x_proj and out_proj are fitted to the pruned scan
             modules = prune_modules(
                 architecture, block, hidden, targets[index], config.ffn_score, progress, f"{label}: Hessians"
             )
-            if config.pattern == COLUMN and SSM in config.targets:
+            if COLUMN in config.parts and SSM in config.targets:
                 architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
             result = replace(result, modules=tuple(modules))
         _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
@@ -99,16 +109,17 @@ def _prune_ssm(
     if hidden is not None:
         collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
     layer = Layer(index, A_log.detach().clone(), statistics)
-    if config.pattern != COLUMN:
+    if COLUMN not in config.parts:
         A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
         zeros = float((A_log == 0).sum()) / A_log.numel()
         return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
-    kept = choose_states(config.judge, layer, keep, config.repair, config.seed)
+    kept = choose_states(config.judge_of(COLUMN), layer, keep, config.repair, config.seed)
     repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
     architecture.mask_states(mixer, kept, repair.mixing if repair else None)
     if repair is None:
         return LayerResult(tuple(kept))
-    return LayerResult(tuple(kept), repair.error, repair.error_unrepaired, repaired=repair.mixing is not None)
+    errors = {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
+    return LayerResult(tuple(kept), **errors, repaired=repair.mixing is not None)
 
 
 def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .config import COLUMN, CompressConfig, Score
+from .config import CompressConfig
 from .hessian import StateMoment
 from .masks import NM, Target, nm_mask, pruned_count, unstructured_mask
+from .patterns import COLUMN, Score
 from .repair import eliminate
 from .sparsegpt import sparsegpt_a_log
 from .statistics import (
@@ -58,7 +59,8 @@ def statistics_for(config: CompressConfig, A_log: torch.Tensor, keep: int, lengt
         keep: how many states will stay, for the pattern `column`.
         length: tokens of a calibration sample.
     """
-    score, column = config.judge, config.pattern == COLUMN
+    column = COLUMN in config.parts
+    score = config.judge_of(COLUMN) if column else config.judge
     return LayerStatistics(
         squares=SquaredStates() if score is Score.sparsessm_l2 else None,
         readout=SquaredReadout() if score in (Score.energy, Score.ghost) else None,
@@ -71,7 +73,7 @@ def statistics_for(config: CompressConfig, A_log: torch.Tensor, keep: int, lengt
 
 def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """What one time step names: so many states, so many entries, or so many in every group of N:M. Real top-Ks."""
-    if config.pattern == COLUMN:
+    if COLUMN in config.parts:
         return lambda importance: _lowest(importance, states)
     if config.nm:
         return lambda importance: ~nm_mask(importance, config.nm.n, config.nm.m)

@@ -1,7 +1,8 @@
-"""Mamba-Shedder (NAACL 2025): take away whole blocks, or only their SSM, one after the other, by perplexity.
+"""Taking away whole blocks, or only their SSM.
 
-At each step every removal that is still possible is tried, and the one that leaves the lowest perplexity on the
-calibration text is made. Test text is never looked at.
+Mamba-Shedder (NAACL 2025) goes one by one: at each step every removal that is still possible is tried, and the one
+that leaves the lowest perplexity on the calibration text is made. Test text is never looked at. The cheaper
+`similarity` runs the model once and takes the blocks that change least what they read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import nn
 from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
 
-from .config import LAYER, CompressConfig, Score
+from .config import CompressConfig
+from .patterns import LAYER, SSM_MODULE, Score
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Removal:
     """One step of the greedy search."""
 
     layer: int
-    loss: float | None  # nats a token on the calibration text after this removal; None for `random`
+    loss: float | None = None  # nats a token on the calibration text after this removal, where that was measured
+    influence: float | None = None  # `similarity`: how far the block turns what it reads, 0 for not at all
 
 
 def removal_count(n_layer: int, sparsity: float) -> int:
@@ -54,16 +57,44 @@ def shed(
         The removals in the order they were made.
     """
     blocks = architecture.blocks(model)
-    remove = architecture.remove_block if config.pattern == LAYER else architecture.remove_ssm
-    count = removal_count(len(blocks), config.sparsity)
-    if config.judge is Score.random:
+    part = LAYER if LAYER in config.parts else SSM_MODULE
+    remove = architecture.remove_block if part == LAYER else architecture.remove_ssm
+    count = removal_count(len(blocks), config.sparsity_of(part))
+    if config.judge_of(part) is Score.random:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
-        removals = [Removal(layer, None) for layer in order]
+        removals = [Removal(layer) for layer in order]
+    elif config.judge_of(part) is Score.similarity:
+        influences = block_influences(model, architecture, tokens, progress)
+        order = sorted(range(len(blocks)), key=lambda layer: (influences[layer], layer))[:count]
+        removals = [Removal(layer, influence=influences[layer]) for layer in order]
     else:
         removals = _greedy(model, architecture, tokens, count, remove, progress)
     for removal in removals:
         remove(blocks[removal.layer])
     return removals
+
+
+def block_influences(
+    model: nn.Module, architecture: Architecture, tokens: torch.Tensor, progress: Progress = silent
+) -> list[float]:
+    """Block Influence (ShortGPT, 2024): 1 - mean over tokens of cos(block's input, block's output), for each block.
+
+    Args:
+        model: dense.
+        architecture: its adapter.
+        tokens: (nsamples, seqlen) calibration samples.
+        progress: told about samples.
+    """
+    blocks = architecture.blocks(model)
+    cosines = [0.0] * len(blocks)
+    for done, sample in enumerate(tokens.split(1)):
+        progress("similarity of the layers", done, len(tokens))
+        hidden = model.get_input_embeddings()(sample).float()
+        for index, block in enumerate(blocks):
+            after = block(hidden)  # (1, L, d_model)
+            cosines[index] += float(F.cosine_similarity(hidden, after, dim=-1).double().mean()) / len(tokens)
+            hidden = after
+    return [1 - cosine for cosine in cosines]
 
 
 def _greedy(

@@ -10,6 +10,7 @@ import torch
 
 from ssmc.runtime.architectures import Cut
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from ssmc.runtime.checkpoints.packed_format import pack_tensors
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import MANIFEST, file_records, read_manifest, require_keys, write_manifest
@@ -18,11 +19,13 @@ from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
 from ssmc.runtime.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
 
+from . import sparse24
 from .runs_where import Runtime, runs_where
 from .shrink import Shrunk, shrink
+from .sparse24 import Half, Rounding, Sparse24Module
 from .verify import Comparison, compare, sample_tokens
 
-FORMATS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm"}
+FORMATS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm", sparse24.FORMAT: "transformers"}
 """Export format, as the user names it -> checkpoint format, as `write_checkpoint` names it."""
 
 
@@ -35,7 +38,9 @@ class ExportResult:
     comparison: Comparison
     runs_where: tuple[Runtime, ...]
     parameters: tuple[int, int]  # masked, shrunk
-    weight_bytes: tuple[int, int]  # of all tensors, masked and shrunk
+    weight_bytes: tuple[int, int]  # of all tensors, masked and as written
+    modules: tuple[Sparse24Module, ...] = ()  # that are 2:4, of the format sparse24
+    rounding: Rounding | None = None  # what half precision changed, of the format sparse24
 
 
 def export(
@@ -43,6 +48,8 @@ def export(
     *,
     format: str = "safetensors",
     out: str | Path | None = None,
+    dtype: str | None = None,
+    packed: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
@@ -52,8 +59,11 @@ def export(
 
     Args:
         directory: what `compress` wrote.
-        format: "safetensors" (transformers' layout) or "mamba-ssm" (its own).
+        format: "safetensors" (transformers' layout), "mamba-ssm" (its own), or "sparse24" (transformers' layout in half
+            precision with a list of the modules that are 2:4).
         out: folder to write; by default one named after the format inside `directory`.
+        dtype: of sparse24: "float16" or "bfloat16"; by default the model's own if that is one of them, else bfloat16.
+        packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
         force: replace an earlier export.
         progress: told what is being done.
 
@@ -62,47 +72,57 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"There is no export format {format!r}; there are {', '.join(FORMATS)}.")
+    sparse24.check_options(format, dtype, packed)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
     if manifest["kind"] != "masked":
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
     require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), directory)
-    out = directory / format if out is None else Path(out).expanduser()
+    layout = sparse24.PACKED if packed else FORMATS[format]
+    out = directory / (sparse24.PACKED if packed else format) if out is None else Path(out).expanduser()
     progress("reading the masked model", 0, 4)
     masked = load_checkpoint(directory, dtype=torch.float32)
     progress("cutting", 1, 4)
-    shrunk = shrink(masked, manifest, directory)
+    shrunk, half = shrink(masked, manifest, directory), None
+    if format == sparse24.FORMAT:
+        shrunk, half = sparse24.round_to_half(shrunk, masked, manifest, directory, dtype)
     require_space(out, tensor_bytes(shrunk.tensors))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         progress("writing", 2, 4)
-        files = write_checkpoint(
-            folder, shrunk.tensors, _with_provenance(shrunk.config, manifest), format=FORMATS[format]
-        )
+        files = write_checkpoint(folder, shrunk.tensors, _with_provenance(shrunk.config, manifest), format=layout)
         if has_tokenizer(directory):
             files += copy_tokenizer(directory, folder)
         progress("comparing with the masked model", 3, 4)
-        comparison = _compare(masked, folder, directory)
-        write_manifest(folder, _manifest(manifest, format, masked, shrunk, comparison, files))
+        comparison, rounding = _compare(masked, folder, directory, half)
+        content = _manifest(manifest, format, masked, shrunk, comparison, files)
+        write_manifest(folder, content | ({} if half is None else sparse24.section(half, rounding, packed)))
     progress("done", 4, 4)
     before = masked.tensors()
+    runtimes = runs_where(masked.architecture.dimensions(shrunk.config), manifest["dimensions"]["d_state"])
     return ExportResult(
         directory=out,
         cuts=tuple(shrunk.cuts),
         comparison=comparison,
-        runs_where=tuple(runs_where(masked.architecture.dimensions(shrunk.config), manifest["dimensions"]["d_state"])),
+        runs_where=tuple(runtimes if half is None else sparse24.where_it_runs(runtimes, packed)),
         parameters=(parameter_count(before), parameter_count(shrunk.tensors)),
-        weight_bytes=(tensor_bytes(before), tensor_bytes(shrunk.tensors)),
+        weight_bytes=(tensor_bytes(before), tensor_bytes(pack_tensors(shrunk.tensors) if packed else shrunk.tensors)),
+        modules=() if half is None else half.modules,
+        rounding=rounding,
     )
 
 
-def _compare(masked: Checkpoint, written: Path, directory: Path) -> Comparison:
+def _compare(
+    masked: Checkpoint, written: Path, directory: Path, half: Half | None
+) -> tuple[Comparison, Rounding | None]:
     """Read the export back from its files and run it against the masked model on real text."""
     stream = None
     if has_tokenizer(directory):
         stream = tokenize(read_texts(heldout_path()), load_tokenizer(masked))
     shrunk = load_checkpoint(written, dtype=torch.float32)
     tokens = sample_tokens(stream, masked.dimensions.vocab_size)
-    return compare(masked.model, shrunk.model, tokens, real_text=stream is not None)
+    if half is not None:
+        return sparse24.compare_half(masked, shrunk, half, tokens, real_text=stream is not None)
+    return compare(masked.model, shrunk.model, tokens, real_text=stream is not None), None
 
 
 def _with_provenance(config: Any, manifest: dict[str, Any]) -> Any:

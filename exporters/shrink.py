@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,46 +23,87 @@ class Shrunk:
     cuts: list[Cut]  # what got smaller
 
 
-def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path) -> Shrunk:
-    """Cut what was pruned out of a masked model: states, or whole blocks.
+def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, uneven: bool = False) -> Shrunk:
+    """Cut what was pruned out of a masked model: states, channels, whole blocks.
 
     The manifest says what was kept; the weights are asked whether the rest really is silent, since cutting what still
     speaks would silently make another model. Patterns that make nothing smaller leave every tensor as it is.
+
+    Args:
+        masked: what `compress` wrote.
+        manifest: its manifest.
+        directory: where they are, for messages.
+        uneven: let every layer have sizes of its own. Stock loaders have one number for all: by default layers that
+            keep less are cut to the size of the one that keeps most, and hold silent rows of zeros up to there.
 
     Raises:
         CheckpointError: manifest and weights do not fit together.
     """
     removed = [entry["layer"] for entry in manifest["removed"]]
-    if removed and manifest["config"]["pattern"] == "layer":
-        return _cut_blocks(masked, removed, directory)
-    if not manifest["layers"]:  # SSMs were silenced; no loader has a block without one
-        return Shrunk(masked.tensors(), masked.config, [])
-    return _cut_states(masked, [layer["kept"] for layer in manifest["layers"]], directory)
+    layers = manifest["layers"]  # none when only whole blocks or SSMs were removed
+    _check(masked, removed, layers, directory)
+    architecture, sizes = masked.architecture, masked.dimensions
+    shrunk = Shrunk(masked.tensors(), masked.config, [])
+    for name, total, cut in (
+        ("kept", sizes.d_state, architecture.cut_states),
+        ("kept_channels", sizes.d_inner, architecture.cut_channels),
+    ):
+        kept = [layer.get(name) or list(range(total)) for layer in layers]
+        kept = _sized(kept, removed, total, uneven)
+        if any(len(numbers) < total for numbers in kept):
+            shrunk = _then(shrunk, *cut(shrunk.tensors, shrunk.config, kept))
+    if removed and "layer" in manifest["config"]["pattern"].split("+"):  # no loader has a block without an SSM
+        shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, removed))
+    return shrunk
 
 
-def _cut_states(masked: Checkpoint, kept: list[list[int]], directory: Path) -> Shrunk:
+def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str, Any]], directory: Path) -> None:
+    """Ask the weights whether everything the manifest calls pruned is silent."""
     blocks = masked.architecture.blocks(masked.model)
-    if len(kept) != len(blocks):
+    if layers and len(layers) != len(blocks):
         raise CheckpointError(
-            f"The manifest in {directory} speaks of {len(kept)} layers, its model has {len(blocks)}. Compress again."
+            f"The manifest in {directory} speaks of {len(layers)} layers, its model has {len(blocks)}. Compress again."
         )
-    for index, (block, states) in enumerate(zip(blocks, kept, strict=True)):
-        if not masked.architecture.is_masked(masked.architecture.mixer(block), states):
+    changed = "its weights were changed after compressing. Compress again."
+    for index, layer in enumerate(layers):
+        mixer = masked.architecture.mixer(blocks[index])
+        if index in removed:
+            continue
+        if not masked.architecture.is_masked(mixer, layer["kept"]):
             raise CheckpointError(
-                f"Layer {index} of the model in {directory} still uses states the manifest calls pruned; its weights "
-                "were changed after compressing. Compress again."
+                f"Layer {index} of the model in {directory} still uses states the manifest calls pruned; {changed}"
             )
-    if all(len(states) == masked.dimensions.d_state for states in kept):
-        return Shrunk(masked.tensors(), masked.config, [])
-    return Shrunk(*masked.architecture.cut_states(masked.tensors(), masked.config, kept))
-
-
-def _cut_blocks(masked: Checkpoint, removed: list[int], directory: Path) -> Shrunk:
-    blocks = masked.architecture.blocks(masked.model)
+        channels = layer.get("kept_channels")
+        if channels is not None and not masked.architecture.are_channels_masked(mixer, channels):
+            raise CheckpointError(
+                f"Layer {index} of the model in {directory} still uses channels the manifest calls pruned; {changed}"
+            )
     for index in removed:
         if index >= len(blocks) or not masked.architecture.is_removed(blocks[index]):
             raise CheckpointError(
-                f"Layer {index} of the model in {directory} is not silent although the manifest calls it removed; its "
-                "weights were changed after compressing. Compress again."
+                f"Layer {index} of the model in {directory} is not silent although the manifest calls it removed; "
+                f"{changed}"
             )
-    return Shrunk(*masked.architecture.cut_blocks(masked.tensors(), masked.config, removed))
+
+
+def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool) -> list[list[int]]:
+    """The numbers that are cut out for good; those of removed layers do not matter and follow the others."""
+    most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total)
+    sized = []
+    for index, numbers in enumerate(kept):
+        if index in removed:
+            numbers = list(range(most))
+        elif not uneven:  # filled up with silent ones
+            silent = sorted(set(range(total)) - set(numbers))
+            numbers = sorted(numbers + silent[: most - len(numbers)])
+        sized.append(numbers)
+    return sized
+
+
+def _then(before: Shrunk, tensors: dict[str, torch.Tensor], config: Any, cuts: Sequence[Cut]) -> Shrunk:
+    """What is left after one more cut; a tensor cut twice is listed once, from its first size to its last."""
+    merged = {cut.name: cut for cut in before.cuts}
+    for cut in cuts:
+        first = merged[cut.name].before if cut.name in merged else cut.before
+        merged[cut.name] = Cut(cut.name, first, cut.after)
+    return Shrunk(tensors, config, list(merged.values()))

@@ -2,10 +2,12 @@
 
 The whole public Python interface; importing it costs nothing, torch is loaded when a name is first used.
 
-    compress   prune a model in one shot and write it, masked, to a folder
-    export     write a compressed model in a format others load, physically smaller
-    benchmark  measure the dense model beside the compressed one
-    load       read a model of either format and attach the fast scan
+    compress       prune a model in one shot and write it, masked, to a folder
+    export         write a compressed model in a format others load, physically smaller
+    benchmark      measure the dense model beside the compressed one
+    generate       let a model continue a text, piece by piece
+    load           read a model of either format and attach the fast scan
+    open_session   read a model to run it token by token: prefill, step, reset
 
 Everything that can go wrong is an `ssmc.runtime.errors.SsmcError`.
 """
@@ -23,11 +25,19 @@ if TYPE_CHECKING:
     from ssmc.compressor import compress as compress
     from ssmc.exporters import export as export
     from ssmc.runtime.bench import benchmark as benchmark
+    from ssmc.runtime.generation import generate as generate
+    from ssmc.runtime.generation import open_session as open_session
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "benchmark", "compress", "export", "load"]
+__all__ = ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
 
-_HOMES = {"compress": "ssmc.compressor", "export": "ssmc.exporters", "benchmark": "ssmc.runtime.bench"}
+_HOMES = {
+    "benchmark": "ssmc.runtime.bench",
+    "compress": "ssmc.compressor",
+    "export": "ssmc.exporters",
+    "generate": "ssmc.runtime.generation",
+    "open_session": "ssmc.runtime.generation",
+}
 
 
 def load(

@@ -18,7 +18,7 @@ from ssmc.cli.bench import numbers as parse_numbers
 from ssmc.cli.compress import compress as compress_command
 from ssmc.cli.export import export as export_command
 from ssmc.compressor import CompressConfig, FfnScore, Score, Weighting
-from ssmc.compressor.config import PATTERNS
+from ssmc.compressor.patterns import COMBINABLE, PATTERNS
 from ssmc.exporters import FORMATS
 from ssmc.runtime import errors
 from ssmc.runtime.scan import BACKENDS
@@ -101,11 +101,13 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("ssmc ", {"compress", "export", "bench", "eval"}),
+        ("ssmc ", {"compress", "export", "bench", "eval", "generate"}),
         ("ssmc compress ti", {"tiny"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
+        ("ssmc compress tiny --pattern column+", {"column+channel", "column+layer"}),
         ("ssmc compress tiny --score spar", {"sparsegpt", "sparsessm", "sparsessm-l2", "sparsessm-vote"}),
+        ("ssmc compress tiny --score column=ex", {"column=exact"}),
         ("ssmc compress tiny --device ", set(get_args(options.Device))),
         ("ssmc export --format ", set(FORMATS)),
     ],
@@ -142,10 +144,11 @@ def test_completion_installed_in_bash_completes(tmp_path):
 
 
 def test_the_words_to_choose_from():
-    assert set(get_args(options.Score)) == {score.value for score in Score}
+    assert set(options.SCORES) == {score.value for score in Score}
     assert set(get_args(options.FfnScore)) == {score.value for score in FfnScore}
     assert set(get_args(options.Weighting)) == {weighting.value for weighting in Weighting}
     assert set(options.PATTERNS) == {*PATTERNS, "2:4", "4:8"}
+    assert options.COMBINABLE == COMBINABLE
     assert set(get_args(options.ExportFormat)) == set(FORMATS)
     assert get_args(options.Device) == get_args(CompressConfig.model_fields["device"].annotation)
     assert get_args(options.ScanBackend) == BACKENDS
@@ -173,7 +176,7 @@ def test_the_defaults_of_compress():
 
 
 def test_the_public_names():
-    assert ssmc.__all__ == ["__version__", "benchmark", "compress", "export", "load"]
+    assert ssmc.__all__ == ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
     assert set(ssmc.__all__) <= set(dir(ssmc))
     assert all(callable(getattr(ssmc, name)) for name in ssmc.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'prune'"):

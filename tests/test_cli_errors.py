@@ -76,17 +76,19 @@ def test_sparsity_outside_its_range(capsys, sparsity, form):
     sentence = fails(capsys, USAGE, "compress", "tiny", *options)
     assert "sparsity" in sentence
     assert "between 0 and 1" in sentence
-    assert str(float(sparsity)) in sentence
+    assert repr(sparsity) in sentence
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--sparsity", "half"], ["--sparsity", "number"]),
+        (["--sparsity", "half"], ["sparsity", "half", "number"]),
         (["--sparsity", "0.01"], ["0.01", "16 states", "none"]),
         (["--sparsity", "0.99"], ["0.99", "16 states", "none"]),
-        (["--score", "best"], ["--score", "best", "exact"]),
+        (["--score", "best"], ["score", "best", "exact"]),
         (["--pattern", "checkers"], ["pattern", "checkers", "column"]),
+        (["--pattern", "column+checkers"], ["pattern", "checkers", "combined"]),
+        (["--sparsity", "channel=0.5"], ["sparsity", "channel", "no part of the pattern column"]),
         (["--nsamples", "0"], ["nsamples", "0", "greater than or equal to 1"]),
         (["--seqlen", "1"], ["seqlen", "1"]),
         (["--seed", "-3"], ["seed", "-3"]),

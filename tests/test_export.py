@@ -108,6 +108,25 @@ def test_removed_blocks_are_cut(tmp_path):
         torch.testing.assert_close(shrunk(tokens).logits, dense(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "mamba-ssm"])
+def test_blocks_and_states_go_together(tmp_path, format):
+    out = tmp_path / "out"
+    result = compress(
+        "tiny", out=out, pattern="layer+column", sparsity=0.34, score="similarity", nsamples=2, seqlen=128
+    )
+    gone = {removal.layer for removal in result.removals}
+    cuts = {cut.name: (cut.before, cut.after) for cut in export(out, format=format).cuts}
+    for layer in range(6):
+        A_log = f"backbone.layers.{layer}.mixer.A_log"
+        assert cuts[A_log] == ((512, 16), () if layer in gone else (512, 11))
+    written = load_checkpoint(out / format, dtype=torch.float32)
+    assert (written.dimensions.n_layer, written.dimensions.d_state) == (4, 11)
+    masked = MambaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(written.model(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pattern_that_makes_nothing_smaller_is_exported_as_it_is(tmp_path):
     compress("tiny", out=tmp_path / "out", pattern="unstructured", score="magnitude")
     result = export(tmp_path / "out")

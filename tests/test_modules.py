@@ -57,7 +57,7 @@ def test_inputs_and_output_are_those_of_transformers(model, tokens, layer):
 @pytest.mark.parametrize("pattern", ["unstructured", "1:2"])
 def test_every_module_has_the_zeros_it_was_asked_for(model, tokens, score, pattern):
     config = configure(model="test", pattern=pattern, target="ffn", ffn_score=score, alpha=0)
-    results = prune_layers(model, ARCHITECTURE, tokens, config, 8, dtypes(model))
+    results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert [m.name for m in result.modules] == list(FFN)
         for name, weight in ARCHITECTURE.module_weights(block.mixer).items():
@@ -78,7 +78,7 @@ def test_a_module_is_pruned_with_the_hessian_of_what_it_reads(model, tokens):
     weight = model.backbone.layers[0].mixer.in_proj.weight.detach().clone()
     expected = sparsegpt(weight, (x.double().t() @ x.double()), 0.5)
     config = configure(model="test", pattern="unstructured", target="in_proj", alpha=0)
-    result = prune_layers(model, ARCHITECTURE, tokens, config, 8, dtypes(model))[0].modules[0]
+    result = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))[0].modules[0]
     torch.testing.assert_close(model.backbone.layers[0].mixer.in_proj.weight, expected.weight, rtol=1e-3, atol=1e-4)
     pruned = model.backbone.layers[0].mixer.in_proj.weight
     measured = ((x @ (weight - pruned).t()) ** 2).sum() / ((x @ weight.t()) ** 2).sum()
@@ -91,7 +91,7 @@ def test_sparsegpt_hurts_the_output_less_than_wanda_and_magnitude(model, tokens)
     for score in ("sparsegpt", "wanda", "magnitude"):
         pruned = copy.deepcopy(model)
         config = configure(model="test", pattern="unstructured", target="ffn", ffn_score=score, sparsity=0.3)
-        prune_layers(pruned, ARCHITECTURE, tokens, config, 8, dtypes(model))
+        prune_layers(pruned, ARCHITECTURE, tokens, config, dtypes(model))
         distance[score] = (pruned(tokens).logits - dense).square().mean().item()
     assert distance["sparsegpt"] < min(distance["wanda"], distance["magnitude"])
 
@@ -117,7 +117,7 @@ def test_eq_7_ranks_in_proj_and_out_proj_by_trace_over_size_on_the_dense_model(m
 
 def test_states_and_modules_together_keep_the_pruned_states_silent(model, tokens):
     config = configure(model="test", pattern="column", target="all", sparsity=0.5)
-    results = prune_layers(model, ARCHITECTURE, tokens, config, 4, dtypes(model))
+    results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert len(result.kept) == 4
         assert ARCHITECTURE.is_masked(block.mixer, result.kept)
@@ -125,7 +125,7 @@ def test_states_and_modules_together_keep_the_pruned_states_silent(model, tokens
 
 def test_unstructured_a_log_in_a_whole_run(model, tokens):
     config = configure(model="test", pattern="unstructured", target="all", sparsity=0.25)
-    results = prune_layers(model, ARCHITECTURE, tokens, config, 8, dtypes(model))
+    results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert int((block.mixer.A_log == 0).sum()) == round(0.25 * block.mixer.A_log.numel())
         assert result.a_log_zeros == pytest.approx(0.25, abs=1e-2)

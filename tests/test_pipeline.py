@@ -8,6 +8,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssmc.compressor import Score, collect, configure, prune_layers
+from ssmc.compressor.patterns import scores_of
 from ssmc.compressor.scores import statistics_for
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.fast import use_fast_scan
@@ -16,7 +17,7 @@ from ssmc.runtime.scan import ScanInputs
 from .naive import hidden_states, scan_output
 
 ARCHITECTURE = architecture_for("mamba")
-COLUMN_SCORES = [s for s in Score if s not in (Score.sparsegpt, Score.mamba_shedder)]
+COLUMN_SCORES = scores_of("column")
 LENGTH = 75  # not a multiple of the stretch, so the last one is shorter
 
 
@@ -102,10 +103,10 @@ def test_all_samples_weigh_the_same(model, tokens):
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=0)
 
 
-def prune(model, tokens, keep=3, **options):
+def prune(model, tokens, **options):
     pruned = use_fast_scan(copy.deepcopy(model))
     config = configure(model="test", **options)
-    return pruned, prune_layers(pruned, ARCHITECTURE, tokens, config, keep, dtypes(model))
+    return pruned, prune_layers(pruned, ARCHITECTURE, tokens, config, dtypes(model))
 
 
 def test_later_layers_are_calibrated_on_the_pruned_layers_outputs(model, tokens):
@@ -161,7 +162,7 @@ def test_weights_are_rounded_to_what_will_be_saved(tokens):
     model = random_model().to(torch.bfloat16)
     stored = dtypes(model)
     pruned = use_fast_scan(copy.deepcopy(model).float())
-    prune_layers(pruned, ARCHITECTURE, tokens, configure(model="test"), 3, stored)
+    prune_layers(pruned, ARCHITECTURE, tokens, configure(model="test"), stored)
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(tensor, tensor.to(torch.bfloat16).float()), name
 

@@ -67,6 +67,31 @@ def test_random_removal_needs_no_text_and_follows_the_seed(model):
     assert len(set(chosen)) > 1
 
 
+@torch.no_grad()
+def test_similarity_takes_the_blocks_that_turn_their_input_least(model, tokens):
+    """Block Influence on transformers' own hidden states: 1 - the mean cosine over all tokens."""
+    influence = []
+
+    def judge(module, arguments, after):
+        before = arguments[0]
+        cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        influence.append(1 - cosine.mean().item())
+
+    stock = use_stock_scan(copy.deepcopy(model))
+    for block in stock.backbone.layers:
+        block.register_forward_hook(judge)
+    stock(tokens)
+    config = configure(model="test", pattern="layer", score="similarity", sparsity=0.5)
+    pruned = use_fast_scan(copy.deepcopy(model))
+    removals = shed(pruned, ARCHITECTURE, tokens, config)
+    order = sorted(range(4), key=lambda layer: influence[layer])
+    assert [removal.layer for removal in removals] == order[:2]
+    for removal in removals:
+        assert removal.influence == pytest.approx(influence[removal.layer], rel=1e-3)
+        assert ARCHITECTURE.is_removed(pruned.backbone.layers[removal.layer])
+    assert not ARCHITECTURE.is_removed(pruned.backbone.layers[order[2]])
+
+
 @pytest.mark.parametrize(("layers", "sparsity", "count"), [(24, 0.5, 12), (6, 0.01, 1), (6, 0.99, 5), (1, 0.5, 0)])
 def test_at_least_one_goes_and_one_stays(layers, sparsity, count):
     assert removal_count(layers, sparsity) == count

@@ -101,7 +101,18 @@ class Architecture(Protocol):
     def cut_states(
         self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
-        """Remove all states but `kept[layer]` from a whole state dict and its configuration."""
+        """Remove all states but `kept[layer]` from a whole state dict and its configuration, which gets the most."""
+
+    def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
+        """Silence all channels but `kept` in place."""
+
+    def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether every channel outside `kept` is silent, so that cutting it changes nothing."""
+
+    def cut_channels(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Remove all channels but `kept[layer]` from a whole state dict and its configuration, which gets the most."""
 
     def is_removed(self, block: nn.Module) -> bool:
         """Whether a block hands on what it reads, so that cutting it changes nothing."""

@@ -1,7 +1,7 @@
 """Mamba-1 (`model_type: mamba`), as transformers' MambaForCausalLM holds it.
 
-The state dimension N appears in three tensors of a mixer: the columns of A_log (D, N), and the B rows and C rows of
-x_proj, whose (dt_rank + 2 N) rows are stacked as dt, B, C.
+The state dimension N appears in two tensors of a mixer: the columns of A_log (D, N), and the B rows and C rows of
+x_proj, whose (dt_rank + 2 N) rows are stacked as dt, B, C. The channels D appear in all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
 from .base import Cut, Dimensions
+
+# Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
+_CHANNEL_AXES = {"in_proj.weight": 0, "in_proj.bias": 0, "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1}
+_CHANNEL_AXES |= {"dt_proj.weight": 0, "dt_proj.bias": 0, "A_log": 0, "D": 0, "out_proj.weight": 1}
 
 
 class MambaArchitecture:
@@ -159,23 +163,66 @@ class MambaArchitecture:
     ) -> tuple[dict[str, torch.Tensor], MambaConfig, list[Cut]]:
         """Remove all states but `kept[layer]` from a whole state dict and its configuration.
 
-        Every layer must keep the same number of states: transformers and mamba_ssm have one `d_state` for all.
+        transformers and mamba_ssm have one `d_state` for all layers: the configuration says the largest number, and
+        only if all layers keep as many can they load the result.
         """
-        counts = {len(k) for k in kept}
-        if len(counts) != 1:
-            raise ValueError(f"layers keep different numbers of states ({sorted(counts)}); stock loaders take one")
         n, r = config.state_size, int(config.time_step_rank)
         out, cuts = dict(tensors), []
         for layer, states in enumerate(kept):
             keep = torch.as_tensor(list(states))
             rows = torch.cat([torch.arange(r), r + keep, r + n + keep])
             prefix = self.mixer_prefix(layer)
-            for name, axis, index in (("A_log", 1, keep), ("x_proj.weight", 0, rows)):
-                before = tensors[prefix + name]
-                out[prefix + name] = before.index_select(axis, index).contiguous()
-                cuts.append(Cut(prefix + name, tuple(before.shape), tuple(out[prefix + name].shape)))
+            _cut(out, cuts, {prefix + "A_log": (1, keep), prefix + "x_proj.weight": (0, rows)})
         smaller = copy.deepcopy(config)
-        smaller.state_size = counts.pop()
+        smaller.state_size = max(map(len, kept))
+        return out, smaller, cuts
+
+    def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
+        """Silence all channels but `kept` in place.
+
+        A channel whose columns of x_proj and out_proj are zero is read by nobody, which is enough; its rows of the
+        other tensors are zeroed too, so that the file shows what is gone. A_log stays.
+
+        Args:
+            mixer: a MambaMixer.
+            kept: the channels that stay, of D.
+        """
+        parameters = dict(mixer.named_parameters())
+        dropped = torch.ones(mixer.intermediate_size, dtype=torch.bool, device=mixer.D.device)
+        dropped[torch.as_tensor(list(kept), dtype=torch.long)] = False
+        with torch.no_grad():
+            for name, axis in _CHANNEL_AXES.items():
+                if name in parameters and name != "A_log":
+                    halves = len(parameters[name]) // len(dropped) if name.startswith("in_proj") else 1
+                    index = (slice(None),) * axis + (dropped.repeat(halves),)
+                    parameters[name][index] = 0
+
+    def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether every channel outside `kept` has zero columns in x_proj and out_proj: nobody reads it."""
+        dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
+        return not any(bool(proj.weight[:, dropped].any()) for proj in (mixer.x_proj, mixer.out_proj))
+
+    def cut_channels(
+        self, tensors: Mapping[str, torch.Tensor], config: MambaConfig, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], MambaConfig, list[Cut]]:
+        """Remove all channels but `kept[layer]` from a whole state dict and its configuration.
+
+        The configuration says the largest number, as for states; `expand` stays, which transformers wants whole and
+        does not look at when `intermediate_size` is there.
+        """
+        out, cuts = dict(tensors), []
+        for layer, channels in enumerate(kept):
+            keep = torch.as_tensor(list(channels))
+            halves = torch.cat([keep, config.intermediate_size + keep])  # of in_proj: x, then z
+            prefix = self.mixer_prefix(layer)
+            plan = {
+                prefix + name: (axis, halves if name.startswith("in_proj") else keep)
+                for name, axis in _CHANNEL_AXES.items()
+                if prefix + name in tensors  # biases are optional
+            }
+            _cut(out, cuts, plan)
+        smaller = copy.deepcopy(config)
+        smaller.intermediate_size = max(map(len, kept))
         return out, smaller, cuts
 
     def is_removed(self, block: nn.Module) -> bool:
@@ -204,6 +251,14 @@ class MambaArchitecture:
         """The B rows and the C rows of x_proj."""
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         return slice(r, r + n), slice(r + n, r + 2 * n)
+
+
+def _cut(tensors: dict[str, torch.Tensor], cuts: list[Cut], plan: Mapping[str, tuple[int, torch.Tensor]]) -> None:
+    """Keep some rows of some tensors, in place of the dict, and list the change. `plan`: name -> axis, kept indices."""
+    for name, (axis, index) in plan.items():
+        before = tensors[name]
+        tensors[name] = before.index_select(axis, index).contiguous()
+        cuts.append(Cut(name, tuple(before.shape), tuple(tensors[name].shape)))
 
 
 def causal_conv(

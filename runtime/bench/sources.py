@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, load_checkpoint
+from ..checkpoints.packed_format import FILE as PACKED_FILE
 from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
 from ..manifest import MANIFEST, read_manifest
 from ..progress import Progress, silent
 
-EXPORTS = ("safetensors", "mamba-ssm")
+EXPORTS = ("safetensors", "mamba-ssm", "sparse24")
 """Folders of an artefact that hold exports, the one to time first."""
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
@@ -105,7 +106,7 @@ def label(where: str | Path) -> str:
 
 def weight_bytes(directory: Path) -> int:
     """Bytes on disk of the weights that `load_checkpoint` reads from a model directory."""
-    for single in SINGLE_FILES:
+    for single in (*SINGLE_FILES, PACKED_FILE):
         index = directory / f"{single}.index.json"
         if (directory / single).is_file():
             return (directory / single).stat().st_size

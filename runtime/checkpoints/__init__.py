@@ -1,4 +1,4 @@
-"""Read and write models, in transformers' layout and in mamba_ssm's.
+"""Read and write models, in transformers' layout, in mamba_ssm's, and in ssmc's own for packed 2:4 matrices.
 
 Checkpoint        a model in memory that remembers how it was stored
 load_checkpoint   read one from a directory, the hub, or the embedded `tiny`

@@ -15,13 +15,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from ..architectures import Architecture, Dimensions, architecture_for
 from ..errors import CheckpointError, UsageError
 from ..progress import Progress, silent
-from . import mamba_ssm_format, transformers_format
+from . import mamba_ssm_format, packed_format, transformers_format
 from .model import DTYPES, HEAD, build_model, check_tensors
-from .reading import read_json, read_tensors
+from .reading import read_json
 from .sources import find_directory
 
-FORMATS = {module.NAME: module for module in (transformers_format, mamba_ssm_format)}
-"""The layouts of a model directory, by name; each module reads and writes one."""
+FORMATS = {module.NAME: module for module in (packed_format, transformers_format, mamba_ssm_format)}
+"""The layouts of a model directory, by name; each module reads and writes one. The first to recognise it reads it."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Checkpoint:
         model: transformers' own model, in eval mode.
         architecture: what ssmc knows of its family.
         dtypes: stored dtype of every tensor by transformers' names, a tied head left out.
-        format: of the directory it was read from: "transformers" or "mamba-ssm".
+        format: of the directory it was read from: "transformers", "mamba-ssm" or "sparse24-packed".
         source: as the user named it.
         directory: where it was read from.
     """
@@ -81,8 +81,7 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     directory = find_directory(source)
     layout, config = _read_config(directory, str(source))
     architecture = architecture_for(config.model_type, str(source))
-    tensors = {layout.to_transformers_name(k): v for k, v in read_tensors(directory, progress).items()}
-    tensors = check_tensors(tensors, config, str(source))
+    tensors = check_tensors(layout.read(directory, progress), config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model = build_model(config, tensors, dtype, str(source))
@@ -104,7 +103,8 @@ def write_checkpoint(
         directory: exists; `runtime.files.new_directory` makes one that appears only when complete.
         tensors: by transformers' names, in the dtypes to store; a tied head is not needed.
         config: transformers' configuration of the model.
-        format: "transformers" (config.json and safetensors) or "mamba-ssm" (config.json and pytorch_model.bin).
+        format: "transformers" (config.json and safetensors), "mamba-ssm" (config.json and pytorch_model.bin) or
+            "sparse24-packed" (2:4 matrices in 9/16 of their space, which only ssmc reads).
         max_shard_size: bytes of a safetensors file, or like "5GB"; mamba_ssm reads single files only.
 
     Returns:

@@ -19,7 +19,8 @@ import torch
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
-from .reading import some_of
+from ..progress import Progress, silent
+from .reading import read_tensors, some_of
 from .transformers_format import make_config
 
 NAME = "mamba-ssm"
@@ -56,9 +57,10 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "model_type" not in raw and "d_model" in raw
 
 
-def to_transformers_name(name: str) -> str:
-    """The name a stored tensor has in transformers' model."""
-    return _EMBEDDING if name == _STORED_EMBEDDING else name
+def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+    """All stored tensors by the names they have in transformers' model; errors as `read_tensors`."""
+    stored = read_tensors(directory, progress)
+    return {(_EMBEDDING if name == _STORED_EMBEDDING else name): tensor for name, tensor in stored.items()}
 
 
 def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+def read_tensors(
+    directory: Path, progress: Progress = silent, files: Sequence[str] = SINGLE_FILES
+) -> dict[str, torch.Tensor]:
     """Read all tensors of a model directory, from one file or from shards with an index.
 
     safetensors is preferred to .bin, and a single file to shards, as transformers does. Tensors of safetensors files
@@ -56,6 +59,7 @@ def read_tensors(directory: Path, progress: Progress = silent) -> dict[str, torc
     Args:
         directory: holds model.safetensors, pytorch_model.bin, or either of their names plus `.index.json`.
         progress: told about every file.
+        files: other names to look for than these two.
 
     Returns:
         Tensors on the CPU by name, of whatever dtype is stored.
@@ -63,14 +67,14 @@ def read_tensors(directory: Path, progress: Progress = silent) -> dict[str, torc
     Raises:
         CheckpointError: there are no weights, or a file is damaged, missing, or holds more than tensors.
     """
-    for single in SINGLE_FILES:
+    for single in files:
         index = directory / f"{single}.index.json"
         if os.path.lexists(directory / single):
             return _read_shards([directory / single], progress)
         if os.path.lexists(index):
             return _read_indexed(index, Path(single).suffix, progress)
     raise CheckpointError(
-        f"{directory} holds no weights: none of {', '.join(SINGLE_FILES)} or their .index.json is in it. "
+        f"{directory} holds no weights: none of {', '.join(files)} or their .index.json is in it. "
         "Download or copy the model again."
     )
 

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import CheckpointError
+from ..progress import Progress, silent
+from .reading import read_tensors
 
 NAME = "transformers"
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -62,9 +65,9 @@ def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> Pretr
         raise CheckpointError(f"{path} has a value that makes no sense ({reason}). Mend it.") from error
 
 
-def to_transformers_name(name: str) -> str:
-    """The name a stored tensor has in transformers' model: the same."""
-    return name
+def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+    """All stored tensors, whose names are transformers' own; errors as `read_tensors`."""
+    return read_tensors(directory, progress)
 
 
 def write(
@@ -81,7 +84,7 @@ def write(
     split = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    written = [_write_config(directory / "config.json", tensors, config)]
+    written = [write_config(directory / "config.json", tensors, config)]
     for filename, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
         written.append(directory / filename)
@@ -100,8 +103,16 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))
 
 
-def _write_config(path: Path, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Path:
+def write_config(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    marks: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write config.json for these tensors, with `marks` as extra keys."""
     config = copy.deepcopy(config)
     config.dtype = main_dtype(tensors)
+    for key, value in marks.items():
+        setattr(config, key, value)
     path.write_text(config.to_json_string(use_diff=True), encoding="utf-8", newline="\n")
     return path

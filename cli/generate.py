@@ -1,0 +1,165 @@
+"""`ssmc generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssmc.runtime.errors import UsageError
+
+from .options import (
+    GENERAL,
+    Device,
+    Dtype,
+    ScanBackend,
+    Verbose,
+    complete_model,
+    dtype_option,
+    quiet_option,
+    tokenizer_option,
+)
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ssmc.runtime.generation import Generation, LoadedSession
+
+CHOICE, SPEED = "How tokens are chosen", "Speed"
+QuietText = Annotated[bool, quiet_option("Print only the text that is written, not even the prompt.")]
+
+
+def generate(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model folder, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its export is taken.",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Text to continue; `-` reads it from standard input, without its last line break.",
+            show_default="--prompt-file",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to continue, without its last line break.", rich_help_panel=GENERAL),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", rich_help_panel=CHOICE)] = 128,
+    greedy: Annotated[
+        bool,
+        typer.Option(
+            "--greedy",
+            help="Always take the likeliest token; what happens unless one of the next three is given.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Draw, from logits divided by this; 0 is greedy.", rich_help_panel=CHOICE),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.", rich_help_panel=CHOICE)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens that have this probability together.", rich_help_panel=CHOICE
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.", rich_help_panel=CHOICE)] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text; can be given several times.",
+            show_default="the tokenizer's end of text",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", GENERAL)] = None,
+    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
+    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    verbose: Verbose = False,
+    quiet: QuietText = False,
+) -> None:
+    """Let a model continue a text, which appears as it is written.
+
+    The text goes to standard output, figures on speed after it to standard error. The same seed gives the same text.
+
+    **Examples**
+
+        ssmc generate tiny "Once upon a time"
+
+        ssmc generate ssmc-out "The dog" --temperature 0.8 --top-p 0.95 --seed 3
+
+        ssmc generate ssmc-out/safetensors --prompt-file story.txt --stop "The end" --quiet > more.txt
+    """
+    terminal = context.ensure_object(Terminal)
+    text = _prompt(prompt, prompt_file)
+    if greedy and (temperature, top_k, top_p) != (None, None, None):
+        raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-k and --top-p, or it.")
+    import torch
+
+    from ssmc.runtime.generation import Generation, Sampling, open_session, warm_up
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    terminal.hush_libraries()
+    with terminal.progress() as progress:
+        loaded = open_session(
+            model,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            backend=backend,
+            progress=progress,
+        )
+        writing = Generation(loaded, text, sampling, max_new_tokens, stop or ())
+        progress("warming up", 0, 1)
+        warm_up(loaded.session)
+    terminal.interrupted = "interrupted; the text ends here."
+    if not quiet:
+        terminal.write(text)
+    try:
+        for piece in writing:
+            terminal.write(piece)
+    finally:
+        terminal.write("\n")
+        _report(terminal, loaded, writing)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The text to continue, from wherever the user has it."""
+    if (prompt is None) == (file is None):
+        raise UsageError("Give the text to continue either as PROMPT (`-` for standard input) or with --prompt-file.")
+    if file is None and prompt != "-":
+        return prompt or ""
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.expanduser().read_bytes()
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The prompt in {file or 'standard input'} is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
+        ) from error
+    except (OSError, RuntimeError) as error:  # the latter for the home of a user who is not there
+        raise UsageError(
+            f"The prompt in {file} cannot be read: {getattr(error, 'strerror', None) or error}. Check the path."
+        ) from error
+
+
+def _report(terminal: Terminal, loaded: LoadedSession, writing: Generation) -> None:
+    """How fast it went; nothing where nothing was computed."""
+    if terminal.quiet or not writing.tokens:
+        return
+    read, wrote = len(writing.prompt_tokens), len(writing.tokens)
+    terminal.remark(
+        f"{loaded.where}, {loaded.session.runtime}: read {read} tokens ({writing.prefill_speed:,.0f} a second), "
+        f"wrote {wrote} ({writing.decode_speed:,.0f} a second)."
+    )

@@ -1,0 +1,197 @@
+"""`--format sparse24`: a half-precision checkpoint with exact zeros, and the list of the modules that are 2:4.
+
+The checkpoint is an ordinary one that every loader reads and runs dense. Which of its modules are 2:4, and which
+backend of sparse tensor cores takes each, stands in the manifest of ssmc and nowhere in config.json: a
+`sparsity_config` there stops vLLM from loading the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmc.runtime.checkpoints import Checkpoint
+from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError
+from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.sparse24 import HALF, backends_for, is_24, obstacle
+
+from .runs_where import Runtime
+from .shrink import Shrunk
+from .verify import Comparison, compare
+
+FORMAT, PACKED = "sparse24", "sparse24-packed"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PATTERN = "2:4"
+MARGIN = 4  # how often the effect of random changes of half precision's size rounding to it may have
+
+
+@dataclass(frozen=True)
+class Sparse24Module:
+    """A module whose weight is 2:4."""
+
+    name: str  # "backbone.layers.0.mixer.in_proj"
+    shape: tuple[int, ...]  # (out, in); (D, K) for conv1d
+    backends: tuple[str, ...]  # that take it
+    remark: str | None  # why none does
+
+
+@dataclass(frozen=True)
+class Half:
+    """What is special about an export as sparse24."""
+
+    dtype: torch.dtype
+    modules: tuple[Sparse24Module, ...]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding to half precision did to the logits of the masked model."""
+
+    max_difference: float
+    tolerance: float
+    scale: float  # largest logit
+
+
+def check_options(format: str, dtype: str | None, packed: bool) -> None:
+    """Refuse options that do not go with the format.
+
+    Raises:
+        UsageError: see above.
+    """
+    if format != FORMAT and (dtype is not None or packed):
+        raise UsageError(f"dtype and packed are options of the format {FORMAT}; {format} keeps the model's dtypes.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"Sparse tensor cores do not take {dtype}. Choose {' or '.join(DTYPES)}.")
+
+
+def round_to_half(
+    shrunk: Shrunk, masked: Checkpoint, manifest: Mapping[str, Any], directory: Path, dtype: str | None
+) -> tuple[Shrunk, Half]:
+    """All tensors in half precision, with plain zeros in the 2:4 modules (a mask leaves negative ones).
+
+    Args:
+        shrunk: what is to be written.
+        masked: what it comes from.
+        manifest: of the artefact.
+        directory: of the artefact.
+        dtype: one of DTYPES; None: the model's own if all of it is a half one, else bfloat16.
+
+    Raises:
+        UsageError: no module is 2:4, or a number is too large for the dtype.
+        CheckpointError: a module the manifest calls 2:4 is not.
+    """
+    own = set(masked.dtypes.values())
+    half = DTYPES[dtype] if dtype else own.pop() if len(own) == 1 and own <= set(HALF) else torch.bfloat16
+    modules = _modules(shrunk, masked, manifest, directory)
+    tensors = {name: tensor.to(half) for name, tensor in shrunk.tensors.items()}
+    if large := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UsageError(f"{large[0]} holds numbers too large for {_name(half)}. Use --dtype bfloat16.")
+    for module in modules:
+        name = f"{module.name}.weight"
+        tensors[name] = torch.where(tensors[name] == 0, 0, tensors[name])
+        if not is_24(tensors[name].view(module.shape)):
+            raise CheckpointError(
+                f"{module.name} of the model in {directory} is not 2:4 although the manifest says so; its weights were "
+                "changed after compressing. Compress again."
+            )
+    return replace(shrunk, tensors=tensors), Half(half, tuple(modules))
+
+
+def _modules(shrunk: Shrunk, masked: Checkpoint, manifest: Mapping[str, Any], directory: Path) -> list[Sparse24Module]:
+    """The modules the manifest calls 2:4, with the sizes they have in `shrunk`."""
+    found = []
+    for layer, entry in enumerate(manifest["layers"]):
+        for name in (module["name"] for module in entry.get("modules", ()) if module["target"] == PATTERN):
+            full_name = masked.architecture.mixer_prefix(layer) + name
+            shape = tuple(shrunk.tensors[f"{full_name}.weight"].flatten(1).shape)
+            reason = obstacle(name, shape)
+            found.append(Sparse24Module(full_name, shape, () if reason else backends_for(*shape), reason))
+    if not found:
+        raise UsageError(
+            f"{directory} has no 2:4 modules (it was compressed with --pattern {manifest['config']['pattern']}), so "
+            "there is nothing for sparse tensor cores. Run `ssmc compress MODEL --pattern 2:4 --target ffn` first."
+        )
+    return found
+
+
+@torch.no_grad()
+def compare_half(
+    masked: Checkpoint, written: Checkpoint, half: Half, tokens: torch.Tensor, real_text: bool
+) -> tuple[Comparison, Rounding]:
+    """Prove that `written` is the masked model in half precision, and that rounding did no more than it must.
+
+    All run in float32. The first comparison is with the masked model's weights, rounded here, and allows the noise of
+    float32 sums. The second is with its unrounded weights, and allows MARGIN times what random changes of every weight
+    by up to half a unit in the last place do.
+
+    Args:
+        masked: the masked model; its weights are changed in place.
+        written: what was read back from the export.
+        half: what it must be.
+        tokens: (B, L).
+        real_text: whether the tokens are text.
+
+    Raises:
+        VerificationError: one of the comparisons fails, or a module is not 2:4.
+    """
+    weights = dict(written.model.named_parameters())
+    for module in half.modules:
+        if not is_24(weights[f"{module.name}.weight"].view(module.shape)):
+            raise VerificationError(
+                f"{module.name} is not 2:4 in the written files, so nothing was kept. This is a bug in ssmc; please "
+                "report it with the manifest."
+            )
+    parameters = list(masked.model.parameters())
+    full = use_fast_scan(masked.model)(tokens).logits
+    for parameter in parameters:
+        parameter.copy_(parameter.to(half.dtype))
+    comparison = compare(masked.model, written.model, tokens, real_text)
+    rounded = masked.model(tokens).logits
+    _shake(parameters, torch.finfo(half.dtype).eps / 2)
+    noise = float((masked.model(tokens).logits - rounded).abs().max())
+    rounding = Rounding(float((rounded - full).abs().max()), MARGIN * noise, float(full.abs().max()))
+    if not rounding.max_difference <= rounding.tolerance:  # also when it is NaN
+        raise VerificationError(
+            f"In {_name(half.dtype)} a logit moves by {rounding.max_difference:.3g}, more than rounding explains "
+            f"({rounding.tolerance:.3g}), so nothing was written: its range does not hold these weights. Use the other "
+            "--dtype."
+        )
+    return comparison, rounding
+
+
+def _shake(parameters: list[torch.Tensor], size: float) -> None:
+    """Change every number in place by a random part of itself, up to `size`."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.mul_(1 + size * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+
+
+def section(half: Half, rounding: Rounding, packed: bool) -> dict[str, Any]:
+    """What a manifest says about the format."""
+    about = {
+        "dtype": _name(half.dtype),
+        "storage": "packed: values and 2-bit positions, which only ssmc reads" if packed else "dense, zeros stored",
+        "rounding": asdict(rounding),
+        "modules": [asdict(m) | {"shape": list(m.shape), "backends": list(m.backends)} for m in half.modules],
+    }
+    return {FORMAT: about}
+
+
+def where_it_runs(runtimes: list[Runtime], packed: bool) -> list[Runtime]:
+    """The table of the same export as safetensors, read for a 2:4 one."""
+    ours = [
+        Runtime("ssmc, CPU", FORMAT, True, "dense; nothing gets faster"),
+        Runtime("ssmc, CUDA sm_80 and later", FORMAT, True, "sparse where that measures faster, module by module"),
+    ]
+    others = [r for r in runtimes if r.reads == "safetensors" and not r.name.startswith("ssmc")]
+    if packed:
+        return ours + [replace(r, reads=FORMAT, runs=False, remark="the packed file is ssmc's own") for r in others]
+    return ours + [replace(r, reads=FORMAT, remark="dense" if r.runs else r.remark) for r in others]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

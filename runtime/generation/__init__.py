@@ -1,0 +1,27 @@
+"""Run a model token by token, with torch or onnxruntime alike, and let it write.
+
+session = open_session("ssmc-out/safetensors")      # or "ssmc-out/onnx", "tiny", a hub id
+logits = session.prefill([[5, 8, 13]])              # (B, V), the states kept
+logits = session.step([21])                         # one more token of every sequence
+for piece in generate("tiny", "Once upon a time"):  # text as it comes
+    print(piece, end="", flush=True)
+"""
+
+from .generate import Generation, generate, generate_batch, stream_tokens
+from .opening import LoadedSession, open_session, warm_up
+from .sampling import Sampling
+from .session import Session
+from .torch_session import TorchSession
+
+__all__ = [
+    "Generation",
+    "LoadedSession",
+    "Sampling",
+    "Session",
+    "TorchSession",
+    "generate",
+    "generate_batch",
+    "open_session",
+    "stream_tokens",
+    "warm_up",
+]

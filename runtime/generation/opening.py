@@ -1,0 +1,113 @@
+"""What a user means by MODEL, opened as a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import load_checkpoint
+from ..device import choose_device, choose_dtype
+from ..errors import CheckpointError
+from ..fast import use_fast_scan
+from ..manifest import MANIFEST, read_manifest
+from ..progress import Progress, silent
+from ..tokenizers import load_tokenizer, tokenizer_directory
+from .session import Session
+from .torch_session import TorchSession
+
+TORCH_EXPORTS = ("safetensors", "mamba-ssm")
+"""Exports in an artefact's folder, the one to run first; they are smaller than the masked model beside them."""
+
+
+@dataclass(frozen=True)
+class LoadedSession:
+    """A session and what belongs to it.
+
+    Attributes:
+        session: computes.
+        tokenizer: transformers' tokenizer; None where the model comes without one.
+        stop_tokens: ids that end a text.
+        where: the folder or name that was opened.
+    """
+
+    session: Session
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    where: str
+
+
+def open_session(
+    source: str | Path,
+    *,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    progress: Progress = silent,
+) -> LoadedSession:
+    """Read a model and start a session of it.
+
+    Args:
+        source: a model folder, a hub id or "tiny"; or what `compress` wrote, of which the export is taken if there is
+            one.
+        tokenizer: directory or hub id, where the model carries none.
+        device: "cpu", "cuda" or "auto".
+        dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
+        backend: of the selective scan in torch, see `use_fast_scan`.
+        progress: told about every file of weights.
+
+    Raises:
+        SsmcError: with one sentence on what is wrong and what to do.
+    """
+    where = choose_device(device)
+    source = _inside_artefact(source)
+    checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), progress=progress)
+    model = use_fast_scan(checkpoint.model.to(where), backend=backend)
+    found = None
+    if tokenizer is not None or tokenizer_directory(checkpoint) is not None:
+        found = load_tokenizer(checkpoint, tokenizer)
+    stops = _stop_tokens(found, getattr(model, "generation_config", None), model.config)
+    return LoadedSession(TorchSession(model), found, stops, str(source))
+
+
+def warm_up(session: Session) -> None:
+    """Read a few tokens and forget them, so that later calls are not the ones that compile and allocate."""
+    session.reset()
+    session.prefill([[0, 0]])
+    session.step([0])
+    session.reset()
+
+
+def require_tokenizer(loaded: LoadedSession) -> Any:
+    """The tokenizer of a session.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if loaded.tokenizer is None:
+        raise CheckpointError(
+            f"{loaded.where} comes without a tokenizer. Name one with --tokenizer: a folder, a tokenizer.json file or "
+            "a hub id."
+        )
+    return loaded.tokenizer
+
+
+def _inside_artefact(source: str | Path) -> str | Path:
+    """The export in the folder that `compress` wrote, or what was named."""
+    folder = Path(source).expanduser() if str(source) else Path(".")
+    if str(source) and (folder / MANIFEST).is_file() and read_manifest(folder)["kind"] == "masked":
+        exports = [folder / name for name in TORCH_EXPORTS if (folder / name / MANIFEST).is_file()]
+        return exports[0] if exports else source
+    return source
+
+
+def _stop_tokens(tokenizer: Any, *configs: Any) -> tuple[int, ...]:
+    """End-of-text ids, as the tokenizer or the model's configurations name them."""
+    named: list[int] = []
+    for holder in (tokenizer, *configs):
+        ids = getattr(holder, "eos_token_id", None)
+        named += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(named))
