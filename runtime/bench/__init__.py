@@ -7,14 +7,16 @@ findings(report)                # the outcome in sentences
 """
 
 from .benchmark import benchmark
-from .latency import LatencyTable, Workload, measure_latency, read_latency_table
+from .latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from .report import Measurement, Model, Report, check_output
 from .summary import Row, findings, summary_rows
+from .timing import Ratio
 
 __all__ = [
     "LatencyTable",
     "Measurement",
     "Model",
+    "Ratio",
     "Report",
     "Row",
     "Workload",
@@ -24,4 +26,5 @@ __all__ = [
     "measure_latency",
     "read_latency_table",
     "summary_rows",
+    "time_sizes",
 ]

@@ -28,7 +28,7 @@ from ..files import write_text
 from ..progress import Progress, silent
 from . import workloads
 from .conditions import conditions, load_average
-from .timing import interleave, paired_ratio
+from .timing import Ratio, interleave, paired_ratio
 
 SCHEMA = "ssmc-latency/1"
 PHASES = ("prefill", "decode")
@@ -145,7 +145,7 @@ class LatencyTable:
 
 
 def read_latency_table(path: str | Path) -> LatencyTable:
-    """A table that an earlier run wrote.
+    """A table that an earlier run wrote, to a file of its own or into its manifest.
 
     Raises:
         UsageError: it cannot be read, or is none.
@@ -153,6 +153,7 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     path = Path(path).expanduser()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        record = (record.get("target") or {}).get("latency_table") or record  # out of the manifest of a run
         if record.pop("schema") != SCHEMA:
             raise ValueError("another format")
         record["dimensions"] = Dimensions(**record["dimensions"])
@@ -217,6 +218,38 @@ def measure_latency(
         rounds=len(reference.seconds),
         conditions=asdict(conditions(device, model.dtype, load)),
     )
+
+
+def time_sizes(
+    model: nn.Module,
+    architecture: Architecture,
+    sizes: Sequence[tuple[int, int, int]],
+    workload: Workload,
+    *,
+    repeats: int = 15,
+    budget: float = 30.0,
+    progress: Progress = silent,
+) -> dict[tuple[int, int, int], Ratio]:
+    """What whole models of other sizes really take, over the dense model's time, all in turns: below 1 is faster.
+
+    Args:
+        model: the dense model, on the device and in the dtype to measure; it is not changed.
+        architecture: its adapter.
+        sizes: (n_layer, d_inner, d_state) of each.
+        workload: what to time.
+        repeats: rounds at most.
+        budget: seconds for all rounds together, a guide.
+        progress: told about rounds.
+    """
+    dense = architecture.dimensions(model.config)
+    wanted = dict.fromkeys([(dense.n_layer, dense.d_inner, dense.d_state), *sizes])
+    runs = {size: workload.on(cut_to_size(model, architecture, *size)) for size in wanted}
+    device = model.get_input_embeddings().weight.device
+    prepare = runs if workload.phase == "decode" else None
+    watched = _watched(runs, progress, repeats)
+    timings = interleave(watched, device, repeats, budget, calls=workload.calls, prepare=prepare)
+    reference = timings[next(iter(wanted))]
+    return {size: paired_ratio(timings[size], reference) for size in sizes}
 
 
 def cut_to_size(model: nn.Module, architecture: Architecture, n_layer: int, d_inner: int, d_state: int) -> nn.Module:
@@ -293,8 +326,8 @@ def _counted(part: _Parts, workload: Workload) -> Callable[[], None]:
 
 
 def _watched(
-    runs: dict[tuple[int, int], Callable[[], None]], progress: Progress, repeats: int
-) -> dict[tuple[int, int], Callable[[], None]]:
+    runs: dict[tuple[int, ...], Callable[[], object]], progress: Progress, repeats: int
+) -> dict[tuple[int, ...], Callable[[], object]]:
     """The same callables, the first of which reports about how many rounds have begun."""
     first = next(iter(runs))
     calls = 0

@@ -4,17 +4,20 @@ Checkpoint        a model in memory that remembers how it was stored
 load_checkpoint   read one from a directory, the hub, or the embedded `tiny`
 write_checkpoint  write tensors and a configuration into a directory
 parameter_count   how many numbers a model has
+parameter_counter how many it would have at other sizes
 tensor_bytes      how many bytes they take
 """
 
 from .checkpoint import FORMATS, Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
 from .mamba_ssm_format import unpadded_vocab_size
+from .model import parameter_counter
 
 __all__ = [
     "FORMATS",
     "Checkpoint",
     "load_checkpoint",
     "parameter_count",
+    "parameter_counter",
     "tensor_bytes",
     "unpadded_vocab_size",
     "write_checkpoint",
