@@ -64,6 +64,17 @@ def bench(
             rich_help_panel=MODELS,
         ),
     ] = None,
+    smaller: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A plain smaller dense model with the same tokenizer, to compare with at equal speed; can be given "
+            "several times.",
+            show_default=False,
+            autocompletion=complete_model,
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
     lengths: Annotated[
         str, typer.Option(metavar="INT,INT,...", help="Tokens of the prefills.", rich_help_panel=SPEED)
     ] = "128,512,2048",
@@ -113,6 +124,8 @@ def bench(
         ssmc bench smaller --text my-heldout.jsonl --lengths 512,4096 --batch-sizes 1
 
         ssmc bench --dense ./my-mamba --model smaller/safetensors --model smallest/safetensors --out .
+
+        ssmc bench ours --smaller ./my-plain-smaller-mamba
     """
     terminal = context.ensure_object(Terminal)
     prefills, batches = numbers(lengths), numbers(batch_sizes)
@@ -130,6 +143,7 @@ def bench(
             directory,
             dense=dense,
             models=model or None,
+            smaller=smaller or (),
             lengths=prefills,
             batch_sizes=batches,
             decode_tokens=decode_tokens,
@@ -152,6 +166,7 @@ def bench(
 
 def _report(terminal: Terminal, report: Report) -> None:
     from ssmc.runtime.bench import findings, summary_rows
+    from ssmc.runtime.bench.tradeoff import trade_off_columns, trade_off_findings, trade_off_rows
 
     names = [name for model in report.compressed for name in (model.name, "ratio")]
     rows = table("Dense beside compressed", "", report.dense.name, *names)
@@ -161,7 +176,12 @@ def _report(terminal: Terminal, report: Report) -> None:
             cells += [Text(value), Text(change, style=COLOURS.get(verdict, ""))]
         rows.add_row(row.metric, *cells)
     terminal.show(rows)
-    for sentence in findings(report):
+    if offs := trade_off_rows(report):
+        comparison = table("Loss over time, as part of the dense model's", "", *trade_off_columns(report))
+        for row in offs:
+            comparison.add_row(Text(row.metric), *map(Text, row.values))
+        terminal.show(comparison)
+    for sentence in [*findings(report), *trade_off_findings(report)]:
         terminal.say(f"- {sentence}")
     for note in report.notes:
         terminal.note(note)

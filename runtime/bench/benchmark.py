@@ -14,7 +14,7 @@ from ..perplexity import Perplexity, excess_loss
 from ..progress import Progress, silent
 from .conditions import busy_note, conditions, load_average
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
-from .quality import read_tokens, score, shortened_note
+from .quality import read_tokens, require_same_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
 from .settings import Settings
 from .sources import Subject, find_sources, load_subjects, weight_bytes
@@ -26,6 +26,7 @@ def benchmark(
     *,
     dense: str | Path | None = None,
     models: Sequence[str | Path] | None = None,
+    smaller: Sequence[str | Path] = (),
     lengths: Sequence[int] = (128, 512, 2048),
     batch_sizes: Sequence[int] = (1, 8),
     decode_tokens: int = 32,
@@ -47,6 +48,7 @@ def benchmark(
         directory: what `compress` wrote, with exports in it, or one export.
         dense: the model to compare with; by default the one the artefact was made from.
         models: models to compare instead of the artefact's exports; without `dense`, the first is the reference.
+        smaller: plain smaller dense models of the same tokens, to compare with at equal speed.
         lengths: tokens of the prefills.
         batch_sizes: sequences at once, in decoding and prefill; see `workloads.grid`.
         decode_tokens: steps one decoding sample is the mean of.
@@ -69,9 +71,10 @@ def benchmark(
         tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend
     )
     where = choose_device(device)
-    subjects = load_subjects(find_sources(directory, dense, models), choose_dtype(dtype, where), progress)
+    subjects = load_subjects(find_sources(directory, dense, models, smaller), choose_dtype(dtype, where), progress)
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
+    require_same_tokens(subjects, tokenizer)
     load_before = load_average()
     notes += busy_note(load_before)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
@@ -128,6 +131,7 @@ def _model(subject: Subject, memory: Memory | None, score: Perplexity | None, de
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
+        smaller=subject.source.smaller,
     )
 
 

@@ -59,6 +59,7 @@ class Model:
     memory: Memory | None
     perplexity: Perplexity | None
     excess: ExcessLoss | None  # above the dense model
+    smaller: bool = False  # a plain smaller dense model, named to compare with
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,6 +31,7 @@ class Source:
     where: str  # what `load_checkpoint` takes
     dense: bool
     recipe: dict[str, Any] | None = None
+    smaller: bool = False  # a plain smaller dense model, to compare with at equal speed
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class Subject:
 
 
 def find_sources(
-    directory: str | Path, dense: str | Path | None = None, models: Sequence[str | Path] | None = None
+    directory: str | Path,
+    dense: str | Path | None = None,
+    models: Sequence[str | Path] | None = None,
+    smaller: Sequence[str | Path] = (),
 ) -> list[Source]:
     """The models of a comparison, the dense one first.
 
@@ -51,24 +55,27 @@ def find_sources(
         directory: an artefact of `compress` with exports in it, or one export; not read if `models` are given.
         dense: the model to compare with; by default the one the artefact was made from, or the first of `models`.
         models: explicit models to compare instead of an artefact's exports.
+        smaller: plain dense models to compare with as well; they come last.
 
     Raises:
         UsageError: nothing to compare.
         CheckpointError: the manifest does not say where the dense model is.
     """
+    plain = [Source(label(where), str(where), dense=False, smaller=True) for where in smaller]
     if models is not None:
         named = [str(model) for model in ([] if dense is None else [dense]) + list(models)]
         if not named:
             raise UsageError("There is no model to measure. Name at least one.")
-        sources = [Source(label(where), where, dense=position == 0) for position, where in enumerate(named)]
-        return _distinct(sources)
+        sources = [Source(label(named[0]), named[0], dense=True)]
+        sources += [Source(label(where), where, dense=False, recipe=_recipe_beside(where)) for where in named[1:]]
+        return _distinct(sources + plain)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
     exports = _exports(directory, manifest)
     if not exports:
         raise UsageError(f"{directory} holds no export to compare with the dense model. Run `ssmc export` first.")
     reference = dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
-    return _distinct([reference, *exports])
+    return _distinct([reference, *exports, *plain])
 
 
 def load_subjects(sources: Sequence[Source], dtype: torch.dtype | None, progress: Progress = silent) -> list[Subject]:
@@ -127,6 +134,12 @@ def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:
     return found
 
 
+def _recipe_beside(where: str) -> dict[str, Any] | None:
+    """How a named model was compressed, where a manifest lies with it."""
+    path = Path(where).expanduser()
+    return _recipe(read_manifest(path)) if (path / MANIFEST).is_file() else None
+
+
 def _recipe(manifest: dict[str, Any]) -> dict[str, Any] | None:
     config = manifest.get("config") or {}
     return {key: config[key] for key in RECIPE if key in config} or None
@@ -171,5 +184,5 @@ def _distinct(sources: list[Source]) -> list[Source]:
     for source in sources:
         seen[source.name] = count = seen.get(source.name, 0) + 1
         name = source.name if count == 1 else f"{source.name} ({count})"
-        named.append(Source(name, source.where, source.dense, source.recipe))
+        named.append(replace(source, name=name))
     return named
