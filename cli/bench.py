@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,9 @@ from .options import (
 from .terminal import COLOURS, Terminal, table
 
 if TYPE_CHECKING:
-    from ssmc.runtime.bench import Report
+    from rich.table import Table
+
+    from ssmc.runtime.bench import Report, Row
 
 SPEED = "Speed and memory"
 
@@ -88,6 +91,14 @@ def bench(
     time_budget: Annotated[
         float, typer.Option(help="Seconds to spend on timing, a guide.", rich_help_panel=SPEED)
     ] = 90.0,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Also decode 1, 2, 4, ... sequences at once, up to this many or until memory is full.",
+            show_default="on a GPU until memory is full, on a CPU 0: not at all",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
@@ -157,6 +168,7 @@ def bench(
             max_windows=max_windows or None,
             stock=stock,
             backend=backend,
+            max_batch=max_batch,
             progress=progress,
         )
     written = report.write(out)
@@ -165,22 +177,21 @@ def bench(
 
 
 def _report(terminal: Terminal, report: Report) -> None:
-    from ssmc.runtime.bench import findings, summary_rows
+    from ssmc.runtime.bench import findings, summary, summary_rows
     from ssmc.runtime.bench.tradeoff import trade_off_columns, trade_off_findings, trade_off_rows
 
     names = [name for model in report.compressed for name in (model.name, "ratio")]
-    rows = table("Dense beside compressed", "", report.dense.name, *names)
-    for row in summary_rows(report):
-        cells = [Text(row.values[0])]
-        for value, change, verdict in zip(row.values[1:], row.changes, row.verdicts, strict=True):
-            cells += [Text(value), Text(change, style=COLOURS.get(verdict, ""))]
-        rows.add_row(row.metric, *cells)
-    terminal.show(rows)
-    if offs := trade_off_rows(report):
-        comparison = table("Loss over time, as part of the dense model's", "", *trade_off_columns(report))
-        for row in offs:
-            comparison.add_row(Text(row.metric), *map(Text, row.values))
-        terminal.show(comparison)
+    columns = ("", report.dense.name, *names)
+    terminal.show(_rows("Dense beside compressed", columns, [*summary_rows(report), *summary.sequence_rows(report)]))
+    if parts := report.of_kind("part"):
+        title = f"Parts of the first layer, {parts[0].length} tokens, batch {parts[0].batch}"
+        terminal.show(_rows(title, columns, summary.part_rows(report)))
+    if report.of_kind("throughput"):
+        terminal.show(_rows("Tokens per second", columns, summary.token_rows(report)))
+    if modules := summary.sparse24_rows(report):
+        terminal.show(_rows("2:4 modules", ("", *summary.SPARSE24_COLUMNS), modules))
+    if compared := trade_off_rows(report):
+        terminal.show(_rows("Loss over time", ("", *trade_off_columns(report)), compared))
     for sentence in [*findings(report), *trade_off_findings(report)]:
         terminal.say(f"- {sentence}")
     for note in report.notes:
@@ -188,6 +199,19 @@ def _report(terminal: Terminal, report: Report) -> None:
     c = report.conditions
     where = c.gpu.name if c.gpu else f"{c.cpu}, {c.torch_threads} threads"
     terminal.say(f"Measured on {where}, {c.dtype}, torch {c.versions['torch']}; load {_load(report)}.", style="dim")
+
+
+def _rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    """A table of a report's rows, every change beside its value and in its colour."""
+    shown = table(title, *columns)
+    for row in rows:
+        cells = [Text(row.values[0])]
+        if not row.changes:
+            cells += map(Text, row.values[1:])
+        for value, change, verdict in zip(row.values[1:], row.changes, row.verdicts, strict=False):
+            cells += [Text(value), Text(change, style=COLOURS.get(verdict, ""))]
+        shown.add_row(row.metric, *cells)
+    return shown
 
 
 def _load(report: Report) -> str:

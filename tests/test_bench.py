@@ -172,6 +172,7 @@ def test_models_of_different_vocabularies_are_refused(artefact, tmp_path):
         ({"repeats": 0}, "repeats must be at least 1"),
         ({"max_windows": 0}, "max_windows must"),
         ({"window": 1}, "window must be at least 2"),
+        ({"max_batch": -1}, "max_batch must be at least 0"),
         ({"device": "tpu"}, "no device 'tpu'"),
         ({"backend": "nonsense"}, "no scan backend 'nonsense'"),
         pytest.param(
@@ -248,7 +249,10 @@ def test_every_workload_is_measured(report):
         ("scan", 8, 1),
         ("scan", 16, 1),
         ("stock", 8, 1),
+        *[("part", 16, 1)] * 7,
     ]
+    parts = [m.part for m in report.of_kind("part")]
+    assert parts == ["in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj", "head"]
     names = [model.name for model in report.models]
     for measurement in report.measurements:
         stock = measurement.kind == "stock"
@@ -269,7 +273,11 @@ def test_memory_is_measured_in_processes_of_their_own(report):
     for model in report.models:
         assert 2**26 < model.memory.libraries <= model.memory.loaded <= model.memory.peak
         assert model.memory.above_libraries >= 4 * model.parameters  # float32 weights at the least
-        assert model.memory.reserved is None
+        assert model.memory.reserved is model.memory.steady_reserved is None
+        assert model.memory.libraries < model.memory.steady <= model.memory.peak
+        assert model.memory.state == model.memory.sequence == model.state_bytes  # in float32
+        assert model.memory.weights == 4 * model.parameters
+        assert model.memory.sequences == (model.memory.capacity - model.memory.weights) // model.state_bytes > 100
 
 
 def test_conditions_describe_the_machine_but_not_whose_it_is(report, artefact):
@@ -348,8 +356,11 @@ def test_the_page_loads_nothing_and_shows_everything(report, artefact):
         "Prefill over length",
         "Decode over batch",
         "The scan alone",
+        "Parts of the first layer",
+        "Tokens per second",
         "Sizes",
         "Memory",
+        "Sequences",
         "Perplexity",
         "For context: transformers' own loop",
         "Conditions",

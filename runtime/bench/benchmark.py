@@ -12,13 +12,17 @@ from ..device import choose_device, choose_dtype
 from ..fast import use_fast_scan
 from ..perplexity import Perplexity, excess_loss
 from ..progress import Progress, silent
+from ..sparse24 import Sparse24Report, use_sparse24
 from .conditions import busy_note, conditions, load_average
+from .graphs import measure_graphs
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
+from .parts import measure_parts
 from .quality import read_tokens, require_same_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
 from .settings import Settings
-from .sources import Subject, find_sources, load_subjects, weight_bytes
+from .sources import Subject, find_sources, is_sparse24, load_subjects, weight_bytes
 from .speed import measure_speed
+from .throughput import UNLIMITED, measure_throughput
 
 
 def benchmark(
@@ -40,6 +44,7 @@ def benchmark(
     max_windows: int | None = 32,
     stock: bool = True,
     backend: str = "auto",
+    max_batch: int | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Measure the dense model beside the compressed ones: sizes, memory, speed, perplexity.
@@ -62,15 +67,19 @@ def benchmark(
         max_windows: windows scored at most, from the start of the text; None scores all.
         stock: also time the dense model with transformers' own loop, for context.
         backend: of the selective scan, see `use_fast_scan`.
+        max_batch: also decode 1, 2, 4, ... sequences at once up to this many, each model alone, or until memory is
+            full; 0 leaves that out, None does it on a GPU only, without a limit.
         progress: told what is being done.
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
-    settings = Settings(
-        tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend
-    )
     where = choose_device(device)
+    if max_batch is None:
+        max_batch = UNLIMITED if where.type == "cuda" else 0
+    settings = Settings(
+        tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend, max_batch
+    )
     subjects = load_subjects(find_sources(directory, dense, models, smaller), choose_dtype(dtype, where), progress)
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
@@ -78,22 +87,43 @@ def benchmark(
     load_before = load_average()
     notes += busy_note(load_before)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
+    parameters = [parameter_count(checkpoint.tensors()) for checkpoint in checkpoints]
     for subject in subjects:
-        use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
+        use_fast_scan(subject.checkpoint.model, backend=backend)
+    throughput, more = measure_throughput(subjects, settings, where, progress)
+    notes += more
+    for subject in subjects:
+        subject.checkpoint.model.to(where)
+    sparse = [_run_sparse(subject, settings, notes, progress) for subject in subjects]
     measurements = measure_speed(subjects, settings, where, stock, progress)
+    measurements += measure_parts(subjects, settings, where, progress)
+    graphs, more = measure_graphs(subjects, settings, where, progress)
+    notes += more
     scores = [None if tokens is None else score(subject, tokens, window, progress) for subject in subjects]
     if scores[0] is not None:
         notes += shortened_note(scores[0], window)
+    rows = zip(subjects, parameters, memory, sparse, scores, strict=True)
     return Report(
         # read after the work: numba's first parallel loop can change how many threads torch has
         conditions=conditions(where, checkpoints[0].model.dtype, load_before),
         settings=settings,
         text=text_info,
-        models=tuple(_model(*parts, scores[0]) for parts in zip(subjects, memory, scores, strict=True)),
-        measurements=tuple(measurements),
+        models=tuple(_model(*row, scores[0]) for row in rows),
+        measurements=(*measurements, *graphs, *throughput),
         notes=tuple(notes),
         load_average_after=load_average(),
     )
+
+
+def _run_sparse(subject: Subject, settings: Settings, notes: list[str], progress: Progress) -> Sparse24Report | None:
+    """Run an export as sparse24 on sparse tensor cores where that is faster at the longest prefill."""
+    if not is_sparse24(subject.checkpoint.directory):
+        return None
+    batch, length = min(settings.batch_sizes), max(settings.lengths)
+    report = use_sparse24(subject.checkpoint.model, batch, length, progress=progress)
+    if report.reason:
+        notes.append(f"{subject.source.name}: {report.reason}")
+    return report
 
 
 def _memory(
@@ -116,7 +146,14 @@ def _memory(
         return None
 
 
-def _model(subject: Subject, memory: Memory | None, score: Perplexity | None, dense: Perplexity | None) -> Model:
+def _model(
+    subject: Subject,
+    parameters: int,
+    memory: Memory | None,
+    sparse24: Sparse24Report | None,
+    score: Perplexity | None,
+    dense: Perplexity | None,
+) -> Model:
     checkpoint = subject.checkpoint
     everyone = ((subject.source, checkpoint), *subject.twins)
     return Model(
@@ -125,13 +162,14 @@ def _model(subject: Subject, memory: Memory | None, score: Perplexity | None, de
         recipe=subject.source.recipe,
         stored_dtype=_stored_dtype(checkpoint),
         dimensions=checkpoint.dimensions,
-        parameters=parameter_count(checkpoint.tensors()),
+        parameters=parameters,
         files=tuple(WeightFiles(s.name, c.format, weight_bytes(c.directory)) for s, c in everyone),
         state_bytes=checkpoint.dimensions.state_bytes(),
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
         smaller=subject.source.smaller,
+        sparse24=sparse24,
     )
 
 

@@ -27,6 +27,8 @@ class Gpu:
     power_limit_w: float | None
     sm_clock_mhz: float | None  # at the time of asking
     max_sm_clock_mhz: float | None
+    memory_clock_mhz: float | None  # at the time of asking
+    power_draw_w: float | None  # likewise
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _cpu_model() -> str:
 
 def _gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    fields = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm")
+    fields = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw")
     # nvidia-smi counts the GPUs of the machine, torch only the visible ones: the UUID says which one it is
     uuid = str(getattr(properties, "uuid", "0"))
     answer = _output(
@@ -111,7 +113,9 @@ def _gpu(device: torch.device) -> Gpu:
         "--query-gpu=" + ",".join(fields),
         "--format=csv,noheader,nounits",
     )
-    values = [value.strip() for value in answer.split(",")] if answer.count(",") == len(fields) - 1 else [""] * 4
+    values = [value.strip() for value in answer.split(",")]
+    if len(values) != len(fields):
+        values = [""] * len(fields)
     return Gpu(
         name=properties.name,
         memory_bytes=properties.total_memory,
@@ -121,6 +125,8 @@ def _gpu(device: torch.device) -> Gpu:
         power_limit_w=_number(values[1]),
         sm_clock_mhz=_number(values[2]),
         max_sm_clock_mhz=_number(values[3]),
+        memory_clock_mhz=_number(values[4]),
+        power_draw_w=_number(values[5]),
     )
 
 

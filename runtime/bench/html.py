@@ -46,6 +46,7 @@ def render(report: Report) -> str:
 def _tables(report: Report) -> list[Table]:
     gpu = report.conditions.device == "cuda"
     longest, batch = max(report.settings.lengths), max(report.settings.batch_sizes)
+    smallest = min(report.settings.batch_sizes)
     work = f"one prefill of {longest} tokens and decoding at batch {batch}, each model in a fresh process"
     memory = (
         f"What torch's allocator handed out during {work}; the CUDA context is not in it."
@@ -68,8 +69,27 @@ def _tables(report: Report) -> list[Table]:
             "convolution, head) takes the same time however many states are left, so the gain of the whole is smaller.",
             "speedup",
         ),
+        Table(
+            "Parts of the first layer",
+            summary.part_rows(report),
+            f"Each alone, on what it reads in that layer at {longest} tokens, batch {smallest}. "
+            "conv1d has its activation with it, the scan its gate; dt_proj is the product alone, the head reads one "
+            "token of every sequence.",
+        ),
+        Table(
+            "Tokens per second",
+            summary.token_rows(report),
+            "Tokens of all sequences together; of decoding, one a step and sequence.",
+        ),
+        Table(
+            "2:4 modules",
+            summary.sparse24_rows(report),
+            "Dense against sparse at the longest prefill and the smallest batch; sparse is used where it is faster.",
+            columns=summary.SPARSE24_COLUMNS,
+        ),
         Table("Sizes", [*summary.size_rows(report), *_file_rows(report)], "", "sizes"),
         Table("Memory", summary.memory_rows(report), memory),
+        Table("Sequences", summary.sequence_rows(report), _sequences_note(report)),
         Table("Perplexity", summary.perplexity_rows(report), _perplexity_note(report)),
         Table(
             "Loss over time",
@@ -87,6 +107,12 @@ def _tables(report: Report) -> list[Table]:
             columns=("Loop of transformers", "Scan of ssmc"),
         ),
     ]
+
+
+def _sequences_note(report: Report) -> str:
+    if report.conditions.device == "cuda":
+        return "From the allocator's peaks of a decoding step at two batch sizes, weights and CUDA context apart."
+    return "RAM that was available before the model, less its weights, over the state of a sequence alone."
 
 
 def _timings(report: Report, kind: str) -> list[Row]:
@@ -159,4 +185,5 @@ def _conditions(report: Report) -> dict[str, str]:
         shown["GPU driver and CUDA"] = f"{c.gpu.driver or '?'}, {c.gpu.cuda or '?'}"
         shown["GPU power limit"] = f"{c.gpu.power_limit_w:.0f} W" if c.gpu.power_limit_w else ""
         shown["GPU clock (now / most)"] = f"{c.gpu.sm_clock_mhz or '?'} / {c.gpu.max_sm_clock_mhz or '?'} MHz"
+        shown["GPU memory clock, power drawn"] = f"{c.gpu.memory_clock_mhz or '?'} MHz, {c.gpu.power_draw_w or '?'} W"
     return {name: value for name, value in shown.items() if value}

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
+from torch import nn
 
-from .workloads import decode, prefill
+from .workloads import decoding, prefill
 
 DECODE_STEPS = 4
 
@@ -39,12 +41,26 @@ class Memory:
     On a CPU they are of the whole process's resident memory: Python, torch, transformers and numba's compiled code
     as well as weights, activations and pages of the weight files; nothing is subtracted. On CUDA they are what torch's
     allocator handed out (`reserved`: what it took from the GPU), without the CUDA context of some hundred MB.
+
+    `steady` and `steady_reserved` are no high-water marks: what is held between two steps of decoding.
     """
 
     libraries: int  # everything imported, no model yet
     loaded: int  # the most while loading
     peak: int  # the most while loading, prefilling and decoding
     reserved: int | None  # CUDA only
+    steady: int  # weights, and the states of the sequences of `decode_batch`
+    steady_reserved: int | None  # CUDA only
+    state: int  # of one sequence, as the model holds it: SSM states and convolution windows of all layers
+    capacity: int  # for a model: CUDA: what the GPU has without its context; CPU: RAM available before loading
+    sequence: int  # what one more sequence takes: CUDA: state and activations of a step, measured; CPU: its state
+
+    weights: int  # all parameters, a tied head once
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences fit beside the weights while decoding."""
+        return max(0, self.capacity - self.weights) // self.sequence
 
     @property
     def above_libraries(self) -> int:
@@ -80,18 +96,51 @@ def run_task(task: MemoryTask) -> Memory:
     from ..fast import use_fast_scan
 
     device = torch.device(task.device)
-    high_water = _resident_peak if device.type == "cpu" else torch.cuda.max_memory_allocated
-    libraries = high_water()
+    cuda = device.type == "cuda"
+    high_water = torch.cuda.max_memory_allocated if cuda else _resident_peak
+    libraries, available = high_water(), psutil.virtual_memory().available
     model = use_fast_scan(
         load_checkpoint(task.source, dtype=getattr(torch, task.dtype)).model.to(device), backend=task.backend
     )
-    loaded = high_water()
+    loaded, weights = high_water(), sum(parameter.nbytes for parameter in model.parameters())
     prefill(model, task.prefill_batch, task.length)()
-    step = decode(model, task.decode_batch)
+    step = decoding(model, task.decode_batch)
     for _ in range(DECODE_STEPS):
-        step()
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    return Memory(libraries=libraries, loaded=loaded, peak=high_water(), reserved=reserved)
+        step.run()
+    peak, reserved = high_water(), torch.cuda.max_memory_reserved(device) if cuda else None
+    state = sum(tensor.nbytes for tensor in step.states()) // task.decode_batch
+    steady = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+    steady_reserved = torch.cuda.memory_reserved(device) if cuda else None
+    del step
+    return Memory(
+        libraries=libraries,
+        loaded=loaded,
+        peak=peak,
+        reserved=reserved,
+        steady=steady,
+        steady_reserved=steady_reserved,
+        state=state,
+        capacity=_capacity(device) if cuda else available,
+        sequence=_sequence_on_gpu(model, task.decode_batch, device) if cuda else state,
+        weights=weights,
+    )
+
+
+def _capacity(device: torch.device) -> int:
+    """What a GPU has for tensors: what is free and what torch's allocator holds already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _sequence_on_gpu(model: nn.Module, batch: int, device: torch.device) -> int:
+    """Bytes that one more sequence takes at the highest point of a decoding step, from two batches."""
+    peaks = []
+    for size in (batch, 2 * batch):
+        step = decoding(model, size, prompt=1)
+        torch.cuda.reset_peak_memory_stats(device)
+        step.run()
+        peaks.append(torch.cuda.max_memory_allocated(device))
+        del step
+    return max(1, (peaks[1] - peaks[0]) // batch)
 
 
 def _resident_peak() -> int:

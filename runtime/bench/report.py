@@ -16,6 +16,7 @@ from ..architectures import Dimensions
 from ..errors import OutputError
 from ..files import write_text
 from ..perplexity import ExcessLoss, Perplexity
+from ..sparse24 import Sparse24Report
 from .conditions import Conditions
 from .memory import Memory
 from .settings import Settings
@@ -60,6 +61,7 @@ class Model:
     perplexity: Perplexity | None
     excess: ExcessLoss | None  # above the dense model
     smaller: bool = False  # a plain smaller dense model, named to compare with
+    sparse24: Sparse24Report | None = None  # of an export as sparse24: which modules run sparse
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,15 @@ class Measurement:
     """One workload timed on several models in turns.
 
     Attributes:
-        kind: "prefill" (L tokens into a fresh cache, last logits), "decode" (one token of every sequence), "scan" (the
-            first layer's selective scan alone) or "stock" (the dense model's prefill, by transformers' own loop and by
-            our scan).
+        kind: "prefill" (L tokens into a fresh cache, last logits), "decode" (one token of every sequence), "graph" (the
+            same from a CUDA graph), "scan" (the first layer's selective scan alone), "part" (a module of the first
+            layer, or the head), "throughput" (decoding at ever larger batches, each model alone; without those that no
+            longer fit) or "stock" (the dense model's prefill, by transformers' own loop and by our scan).
         length: tokens of every sequence; 1 in decoding.
         batch: sequences at once.
         timings: name of the model (in "stock": of the loop) -> seconds per call.
-        ratios: the same names but the first -> the first's seconds over theirs, paired by round.
+        ratios: the same names but the first -> the first's seconds over theirs, paired by round; empty in "throughput".
+        part: what is timed in "part": "in_proj", "scan", ...
     """
 
     kind: str
@@ -81,6 +85,7 @@ class Measurement:
     batch: int
     timings: dict[str, Timing]
     ratios: dict[str, Ratio]
+    part: str = ""
 
     @property
     def tokens(self) -> int:
@@ -166,9 +171,12 @@ def check_output(directory: str | Path) -> None:
 
 
 def _model(model: Model) -> dict[str, Any]:
+    memory = model.memory
     return asdict(model) | {
         "dimensions": model.dimensions.as_dict(),
+        "memory": None if memory is None else asdict(memory) | {"sequences": memory.sequences},
         "perplexity": None if model.perplexity is None else asdict(model.perplexity),
+        "sparse24": None if model.sparse24 is None else model.sparse24.to_json(),
     }
 
 
@@ -185,6 +193,7 @@ def _measurement(measurement: Measurement) -> dict[str, Any]:
         }
     return {
         "kind": measurement.kind,
+        "part": measurement.part,
         "length": measurement.length,
         "batch": measurement.batch,
         "timings": timings,

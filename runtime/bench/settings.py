@@ -20,6 +20,7 @@ class Settings:
     window: int  # tokens, as asked for; Perplexity.window says what was used
     max_windows: int | None
     backend: str  # of the selective scan
+    max_batch: int = 0  # of the sweep over batch sizes, 1, 2, 4, ...; 0: no sweep
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batch_sizes", "decode_tokens", "repeats", "window", "max_windows"):
@@ -28,6 +29,8 @@ class Settings:
             least = 2 if name == "window" else 1
             if not counts or min(counts) < least:
                 raise UsageError(f"{name} must be at least {least}, not {', '.join(map(str, counts)) or 'empty'}.")
+        if self.max_batch < 0:
+            raise UsageError(f"max_batch must be at least 0 (no sweep over batch sizes), not {self.max_batch}.")
         check_backend(self.backend)
         for name in ("lengths", "batch_sizes"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))

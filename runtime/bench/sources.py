@@ -123,6 +123,11 @@ def weight_bytes(directory: Path) -> int:
     raise ValueError(f"{directory} was loaded, so it has weights")
 
 
+def is_sparse24(directory: Path) -> bool:
+    """Whether a model directory is an export as sparse24, whose manifest lists its 2:4 modules."""
+    return (directory / MANIFEST).is_file() and "sparse24" in read_manifest(directory)
+
+
 def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:
     if manifest.get("kind") == "export":  # the user named one export
         return [Source(label(directory), str(directory), dense=False, recipe=_recipe(manifest))]

@@ -5,18 +5,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .memory import Memory
 from .report import Measurement, Model, Report
 from .timing import MIN_ROUNDS, Ratio, Timing
 
-KINDS = {"prefill": "Prefill", "decode": "Decode", "scan": "Scan alone, one layer", "stock": "Prefill, dense"}
+KINDS = {
+    "prefill": "Prefill",
+    "decode": "Decode",
+    "graph": "Decode from a CUDA graph",
+    "throughput": "Decode, each model alone",
+    "scan": "Scan alone, one layer",
+    "stock": "Prefill, dense",
+}
+DECODING = ("decode", "graph", "throughput")
 VERDICTS = {
     "no difference": "no difference beyond the noise of this run",
     "unclear": f"but fewer than {MIN_ROUNDS} rounds cannot tell",
 }
+SPARSE24_COLUMNS = ("shape", "dense", "sparse", "ratio", "used")  # of `sparse24_rows`
+
 WORTH_SAYING = 1.005
 """A size that differs by less than this factor is called the same."""
 
@@ -40,9 +50,9 @@ class Row:
 def summary_rows(report: Report) -> list[Row]:
     """What matters at a glance: sizes, memory, the longest prefill, decode, the scan, perplexity."""
     rows = [*size_rows(report), *memory_rows(report)[-1:]]
-    for kind in ("prefill", "decode", "scan"):
+    for kind in ("prefill", "decode", "graph", "scan"):
         found = report.of_kind(kind)
-        if kind == "decode":
+        if kind in DECODING:
             rows += [timing_row(m) for m in found]
         elif found:
             smallest = [m for m in found if m.batch == found[0].batch]
@@ -71,7 +81,61 @@ def memory_rows(report: Report) -> list[Row]:
         rows.append(_memory_row(report, "Reserved by the allocator", lambda m: m.reserved))
     else:
         rows.append(_memory_row(report, "What the model adds to the libraries", lambda m: m.above_libraries))
+    steady = "Held between steps of decoding" if gpu else "Resident between steps of decoding"
+    rows.append(_memory_row(report, steady, lambda m: m.steady))
+    if gpu:
+        rows.append(_memory_row(report, "The same, reserved by the allocator", lambda m: m.steady_reserved))
     return [*rows, _memory_row(report, "Peak GPU memory" if gpu else "Peak memory of the process", lambda m: m.peak)]
+
+
+def sequence_rows(report: Report) -> list[Row]:
+    """What a sequence takes while decoding and how many fit; empty where a process gave no answer."""
+    if any(model.memory is None for model in report.models):
+        return []
+    gpu = report.conditions.device == "cuda"
+    rows = [_memory_row(report, "State of a sequence, as held", lambda m: m.state)]
+    if gpu:
+        rows.append(_memory_row(report, "One more sequence, activations included", lambda m: m.sequence))
+    counts = [model.memory.sequences for model in report.models]
+    factors = [count / counts[0] if counts[0] else 1.0 for count in counts[1:]]
+    verdicts = tuple("better" if f > MEMORY_NOISE else "worse" if f < 1 / MEMORY_NOISE else "same" for f in factors)
+    name = "Sequences that fit in GPU memory" if gpu else "Sequences whose states fit in free memory"
+    return [*rows, Row(name, tuple(f"{n:,}" for n in counts), tuple(f"{f:.2f}×" for f in factors), verdicts)]
+
+
+def part_rows(report: Report) -> list[Row]:
+    """The parts of the first layer, and the head; all of one length and batch."""
+    return [replace(timing_row(m), metric=m.part) for m in report.of_kind("part")]
+
+
+def token_rows(report: Report) -> list[Row]:
+    """Tokens per second of every prefill and of decoding at every batch size."""
+    names = [model.name for model in report.models]
+    rows = []
+    for measurement in (m for kind in ("prefill", *DECODING) for m in report.of_kind(kind)):
+        timings = [measurement.timings.get(name) for name in names]
+        speeds = tuple("does not fit" if t is None else f"{measurement.tokens / t.median:,.0f}" for t in timings)
+        ratios = [measurement.ratios.get(name) for name in names[1:]]
+        changes = tuple("" if r is None else format_ratio(r) for r in ratios)
+        rows.append(
+            Row(workload_name(measurement), speeds, changes, tuple("" if r is None else _better(r) for r in ratios))
+        )
+    return rows
+
+
+def sparse24_rows(report: Report) -> list[Row]:
+    """Every 2:4 linear map of every model: shape, dense and sparse time, their ratio, and which one is used; none where
+    there are no sparse tensor cores, which a note of the report says."""
+    rows = []
+    for model in report.models:
+        measured = model.sparse24 is not None and not model.sparse24.reason
+        for m in model.sparse24.modules if measured else ():
+            times = ("", "", "")
+            if m.ratio is not None:
+                times = (format_timing(m.dense), format_timing(m.sparse), format_ratio(m.ratio))
+            used = f"sparse, {m.backend}" if m.kept else f"dense{m.reason and ': '}{m.reason}"
+            rows.append(Row(m.name.removeprefix("backbone."), (" x ".join(map(str, m.shape)), *times, used), (), ()))
+    return rows
 
 
 def timing_row(measurement: Measurement) -> Row:
@@ -117,8 +181,8 @@ def findings(report: Report) -> list[str]:
 
 def workload_name(measurement: Measurement) -> str:
     """ "Prefill, 512 tokens, batch 8"."""
-    name = KINDS[measurement.kind]
-    if measurement.kind != "decode":
+    name = measurement.part or KINDS[measurement.kind]
+    if measurement.kind not in DECODING:
         name += f", {measurement.length} tokens"
     return f"{name}, batch {measurement.batch}"
 

@@ -16,6 +16,9 @@ MIN_ROUNDS = 6
 MIN_SAMPLE = 0.02
 """Seconds one sample lasts at least; shorter calls are repeated, or the clock and the scheduler are what is timed."""
 
+WARM_UPS = {"cpu": 1, "cuda": 3}
+"""Untimed calls: on a CPU the first compiles and touches all there is, on a GPU libraries choose kernels over a few."""
+
 CONFIDENCE = 0.95
 
 
@@ -73,6 +76,7 @@ def interleave(
     budget: float,
     *,
     calls: int | None = None,
+    sample: float = MIN_SAMPLE,
     prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time several callables in turns: A, B, B, A, A, B, ...
@@ -85,11 +89,14 @@ def interleave(
         device: whose work to wait for.
         repeats: rounds at most.
         budget: seconds for all rounds together, warm-up aside.
-        calls: calls per sample; None takes as many as make a sample of MIN_SAMPLE seconds.
+        calls: calls per sample; None takes as many as make a sample of `sample` seconds.
+        sample: seconds.
         prepare: name -> what to call, untimed, before every sample of a contender.
     """
     prepare = prepare or {}
-    warm = {name: _calls_per_sample(run, device, prepare.get(name, _nothing)) for name, run in contenders.items()}
+    warm = {
+        name: _calls_per_sample(run, device, prepare.get(name, _nothing), sample) for name, run in contenders.items()
+    }
     per_sample = {name: calls or warm[name] for name in contenders}
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -152,12 +159,15 @@ def quantile(values: tuple[float, ...], share: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
-def _calls_per_sample(run: Callable[[], object], device: torch.device, prepare: Callable[[], object]) -> int:
+def _calls_per_sample(
+    run: Callable[[], object], device: torch.device, prepare: Callable[[], object], sample: float
+) -> int:
     """Warm up, then find out how many calls make a sample long enough to time."""
+    for _ in range(WARM_UPS[device.type]):
+        prepare()
+        run()  # may compile, so its time says nothing
     prepare()
-    run()  # may compile, so its time says nothing
-    prepare()
-    return max(1, math.ceil(MIN_SAMPLE / clock(run, device)))
+    return max(1, math.ceil(sample / clock(run, device)))
 
 
 def _nothing() -> None:

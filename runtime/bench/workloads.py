@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,17 +46,41 @@ def prefill(model: nn.Module, batch: int, length: int) -> Callable[[], torch.Ten
     return run
 
 
-def decode(model: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
-    """One step: one token for each of B sequences, from the cache of all steps before."""
+@dataclass(frozen=True)
+class Decoding:
+    """Sequences in the middle of decoding.
+
+    Attributes:
+        run: one step, one token for each of B sequences; returns logits (B, 1, V).
+        cache: transformers' cache, which a step changes.
+    """
+
+    run: Callable[[], torch.Tensor]
+    cache: Any
+
+    def states(self) -> list[torch.Tensor]:
+        """The tensors of all layers that a step changes: convolution windows and SSM states."""
+        kinds = ("conv_states", "recurrent_states")
+        held = [state for layer in self.cache.layers for kind in kinds for state in getattr(layer, kind).values()]
+        return [state for state in held if state is not None]
+
+
+def decoding(model: nn.Module, batch: int, prompt: int = PROMPT) -> Decoding:
+    """B sequences that have read a prompt of so many tokens."""
     with torch.inference_mode():
-        cache = model(random_tokens(model, batch, PROMPT), use_cache=True, logits_to_keep=1).cache_params
+        cache = model(random_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1).cache_params
     tokens = random_tokens(model, batch, 1)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
         return model(tokens, cache_params=cache, use_cache=True).logits  # (B, 1, V)
 
-    return run
+    return Decoding(run, cache)
+
+
+def decode(model: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
+    """One step: one token for each of B sequences, from the cache of all steps before."""
+    return decoding(model, batch).run
 
 
 def scan(
