@@ -10,7 +10,6 @@ import torch
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.device import choose_device
-from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
@@ -25,7 +24,6 @@ from .config import CompressConfig, configure
 from .counts import kept
 from .find import HELD_OUT, Samples, meet
 from .notes import notes_for
-from .patterns import CHANNEL
 from .pipeline import LayerResult
 from .prune import prune
 from .shedder import Removal
@@ -68,8 +66,6 @@ def compress(
     """
     target, options = split_target({"model": str(model), **options})
     config = configure(**options)
-    if CHANNEL in config.parts:
-        raise UsageError("The pattern channel is not carried out yet, only understood. Use column and layer.")
     out = Path(out).expanduser()
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)

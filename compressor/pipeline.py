@@ -15,10 +15,11 @@ from ssmc.runtime.scan import scan_states
 from .config import SSM, CompressConfig
 from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
-from .patterns import COLUMN
+from .patterns import CHANNEL, COLUMN
 from .repair import evaluate
-from .scores import Layer, choose_states, prune_entries, statistics_for
+from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
+from .widths import Fitted, fit_out_proj, prune_channels
 
 STRETCH = 64  # time steps whose hidden states exist at once
 PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
@@ -30,10 +31,11 @@ class LayerResult:
     """What happened to one layer."""
 
     kept: tuple[int, ...]  # states that stay
-    channels: tuple[int, ...] | None = None  # channels that stay; None: all
     error: float | None = None  # relative squared error of the gated output; None when nothing was measured
     error_unrepaired: float | None = None
     repaired: bool = False
+    channels: tuple[int, ...] | None = None  # channels that stay; None: all
+    fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
     modules: tuple[ModuleResult, ...] = ()
 
@@ -58,13 +60,15 @@ def prune_layers(
         stored_dtypes: by tensor name, what the model will be saved as; a pruned layer is rounded to it before its
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
-        removed: layers that are gone as a whole, silenced already; they are passed over.
+        removed: layers that go as a whole.
 
     Raises:
         UsageError: the counts asked for do not fit the model.
     """
     counts = kept(config, architecture.dimensions(model.config))
     hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
+    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
+    stream = hidden.clone() if hidden is not None and config.fits_out_proj else None
     blocks = architecture.blocks(model)
     targets = module_targets(architecture, model, hidden, config, progress)
     results = []
@@ -72,11 +76,32 @@ def prune_layers(
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
         result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+        if stream is not None:
+            propagate(block, stream, progress, f"{label}: dense outputs")
         if index in removed:
+            architecture.remove_block(block)
             results.append(result)
             continue
         if SSM in config.targets:
             result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
+        if CHANNEL in config.parts:
+            channels = prune_channels(
+                architecture,
+                block,
+                hidden,
+                config.judge_of(CHANNEL),
+                counts.channels[index],
+                config.repair,
+                layer_seed(config.seed, index),
+                progress,
+                f"{label}: channels",
+            )
+            result = replace(result, channels=tuple(channels))
+        if stream is not None:
+            every = range(mixer.intermediate_size)
+            kept_channels = every if result.channels is None else result.channels
+            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
+            result = replace(result, fitted=fitted)
         if config.modules:
             # after the states, so that x_proj and out_proj are fitted to the pruned scan
             modules = prune_modules(

@@ -1,4 +1,4 @@
-"""One pruning run in memory: whole layers first, then what goes inside those that stay."""
+"""One pruning run in memory: which layers go is chosen first, then what goes inside those that stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssmc.runtime.progress import Progress, silent
 from .config import CompressConfig
 from .patterns import LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
-from .shedder import Removal, shed
+from .shedder import Removal, choose_removals, shed
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ def prune(
     """
     layers: list[LayerResult] = []
     removals: list[Removal] = []
-    if LAYER in config.parts or SSM_MODULE in config.parts:
+    if config.pattern in (LAYER, SSM_MODULE):
         removals = shed(model, architecture, tokens, config, progress)
-    if config.pattern not in (LAYER, SSM_MODULE):
+    else:
+        if LAYER in config.parts:
+            removals = choose_removals(model, architecture, tokens, config, progress)
         removed = {removal.layer for removal in removals}
         layers = prune_layers(model, architecture, tokens, config, stored_dtypes, progress, removed)
     return Pruned(tuple(layers), tuple(removals))

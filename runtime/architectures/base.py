@@ -80,6 +80,9 @@ class Architecture(Protocol):
     ) -> ScanInputs:
         """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
 
+    def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x_proj and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
+
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
 

@@ -97,6 +97,12 @@ class MambaArchitecture:
         dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float().add_(mixer.dt_proj.bias.float()))
         return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
 
+    def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x_proj and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
+        inputs = self.scan_inputs(block.mixer, *self.expand(block.mixer, self.normed(block, hidden)))
+        y, _ = selective_scan(inputs)
+        return inputs.u, y
+
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
         weights = {name: getattr(mixer, name).weight.data for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
