@@ -59,7 +59,7 @@ def run(dense, out, **options):
 
 
 def test_a_target_of_parameters_is_met_exactly_as_counted(dense, tmp_path):
-    result, target = run(dense, tmp_path / "out", target_params=0.98, pattern="layer+column+channel")
+    _, target = run(dense, tmp_path / "out", target_params=0.98, pattern="layer+column+channel")
     total = sum(p.numel() for p in load_checkpoint(dense).model.parameters())
     smaller = load_checkpoint(export(tmp_path / "out").directory)
     assert sum(p.numel() for p in smaller.model.parameters()) == pytest.approx(target["outcome"]["parameters"] * total)
@@ -82,7 +82,7 @@ def test_a_target_of_time_takes_the_least_loss_that_was_tried(dense, table, tmp_
 
 
 def test_the_recipe_names_what_was_found_and_gives_the_same_bytes(dense, table, tmp_path):
-    found, target = run(dense, tmp_path / "found", target_latency=0.75, latency_table=table)
+    found, _ = run(dense, tmp_path / "found", target_latency=0.75, latency_table=table)
     recipe = read_recipe(tmp_path / "found" / "recipe.yaml")
     assert not any(key.startswith(("target_", "max_ppl")) for key in recipe)
     assert set(recipe["pattern"].split("+")) <= set(COMBINABLE)
@@ -132,7 +132,7 @@ def test_what_cannot_be_met_is_said_and_nothing_is_written(dense, table, tmp_pat
 
 
 def test_a_table_of_another_model_is_refused(table, tmp_path):
-    with pytest.raises(UsageError, match="a model of .* Leave it out, and a new one is measured"):
+    with pytest.raises(UsageError, match=r"a model of .* Leave it out, and a new one is measured"):
         compress("tiny", out=tmp_path / "out", target_latency=0.8, latency_table=table, **SMALL)
 
 
@@ -147,10 +147,12 @@ def test_trials_are_measured_on_text_they_are_not_fitted_to():
     spare = Samples.split(drawn, 12)
     assert spare.fit[:, 0].tolist() == list(range(8))
     assert spare.held_out[:, 0].tolist() == list(range(12, 20))
-    assert not spare.seen and not spare.notes
+    assert not spare.seen
+    assert not spare.notes
     short = Samples.split(drawn[:6], 12)
     assert short.fit[:, 0].tolist() == [0, 1, 2]
     assert short.held_out[:, 0].tolist() == [3, 4, 5]
-    assert short.seen and "no samples to spare" in short.notes[0]
+    assert short.seen
+    assert "no samples to spare" in short.notes[0]
     with pytest.raises(CalibrationError, match="at least two calibration samples"):
         Samples.split(drawn[:1], 12)
