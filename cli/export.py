@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OUTPUT, CompressedDirectory, ExportFormat, Force, HalfDtype, Quiet, Verbose
+from .options import OUTPUT, CompressedDirectory, Dtype, ExportFormat, Force, Logits, Quiet, Verbose
 from .terminal import Terminal, size, table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def export(
         typer.Option(
             help="`safetensors`: what transformers, vLLM and llama.cpp's converter read; `mamba-ssm`: what mamba_ssm "
             "reads; `sparse24`: a half-precision checkpoint of a model compressed with --pattern 2:4, and the list of "
-            "its 2:4 modules.",
+            "its 2:4 modules; `onnx`: a graph with explicit states for onnxruntime.",
             rich_help_panel=OUTPUT,
         ),
     ] = "safetensors",
@@ -38,10 +38,10 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        HalfDtype | None,
+        Dtype | None,
         typer.Option(
-            help="Of sparse24.",
-            show_default="the model's own if it is one of these, else bfloat16",
+            help="Of sparse24: float16 or bfloat16. Of onnx: float32, or float16 for a GPU.",
+            show_default="sparse24: the model's own if it is a half one, else bfloat16; onnx: float32",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -51,6 +51,12 @@ def export(
             "--packed", help="Store 2:4 matrices in 9/16 of their space; only ssmc reads that.", rich_help_panel=OUTPUT
         ),
     ] = False,
+    logits: Annotated[
+        Logits | None,
+        typer.Option(
+            help="Of onnx: which tokens' logits the graph gives.", show_default="last", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -67,14 +73,21 @@ def export(
         ssmc export smaller --format mamba-ssm --out for-mamba-ssm
 
         ssmc export --format sparse24 --dtype float16
+
+        ssmc export --format onnx
     """
     terminal = context.ensure_object(Terminal)
     from ssmc.exporters import export as run
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        result = run(directory, format=format, out=out, dtype=dtype, packed=packed, force=force, progress=progress)
+        result = run(
+            directory, format=format, out=out, dtype=dtype, packed=packed, logits=logits, force=force, progress=progress
+        )
     _report(terminal, result)
+    if result.onnx is not None:
+        terminal.say(f'Next: ssmc generate {shlex.quote(str(result.directory))} "Once upon a time"')
+        return
     where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
     terminal.say(f"Next: ssmc bench{where}")
 
@@ -97,8 +110,9 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     terminal.show(runtimes)
     compared = result.comparison
     kind = "real text" if compared.real_text else "random tokens (there is no tokenizer)"
+    model = "masked model" if result.onnx is None else "model in torch"
     terminal.say(
-        f"Largest difference of a logit to the masked model: {compared.max_difference:.2e} on {compared.tokens} tokens "
+        f"Largest difference of a logit to the {model}: {compared.max_difference:.2e} on {compared.tokens} tokens "
         f"of {kind} (allowed {compared.tolerance:.2e}, largest logit {compared.scale:.3g})."
     )
     if result.rounding is not None:
@@ -126,6 +140,8 @@ def _modules(terminal: Terminal, result: ExportResult) -> None:
 
 def _cuts(terminal: Terminal, result: ExportResult) -> None:
     """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
+    if not result.cuts and result.onnx is not None and result.onnx.source.manifest is None:
+        return  # a dense model
     if not result.cuts and result.modules:
         return  # the table of sizes and that of the 2:4 modules say it
     if not result.cuts:

@@ -35,8 +35,8 @@ Phase = Literal["prefill", "decode"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
-ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24"]
-HalfDtype = Literal["float16", "bfloat16"]
+ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
+Logits = Literal["last", "all"]
 
 METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"

@@ -22,6 +22,7 @@ from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
+from .families import able_parts, check_family
 from .find import HELD_OUT, Samples, meet
 from .notes import notes_for
 from .pipeline import LayerResult
@@ -64,15 +65,18 @@ def compress(
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
-    target, options = split_target({"model": str(model), **options})
-    config = configure(**options)
+    target, ordinary = split_target({"model": str(model), **options})
+    config = configure(**ordinary)
     out = Path(out).expanduser()
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
-    sizes = checkpoint.dimensions
+    sizes, family = checkpoint.dimensions, checkpoint.architecture.model_type
     if target is None:
         kept(config, sizes)  # what cannot be met is said before minutes of work
+    elif "pattern" not in options:
+        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
+    check_family(config, family)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)

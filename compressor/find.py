@@ -251,7 +251,12 @@ class Search:
     def _latency_table(self) -> LatencyTable:
         if self.target.latency_table is None:
             return measure_latency(
-                self.checkpoint.model, self.checkpoint.architecture, self.target.workload, progress=self.progress
+                self.checkpoint.model,
+                self.checkpoint.architecture,
+                self.target.workload,
+                widths=None if CHANNEL in self.config.parts else (self.dense.d_inner,),
+                states=None if COLUMN in self.config.parts else (self.dense.d_state,),
+                progress=self.progress,
             )
         table = read_latency_table(self.target.latency_table)
         device = self.checkpoint.model.device.type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +25,14 @@ from .shrink import Shrunk, shrink
 from .sparse24 import Half, Rounding, Sparse24Module
 from .verify import Comparison, compare, sample_tokens
 
-FORMATS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm", sparse24.FORMAT: "transformers"}
+if TYPE_CHECKING:
+    from .onnx import OnnxReport
+
+CHECKPOINTS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm", sparse24.FORMAT: "transformers"}
 """Export format, as the user names it -> checkpoint format, as `write_checkpoint` names it."""
+
+ONNX = "onnx"
+FORMATS = (*CHECKPOINTS, ONNX)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class ExportResult:
     weight_bytes: tuple[int, int]  # of all tensors, masked and as written
     modules: tuple[Sparse24Module, ...] = ()  # that are 2:4, of the format sparse24
     rounding: Rounding | None = None  # what half precision changed, of the format sparse24
+    onnx: OnnxReport | None = None  # of the format onnx
 
 
 def export(
@@ -50,6 +57,7 @@ def export(
     out: str | Path | None = None,
     dtype: str | None = None,
     packed: bool = False,
+    logits: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
@@ -58,12 +66,14 @@ def export(
     Nothing appears unless the written files, read back, give the masked model's logits.
 
     Args:
-        directory: what `compress` wrote.
-        format: "safetensors" (transformers' layout), "mamba-ssm" (its own), or "sparse24" (transformers' layout in half
-            precision with a list of the modules that are 2:4).
-        out: folder to write; by default one named after the format inside `directory`.
+        directory: what `compress` wrote. The format onnx takes dense models as well: a folder, a hub id, or "tiny".
+        format: "safetensors" (transformers' layout), "mamba-ssm" (its own), "sparse24" (transformers' layout in half
+            precision with a list of the modules that are 2:4), or "onnx" (a graph with explicit states).
+        out: folder to write; by default one named after the format inside `directory`, or NAME-onnx for a dense model.
         dtype: of sparse24: "float16" or "bfloat16"; by default the model's own if that is one of them, else bfloat16.
+            Of onnx: "float32" (default) or "float16".
         packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
+        logits: of onnx: those of the "last" token (default) or of "all".
         force: replace an earlier export.
         progress: told what is being done.
 
@@ -72,13 +82,17 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"There is no export format {format!r}; there are {', '.join(FORMATS)}.")
+    if format == ONNX:
+        return _export_onnx(directory, out, {"dtype": dtype, "logits": logits}, packed, force, progress)
+    if logits is not None:
+        raise UsageError(f"logits is an option of the format {ONNX}.")
     sparse24.check_options(format, dtype, packed)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
     if manifest["kind"] != "masked":
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
     require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), directory)
-    layout = sparse24.PACKED if packed else FORMATS[format]
+    layout = sparse24.PACKED if packed else CHECKPOINTS[format]
     out = directory / (sparse24.PACKED if packed else format) if out is None else Path(out).expanduser()
     progress("reading the masked model", 0, 4)
     masked = load_checkpoint(directory, dtype=torch.float32)
@@ -108,6 +122,35 @@ def export(
         weight_bytes=(tensor_bytes(before), tensor_bytes(pack_tensors(shrunk.tensors) if packed else shrunk.tensors)),
         modules=() if half is None else half.modules,
         rounding=rounding,
+    )
+
+
+def _export_onnx(
+    directory: str | Path,
+    out: str | Path | None,
+    options: dict[str, str | None],
+    packed: bool,
+    force: bool,
+    progress: Progress,
+) -> ExportResult:
+    """The format onnx, whose packages are imported only now: they may be missing."""
+    if packed:
+        raise UsageError(f"packed is an option of the format {sparse24.FORMAT}.")
+    try:
+        from .onnx import OnnxOptions, export_onnx, runs_where
+    except ImportError as error:
+        raise UsageError(f"The format {ONNX} needs {error.name}: pip install 'ssmc[onnx]'.") from error
+    chosen = OnnxOptions(**{name: value for name, value in options.items() if value is not None})
+    report = export_onnx(directory, out=out, options=chosen, force=force, progress=progress)
+    before, after = report.source.checkpoint.tensors(), report.source.shrunk.tensors
+    return ExportResult(
+        directory=report.directory,
+        cuts=tuple(report.source.shrunk.cuts),
+        comparison=report.comparison,
+        runs_where=runs_where(chosen),
+        parameters=(parameter_count(before), parameter_count(after)),
+        weight_bytes=(tensor_bytes(before), report.data_bytes),
+        onnx=report,
     )
 
 

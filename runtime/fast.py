@@ -18,7 +18,7 @@ from torch import nn
 
 from .architectures import Architecture, architecture_for
 from .errors import CheckpointError
-from .scan import check_backend, selective_scan
+from .scan import check_backend
 
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
 
@@ -35,8 +35,9 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Make a loaded model use our scan for prefill, decode and training; calling it again changes the backend.
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
-    already holds some) continues from the state, as one pass would. Training and other gradients use the reference
-    scan. Models on a GPU, or under torch.compile or tracing, run the stock forward wherever that is right.
+    already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
+    derivatives use the backend "reference". Models on a GPU, or under torch.compile or tracing, run the stock forward
+    wherever that is right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.
@@ -124,7 +125,7 @@ def _forward(
     inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask)
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
-    y, state = selective_scan(inputs, state, fast.backend)
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend)
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
         window = x if cache_params.is_recording_past(mixer.layer_idx) else x[:, -width:]

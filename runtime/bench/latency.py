@@ -174,6 +174,8 @@ def measure_latency(
     architecture: Architecture,
     workload: Workload,
     *,
+    widths: Sequence[int] | None = None,
+    states: Sequence[int] | None = None,
     repeats: int = 25,
     budget: float = 45.0,
     progress: Progress = silent,
@@ -184,13 +186,15 @@ def measure_latency(
         model: the dense model, on the device and in the dtype to measure; it is not changed.
         architecture: its adapter.
         workload: what to time.
+        widths: d_inner to measure, rising up to the model's own; None: see `grid_widths`.
+        states: d_state to measure, rising up to the model's own; None: see `grid_states`.
         repeats: rounds at most.
         budget: seconds for all rounds together, a guide.
         progress: told about models and rounds.
     """
     dense = architecture.dimensions(model.config)
     device = model.get_input_embeddings().weight.device
-    widths, states = grid_widths(dense.d_inner), grid_states(dense.d_state)
+    widths, states = tuple(widths or grid_widths(dense.d_inner)), tuple(states or grid_states(dense.d_state))
     depth = _depth(model, architecture)
     load = load_average()
     parts: dict[tuple[int, int], _Parts] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture
-from ..scan import ScanInputs, selective_scan
+from ..scan import ScanInputs, SsdInputs
 
 PROMPT = 16
 """Tokens read before decoding. Its length does not matter to a recurrent model: the state has one size."""
@@ -86,18 +86,19 @@ def decode(model: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
 def scan(
     model: nn.Module, architecture: Architecture, batch: int, length: int, backend: str
 ) -> Callable[[], torch.Tensor]:
-    """The selective scan of the first layer alone, on what that layer computes from (B, L) tokens."""
+    """The scan of the first layer with its gate, alone, on what that layer computes from (B, L) tokens."""
+    mixer = architecture.mixer(architecture.blocks(model)[0])
     inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length))
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return selective_scan(inputs, backend=backend)[0]  # (B, L, D)
+        return architecture.scan(mixer, inputs, backend=backend)[0]  # (B, L, D)
 
     return run
 
 
 @torch.inference_mode()
-def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs:
+def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs | SsdInputs:
     """What the scan of the first layer reads for (B, L) tokens."""
     block = architecture.blocks(model)[0]
     mixer = architecture.mixer(block)

@@ -1,0 +1,56 @@
+"""Run a graph that was just written, with plain arrays; `ssmc.runtime.generation` has the sessions for users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from ssmc.runtime.generation.onnx_logits import give_all_logits
+
+from .write import GRAPH
+
+PROVIDERS = ("CPUExecutionProvider",)
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_written(folder: Path, *, all_logits: bool = False) -> onnxruntime.InferenceSession:
+    """Load a graph from its folder; with `all_logits`, let it give those of every token, whatever it was made for."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    if not all_logits:
+        return onnxruntime.InferenceSession(folder / GRAPH, options, providers=PROVIDERS)
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    model = give_all_logits(onnx.load(folder / GRAPH, load_external_data=False))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)
+
+
+def fresh_states(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
+    """The states before the first token by the names of their inputs: zeros, (B, ...) float32."""
+    pasts = [value for value in session.get_inputs() if value.name.startswith("past_")]
+    return {past.name: np.zeros((batch, *past.shape[1:]), np.float32) for past in pasts}
+
+
+def run(
+    session: onnxruntime.InferenceSession,
+    ids: np.ndarray,
+    states: dict[str, np.ndarray],
+    mask: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Read (B, L) tokens from `states` on.
+
+    Args:
+        session: of the graph.
+        ids: (B, L) int64.
+        states: before them.
+        mask: (B, L) int64, 1 at tokens and 0 at padding; None: nothing is padded.
+
+    Returns:
+        Logits, (B, 1, V) or (B, L, V) as the graph gives them, and the states after the tokens.
+    """
+    mask = np.ones_like(ids) if mask is None else mask
+    presents = [name.replace("past_", "present_", 1) for name in states]
+    logits, *new = session.run(["logits", *presents], {"input_ids": ids, "attention_mask": mask, **states})
+    return logits, dict(zip(states, new, strict=True))

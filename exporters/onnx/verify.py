@@ -1,0 +1,110 @@
+"""The proof that a written graph computes what the model computes, in every way it can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from ssmc.runtime.errors import VerificationError
+from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+
+from ..verify import FLOOR, NOISE_MARGIN, Comparison
+from .running import fresh_states, run
+
+DECODED = 64  # tokens given one by one
+PIECES = (1, 2, 3)  # lengths of the first pieces of a split prompt, shorter than a convolution; then the rest
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running a graph, and how far its logits are from the model's."""
+
+    name: str  # "prefill"
+    max_difference: float
+
+
+@torch.no_grad()
+def prove(
+    model: Any, session: onnxruntime.InferenceSession, tokens: torch.Tensor, real_text: bool, float32_ulps: float = 1.0
+) -> tuple[Comparison, list[Way]]:
+    """Run a graph and the model it was made from on the same tokens: at once, in pieces, one by one, and padded.
+
+    The tolerance comes from the model itself, as in `exporters.verify.compare`: how far its logits move when torch
+    takes the same sums in another order. Tokens are given to the graph, never chosen by it.
+
+    Args:
+        model: transformers' model, float32, of the original or the smaller shape.
+        session: of the graph.
+        tokens: (B, L), L above DECODED + the sum of PIECES.
+        real_text: whether they are text.
+        float32_ulps: resolution of the graph's numbers in units of float32's: 1, or 2^13 for float16.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding.
+    """
+    stock = use_stock_scan(model)(tokens).logits
+    reference = use_fast_scan(model)(tokens).logits  # (B, L, V)
+    scale = float(reference.abs().max())
+    noise = float((stock - reference).abs().max())
+    tolerance = max(NOISE_MARGIN * noise, FLOOR * scale) * float32_ulps
+    ways = [Way(name, difference) for name, difference in _ways(session, tokens.numpy(), reference.numpy())]
+    worst = max(ways, key=lambda way: way.max_difference if way.max_difference == way.max_difference else np.inf)
+    if not worst.max_difference <= tolerance:  # also when it is NaN
+        raise VerificationError(
+            f"The graph's logits differ from the model's by {worst.max_difference:.3g} ({worst.name}; allowed "
+            f"{tolerance:.3g}), so nothing was written. This is a bug in ssmc; please report it with the model's sizes."
+        )
+    return Comparison(worst.max_difference, tolerance, scale, tokens.numel(), real_text), ways
+
+
+def _ways(session: onnxruntime.InferenceSession, ids: np.ndarray, reference: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Run the graph in every way; the name and the largest difference of a logit of each."""
+    batch, length = ids.shape
+    prompt = length - DECODED
+
+    def difference(logits: np.ndarray, end: int) -> float:
+        """Of the logits that stand at the end of `logits`, to those of the reference before token `end`."""
+        return float(np.abs(logits - reference[:, end - logits.shape[1] : end]).max())
+
+    logits, carried = run(session, ids[:, :prompt], fresh_states(session, batch))
+    yield "prefill", difference(logits, prompt)
+    found, end, pieces = [], 0, fresh_states(session, batch)
+    for piece in (*PIECES, prompt - sum(PIECES)):
+        logits, pieces = run(session, ids[:, end : end + piece], pieces)
+        end += piece
+        found.append(difference(logits, end))
+    yield "split prefill", max(found)
+    found = []
+    for end in range(prompt + 1, length + 1):
+        logits, carried = run(session, ids[:, end - 1 : end], carried)
+        found.append(difference(logits, end))
+    yield f"{DECODED} decode steps", max(found)
+    yield "padded", _padded(session, ids[:, :prompt], reference)
+
+
+def _padded(session: onnxruntime.InferenceSession, ids: np.ndarray, reference: np.ndarray) -> float:
+    """Rows of different lengths, padded left, right and in the middle, then one token more: the largest difference."""
+    worst = 0.0
+    for place in ("left", "right", "middle"):
+        mask = np.ones_like(ids)
+        counts = []
+        for row in range(len(ids)):
+            padding = min(2 + 3 * row, ids.shape[1] - 2)
+            start = {"left": 0, "right": ids.shape[1] - padding, "middle": 1}[place]
+            mask[row, start : start + padding] = 0
+            counts.append(int(mask[row].sum()))
+        given = np.zeros_like(ids)
+        for row, count in enumerate(counts):
+            given[row, mask[row] == 1] = ids[row, :count]
+        logits, after = run(session, given, fresh_states(session, len(ids)), mask)
+        more, _ = run(session, np.stack([ids[row, count : count + 1] for row, count in enumerate(counts)]), after)
+        for row, count in enumerate(counts):
+            real = logits[row][mask[row] == 1] if logits.shape[1] > 1 else logits[row]
+            worst = max(worst, float(np.abs(real - reference[row, count - len(real) : count]).max()))
+            worst = max(worst, float(np.abs(more[row] - reference[row, count : count + 1]).max()))
+    return worst

@@ -1,0 +1,105 @@
+"""The weights of a model as initializers of a graph: named as in the checkpoint, laid out as ONNX reads them.
+
+Nothing is copied while the graph is built. An initializer knows how to make its numbers and does so when it is
+written, one after the other, so that a model needs no second copy of itself in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+import torch
+from onnxscript import GraphBuilder, OpBuilder
+
+TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class Weights:
+    """Gives a graph the tensors of a model, and the products with them."""
+
+    def __init__(self, builder: GraphBuilder, tensors: Mapping[str, torch.Tensor], dtype: ir.DataType):
+        """Begin.
+
+        Args:
+            builder: of the graph that gets the initializers.
+            tensors: by transformers' names.
+            dtype: of matrices; float32 is read and given by all products whatever it is.
+        """
+        self._builder, self._tensors, self._dtype = builder, tensors, dtype
+        self._made: dict[str, ir.Value] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the checkpoint."""
+        return tuple(self._tensors[name].shape)
+
+    def float32(
+        self, name: str, change: Callable[[torch.Tensor], torch.Tensor] = _unchanged, name_as: str | None = None
+    ) -> ir.Value:
+        """A tensor in float32, changed on the way where it must be."""
+        return self._initializer(name_as or name, name, change, ir.DataType.FLOAT)
+
+    def rows(self, op: OpBuilder, name: str, ids: ir.Value) -> ir.Value:
+        """Rows of a matrix (V, d) by their numbers: (..., d) float32."""
+        table = self._initializer(name, name, _unchanged, self._dtype)
+        return self._to_float32(op, op.Gather(table, ids, axis=0))
+
+    def linear(self, op: OpBuilder, name: str, x: ir.Value, rows: slice | None = None) -> ir.Value:
+        """A linear layer, or some rows of it, applied to (..., in): (..., out) float32.
+
+        Parts are matrices of their own: cutting a product of (L, B, out) apart would copy it.
+        """
+        weight, bias, part = name + ".weight", name + ".bias", rows or slice(None)
+        suffix = "" if rows is None else f".{rows.start}"
+        matrix = self._initializer(f"{weight}{suffix}", weight, lambda w: w[part].t(), self._dtype)
+        y = self._to_float32(op, op.MatMul(self._from_float32(op, x), matrix))
+        if bias not in self._tensors:
+            return y
+        return op.Add(y, self._initializer(f"{bias}{suffix}", bias, lambda b: b[part], ir.DataType.FLOAT))
+
+    def head(self, op: OpBuilder, name: str, x: ir.Value, shared: bool) -> ir.Value:
+        """Products (B, T, V) of (B, T, d) with all rows of a matrix (V, d), float32.
+
+        Args:
+            op: of the graph.
+            name: of the matrix.
+            x: (B, T, d).
+            shared: read the initializer that `rows` reads, so that a tied matrix is stored once.
+        """
+        x = self._from_float32(op, x)
+        if not shared:
+            matrix = self._initializer(f"{name}.t", name, torch.t, self._dtype)
+            return self._to_float32(op, op.MatMul(x, matrix))
+        vocab_size, d_model = self.shape(name)
+        matrix = self._initializer(name, name, _unchanged, self._dtype)
+        flat = op.Gemm(op.Reshape(x, [-1, d_model]), matrix, transB=1)  # reads (V, d) as it lies
+        shape = op.Concat(op.Shape(x, start=0, end=2), [vocab_size], axis=0)
+        return self._to_float32(op, op.Reshape(flat, shape))
+
+    def _initializer(
+        self, name: str, source: str, change: Callable[[torch.Tensor], torch.Tensor], dtype: ir.DataType
+    ) -> ir.Value:
+        """An initializer called `name`, made once."""
+        if name not in self._made:
+            tensor = self._tensors[source]
+
+            def evaluate() -> ir.TensorProtocol:
+                return ir.tensor(change(tensor.to(TORCH[dtype])).contiguous().numpy(), name=name)
+
+            shape = ir.Shape(change(tensor.to("meta")).shape)
+            lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
+            self._made[name] = self._builder.initializer(lazy, name=name, qualify=False)
+        return self._made[name]
+
+    def _from_float32(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return x if self._dtype == ir.DataType.FLOAT else op.Cast(x, to=self._dtype)
+
+    def _to_float32(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return x if self._dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
