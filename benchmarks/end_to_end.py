@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
 import ssmc.runtime.architectures.mamba as mamba
-import ssmc.runtime.fast as fast
 from ssmc import compress, export
 from ssmc.runtime.bench import Workload
 from ssmc.runtime.bench.timing import interleave
+from ssmc.runtime.fast import use_fast_scan
 
 CPU = torch.device("cpu")
 MODULES = {"embeddings": "embedding", "norm": "norms", "norm_f": "norms", "in_proj": "in_proj", "act": "silu (u)"}
@@ -69,7 +69,7 @@ class Clocks:
             if part := MODULES.get(name.rpartition(".")[2]):
                 handles += [module.register_forward_pre_hook(self._begin)]
                 handles += [module.register_forward_hook(lambda m, *_, part=part: self._end(m, part))]
-        functions = ((mamba, "causal_conv", CONV), (fast, "selective_scan", SCAN))
+        functions = ((mamba, "causal_conv", CONV), (mamba.MambaArchitecture, "scan", SCAN))
         functions += ((mamba.MambaArchitecture, "scan_inputs", DT),)
         originals = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
         for owner, name, part in functions:
@@ -164,7 +164,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         loaded = models(args, Path(folder))
     for name, model in loaded.items():
-        fast.use_fast_scan(model)
+        use_fast_scan(model)
         c = model.config
         print(
             f"{name}: {type(model).__module__}.{type(model).__name__}, {c.num_hidden_layers} layers, d_inner "

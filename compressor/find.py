@@ -280,7 +280,8 @@ class Search:
             step = config.round_to
             powers = step == POWER_OF_TWO
             states = [n for n in range(1, dense.d_state + 1) if (n & (n - 1) == 0 if powers else n % step == 0)]
-            states = sorted({*states, dense.d_state})
+            least = self.table.states[0] if self.table else 1
+            states = sorted({*(n for n in states if n >= least), dense.d_state})
         if CHANNEL in config.parts:
             step = config.round_channels or default_multiple(dense.d_inner)
             least = self.table.widths[0] if self.table else dense.d_inner // 4
