@@ -18,6 +18,7 @@ from .options import (
     Dtype,
     MaxWindows,
     Quiet,
+    Runtimes,
     ScanBackend,
     Verbose,
     Window,
@@ -25,6 +26,7 @@ from .options import (
     dtype_option,
     heldout_option,
     tokenizer_option,
+    words,
 )
 from .terminal import COLOURS, Terminal, table
 
@@ -102,6 +104,7 @@ def bench(
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    runtime: Runtimes = "torch,onnx",
     stock: Annotated[
         bool,
         typer.Option("--stock/--no-stock", help="Time transformers' own loop as well.", rich_help_panel=SPEED),
@@ -154,7 +157,7 @@ def bench(
             directory,
             dense=dense,
             models=model or None,
-            smaller=smaller or (),
+            smaller=smaller,
             lengths=prefills,
             batch_sizes=batches,
             decode_tokens=decode_tokens,
@@ -168,6 +171,7 @@ def bench(
             max_windows=max_windows or None,
             stock=stock,
             backend=backend,
+            runtimes=words(runtime),
             max_batch=max_batch,
             progress=progress,
         )

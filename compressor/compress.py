@@ -80,16 +80,15 @@ def compress(
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)
-    use_fast_scan(checkpoint.model.to(device))
-    tokens = None if calibration is None else calibration.tokens.to(device)
+    use_fast_scan(checkpoint.model)
+    tokens = None if calibration is None else calibration.tokens
     met = None
     if target is None:
-        pruned = prune(checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress)
+        pruned = prune(checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, device, progress)
     else:
-        met = meet(checkpoint, config, target, tokens, samples.to(device), progress)
+        met = meet(checkpoint, config, target, tokens, samples, device, progress)
         config, pruned = met.config, met.pruned
         checkpoint = replace(checkpoint, model=met.model)
-    checkpoint.model.cpu()
     manifest = write_artefact(
         out,
         checkpoint,

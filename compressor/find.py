@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -46,10 +46,6 @@ class Samples:
     fit: torch.Tensor  # (n, seqlen), the first of the calibration samples
     held_out: torch.Tensor  # (m, seqlen), which no trial is fitted to
     seen: bool  # whether the final run is calibrated on `held_out` too, for lack of text
-
-    def to(self, device: torch.device) -> Samples:
-        """The same on a device."""
-        return replace(self, fit=self.fit.to(device), held_out=self.held_out.to(device))
 
     @property
     def notes(self) -> list[str]:
@@ -105,22 +101,25 @@ def meet(
     target: Target,
     tokens: torch.Tensor,
     samples: Samples,
+    device: torch.device,
     progress: Progress = silent,
 ) -> Met:
     """Search, carry out what was found, measure what came of it, and search on where it is not what was asked for.
 
     Args:
-        checkpoint: the dense model, with the fast scan in use, on the device; it is not changed.
+        checkpoint: the dense model, with the fast scan in use; it ends on the device, and is not changed else.
         config: what may be removed and how, its sparsity aside.
         target: what to meet.
         tokens: (nsamples, seqlen) calibration samples of the whole run.
         samples: text for trials.
+        device: where to compute and to measure.
         progress: told about the steps.
 
     Raises:
         UsageError: nothing meets the target, by the latency table and by counting.
         VerificationError: what meets it raises the perplexity by more than the bound.
     """
+    checkpoint.model.to(device)
     search = Search(checkpoint, config, target, samples, progress)
     done: set[Sizes] = set()
     for _ in range(ATTEMPTS):
@@ -128,12 +127,12 @@ def meet(
         if found.sizes in done:
             break
         done.add(found.sizes)
-        model = use_fast_scan(copy.deepcopy(checkpoint.model))
+        model = use_fast_scan(copy.deepcopy(checkpoint.model).cpu())
         text = tokens if found.config.needs_text else None
-        pruned = prune(model, checkpoint.architecture, text, found.config, checkpoint.dtypes, progress)
+        pruned = prune(model, checkpoint.architecture, text, found.config, checkpoint.dtypes, device, progress)
         outcome = search.outcome(model, found)
         missed = search.missed(outcome)
-        met = Met(found.config, model, pruned, {**found.record, "outcome": outcome}, (*missed, *samples.notes))
+        met = Met(found.config, model.cpu(), pruned, {**found.record, "outcome": outcome}, (*missed, *samples.notes))
         if not missed:
             break
     if met.record["outcome"]["excess_nats"] > target.most_nats:
@@ -405,10 +404,11 @@ class Search:
 
     def _excess(self, config: CompressConfig, progress: Progress) -> float:
         checkpoint = self.checkpoint
-        model = use_fast_scan(copy.deepcopy(checkpoint.model))
-        prune(model, checkpoint.architecture, self.samples.fit, config, checkpoint.dtypes, progress)
+        device = checkpoint.model.device
+        model = use_fast_scan(copy.deepcopy(checkpoint.model).cpu())
+        prune(model, checkpoint.architecture, self.samples.fit, config, checkpoint.dtypes, device, progress)
         return excess_loss(self._loss(model), self.base).nats
 
     def _loss(self, model: nn.Module) -> Perplexity:
         held = self.samples.held_out
-        return perplexity(model, held.reshape(-1), held.shape[1])
+        return perplexity(model.to(self.checkpoint.model.device), held.reshape(-1), held.shape[1])

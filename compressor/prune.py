@@ -14,6 +14,7 @@ from ssmc.runtime.progress import Progress, silent
 from .config import CompressConfig
 from .patterns import LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
+from .placement import Stage
 from .shedder import Removal, choose_removals, shed
 
 
@@ -31,25 +32,29 @@ def prune(
     tokens: torch.Tensor | None,
     config: CompressConfig,
     stored_dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
     progress: Progress = silent,
 ) -> Pruned:
     """Carry out a configuration on `model`, in place and without changing a shape.
 
     Args:
-        model: with the fast scan in use.
+        model: on the CPU, with the fast scan in use.
         architecture: its adapter.
         tokens: (nsamples, seqlen) calibration samples; None when the run needs no text.
         config: what is removed and how.
         stored_dtypes: by tensor name, what the model will be saved as.
+        device: where to compute.
         progress: told about the steps.
     """
     layers: list[LayerResult] = []
     removals: list[Removal] = []
-    if config.pattern in (LAYER, SSM_MODULE):
-        removals = shed(model, architecture, tokens, config, progress)
-    else:
-        if LAYER in config.parts:
-            removals = choose_removals(model, architecture, tokens, config, progress)
+    if LAYER in config.parts or SSM_MODULE in config.parts:
+        # every try runs most of the model, so all of it goes to the device
+        tried = None if tokens is None else tokens.to(device)
+        remove = shed if config.pattern in (LAYER, SSM_MODULE) else choose_removals
+        removals = remove(model.to(device), architecture, tried, config, progress)
+        model.cpu()
+    if config.pattern not in (LAYER, SSM_MODULE):
         removed = {removal.layer for removal in removals}
-        layers = prune_layers(model, architecture, tokens, config, stored_dtypes, progress, removed)
+        layers = prune_layers(model, architecture, tokens, config, stored_dtypes, progress, removed, Stage(device))
     return Pruned(tuple(layers), tuple(removals))

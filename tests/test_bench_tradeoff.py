@@ -27,7 +27,7 @@ SCORE = Perplexity(2.0, 7.39, 630, 10, 64, 0.01, (2.0,) * 10)
 def model(name, nats=None, recipe=None, smaller=False):
     excess = None if nats is None else ExcessLoss(nats, 0.001)
     dense = nats is None
-    return Model(name, dense, recipe, "float32", None, 1, (), 1, None, SCORE, excess, smaller)
+    return Model(name, dense, recipe, "float32", None, 1, (), 1, None, SCORE, excess, smaller=smaller)
 
 
 def report(times, losses, recipes=None):

@@ -8,7 +8,15 @@ parameter_counter how many it would have at other sizes
 tensor_bytes      how many bytes they take
 """
 
-from .checkpoint import FORMATS, Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from .checkpoint import (
+    FORMATS,
+    Checkpoint,
+    load_checkpoint,
+    parameter_count,
+    read_dimensions,
+    tensor_bytes,
+    write_checkpoint,
+)
 from .mamba_ssm_format import unpadded_vocab_size
 from .model import parameter_counter
 
@@ -18,6 +26,7 @@ __all__ = [
     "load_checkpoint",
     "parameter_count",
     "parameter_counter",
+    "read_dimensions",
     "tensor_bytes",
     "unpadded_vocab_size",
     "write_checkpoint",
