@@ -24,7 +24,7 @@ from ssmc.runtime.progress import Progress, silent
 
 from .config import POWER_OF_TWO, CompressConfig
 from .counts import default_multiple
-from .patterns import CHANNEL, COLUMN, LAYER
+from .patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
 from .prune import Pruned, prune
 from .search import Curve, Limit, LossModel, Sizes, cheapest_within, enumerate_sizes, frontier, shortlist
 from .target import Target, configured, removable_layers
@@ -305,9 +305,10 @@ class Search:
             f"{limit.most:.4g} of the {limit.name} (the least is {min(map(limit.cost, candidates)):.3f})"
             for limit in limits
         ]
+        whole = set(self.config.parts) == set(COMBINABLE)
         raise UsageError(
-            f"The pattern {self.config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less, "
-            "or allow more: --pattern layer+column+channel."
+            f"The pattern {self.config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less"
+            + ("." if whole else f", or allow more with --pattern {'+'.join(COMBINABLE)}.")
         )
 
     def _curve(self, part: str) -> Curve:
