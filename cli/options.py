@@ -36,6 +36,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
+Quantize = Literal["int8"]
 
 METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
