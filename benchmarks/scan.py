@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py                                  # one Mamba-130M layer, 2048 tokens
     python benchmarks/scan.py --d-state 8 --json scan.json
+    python benchmarks/scan.py --gradients                      # forward and backward, ours and the reference
 
 All three read the same tensors, after softplus, and apply the skip and the gate. The contenders take turns.
 """
@@ -9,16 +10,19 @@ All three read the same tensors, after softplus, and apply the skip and the gate
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from reporting import as_json, print_conditions, print_timings, write_json
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.utils import logging
 
 from ssmc.runtime.bench.timing import interleave
-from ssmc.runtime.scan import ScanInputs, selective_scan
+from ssmc.runtime.scan import ScanInputs, SsdInputs, selective_scan, ssd_scan
 
 
 def layer_inputs(batch: int, length: int, d_inner: int, d_state: int) -> ScanInputs:
@@ -58,6 +62,61 @@ def contenders(inputs: ScanInputs, reference: bool = True) -> dict:
     return ways
 
 
+def ssd_layer_inputs(batch: int, length: int, heads: int, head_dim: int, d_state: int) -> SsdInputs:
+    """Inputs of a Mamba-2 scan with the strides of a real layer: x, B and C are slices of what conv1d puts out."""
+    generator = torch.Generator().manual_seed(0)
+    d_inner = heads * head_dim
+    conv = F.silu(torch.randn(batch, length, d_inner + 2 * d_state, generator=generator))
+    u, B, C = conv.split([d_inner, d_state, d_state], dim=-1)
+    return SsdInputs(
+        u=u,
+        dt=F.softplus(torch.randn(batch, length, heads, generator=generator) - 4),
+        A=-torch.arange(1.0, heads + 1),
+        B=B[:, :, None],
+        C=C[:, :, None],
+        D=torch.ones(heads),
+    )
+
+
+def ssd_contenders(inputs: SsdInputs) -> dict:
+    """The scans of Mamba-2 by name: transformers' own, our kernel, and our chunks of matrix products."""
+    u = inputs.u.unflatten(2, (inputs.heads, inputs.head_dim))
+
+    def stock() -> tuple[torch.Tensor, torch.Tensor]:
+        scanned = (u, inputs.dt, inputs.A, inputs.B, inputs.C)
+        return mamba2_chunk_scan(*scanned, chunk_size=256, D=inputs.D, return_final_states=True)
+
+    ways = {"transformers": stock, "ours": lambda: ssd_scan(inputs, backend="cpu")}
+    ways["chunks"] = lambda: ssd_scan(inputs, backend="reference")
+    wanted = stock()[0].flatten(2)
+    for name in ("ours", "chunks"):
+        error = float((ways[name]()[0] - wanted).abs().max() / wanted.abs().max())
+        assert error < 1e-5, f"{name} differs from transformers by {error:.1e} relative"
+    return ways
+
+
+def with_gradients(inputs: ScanInputs) -> dict:
+    """Forward and backward of ours and of the reference, by name.
+
+    Each has been checked against transformers on a few tokens; timing that is no use, since autograd through its loop
+    over slices takes time and memory quadratic in the length.
+    """
+
+    def gradients(scan: Callable[[ScanInputs], tuple[torch.Tensor, torch.Tensor]], tokens: int) -> list[torch.Tensor]:
+        cut = {n: t[:, :tokens] if t.dim() == 3 else t for n, t in vars(inputs).items()}
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in cut.items()}
+        y, _ = scan(ScanInputs(**leaves))
+        return torch.autograd.grad(y.square().sum(), list(leaves.values()))
+
+    scans = {name: partial(selective_scan, backend=name) for name in ("reference", "cpu")}
+    wanted = gradients(lambda i: (transformers_scan(i)[0].transpose(1, 2), None), 32)
+    for name, scan in scans.items():
+        for field, got, right in zip(vars(inputs), gradients(scan, 32), wanted, strict=True):
+            error = float((got - right).abs().max() / right.abs().max())
+            assert error < 1e-4, f"the gradient of {field} by {name} differs from transformers by {error:.1e} relative"
+    return {name: partial(gradients, scan, inputs.length) for name, scan in scans.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
@@ -65,17 +124,21 @@ def main() -> None:
     parser.add_argument("--d-state", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--gradients", action="store_true", help="time forward and backward")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
     now = print_conditions()
-    with torch.no_grad():
-        ways = contenders(layer_inputs(args.batch, args.length, args.d_inner, args.d_state))
+    inputs = layer_inputs(args.batch, args.length, args.d_inner, args.d_state)
+    baseline = "reference" if args.gradients else "transformers"
+    with torch.set_grad_enabled(args.gradients):
+        ways = with_gradients(inputs) if args.gradients else contenders(inputs)
         timings = interleave(ways, torch.device("cpu"), args.repeats, budget=300)
+    what = "Selective scan, forward and backward" if args.gradients else "Selective scan"
     sizes = f"B = {args.batch}, L = {args.length}, D = {args.d_inner}, N = {args.d_state}"
-    print_timings(f"Selective scan, {sizes}", timings, "transformers")
-    settings = {"batch": args.batch, "length": args.length, "d_inner": args.d_inner, "d_state": args.d_state}
-    write_json(args.json, now, settings, {"scan": as_json(timings, "transformers")})
+    print_timings(f"{what}, {sizes}", timings, baseline)
+    settings = {name: getattr(args, name) for name in ("batch", "length", "d_inner", "d_state", "gradients")}
+    write_json(args.json, now, settings, {"scan": as_json(timings, baseline)})
 
 
 if __name__ == "__main__":
