@@ -183,7 +183,7 @@ def read_source(directory: str | Path) -> Source:
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
     require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), path)
     masked = load_checkpoint(path, dtype=torch.float32)
-    return Source(masked, shrink(masked, manifest, path), manifest)
+    return Source(masked, shrink(masked, manifest, path, uneven=True), manifest)
 
 
 def runs_where(options: OnnxOptions) -> tuple[Runtime, ...]:
@@ -230,13 +230,15 @@ def _about(source: Source, options: OnnxOptions) -> dict[str, Any]:
         "source": of.get("source", dense),
         "config": of.get("config"),
         "dimensions": checkpoint.architecture.dimensions(shrunk.config).as_dict(),
+        "settings": {
+            "dtype": options.dtype,
+            "quantize": options.quantize,
+            "logits": options.logits,
+            "target": "portable",
+        },
         "onnx": {
             "architecture": shrunk.config.model_type,
             "layers": layers,
-            "logits": options.logits,
-            "dtype": options.dtype,
-            "quantize": options.quantize,
-            "target": "portable",
             "tokenizer": TOKENIZER_JSON if tokenizer_directory(checkpoint) is not None else None,
         },
         "cuts": [{"name": c.name, "before": list(c.before), "after": list(c.after)} for c in shrunk.cuts],

@@ -81,15 +81,19 @@ def metadata(model: ir.Model, about: Mapping[str, Any]) -> dict[str, str]:
     }
     run = about["config"] or {}
     provenance = {key: run.get(key) for key in ("pattern", "sparsity", "score", "repair")}
-    content = about["onnx"] | {
-        "version": about["versions"]["ssmc"],
-        "dimensions": about["dimensions"],
-        "parameters": about["parameters"],
-        "layouts": layouts,
-        "states": "zeros before the first token; what comes out as present_* goes in again as past_*; channels last, "
-        "the newest input of the convolution at the end",
-        "provenance": {"model": about["source"]["model"], **provenance},
-    }
+    content = (
+        about["onnx"]
+        | about["settings"]
+        | {
+            "version": about["versions"]["ssmc"],
+            "dimensions": about["dimensions"],
+            "parameters": about["parameters"],
+            "layouts": layouts,
+            "states": "zeros before the first token; present_* goes in again as past_*; channels last, the newest "
+            "input of the convolution at the end",
+            "provenance": {"model": about["source"]["model"], **provenance},
+        }
+    )
     return {KEY + key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
 
 
