@@ -23,8 +23,8 @@ from .statistics import Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
 STRETCH = 64  # time steps whose hidden states exist at once
-PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
-STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
+PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
+STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def collect(
     if not statistics:
         return
     nsamples, length, _ = hidden.shape
-    carried = _Carried(nsamples)
-    groups = list(_slices(nsamples, max(1, PROJECTED // STRETCH)))
+    carried, device = _Carried(nsamples), device_of(block)
+    groups = list(_slices(nsamples, max(1, PROJECTED[device.type] // STRETCH)))
     stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
-    stretches = ahead(stretches, device_of(block))
+    stretches = ahead(stretches, device)
     for start in range(0, length, STRETCH):
         progress(label, start, length)
         for rows in groups:
@@ -234,7 +234,7 @@ def _chunks(
     inputs = architecture.scan_inputs(mixer, x, z, history)
     carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
     per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
-    for group in _slices(inputs.batch, max(1, STATE_BYTES // per_sample)):
+    for group in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
         here = slice(rows.start + group.start, rows.start + group.stop)
         part = inputs.sequences(group)
         states = scan_states(part, carried.states[here])
