@@ -86,9 +86,7 @@ def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str
             )
 
 
-def _sized(
-    kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1
-) -> list[list[int]]:
+def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:
     """The numbers that are cut out for good; those of removed layers do not matter and follow the others."""
     most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total) // groups
     whole, sized = total // groups, []
