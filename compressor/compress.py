@@ -26,6 +26,7 @@ from .families import check_family
 from .notes import notes_for
 from .patterns import LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
+from .placement import Stage
 from .shedder import Removal, choose_removals, shed
 
 
@@ -72,20 +73,28 @@ def compress(
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = _calibration(config, checkpoint) if config.needs_text else None
     device = choose_device(config.device)
-    use_fast_scan(checkpoint.model.to(device))
-    tokens = None if calibration is None else calibration.tokens.to(device)
+    use_fast_scan(checkpoint.model)
+    tokens = None if calibration is None else calibration.tokens
     layers: list[LayerResult] = []
     removals: list[Removal] = []
-    if config.pattern in (LAYER, SSM_MODULE):
-        removals = shed(checkpoint.model, checkpoint.architecture, tokens, config, progress)
-    else:
-        if LAYER in config.parts:
-            removals = choose_removals(checkpoint.model, checkpoint.architecture, tokens, config, progress)
+    if LAYER in config.parts or SSM_MODULE in config.parts:
+        # every try runs most of the model, so all of it goes to the device
+        tried = None if tokens is None else tokens.to(device)
+        remove = shed if config.pattern in (LAYER, SSM_MODULE) else choose_removals
+        removals = remove(checkpoint.model.to(device), checkpoint.architecture, tried, config, progress)
+        checkpoint.model.cpu()
+    if config.pattern not in (LAYER, SSM_MODULE):
         removed = {removal.layer for removal in removals}
         layers = prune_layers(
-            checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress, removed
+            checkpoint.model,
+            checkpoint.architecture,
+            tokens,
+            config,
+            checkpoint.dtypes,
+            progress,
+            removed,
+            Stage(device),
         )
-    checkpoint.model.cpu()
     manifest = write_artefact(
         out, checkpoint, config, calibration, layers, removals, tokenizer_source, command=command, force=force
     )

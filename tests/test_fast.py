@@ -266,7 +266,9 @@ def test_it_can_be_repeated_and_undone():
 def test_the_scan_named_is_the_scan_used(monkeypatch):
     model, used = random_model(), []
     real = mamba.selective_scan
-    monkeypatch.setattr(mamba, "selective_scan", lambda i, s, backend: used.append(backend) or real(i, s, backend))
+    monkeypatch.setattr(
+        mamba, "selective_scan", lambda i, s, backend, *a: used.append(backend) or real(i, s, backend, *a)
+    )
     use_fast_scan(model, "reference")(random_ids(1, 4))
     assert used == ["reference"] * 3
     use_stock_scan(model)(random_ids(1, 4))

@@ -60,6 +60,7 @@ class Architecture(Protocol):
     """
 
     model_type: str
+    has_gpu_scan: bool  # kernels for a GPU: then `scan_inputs` takes `fuse`, `scan` takes `in_place`
 
     def dimensions(self, config: Any) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -90,7 +91,10 @@ class Architecture(Protocol):
         history: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> ScanInputs | SsdInputs:
-        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
+        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
+
+        With `has_gpu_scan`, `fuse=True` leaves bias and softplus of dt to the scan (`ScanInputs.dt_bias`).
+        """
 
     def scan(
         self, mixer: nn.Module, inputs: Any, state: torch.Tensor | None = None, backend: str = "auto"

@@ -27,6 +27,7 @@ class MambaArchitecture(BackboneArchitecture):
     """Adapter for Mamba-1; see `Architecture` for what each method promises."""
 
     model_type = "mamba"
+    has_gpu_scan = True
 
     def dimensions(self, config: MambaConfig) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -52,6 +53,7 @@ class MambaArchitecture(BackboneArchitecture):
         z: torch.Tensor,
         history: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        fuse: bool = False,
     ) -> ScanInputs:
         """Everything between in_proj and the scan.
 
@@ -61,21 +63,28 @@ class MambaArchitecture(BackboneArchitecture):
             z: (B, L, D) the gate before silu.
             history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
+            fuse: leave bias and softplus of dt to the scan, which then reads it as dt_proj puts it out.
         """
         u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
-        # transformers adds the bias in float32 whatever the weights' dtype
-        dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float().add_(mixer.dt_proj.bias.float()))
-        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
+        dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
+        if not fuse:  # transformers adds the bias in float32 whatever the weights' dtype
+            dt, bias = F.softplus(dt.float().add_(bias.float())), None
+        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
 
     def scan(
-        self, mixer: nn.Module, inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto"
+        self,
+        mixer: nn.Module,
+        inputs: ScanInputs,
+        state: torch.Tensor | None = None,
+        backend: str = "auto",
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
-        return selective_scan(inputs, state, backend)
+        return selective_scan(inputs, state, backend, in_place)
 
     def scan_groups(self, mixer: nn.Module, inputs: ScanInputs) -> list[ScanInputs]:
         """All channels read the same B and C."""

@@ -48,6 +48,7 @@ class Mamba2Architecture(BackboneArchitecture):
     """Adapter for Mamba-2; see `Architecture` for what each method promises."""
 
     model_type = "mamba2"
+    has_gpu_scan = False
 
     def dimensions(self, config: Mamba2Config) -> Mamba2Dimensions:
         """Read the sizes out of a transformers configuration."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 _Inputs = TypeVar("_Inputs", bound="_Sequences")
 
@@ -62,7 +63,16 @@ class ScanInputs(_Sequences):
         C: (B, L, N).
         D: (D,) skip connection.
         z: (B, L, D) gate before silu; None: the output is not gated.
+        dt_bias: (D,); if given, dt is before bias and softplus, which kernels for a GPU fuse.
     """
+
+    dt_bias: torch.Tensor | None = None
+
+    def with_time_steps(self) -> ScanInputs:
+        """The same inputs with bias and softplus applied to dt, in float32, as the models do it."""
+        if self.dt_bias is None:
+            return self
+        return replace(self, dt=F.softplus(self.dt.float() + self.dt_bias.float()), dt_bias=None)
 
     @property
     def d_state(self) -> int:
