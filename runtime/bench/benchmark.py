@@ -25,6 +25,7 @@ from .settings import Settings
 from .sources import (
     Subject,
     compute_dtype,
+    dtypes_note,
     find_sources,
     is_sparse24,
     load_subjects,
@@ -101,7 +102,7 @@ def benchmark(
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
     require_same_tokens(in_torch, tokenizer)
     load_before = load_average()
-    notes += left_out + busy_note(load_before)
+    notes += left_out + busy_note(load_before) + dtypes_note(subjects)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
     parameters = [checkpoint.parameters for checkpoint in checkpoints]
     for subject in in_torch:

@@ -186,6 +186,15 @@ def compute_dtype(subject: Subject) -> str:
     return "float32" if subject.runtime == "onnx" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
 
 
+def dtypes_note(subjects: Sequence[Subject]) -> list[str]:
+    """What to say where models compute in different dtypes, as on a GPU they may unless the user names one."""
+    dtypes = {subject.source.name: compute_dtype(subject) for subject in subjects}
+    if len(set(dtypes.values())) == 1:
+        return []
+    each = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+    return [f"The models compute in different dtypes ({each}), which alone changes their speed; --dtype makes it one."]
+
+
 def is_sparse24(directory: Path) -> bool:
     """Whether a model directory is an export as sparse24, whose manifest lists its 2:4 modules."""
     return (directory / MANIFEST).is_file() and "sparse24" in read_manifest(directory)
