@@ -233,7 +233,7 @@ except UsageError as error:
 def compiled(kernel, **constants):
     names = kernel.arg_names
     types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names}
-    types |= {n: "*bf16" for n in ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr") if n in names}
+    types |= {n: "*bf16" for n in ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr") if n in names}
     aligned = [n for n in names if n.endswith(("_ptr", "_batch", "_token")) or n == "channels"]
     source = ASTSource(
         kernel,
@@ -247,6 +247,11 @@ for kernel, more in ((kernels.chunk_ends_kernel, {}), (kernels.scan_kernel, dict
     loops = re.findall(r"(\$L__BB\S+):(.*?)bra(?:\.uni)? +\t*\1;", compiled(kernel, **options, **more), re.S)
     loop = max((body for _, body in loops), key=len)
     print(len(re.findall("ex2.approx.ftz.f32", loop)), len(re.findall("bar.sync|shfl|shared", loop)))
+whole = dict(BLOCK=64, SOFTPLUS=False)
+compiled(kernels.states_kernel, PARTS=(8, 4), LANE=2, TOKENS=1, WHOLE=False, CONTINUES=False, **whole)
+compiled(kernels.token_kernel, PARTS=(8, 4), STATES=12, WHOLE=False, GATED=False, **whole)
+compiled(kernels.moments_kernel, PART=16, GATED=True, CONTINUES=True, **whole)
+compiled(kernels.conv_kernel, WIDTH=4, TOKENS=16, BLOCK=128, BIASED=True, CONTINUES=True)
 """
 
 
