@@ -85,6 +85,7 @@ def fit_out_proj(
     kept: Sequence[int],
     progress: Progress = silent,
     label: str = "fit",
+    near: float | None = None,
 ) -> Fitted:
     """Fit the kept columns of out_proj, in place, so that the block's output comes closest to the dense model's.
 
@@ -99,6 +100,8 @@ def fit_out_proj(
         kept: channels whose columns are fitted; the others stay as they are.
         progress: told about samples.
         label: what to call the work.
+        near: ridge on the change of the columns, times the mean diagonal, where little has to change; None: the
+            columns are fitted from nothing.
     """
     out_proj = architecture.module_weights(architecture.mixer(block))["out_proj"]
     bias = architecture.mixer(block).out_proj.bias
@@ -119,7 +122,7 @@ def fit_out_proj(
     progress(label, len(hidden), len(hidden))
     total = moment.total
     before = out_proj[:, index].double()
-    fitted = fit(cross, total)
+    fitted = fit(cross, total) if near is None else before + fit(cross - before @ total, total, near)
     out_proj[:, index] = fitted.to(out_proj)
     errors = [_relative(weight, cross, total, energy) for weight in (fitted, before)]
     return Fitted(*errors)
