@@ -10,20 +10,22 @@ from torch import nn
 
 from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
-from ssmc.runtime.scan import scan_states
+from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
 from .config import SSM, CompressConfig
 from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
+from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
 STRETCH = 64  # time steps whose hidden states exist at once
-PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
-STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
+PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
+SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
+STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def prune_layers(
     stored_dtypes: Mapping[str, torch.dtype],
     progress: Progress = silent,
     removed: Collection[int] = (),
+    stage: Stage = HOST,
 ) -> list[LayerResult]:
     """Prune every layer of `model` in place, each on what the pruned layers before it put out.
 
@@ -61,18 +64,19 @@ def prune_layers(
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
         removed: layers that go as a whole.
+        stage: where each layer is while it is worked on; the rest of the model stays where it is.
 
     Raises:
         UsageError: the counts asked for do not fit the model.
     """
     counts = kept(config, architecture.dimensions(model.config))
-    hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
+    hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
     # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
-    stream = hidden.clone() if hidden is not None and config.fits_out_proj else None
+    stream = stage.place(hidden.clone()) if hidden is not None and config.fits_out_proj else None
     blocks = architecture.blocks(model)
-    targets = module_targets(architecture, model, hidden, config, progress)
+    targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
-    for index, block in enumerate(blocks):
+    for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
         result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
@@ -159,9 +163,11 @@ def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> 
 
 def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:
     """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it."""
-    for i in range(len(hidden)):
+    device = device_of(block)
+    for i, sample in samples(hidden, device):
         progress(label, i, len(hidden))
-        hidden[i : i + 1] = block(hidden[i : i + 1])
+        put(hidden, i, block(sample))
+    settle(hidden, device)
     progress(label, len(hidden), len(hidden))
 
 
@@ -172,6 +178,7 @@ def collect(
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
+    backend: str = "auto",
 ) -> None:
     """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
 
@@ -185,20 +192,57 @@ def collect(
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
+        backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
         return
+    if _sums_suffice(architecture, block, statistics, backend):
+        _collect_sums(architecture, block, hidden, statistics, progress, label, backend)
+        return
     nsamples, length, _ = hidden.shape
-    samples = _Carried(nsamples)
+    carried, device = _Carried(nsamples), device_of(block)
+    groups = list(_slices(nsamples, max(1, PROJECTED[device.type] // STRETCH)))
+    stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
+    stretches = ahead(stretches, device)
     for start in range(0, length, STRETCH):
         progress(label, start, length)
-        for rows in _slices(nsamples, max(1, PROJECTED // STRETCH)):
-            for chunk in _chunks(architecture, block, hidden[rows, start : start + STRETCH], samples, rows, start):
+        for rows in groups:
+            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:
             statistic.end_of_stretch()
     progress(label, length, length)
+
+
+def _sums_suffice(architecture: Architecture, block: nn.Module, statistics: Sequence[Statistic], backend: str) -> bool:
+    """Whether the layer is where a kernel can sum over its states, and the sums are all that is wanted."""
+    if not (architecture.has_gpu_scan and all(statistic.takes_moments for statistic in statistics)):
+        return False
+    return accelerator(backend, list(block.parameters())) is not None
+
+
+def _collect_sums(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    statistics: Sequence[Statistic],
+    progress: Progress,
+    label: str,
+    backend: str,
+) -> None:
+    """As `collect`, a few whole samples at a time, without the states themselves."""
+    mixer = architecture.mixer(block)
+    nsamples, length, _ = hidden.shape
+    groups = list(_slices(nsamples, max(1, SUMMED // length)))
+    pieces = ahead((hidden[rows] for rows in groups), device_of(block))
+    for rows, piece in zip(groups, pieces, strict=True):
+        progress(label, rows.start, nsamples)
+        x, z = architecture.expand(mixer, architecture.normed(block, piece))
+        moments = scan_moments(architecture.scan_inputs(mixer, x, z, fuse=True), backend=backend)
+        for statistic in statistics:
+            statistic.add_moments(moments)
+    progress(label, nsamples, nsamples)
 
 
 class _Carried:
@@ -226,7 +270,7 @@ def _chunks(
     inputs = architecture.scan_inputs(mixer, x, z, history)
     carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
     per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
-    for group in _slices(inputs.batch, max(1, STATE_BYTES // per_sample)):
+    for group in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
         here = slice(rows.start + group.start, rows.start + group.stop)
         part = inputs.sequences(group)
         states = scan_states(part, carried.states[here])

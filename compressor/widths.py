@@ -14,6 +14,7 @@ from ssmc.runtime.progress import Progress, silent
 from .channels import choose_channels, fit, refit
 from .hessian import SecondMoment
 from .patterns import BLIND, Score
+from .placement import device_of, samples
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def prune_channels(
         SecondMoment(d_inner, mixer.D.device) if wanted else None for wanted in (repair, score not in BLIND)
     )
     if read_by_x or read_by_out:
-        for i in range(len(hidden)):
+        for i, sample in samples(hidden, device_of(block)):
             progress(label, i, len(hidden))
-            u, y = architecture.scanned(block, hidden[i : i + 1])
+            u, y = architecture.scanned(block, sample)
             if read_by_x:
                 read_by_x.add(u)
             if read_by_out:
@@ -105,11 +106,12 @@ def fit_out_proj(
     moment = SecondMoment(len(index), out_proj.device)
     cross = torch.zeros(len(out_proj), len(index), dtype=torch.float64, device=out_proj.device)
     energy = 0.0
-    for i in range(len(hidden)):
+    pairs = zip(samples(hidden, out_proj.device), samples(stream, out_proj.device), strict=True)
+    for (i, sample), (_, dense) in pairs:
         progress(label, i, len(hidden))
-        _, y = architecture.scanned(block, hidden[i : i + 1])
+        _, y = architecture.scanned(block, sample)
         y = y[0].float()[:, index]  # (L, K)
-        target = stream[i] - hidden[i]  # (L, d_model)
+        target = (dense - sample)[0]  # (L, d_model)
         target = target if bias is None else target - bias
         moment.add(y)
         cross += target.t() @ y
