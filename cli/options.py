@@ -37,6 +37,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
+Quantize = Literal["int8"]
 
 METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
