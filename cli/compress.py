@@ -256,6 +256,12 @@ def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) 
     if "column" in config.parts and "A_log" in config.targets:
         terminal.show(_states(result, manifest["dimensions"]["d_state"]))
         terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
+    if "channel" in config.parts:
+        terminal.show(_channels(result, manifest["dimensions"]["d_inner"]))
+        terminal.say(
+            "error: squared difference of what the layer adds to the dense model's residual stream, relative to it.",
+            style="dim",
+        )
     if config.modules:
         terminal.show(_modules(result))
         terminal.say("zeros, and squared error of the module's output relative to the output.", style="dim")
@@ -279,6 +285,17 @@ def _states(result: CompressResult, dense: int) -> Table:
             _error(layer.error),
             _error(layer.error_unrepaired) if layer.repaired else "",
         )
+    return layers
+
+
+def _channels(result: CompressResult, dense: int) -> Table:
+    layers = table("Channels", "layer", f"kept of {dense}", "error", "before out_proj was fitted")
+    for index, layer in enumerate(result.layers):
+        if layer.channels is None:
+            layers.add_row(str(index), "removed")
+            continue
+        errors = ("not measured", "") if layer.fitted is None else map(_error, vars(layer.fitted).values())
+        layers.add_row(str(index), str(len(layer.channels)), *errors)
     return layers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,14 +156,28 @@ def _cuts(terminal: Terminal, result: ExportResult) -> None:
         layers.setdefault(layer.rpartition(".")[2], []).append(_change(tensor, cut.before, cut.after))
     cuts = table("Cuts", "layer", "what got smaller")
     cuts.columns[1].justify = "left"
-    for layer, changes in layers.items():
-        cuts.add_row(layer, ", ".join(changes))
+    for group in _alike(layers):
+        name = group[0] if len(group) == 1 else f"{group[0]}-{group[-1]}"
+        cuts.add_row(name, "\n".join(layers[group[0]]))
     terminal.show(cuts)
+
+
+def _alike(layers: Mapping[str, list[str]]) -> list[list[str]]:
+    """Neighbouring layers in which the same got smaller."""
+    groups: list[list[str]] = []
+    for layer in sorted(layers, key=int):
+        if groups and int(groups[-1][-1]) + 1 == int(layer) and layers[groups[-1][0]] == layers[layer]:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
 
 
 def _change(tensor: str, before: tuple[int, ...], after: tuple[int, ...]) -> str:
     name = tensor.removesuffix(".weight")
-    if name == tensor:
+    if name == "conv1d":
+        before, after = before[:1] + before[2:], after[:1] + after[2:]  # depthwise: (D, 1, K)
+    if name == tensor or name == "conv1d":
         return f"{name} {_join(' x ', before)} => {_join(' x ', after)}"
     # the weight of a linear layer is stored as (out, in), read it in the direction of the data
     return f"{name} {_join(' -> ', before[::-1])} => {_join(' -> ', after[::-1])}"

@@ -101,6 +101,7 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
     return {
         "kept": list(layer.kept),
         "kept_channels": None if layer.channels is None else list(layer.channels),
+        "out_proj_error": None if layer.fitted is None else asdict(layer.fitted),
         "repaired": layer.repaired,
         "error": layer.error,
         "error_unrepaired": layer.error_unrepaired,

@@ -10,7 +10,6 @@ import torch
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.device import choose_device
-from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
@@ -23,10 +22,12 @@ from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
+from .families import check_family
 from .notes import notes_for
-from .patterns import CHANNEL, LAYER, SSM_MODULE
+from .patterns import LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
-from .shedder import Removal, shed
+from .placement import Stage
+from .shedder import Removal, choose_removals, shed
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,37 @@ def compress(
         SsmcError: with one sentence on what is wrong and what to do.
     """
     config = configure(model=str(model), **options)
-    if CHANNEL in config.parts:
-        raise UsageError("The pattern channel is not carried out yet, only understood. Use column and layer.")
     out = Path(out).expanduser()
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
+    check_family(config, checkpoint.architecture.model_type)
     counts = kept(config, checkpoint.dimensions)  # what cannot be met is said before minutes of work
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = _calibration(config, checkpoint) if config.needs_text else None
     device = choose_device(config.device)
-    use_fast_scan(checkpoint.model.to(device))
-    tokens = None if calibration is None else calibration.tokens.to(device)
+    use_fast_scan(checkpoint.model)
+    tokens = None if calibration is None else calibration.tokens
     layers: list[LayerResult] = []
     removals: list[Removal] = []
     if LAYER in config.parts or SSM_MODULE in config.parts:
-        removals = shed(checkpoint.model, checkpoint.architecture, tokens, config, progress)
+        # every try runs most of the model, so all of it goes to the device
+        tried = None if tokens is None else tokens.to(device)
+        remove = shed if config.pattern in (LAYER, SSM_MODULE) else choose_removals
+        removals = remove(checkpoint.model.to(device), checkpoint.architecture, tried, config, progress)
+        checkpoint.model.cpu()
     if config.pattern not in (LAYER, SSM_MODULE):
         removed = {removal.layer for removal in removals}
         layers = prune_layers(
-            checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress, removed
+            checkpoint.model,
+            checkpoint.architecture,
+            tokens,
+            config,
+            checkpoint.dtypes,
+            progress,
+            removed,
+            Stage(device),
         )
-    checkpoint.model.cpu()
     manifest = write_artefact(
         out, checkpoint, config, calibration, layers, removals, tokenizer_source, command=command, force=force
     )

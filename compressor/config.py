@@ -185,6 +185,11 @@ class CompressConfig(BaseModel):
         return self.judge_of(self.parts[0])
 
     @property
+    def fits_out_proj(self) -> bool:
+        """Whether out_proj is fitted to the dense model's residual stream after all else."""
+        return self.repair and CHANNEL in self.parts
+
+    @property
     def needs_text(self) -> bool:
         """Whether anything is decided or fitted by running the model."""
         if self.modules and self.ffn_score is not FfnScore.magnitude:

@@ -6,8 +6,8 @@ from ssmc.runtime.architectures import Dimensions
 
 from .calibration import Calibration
 from .config import SSM, CompressConfig
-from .counts import Kept
-from .patterns import COLUMN, SSM_MODULE
+from .counts import Kept, default_multiple
+from .patterns import CHANNEL, COLUMN, SSM_MODULE
 
 
 def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Dimensions, counts: Kept) -> list[str]:
@@ -30,6 +30,13 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
     states = max(counts.states)
     if COLUMN in config.parts and states < sizes.d_state and states & (states - 1):
         notes.append(_padding(sizes.d_state, states))
+    if CHANNEL in config.parts:
+        notes.append(_width(config, sizes, counts))
+    if len(set(counts.channels)) > 1 or len(set(counts.states)) > 1:
+        notes.append(
+            "Layers keep numbers of their own. Stock loaders have one for all, so `ssmc export` fills the narrower "
+            "ones up with zeros to the widest: nothing is gained there."
+        )
     if COLUMN not in config.parts and SSM in config.targets:
         notes.append(
             "Entries of A_log that are 0 stand for A = -1: the state still decays and costs the same, so this makes "
@@ -51,6 +58,17 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
             "on a CPU nothing gets faster."
         )
     return notes
+
+
+def _width(config: CompressConfig, sizes: Dimensions, counts: Kept) -> str:
+    width = max(counts.channels)
+    if config.widths is not None:
+        return f"At most {width} of {sizes.d_inner} channels stay, as --widths says."
+    multiple = config.round_channels or default_multiple(sizes.d_inner)
+    return (
+        f"{width} of {sizes.d_inner} channels stay: the multiple of {multiple} nearest to sparsity "
+        f"{config.sparsity_of(CHANNEL):g}. Hardware likes such widths; --round-channels takes another multiple."
+    )
 
 
 def _padding(dense_states: int, keep: int) -> str:

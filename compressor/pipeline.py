@@ -15,10 +15,12 @@ from ssmc.runtime.scan import scan_states
 from .config import SSM, CompressConfig
 from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
-from .patterns import COLUMN
+from .patterns import CHANNEL, COLUMN
+from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .repair import evaluate
-from .scores import Layer, choose_states, prune_entries, statistics_for
+from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
+from .widths import Fitted, fit_out_proj, prune_channels
 
 STRETCH = 64  # time steps whose hidden states exist at once
 PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
@@ -30,10 +32,11 @@ class LayerResult:
     """What happened to one layer."""
 
     kept: tuple[int, ...]  # states that stay
-    channels: tuple[int, ...] | None = None  # channels that stay; None: all
     error: float | None = None  # relative squared error of the gated output; None when nothing was measured
     error_unrepaired: float | None = None
     repaired: bool = False
+    channels: tuple[int, ...] | None = None  # channels that stay; None: all
+    fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
     modules: tuple[ModuleResult, ...] = ()
 
@@ -47,6 +50,7 @@ def prune_layers(
     stored_dtypes: Mapping[str, torch.dtype],
     progress: Progress = silent,
     removed: Collection[int] = (),
+    stage: Stage = HOST,
 ) -> list[LayerResult]:
     """Prune every layer of `model` in place, each on what the pruned layers before it put out.
 
@@ -58,25 +62,49 @@ def prune_layers(
         stored_dtypes: by tensor name, what the model will be saved as; a pruned layer is rounded to it before its
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
-        removed: layers that are gone as a whole, silenced already; they are passed over.
+        removed: layers that go as a whole.
+        stage: where each layer is while it is worked on; the rest of the model stays where it is.
 
     Raises:
         UsageError: the counts asked for do not fit the model.
     """
     counts = kept(config, architecture.dimensions(model.config))
-    hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
+    hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
+    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
+    stream = stage.place(hidden.clone()) if hidden is not None and config.fits_out_proj else None
     blocks = architecture.blocks(model)
-    targets = module_targets(architecture, model, hidden, config, progress)
+    targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
-    for index, block in enumerate(blocks):
+    for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
         result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+        if stream is not None:
+            propagate(block, stream, progress, f"{label}: dense outputs")
         if index in removed:
+            architecture.remove_block(block)
             results.append(result)
             continue
         if SSM in config.targets:
             result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
+        if CHANNEL in config.parts:
+            channels = prune_channels(
+                architecture,
+                block,
+                hidden,
+                config.judge_of(CHANNEL),
+                counts.channels[index],
+                config.repair,
+                layer_seed(config.seed, index),
+                progress,
+                f"{label}: channels",
+            )
+            result = replace(result, channels=tuple(channels))
+        if stream is not None:
+            every = range(mixer.intermediate_size)
+            kept_channels = every if result.channels is None else result.channels
+            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
+            result = replace(result, fitted=fitted)
         if config.modules:
             # after the states, so that x_proj and out_proj are fitted to the pruned scan
             modules = prune_modules(
@@ -134,9 +162,11 @@ def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> 
 
 def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:
     """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it."""
-    for i in range(len(hidden)):
+    device = device_of(block)
+    for i, sample in samples(hidden, device):
         progress(label, i, len(hidden))
-        hidden[i : i + 1] = block(hidden[i : i + 1])
+        put(hidden, i, block(sample))
+    settle(hidden, device)
     progress(label, len(hidden), len(hidden))
 
 
@@ -164,11 +194,14 @@ def collect(
     if not statistics:
         return
     nsamples, length, _ = hidden.shape
-    samples = _Carried(nsamples)
+    carried = _Carried(nsamples)
+    groups = list(_slices(nsamples, max(1, PROJECTED // STRETCH)))
+    stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
+    stretches = ahead(stretches, device_of(block))
     for start in range(0, length, STRETCH):
         progress(label, start, length)
-        for rows in _slices(nsamples, max(1, PROJECTED // STRETCH)):
-            for chunk in _chunks(architecture, block, hidden[rows, start : start + STRETCH], samples, rows, start):
+        for rows in groups:
+            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:

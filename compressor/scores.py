@@ -126,8 +126,13 @@ def state_importance(score: Score, layer: Layer, seed: int) -> torch.Tensor:
 
 
 def _random(shape: Sequence[int], layer: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+    generator = torch.Generator().manual_seed(layer_seed(seed, layer))
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def layer_seed(seed: int, layer: int) -> int:
+    """A seed of its own for every layer."""
+    return (seed * 1_000_003 + layer) % 2**63
 
 
 def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int) -> list[int]:

@@ -44,34 +44,48 @@ def shed(
     config: CompressConfig,
     progress: Progress = silent,
 ) -> list[Removal]:
-    """Remove blocks or SSMs from `model` in place, without changing a shape.
+    """Remove blocks or SSMs from `model` in place, without changing a shape. Arguments as `choose_removals`."""
+    removals = choose_removals(model, architecture, tokens, config, progress)
+    for removal in removals:
+        _remover(architecture, config)(architecture.blocks(model)[removal.layer])
+    return removals
+
+
+@torch.no_grad()
+def choose_removals(
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: torch.Tensor | None,
+    config: CompressConfig,
+    progress: Progress = silent,
+) -> list[Removal]:
+    """Which blocks or SSMs to remove; `model` stays as it is.
 
     Args:
         model: with the fast scan in use.
         architecture: its adapter.
         tokens: (nsamples, seqlen) calibration samples; None for the score `random`.
-        config: pattern (`layer` or `ssm-module`), sparsity, score, seed.
+        config: pattern (`layer`, alone or with others, or `ssm-module`), sparsity, score, seed.
         progress: told about tries.
 
     Returns:
-        The removals in the order they were made.
+        The removals in the order they are made.
     """
     blocks = architecture.blocks(model)
     part = LAYER if LAYER in config.parts else SSM_MODULE
-    remove = architecture.remove_block if part == LAYER else architecture.remove_ssm
     count = removal_count(len(blocks), config.sparsity_of(part))
     if config.judge_of(part) is Score.random:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
-        removals = [Removal(layer) for layer in order]
-    elif config.judge_of(part) is Score.similarity:
+        return [Removal(layer) for layer in order]
+    if config.judge_of(part) is Score.similarity:
         influences = block_influences(model, architecture, tokens, progress)
         order = sorted(range(len(blocks)), key=lambda layer: (influences[layer], layer))[:count]
-        removals = [Removal(layer, influence=influences[layer]) for layer in order]
-    else:
-        removals = _greedy(model, architecture, tokens, count, remove, progress)
-    for removal in removals:
-        remove(blocks[removal.layer])
-    return removals
+        return [Removal(layer, influence=influences[layer]) for layer in order]
+    return _greedy(model, architecture, tokens, count, _remover(architecture, config), progress)
+
+
+def _remover(architecture: Architecture, config: CompressConfig) -> Callable[[nn.Module], None]:
+    return architecture.remove_block if LAYER in config.parts else architecture.remove_ssm
 
 
 def block_influences(
