@@ -10,6 +10,7 @@ from .modules import ModuleResult, prune_modules
 from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
+from .refinement import Refinement, refine
 from .repair import Repair, eliminate, evaluate
 from .shedder import Removal, shed
 
@@ -20,6 +21,7 @@ __all__ = [
     "Kept",
     "LayerResult",
     "ModuleResult",
+    "Refinement",
     "Removal",
     "Repair",
     "Score",
@@ -36,5 +38,6 @@ __all__ = [
     "prune_layers",
     "prune_modules",
     "read_recipe",
+    "refine",
     "shed",
 ]

@@ -17,6 +17,7 @@ from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
+from .refinement import Refinement, check_samples, refine
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
@@ -39,6 +40,7 @@ class LayerResult:
     fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
     modules: tuple[ModuleResult, ...] = ()
+    refined: Refinement | None = None  # what the gradient steps achieved; None: there were none
 
 
 @torch.no_grad()
@@ -67,11 +69,14 @@ def prune_layers(
 
     Raises:
         UsageError: the counts asked for do not fit the model.
+        CalibrationError: there is no sample left to judge the refinement by.
     """
     counts = kept(config, architecture.dimensions(model.config))
+    if config.refine:
+        check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
-    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
-    stream = stage.place(hidden.clone()) if hidden is not None and config.fits_out_proj else None
+    # the second copy of the layer inputs, and the only one: the dense model's, which layers are fitted to
+    stream = stage.place(hidden.clone()) if hidden is not None and config.follows_dense else None
     blocks = architecture.blocks(model)
     targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
@@ -100,7 +105,7 @@ def prune_layers(
                 f"{label}: channels",
             )
             result = replace(result, channels=tuple(channels))
-        if stream is not None:
+        if config.fits_out_proj:
             every = range(mixer.intermediate_size)
             kept_channels = every if result.channels is None else result.channels
             fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
@@ -113,6 +118,11 @@ def prune_layers(
             if COLUMN in config.parts and SSM in config.targets:
                 architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
             result = replace(result, modules=tuple(modules))
+        if config.refine:
+            seed, zeros = layer_seed(config.seed, index), result.a_log_zeros is not None
+            steps = f"{label}: refining"
+            refined = refine(architecture, block, hidden, stream, config.refine, seed, zeros, progress, steps)
+            result = replace(result, refined=refined)
         _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
             propagate(block, hidden, progress, f"{label}: outputs")
