@@ -13,6 +13,7 @@ from .recipe import read_recipe
 from .refinement import Refinement, refine
 from .repair import Repair, eliminate, evaluate
 from .shedder import Removal, shed
+from .target import Target, split_target
 
 __all__ = [
     "CompressConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "Removal",
     "Repair",
     "Score",
+    "Target",
     "Weighting",
     "collect",
     "compress",
@@ -40,4 +42,5 @@ __all__ = [
     "read_recipe",
     "refine",
     "shed",
+    "split_target",
 ]
