@@ -197,15 +197,14 @@ class CompressConfig(BaseModel):
         """The score that is used; of a combined pattern, that of its first part."""
         return self.judge_of(self.parts[0])
 
-    @property
-    def fits_out_proj(self) -> bool:
-        """Whether out_proj is fitted to the dense model's residual stream after all else."""
-        return self.repair and CHANNEL in self.parts
+    def fits_out_proj(self, mixes_readers: bool = True) -> bool:
+        """Whether out_proj is fitted to the dense model's residual stream after all else.
 
-    @property
-    def follows_dense(self) -> bool:
-        """Whether layers are fitted to the dense model's residual stream, which then has to be computed."""
-        return self.fits_out_proj or self.refine > 0
+        Args:
+            mixes_readers: whether the repair of removed states folds into their C rows; where it does not, out_proj is
+                what is left to fit.
+        """
+        return self.repair and (CHANNEL in self.parts or (COLUMN in self.parts and not mixes_readers))
 
     @property
     def needs_text(self) -> bool:

@@ -13,6 +13,7 @@ from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
 from .config import SSM, CompressConfig
+from .contributions import Loss, loss_of
 from .counts import kept
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
@@ -72,19 +73,21 @@ def prune_layers(
         UsageError: the counts asked for do not fit the model.
         CalibrationError: there is no sample left to judge the refinement by.
     """
-    counts = kept(config, architecture.dimensions(model.config))
+    sizes = architecture.dimensions(model.config)
+    counts = kept(config, sizes)
     if config.refine:
         check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
     # the second copy of the layer inputs, and the only one: the dense model's, which layers are fitted to
-    stream = stage.place(hidden.clone()) if hidden is not None and config.follows_dense else None
+    fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
+    stream = stage.place(hidden.clone()) if fits or config.refine else None
     blocks = architecture.blocks(model)
     targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
     for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
         mixer = architecture.mixer(block)
-        result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+        result = LayerResult(kept=tuple(range(sizes.groups * sizes.d_state)))
         if stream is not None:
             propagate(block, stream, progress, f"{label}: dense outputs")
         if index in removed:
@@ -92,7 +95,8 @@ def prune_layers(
             results.append(result)
             continue
         if SSM in config.targets:
-            result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
+            prune = _prune_states if COLUMN in config.parts else _prune_entries
+            result = prune(architecture, block, hidden, index, config, counts.states[index], progress, label)
         if CHANNEL in config.parts:
             channels = prune_channels(
                 architecture,
@@ -106,7 +110,7 @@ def prune_layers(
                 f"{label}: channels",
             )
             result = replace(result, channels=tuple(channels))
-        if config.fits_out_proj:
+        if fits:
             every = range(mixer.intermediate_size)
             kept_channels = every if result.channels is None else result.channels
             fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
@@ -131,7 +135,7 @@ def prune_layers(
     return results
 
 
-def _prune_ssm(
+def _prune_states(
     architecture: Architecture,
     block: nn.Module,
     hidden: torch.Tensor | None,
@@ -141,24 +145,65 @@ def _prune_ssm(
     progress: Progress,
     label: str,
 ) -> LayerResult:
-    """Prune the states, or the entries of A_log, of one layer."""
+    """Prune the states of one layer, of each of its groups by itself, and repair what folds into its weights."""
     mixer = architecture.mixer(block)
-    A_log = mixer.A_log
-    statistics = statistics_for(config, A_log, keep, 0 if hidden is None else hidden.shape[1])
+    kept, mixing, loss, errors = [], None, Loss(), {}
+    for group in range(len(architecture.rates(mixer))):
+        layer = _judged(architecture, block, hidden, index, group, config, keep, progress, label)
+        chosen = choose_states(config.judge_of(COLUMN), layer, keep, config.repair, config.seed)
+        states = layer.A_log.shape[1]
+        kept += [group * states + state for state in chosen]
+        if normal := layer.statistics.normal:
+            repair = evaluate(normal.dense(), chosen, config.repair)
+            mixing, errors = repair.mixing, {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
+        if sums := layer.statistics.contributions:
+            removed = sorted(set(range(states)) - set(chosen))
+            loss += loss_of(sums, removed, config.repair)
+            errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
+            if config.repair:
+                architecture.change_skip(mixer, group, sums.skip_change(removed))
+    architecture.mask_states(mixer, kept, mixing)
+    return LayerResult(tuple(kept), **errors, repaired=config.repair and bool(errors))
+
+
+def _prune_entries(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    index: int,
+    config: CompressConfig,
+    keep: int,
+    progress: Progress,
+    label: str,
+) -> LayerResult:
+    """Prune the entries of A_log of one layer."""
+    A_log = architecture.mixer(block).A_log
+    layer = _judged(architecture, block, hidden, index, 0, config, keep, progress, label)
+    A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
+    zeros = float((A_log == 0).sum()) / A_log.numel()
+    return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
+
+
+def _judged(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    index: int,
+    group: int,
+    config: CompressConfig,
+    keep: int,
+    progress: Progress,
+    label: str,
+) -> Layer:
+    """One group of a layer with what its score wants to know."""
+    mixer = architecture.mixer(block)
+    rates = architecture.rates(mixer)
+    heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
+    length = 0 if hidden is None else hidden.shape[1]
+    statistics = statistics_for(config, rates[group], keep, length, heads)
     if hidden is not None:
-        collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
-    layer = Layer(index, A_log.detach().clone(), statistics)
-    if COLUMN not in config.parts:
-        A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
-        zeros = float((A_log == 0).sum()) / A_log.numel()
-        return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
-    kept = choose_states(config.judge_of(COLUMN), layer, keep, config.repair, config.seed)
-    repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
-    architecture.mask_states(mixer, kept, repair.mixing if repair else None)
-    if repair is None:
-        return LayerResult(tuple(kept))
-    errors = {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
-    return LayerResult(tuple(kept), **errors, repaired=repair.mixing is not None)
+        collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
+    return Layer(index, rates[group].detach().clone(), statistics)
 
 
 def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -188,6 +233,7 @@ def collect(
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
+    group: int = 0,
     backend: str = "auto",
 ) -> None:
     """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
@@ -202,6 +248,7 @@ def collect(
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
+        group: the one whose states are wanted, where channels have several B and C.
         backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
@@ -217,7 +264,7 @@ def collect(
     for start in range(0, length, STRETCH):
         progress(label, start, length)
         for rows in groups:
-            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start):
+            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start, group):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:
@@ -263,29 +310,36 @@ class _Carried:
         self.states: torch.Tensor | None = None  # (nsamples, D, N)
         self.history: torch.Tensor | None = None  # (nsamples, d_conv - 1, D)
 
-    def allocate(self, x: torch.Tensor, d_state: int, d_conv: int) -> None:
+    def allocate(self, x: torch.Tensor, rates: torch.Tensor, d_conv: int) -> None:
         if self.states is None:
-            self.states = x.new_zeros(self.nsamples, x.shape[2], d_state, dtype=torch.float32)
+            self.states = x.new_zeros(self.nsamples, *rates.shape, dtype=torch.float32)
             self.history = x.new_zeros(self.nsamples, d_conv - 1, x.shape[2])
 
 
 def _chunks(
-    architecture: Architecture, block: nn.Module, hidden: torch.Tensor, carried: _Carried, rows: slice, start: int
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    carried: _Carried,
+    rows: slice,
+    start: int,
+    group: int,
 ) -> Iterator[Chunk]:
-    """Hidden states of a stretch (rows, T, d_model), a few samples at a time."""
+    """Hidden states of a group over a stretch (rows, T, d_model), a few samples at a time."""
     mixer = architecture.mixer(block)
     x, z = architecture.expand(mixer, architecture.normed(block, hidden))
-    carried.allocate(x, mixer.A_log.shape[1], mixer.conv_kernel_size)
+    rates = architecture.rates(mixer)[group]  # (D, N)
+    carried.allocate(x, rates, mixer.conv_kernel_size)
     history = carried.history[rows]
-    inputs = architecture.scan_inputs(mixer, x, z, history)
+    inputs = architecture.scan_groups(mixer, architecture.scan_inputs(mixer, x, z, history))[group]
     carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
-    per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
-    for group in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
-        here = slice(rows.start + group.start, rows.start + group.stop)
-        part = inputs.sequences(group)
+    per_sample = (x.shape[1] + 1) * rates.numel() * 4  # bytes of hidden states
+    for few in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
+        here = slice(rows.start + few.start, rows.start + few.stop)
+        part = inputs.sequences(few)
         states = scan_states(part, carried.states[here])
         carried.states[here] = states[:, -1].transpose(1, 2)
-        yield Chunk(start, part, states)
+        yield Chunk(start, part, states, architecture.gains(mixer, group, part, states[:, 1:]))
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
