@@ -309,7 +309,8 @@ def _removal(config: CompressConfig) -> str:
 def _aim(config: CompressConfig, target: Target) -> str:
     """What a run with a target is going to do, in one sentence."""
     names = {"column": "states", "channel": "channels", "layer": "layers"}
-    parts = " and ".join(names[part] for part in config.parts)
+    *others, last = (names[part] for part in config.parts)
+    parts = f"{', '.join(others)} and {last}" if others else last
     return f"Looking for {parts} of {config.model} to remove, down to {target}."
 
 
