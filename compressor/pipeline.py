@@ -19,6 +19,7 @@ from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .readers import fit_readers
+from .refinement import Refinement, check_samples, refine
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import STRETCH, Chunk, Statistic
@@ -41,6 +42,7 @@ class LayerResult:
     fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
     modules: tuple[ModuleResult, ...] = ()
+    refined: Refinement | None = None  # what the gradient steps achieved; None: there were none
 
 
 @torch.no_grad()
@@ -69,13 +71,16 @@ def prune_layers(
 
     Raises:
         UsageError: the counts asked for do not fit the model.
+        CalibrationError: there is no sample left to judge the refinement by.
     """
     sizes = architecture.dimensions(model.config)
     counts = kept(config, sizes)
+    if config.refine:
+        check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
-    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
+    # the second copy of the layer inputs, and the only one: the dense model's, which layers are fitted to
     fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
-    stream = stage.place(hidden.clone()) if fits else None
+    stream = stage.place(hidden.clone()) if fits or config.refine else None
     blocks = architecture.blocks(model)
     targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
@@ -105,7 +110,7 @@ def prune_layers(
                 f"{label}: channels",
             )
             result = replace(result, channels=tuple(channels))
-        if stream is not None:
+        if fits:
             every = range(mixer.intermediate_size)
             kept_channels = every if result.channels is None else result.channels
             fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
@@ -118,6 +123,11 @@ def prune_layers(
             if COLUMN in config.parts and SSM in config.targets:
                 architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
             result = replace(result, modules=tuple(modules))
+        if config.refine:
+            seed, zeros = layer_seed(config.seed, index), result.a_log_zeros is not None
+            steps = f"{label}: refining"
+            refined = refine(architecture, block, hidden, stream, config.refine, seed, zeros, progress, steps)
+            result = replace(result, refined=refined)
         _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
             propagate(block, hidden, progress, f"{label}: outputs")
