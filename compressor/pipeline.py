@@ -27,6 +27,7 @@ from .widths import Fitted, fit_out_proj, prune_channels
 
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
+NEAR = 0.01  # ridge on the change of out_proj where all channels stay
 STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
 
 
@@ -113,7 +114,9 @@ def prune_layers(
         if fits:
             every = range(mixer.intermediate_size)
             kept_channels = every if result.channels is None else result.channels
-            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
+            near = None if CHANNEL in config.parts else NEAR
+            note = f"{label}: out_proj"
+            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, note, near)
             result = replace(result, fitted=fitted)
         if config.modules:
             # after the states, so that x_proj and out_proj are fitted to the pruned scan
