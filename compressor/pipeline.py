@@ -13,7 +13,8 @@ from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import scan_states
 
 from .config import SSM, CompressConfig
-from .counts import kept
+from .counts import Kept, kept
+from .masks import Target
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .repair import evaluate
@@ -65,56 +66,86 @@ def prune_layers(
     Raises:
         UsageError: the counts asked for do not fit the model.
     """
-    counts = kept(config, architecture.dimensions(model.config))
     hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
-    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
-    stream = hidden.clone() if hidden is not None and config.fits_out_proj else None
+    run = _Run(
+        architecture,
+        config,
+        counts=kept(config, architecture.dimensions(model.config)),
+        hidden=hidden,
+        stream=hidden.clone() if hidden is not None and config.fits_out_proj else None,
+        targets=module_targets(architecture, model, hidden, config, progress),
+        stored_dtypes=stored_dtypes,
+        progress=progress,
+    )
     blocks = architecture.blocks(model)
-    targets = module_targets(architecture, model, hidden, config, progress)
     results = []
     for index, block in enumerate(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
-        mixer = architecture.mixer(block)
-        result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
-        if stream is not None:
-            propagate(block, stream, progress, f"{label}: dense outputs")
+        if run.stream is not None:
+            propagate(block, run.stream, progress, f"{label}: dense outputs")
         if index in removed:
             architecture.remove_block(block)
-            results.append(result)
+            results.append(LayerResult(kept=tuple(range(architecture.mixer(block).A_log.shape[1]))))
             continue
-        if SSM in config.targets:
-            result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
-        if CHANNEL in config.parts:
-            channels = prune_channels(
-                architecture,
-                block,
-                hidden,
-                config.judge_of(CHANNEL),
-                counts.channels[index],
-                config.repair,
-                layer_seed(config.seed, index),
-                progress,
-                f"{label}: channels",
-            )
-            result = replace(result, channels=tuple(channels))
-        if stream is not None:
-            every = range(mixer.intermediate_size)
-            kept_channels = every if result.channels is None else result.channels
-            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
-            result = replace(result, fitted=fitted)
-        if config.modules:
-            # after the states, so that x_proj and out_proj are fitted to the pruned scan
-            modules = prune_modules(
-                architecture, block, hidden, targets[index], config.ffn_score, progress, f"{label}: Hessians"
-            )
-            if COLUMN in config.parts and SSM in config.targets:
-                architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
-            result = replace(result, modules=tuple(modules))
-        _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
+        result, work = _prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
-            propagate(block, hidden, progress, f"{label}: outputs")
+            propagate(work, hidden, progress, f"{label}: outputs")
         results.append(result)
     return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the layers of one run have in common."""
+
+    architecture: Architecture
+    config: CompressConfig
+    counts: Kept
+    hidden: torch.Tensor | None  # (nsamples, L, d_model) what the next layer reads in the pruned model
+    # what the last layer put out in the dense model, when out_proj is fitted to it: the one other copy of this size
+    stream: torch.Tensor | None
+    targets: list[dict[str, Target]]  # of each layer's modules
+    stored_dtypes: Mapping[str, torch.dtype]
+    progress: Progress
+
+
+def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
+    """Prune one layer in place: channels, states, out_proj, and the weights of modules, in this order.
+
+    Returns:
+        What happened, and a block that computes what `block` now does, faster if channels went.
+    """
+    architecture, config = run.architecture, run.config
+    channels, work = None, block
+    if CHANNEL in config.parts:
+        keep, score = run.counts.channels[index], config.judge_of(CHANNEL)
+        seed = layer_seed(config.seed, index)
+        channels = prune_channels(
+            architecture, block, run.hidden, score, keep, config.repair, seed, run.progress, f"{label}: channels"
+        )
+        work = architecture.narrowed(block, channels)  # what follows costs only what is left
+    mixer = architecture.mixer(work)
+    result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
+    if SSM in config.targets:
+        result = _prune_ssm(
+            architecture, work, run.hidden, index, config, run.counts.states[index], run.progress, label
+        )
+    if run.stream is not None:
+        fitted = fit_out_proj(architecture, work, run.hidden, run.stream, run.progress, f"{label}: out_proj")
+        result = replace(result, fitted=fitted)
+    if config.modules:
+        # after the states, so that x_proj and out_proj are fitted to the pruned scan
+        modules = prune_modules(
+            architecture, work, run.hidden, run.targets[index], config.ffn_score, run.progress, f"{label}: Hessians"
+        )
+        if COLUMN in config.parts and SSM in config.targets:
+            architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
+        result = replace(result, modules=tuple(modules))
+    _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
+    if channels is not None:
+        architecture.widen(block, work, channels)
+        result = replace(result, channels=tuple(channels))
+    return result, work
 
 
 def _prune_ssm(
