@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py                         # Mamba-130M shapes, 512 tokens
     python benchmarks/prefill.py --length 2048 --json prefill.json
+    python benchmarks/prefill.py --model-type mamba2     # the same of Mamba-2: N = 128, heads of 64 channels
 
 The model has random weights and is built in memory; speed does not depend on their values. "stock" and "fast" are the
 same model, before and after `use_fast_scan`, and take turns. Prefill computes the logits of every token.
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 from reporting import as_json, print_conditions, print_timings, write_json
-from scan import contenders, layer_inputs
-from transformers import MambaConfig, MambaForCausalLM
+from scan import contenders, layer_inputs, ssd_contenders, ssd_layer_inputs
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ssmc.runtime.bench.timing import interleave, paired_ratio
@@ -24,23 +25,25 @@ from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 
 SWITCH = {"stock": use_stock_scan, "fast": use_fast_scan}
 CPU = torch.device("cpu")
+HEAD_DIM = 64  # channels of a head of Mamba-2
 
 
-def build(args: argparse.Namespace) -> MambaForCausalLM:
+def build(args: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=50280, hidden_size=args.d_model, num_hidden_layers=args.layers, state_size=args.d_state
-    )
-    return MambaForCausalLM(config).eval()
+    sizes = {"hidden_size": args.d_model, "num_hidden_layers": args.layers, "state_size": args.d_state}
+    if args.model_type == "mamba":
+        return MambaForCausalLM(MambaConfig(vocab_size=50280, **sizes)).eval()
+    heads = {"head_dim": HEAD_DIM, "num_heads": 2 * args.d_model // HEAD_DIM, "n_groups": 1}
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=50288, **sizes, **heads, tie_word_embeddings=True)).eval()
 
 
-def both(model: MambaForCausalLM, run: Callable[[], object], repeats: int) -> dict:
+def both(model: PreTrainedModel, run: Callable[[], object], repeats: int) -> dict:
     """Time `run` with the stock and with the fast scan, in turns; switching is not timed."""
     ways = {name: lambda switch=switch: (switch(model), run()) for name, switch in SWITCH.items()}
     return interleave(ways, CPU, repeats, budget=600)
 
 
-def check(model: MambaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, object]:
+def check(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, object]:
     """The cache after the prompt, for decoding; fails unless both agree.
 
     The bound is wide because random weights are chaotic over 24 layers: in float32, stock itself is 3e-4 from float64.
@@ -53,16 +56,26 @@ def check(model: MambaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, obj
     return got.cache_params
 
 
+def scan_alone(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """The scan of one layer, transformers' own and ours."""
+    if args.model_type == "mamba":
+        return contenders(layer_inputs(args.batch, args.length, 2 * args.d_model, args.d_state), reference=False)
+    heads = 2 * args.d_model // HEAD_DIM
+    return ssd_contenders(ssd_layer_inputs(args.batch, args.length, heads, HEAD_DIM, args.d_state))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--model-type", choices=("mamba", "mamba2"), default="mamba")
+    parser.add_argument("--d-state", type=int, help="default: 16, or 128 for Mamba-2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.d_state = args.d_state or {"mamba": 16, "mamba2": 128}[args.model_type]
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
     now = print_conditions()
     model = build(args)
@@ -73,8 +86,7 @@ def main() -> None:
         prefill = both(model, lambda: model(ids, use_cache=True, logits_to_keep=1), args.repeats)
         everything = both(model, lambda: model(ids), args.repeats)
         decode = both(model, lambda: model(ids[:, :1], cache_params=cache, use_cache=True), 4 * args.repeats)
-        inputs = layer_inputs(args.batch, args.length, 2 * args.d_model, args.d_state)
-        scan = interleave(contenders(inputs, reference=False), CPU, args.repeats, budget=300)
+        scan = interleave(scan_alone(args), CPU, args.repeats, budget=300)
     sizes = f"d_model {args.d_model}, {args.layers} layers, N = {args.d_state}, batch {args.batch}"
     print_timings(f"Prefill of {args.length} tokens, {sizes}", prefill, "stock")
     print_timings("The same with the logits of every token", everything, "stock")

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from reporting import as_json, print_conditions, print_timings, write_json
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.utils import logging
 
 from ssmc.runtime.bench.timing import interleave
-from ssmc.runtime.scan import ScanInputs, selective_scan
+from ssmc.runtime.scan import ScanInputs, SsdInputs, selective_scan, ssd_scan
 
 
 def layer_inputs(batch: int, length: int, d_inner: int, d_state: int) -> ScanInputs:
@@ -56,6 +57,39 @@ def contenders(inputs: ScanInputs, reference: bool = True) -> dict:
         ways["reference"] = lambda: selective_scan(inputs, backend="reference")
     wanted = transformers_scan(inputs)[0].transpose(1, 2)
     for name in ("ours", "reference") if reference else ("ours",):
+        error = float((ways[name]()[0] - wanted).abs().max() / wanted.abs().max())
+        assert error < 1e-5, f"{name} differs from transformers by {error:.1e} relative"
+    return ways
+
+
+def ssd_layer_inputs(batch: int, length: int, heads: int, head_dim: int, d_state: int) -> SsdInputs:
+    """Inputs of a Mamba-2 scan with the strides of a real layer: x, B and C are slices of what conv1d puts out."""
+    generator = torch.Generator().manual_seed(0)
+    d_inner = heads * head_dim
+    conv = F.silu(torch.randn(batch, length, d_inner + 2 * d_state, generator=generator))
+    u, B, C = conv.split([d_inner, d_state, d_state], dim=-1)
+    return SsdInputs(
+        u=u,
+        dt=F.softplus(torch.randn(batch, length, heads, generator=generator) - 4),
+        A=-torch.arange(1.0, heads + 1),
+        B=B[:, :, None],
+        C=C[:, :, None],
+        D=torch.ones(heads),
+    )
+
+
+def ssd_contenders(inputs: SsdInputs) -> dict:
+    """The scans of Mamba-2 by name: transformers' own, our kernel, and our chunks of matrix products."""
+    u = inputs.u.unflatten(2, (inputs.heads, inputs.head_dim))
+
+    def stock() -> tuple[torch.Tensor, torch.Tensor]:
+        scanned = (u, inputs.dt, inputs.A, inputs.B, inputs.C)
+        return mamba2_chunk_scan(*scanned, chunk_size=256, D=inputs.D, return_final_states=True)
+
+    ways = {"transformers": stock, "ours": lambda: ssd_scan(inputs, backend="cpu")}
+    ways["chunks"] = lambda: ssd_scan(inputs, backend="reference")
+    wanted = stock()[0].flatten(2)
+    for name in ("ours", "chunks"):
         error = float((ways[name]()[0] - wanted).abs().max() / wanted.abs().max())
         assert error < 1e-5, f"{name} differs from transformers by {error:.1e} relative"
     return ways

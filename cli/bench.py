@@ -18,6 +18,7 @@ from .options import (
     Dtype,
     MaxWindows,
     Quiet,
+    Runtimes,
     ScanBackend,
     Verbose,
     Window,
@@ -25,6 +26,7 @@ from .options import (
     dtype_option,
     heldout_option,
     tokenizer_option,
+    words,
 )
 from .terminal import COLOURS, Terminal, table
 
@@ -91,6 +93,7 @@ def bench(
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    runtime: Runtimes = "torch,onnx",
     stock: Annotated[
         bool,
         typer.Option("--stock/--no-stock", help="Time transformers' own loop as well.", rich_help_panel=SPEED),
@@ -154,6 +157,7 @@ def bench(
             max_windows=max_windows or None,
             stock=stock,
             backend=backend,
+            runtimes=words(runtime),
             max_batch=max_batch,
             progress=progress,
         )

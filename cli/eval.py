@@ -16,6 +16,7 @@ from .options import (
     Dtype,
     MaxWindows,
     Quiet,
+    Runtimes,
     ScanBackend,
     Verbose,
     Window,
@@ -23,6 +24,7 @@ from .options import (
     dtype_option,
     heldout_option,
     tokenizer_option,
+    words,
 )
 from .terminal import COLOURS, Terminal, table
 
@@ -89,6 +91,7 @@ def evaluate(
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    runtime: Runtimes = "torch,onnx",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -139,6 +142,7 @@ def evaluate(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             backend=backend,
+            runtimes=words(runtime),
             progress=progress,
         )
     written = report.write(place)

@@ -36,7 +36,8 @@ def generate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model folder, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its export is taken.",
+            help="A model folder, an export to ONNX, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its "
+            "export for torch is taken.",
             autocompletion=complete_model,
             show_default=False,
         ),
@@ -100,7 +101,7 @@ def generate(
 
         ssmc generate ssmc-out "The dog" --temperature 0.8 --top-p 0.95 --seed 3
 
-        ssmc generate ssmc-out/safetensors --prompt-file story.txt --stop "The end" --quiet > more.txt
+        ssmc generate ssmc-out/onnx --prompt-file story.txt --stop "The end" --quiet > more.txt
     """
     terminal = context.ensure_object(Terminal)
     text = _prompt(prompt, prompt_file)

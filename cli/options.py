@@ -33,7 +33,7 @@ FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
 Weighting = Literal["power", "linear", "discount", "window", "uniform"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-ScanBackend = Literal["auto", "cpu", "reference"]
+ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
 
@@ -75,6 +75,14 @@ Window = Annotated[int, typer.Option(help="Tokens the model sees at once.", rich
 MaxWindows = Annotated[
     int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
 ]
+Runtimes = Annotated[
+    str,
+    typer.Option(
+        metavar="torch|onnx|torch,onnx",
+        help="Whose exports in the folder are taken, if they are there.",
+        rich_help_panel=MODELS,
+    ),
+]
 CompressedDirectory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `ssmc compress` wrote.", show_default=True)
 ]
@@ -102,6 +110,11 @@ def dtype_option(panel: str) -> Any:
     return typer.Option(
         help="Of weights and activations.", show_default="float32 on a CPU, as stored on a GPU", rich_help_panel=panel
     )
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Parse "torch,onnx"."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
 def complete_pattern(incomplete: str) -> list[str]:

@@ -22,9 +22,11 @@ from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
+from .families import check_family
 from .notes import notes_for
 from .patterns import LAYER, SSM_MODULE
 from .pipeline import LayerResult, prune_layers
+from .placement import Stage
 from .shedder import Removal, choose_removals, shed
 
 
@@ -66,24 +68,34 @@ def compress(
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
+    check_family(config, checkpoint.architecture.model_type)
     counts = kept(config, checkpoint.dimensions)  # what cannot be met is said before minutes of work
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = _calibration(config, checkpoint) if config.needs_text else None
     device = choose_device(config.device)
-    use_fast_scan(checkpoint.model.to(device))
-    tokens = None if calibration is None else calibration.tokens.to(device)
+    use_fast_scan(checkpoint.model)
+    tokens = None if calibration is None else calibration.tokens
     layers: list[LayerResult] = []
     removals: list[Removal] = []
-    if config.pattern in (LAYER, SSM_MODULE):
-        removals = shed(checkpoint.model, checkpoint.architecture, tokens, config, progress)
-    else:
-        if LAYER in config.parts:
-            removals = choose_removals(checkpoint.model, checkpoint.architecture, tokens, config, progress)
+    only_removed = config.pattern in (LAYER, SSM_MODULE) and not config.fits_out_proj
+    if LAYER in config.parts or SSM_MODULE in config.parts:
+        # every try runs most of the model, so all of it goes to the device
+        tried = None if tokens is None else tokens.to(device)
+        remove = shed if only_removed else choose_removals
+        removals = remove(checkpoint.model.to(device), checkpoint.architecture, tried, config, progress)
+        checkpoint.model.cpu()
+    if not only_removed:
         removed = {removal.layer for removal in removals}
         layers = prune_layers(
-            checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress, removed
+            checkpoint.model,
+            checkpoint.architecture,
+            tokens,
+            config,
+            checkpoint.dtypes,
+            progress,
+            removed,
+            Stage(device),
         )
-    checkpoint.model.cpu()
     manifest = write_artefact(
         out, checkpoint, config, calibration, layers, removals, tokenizer_source, command=command, force=force
     )

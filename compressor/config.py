@@ -65,7 +65,7 @@ class CompressConfig(BaseModel):
     weighting: Weighting = Weighting.power  # of the score sparsessm
     ffn_score: FfnScore = FfnScore.sparsegpt
     alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
-    repair: bool = True  # column, channel: fold the least-squares repair into the weights that stay
+    repair: bool = True  # column, channel, layer: fold a least-squares repair into the weights that stay
     calib: str | None = None  # None: the sample that comes with `tiny`
     nsamples: Annotated[int, Field(ge=1)] = 64
     seqlen: Annotated[int, Field(ge=2)] = 2048
@@ -187,7 +187,7 @@ class CompressConfig(BaseModel):
     @property
     def fits_out_proj(self) -> bool:
         """Whether out_proj is fitted to the dense model's residual stream after all else."""
-        return self.repair and CHANNEL in self.parts
+        return self.repair and (CHANNEL in self.parts or LAYER in self.parts)
 
     @property
     def needs_text(self) -> bool:
@@ -195,7 +195,7 @@ class CompressConfig(BaseModel):
         if self.modules and self.ffn_score is not FfnScore.magnitude:
             return True
         judged = [part for part in self.parts if part in WHOLE or SSM in self.targets]
-        if self.repair and (CHANNEL in judged or COLUMN in judged):
+        if self.fits_out_proj or (self.repair and COLUMN in judged):
             return True
         return any(self.judge_of(part) not in BLIND for part in judged)
 

@@ -15,6 +15,7 @@ from .config import FFN, CompressConfig, FfnScore
 from .depthwise import prune_depthwise
 from .hessian import DepthwiseSecondMoment, SecondMoment, SquaredInputs
 from .masks import NM, Target
+from .placement import HOST, Stage, device_of, put, samples, settle
 from .sensitivity import RANKED, allocate, sensitivity
 from .sparsegpt import sparsegpt
 from .wanda import magnitude, wanda
@@ -39,6 +40,7 @@ def module_targets(
     hidden: torch.Tensor | None,
     config: CompressConfig,
     progress: Progress = silent,
+    stage: Stage = HOST,
 ) -> list[dict[str, Target]]:
     """How sparse each module of each layer becomes: N:M, or Eq. 7 of SparseSSM from one pass over the dense model.
 
@@ -48,6 +50,7 @@ def module_targets(
         hidden: (nsamples, L, d_model) embeddings of the calibration samples, not modified; None without any.
         config: pattern, sparsity, alpha, targets.
         progress: told about layers.
+        stage: where each layer is while it runs.
     """
     layers = len(architecture.blocks(model))
     if config.nm:
@@ -55,7 +58,7 @@ def module_targets(
     names = [name for name in config.modules if name in RANKED]
     if hidden is None or not names or config.alpha == 0:
         return [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
-    sensitivities = _sensitivities(architecture, model, hidden.clone(), names, progress)
+    sensitivities = _sensitivities(architecture, model, stage.place(hidden.clone()), names, progress, stage)
     ranked = allocate(sensitivities, config.sparsity, config.alpha)
     return [
         {name: ranked[name][layer] if name in ranked else config.sparsity for name in config.modules}
@@ -64,19 +67,27 @@ def module_targets(
 
 
 def _sensitivities(
-    architecture: Architecture, model: nn.Module, hidden: torch.Tensor, names: Sequence[str], progress: Progress
+    architecture: Architecture,
+    model: nn.Module,
+    hidden: torch.Tensor,
+    names: Sequence[str],
+    progress: Progress,
+    stage: Stage,
 ) -> dict[str, list[float]]:
     """trace(H) / size of each module in each layer; the trace alone needs no matrix product."""
     found: dict[str, list[float]] = {name: [] for name in names}
     blocks = architecture.blocks(model)
-    for index, block in enumerate(blocks):
+    for index, block in stage.each(blocks):
         progress("sensitivity of the layers (Eq. 7)", index, len(blocks))
         weights = architecture.module_weights(architecture.mixer(block))
-        sums = {name: SquaredInputs(weights[name].shape[1], hidden.device) for name in names}
-        for i in range(len(hidden)):
-            inputs, hidden[i : i + 1] = architecture.module_inputs(block, hidden[i : i + 1])
+        device = device_of(block)
+        sums = {name: SquaredInputs(weights[name].shape[1], device) for name in names}
+        for i, sample in samples(hidden, device):
+            inputs, output = architecture.module_inputs(block, sample)
+            put(hidden, i, output)
             for name in names:
                 sums[name].add(inputs[name])
+        settle(hidden, device)
         for name in names:
             found[name].append(sensitivity(sums[name].total, weights[name].numel()))
     return found
@@ -138,13 +149,14 @@ def _moments(
     progress: Progress,
     label: str,
 ) -> Moments:
+    device = device_of(block)
     moments: Moments = {
-        name: (DepthwiseSecondMoment(*w.shape, hidden.device) if name == CONV else SecondMoment(w.shape[1], w.device))
+        name: (DepthwiseSecondMoment(*w.shape, device) if name == CONV else SecondMoment(w.shape[1], device))
         for name, w in weights.items()
     }
-    for i in range(len(hidden)):
+    for i, sample in samples(hidden, device):
         progress(label, i, len(hidden))
-        inputs, _ = architecture.module_inputs(block, hidden[i : i + 1])
+        inputs, _ = architecture.module_inputs(block, sample)
         for name, moment in moments.items():
             moment.add(inputs[name])
     progress(label, len(hidden), len(hidden))

@@ -17,6 +17,7 @@ from .counts import Kept, kept
 from .masks import Target
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
+from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import Chunk, Statistic
@@ -50,6 +51,7 @@ def prune_layers(
     stored_dtypes: Mapping[str, torch.dtype],
     progress: Progress = silent,
     removed: Collection[int] = (),
+    stage: Stage = HOST,
 ) -> list[LayerResult]:
     """Prune every layer of `model` in place, each on what the pruned layers before it put out.
 
@@ -62,24 +64,25 @@ def prune_layers(
             output is propagated, so that later layers are fitted to what is really saved.
         progress: told about layers and samples.
         removed: layers that go as a whole.
+        stage: where each layer is while it is worked on; the rest of the model stays where it is.
 
     Raises:
         UsageError: the counts asked for do not fit the model.
     """
-    hidden = None if tokens is None else _embed(model, tokens)  # (nsamples, L, d_model)
+    hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
     run = _Run(
         architecture,
         config,
         counts=kept(config, architecture.dimensions(model.config)),
         hidden=hidden,
-        stream=hidden.clone() if hidden is not None and config.fits_out_proj else None,
-        targets=module_targets(architecture, model, hidden, config, progress),
+        stream=stage.place(hidden.clone()) if hidden is not None and config.fits_out_proj else None,
+        targets=module_targets(architecture, model, hidden, config, progress, stage),
         stored_dtypes=stored_dtypes,
         progress=progress,
     )
     blocks = architecture.blocks(model)
     results = []
-    for index, block in enumerate(blocks):
+    for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
         if run.stream is not None:
             propagate(block, run.stream, progress, f"{label}: dense outputs")
@@ -190,9 +193,11 @@ def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> 
 
 def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:
     """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it."""
-    for i in range(len(hidden)):
+    device = device_of(block)
+    for i, sample in samples(hidden, device):
         progress(label, i, len(hidden))
-        hidden[i : i + 1] = block(hidden[i : i + 1])
+        put(hidden, i, block(sample))
+    settle(hidden, device)
     progress(label, len(hidden), len(hidden))
 
 
@@ -220,11 +225,14 @@ def collect(
     if not statistics:
         return
     nsamples, length, _ = hidden.shape
-    samples = _Carried(nsamples)
+    carried = _Carried(nsamples)
+    groups = list(_slices(nsamples, max(1, PROJECTED // STRETCH)))
+    stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
+    stretches = ahead(stretches, device_of(block))
     for start in range(0, length, STRETCH):
         progress(label, start, length)
-        for rows in _slices(nsamples, max(1, PROJECTED // STRETCH)):
-            for chunk in _chunks(architecture, block, hidden[rows, start : start + STRETCH], samples, rows, start):
+        for rows in groups:
+            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:

@@ -13,6 +13,7 @@ from ssmc.runtime.progress import Progress, silent
 from .channels import choose_channels, fit, refit
 from .hessian import SecondMoment
 from .patterns import BLIND, Score
+from .placement import device_of, samples
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def prune_channels(
         SecondMoment(d_inner, mixer.D.device) if wanted else None for wanted in (repair, score not in BLIND)
     )
     if read_by_x or read_by_out:
-        for i in range(len(hidden)):
+        for i, sample in samples(hidden, device_of(block)):
             progress(label, i, len(hidden))
-            u, y = architecture.scanned(block, hidden[i : i + 1])
+            u, y = architecture.scanned(block, sample)
             if read_by_x:
                 read_by_x.add(u)
             if read_by_out:
@@ -101,17 +102,19 @@ def fit_out_proj(
     moment = SecondMoment(out_proj.shape[1], out_proj.device)
     cross = torch.zeros(out_proj.shape, dtype=torch.float64, device=out_proj.device)
     energy = 0.0
-    for i in range(len(hidden)):
+    pairs = zip(samples(hidden, out_proj.device), samples(stream, out_proj.device), strict=True)
+    for (i, sample), (_, dense) in pairs:
         progress(label, i, len(hidden))
-        y = architecture.scanned(block, hidden[i : i + 1])[1][0].float()  # (L, D)
-        target = stream[i] - hidden[i]  # (L, d_model)
+        y = architecture.scanned(block, sample)[1][0].float()  # (L, D)
+        target = (dense - sample)[0]  # (L, d_model)
         target = target if bias is None else target - bias
         moment.add(y)
         cross += target.t() @ y
         energy += float(target.double().square().sum())
     progress(label, len(hidden), len(hidden))
     total = moment.total
-    before, fitted = out_proj.double(), fit(cross, total)
+    before = out_proj.double()
+    fitted = before + fit(cross - before @ total, total)  # so the ridge pulls to what was there, not to zero
     out_proj.copy_(fitted)
     return Fitted(*(_relative(weight, cross, total, energy) for weight in (fitted, before)))
 

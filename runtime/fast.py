@@ -18,7 +18,7 @@ from torch import nn
 
 from .architectures import Architecture, architecture_for
 from .errors import CheckpointError
-from .scan import check_backend, selective_scan
+from .scan import accelerator, check_backend
 
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
 
@@ -36,8 +36,8 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
     already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
-    derivatives use the backend "reference". Models on a GPU, or under torch.compile or tracing, run the stock forward
-    wherever that is right.
+    derivatives use the backend "reference". Mamba models on a GPU use our Triton scan; other models there, without
+    triton, for gradients on a GPU, and under torch.compile or tracing the stock forward runs wherever that is right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.
@@ -112,7 +112,8 @@ def _forward(
     fast: _Fast = getattr(mixer, _MARK)
     conv_state, state = _cached(mixer, cache_params)
     length = hidden_states.shape[1]
-    if _leave_to_stock(mixer, hidden_states, cache_params, continues=state is not None and length > 1):
+    on_gpu = _on_gpu(fast, mixer, hidden_states)
+    if _leave_to_stock(mixer, hidden_states, cache_params, on_gpu, continues=state is not None and length > 1):
         return type(mixer).forward(
             mixer, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
         )
@@ -122,10 +123,10 @@ def _forward(
     x, z = fast.architecture.expand(mixer, hidden_states)
     width = mixer.conv_kernel_size
     history = None if conv_state is None else _history(conv_state, width - 1)
-    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask)
+    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, **({"fuse": True} if on_gpu else {}))
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
-    y, state = selective_scan(inputs, state, fast.backend)
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, **({"in_place": True} if on_gpu else {}))
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
         window = x if cache_params.is_recording_past(mixer.layer_idx) else x[:, -width:]
@@ -149,7 +150,15 @@ def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
     return conv_state[..., conv_state.shape[-1] - length :].transpose(1, 2)
 
 
-def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, continues: bool) -> bool:
+def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether one of the scans for a GPU takes this call."""
+    if not fast.architecture.has_gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    weights = mixer.parameters() if torch.is_grad_enabled() else [mixer.conv1d.weight]  # any may need a gradient
+    return accelerator(fast.backend, [hidden_states, *weights]) is not None
+
+
+def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, on_gpu: bool, continues: bool) -> bool:
     """Whether this call must run transformers' own forward: where our scan has no kernel, or cannot be recorded.
 
     A piece of a prompt that continues an earlier one is never left to it on a GPU: the stock forward is wrong there.
@@ -159,4 +168,4 @@ def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, c
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     on_cpu = hidden_states.is_cpu and mixer.conv1d.weight.is_cpu
-    return not on_cpu and (not continues or mixer.conv1d.weight.is_meta)
+    return not (on_cpu or on_gpu) and (not continues or mixer.conv1d.weight.is_meta)

@@ -15,6 +15,10 @@ from .files import sha256
 
 MANIFEST = "ssmc.json"
 SCHEMA = 1
+EXPORTS = {"torch": ("safetensors", "mamba-ssm", "sparse24"), "onnx": ("onnx",)}
+"""Runtime -> folders of an artefact that hold exports for it, the first choice first."""
+
+RUNTIMES = tuple(EXPORTS)
 EVERYWHERE = ("kind", "source")  # what every manifest says, of an artefact or of an export
 
 

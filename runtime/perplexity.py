@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .errors import CalibrationError, CheckpointError, UsageError
+from .losses import IGNORED, best_batch, token_losses, vocab_size
 from .progress import Progress, silent
+
+if TYPE_CHECKING:
+    from .losses import LanguageModel
 
 MIN_TOKENS = 32
 """Fewer tokens than this say nothing about a model."""
-
-LOGITS_AT_ONCE = 2**24
-"""Entries of the float32 logits held at a time (64 MiB): 2048 tokens of a 50k vocabulary would be 400 MiB."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ExcessLoss:
 
 
 def perplexity(
-    model: nn.Module, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = silent
+    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = silent
 ) -> Perplexity:
     """Score a stream of tokens in windows that do not overlap, each run from a fresh state.
 
@@ -59,7 +60,7 @@ def perplexity(
     are left out. A text shorter than one window is scored as one window of its own length.
 
     Args:
-        model: a causal language model of transformers in eval mode.
+        model: a causal language model of transformers in eval mode, or the session of an ONNX export.
         tokens: (T,) int64, the whole text as one stream.
         window: tokens per window, at least 2.
         batch: windows run at once; changes the speed, not the result.
@@ -73,7 +74,7 @@ def perplexity(
     if batch < 1:
         raise UsageError(f"Perplexity needs a batch of at least 1, not {batch}.")
     windows = split_windows(model, tokens, window)  # (W, window)
-    losses = []
+    batch, losses = best_batch(model, batch), []
     for start in range(0, len(windows), batch):
         losses += _window_losses(model, windows[start : start + batch])
         progress("perplexity", len(losses), len(windows))
@@ -114,7 +115,7 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(variance / len(values))
 
 
-def split_windows(model: nn.Module, tokens: torch.Tensor, window: int) -> torch.Tensor:
+def split_windows(model: LanguageModel, tokens: torch.Tensor, window: int) -> torch.Tensor:
     """The stream (T,) cut into windows, (W, window), if `model` can be scored on them.
 
     Raises:
@@ -128,7 +129,7 @@ def split_windows(model: nn.Module, tokens: torch.Tensor, window: int) -> torch.
             f"The evaluation text has {total} tokens, too few to measure perplexity on (at least {MIN_TOKENS}). "
             "Give a longer text."
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocab_size(model)
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
         raise CalibrationError(
             f"The evaluation text has token id {int(tokens.max())}, the model's vocabulary ends at {vocabulary - 1}: "
@@ -138,17 +139,8 @@ def split_windows(model: nn.Module, tokens: torch.Tensor, window: int) -> torch.
     return tokens[: total // width * width].view(-1, width)
 
 
-@torch.inference_mode()
-def _window_losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
+def _window_losses(model: LanguageModel, windows: torch.Tensor) -> list[float]:
     """Mean loss of each window of (B, L) in nats."""
-    head = model.get_output_embeddings()
-    windows = windows.to(head.weight.device)
-    hidden = model.base_model(windows, use_cache=False)[0][:, :-1].to(head.weight.dtype)  # (B, L - 1, d_model)
-    step = max(1, LOGITS_AT_ONCE // (head.weight.shape[0] * len(windows)))  # tokens of each window at a time
-    total = torch.zeros(len(windows), dtype=torch.float64, device=hidden.device)
-    for start in range(0, hidden.shape[1], step):
-        logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
-        targets = windows[:, 1 + start : 1 + start + logits.shape[1]]
-        loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, step)
-        total += loss.double().sum(dim=1)
-    return (total / hidden.shape[1]).tolist()
+    targets = F.pad(windows[:, 1:], (0, 1), value=IGNORED)
+    losses, _ = token_losses(model, windows, targets)
+    return (losses.sum(dim=1) / (windows.shape[1] - 1)).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -13,6 +14,9 @@ from .checkpoints.reading import read_json
 from .checkpoints.sources import TINY, download_tokenizer, is_hub_id
 from .errors import CheckpointError
 from .tiny import TINY_DIRECTORY
+
+if TYPE_CHECKING:
+    from .generation import OnnxExport
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -28,7 +32,9 @@ GPT_NEOX = "EleutherAI/gpt-neox-20b"
 _NEOX_SIZES = range(50277, 50281)
 
 
-def load_tokenizer(model: Checkpoint | str | Path, override: str | Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: Checkpoint | OnnxExport | str | Path, override: str | Path | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Args:
@@ -46,16 +52,31 @@ def load_tokenizer(model: Checkpoint | str | Path, override: str | Path | None =
             "hub id."
         )
     tokenizer = _load(source, where)
-    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # not its length: ids may have gaps
-    if isinstance(model, Checkpoint) and needed > model.dimensions.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer of {where} has token ids up to {needed - 1}, the embedding of {model.source} only "
-            f"{model.dimensions.vocab_size} rows, so they do not belong together. Name the right one with --tokenizer."
-        )
+    if not isinstance(model, str | Path):
+        check_fits(tokenizer, model.dimensions.vocab_size, where, model.source)
     return tokenizer
 
 
-def tokenizer_directory(model: Checkpoint | str | Path, override: str | Path | None = None) -> Path | None:
+def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str, model: str) -> None:
+    """See whether a model has an embedding for every token.
+
+    Args:
+        tokenizer: of `where`.
+        vocab_size: rows of the embedding of `model`.
+        where, model: what to call both in the error.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # not its length: ids may have gaps
+    if needed > vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {where} has token ids up to {needed - 1}, the embedding of {model} only {vocab_size} "
+            "rows, so they do not belong together. Name the right one with --tokenizer."
+        )
+
+
+def tokenizer_directory(model: Checkpoint | OnnxExport | str | Path, override: str | Path | None = None) -> Path | None:
     """Where the files of a model's tokenizer are, downloaded first if they are on the hub.
 
     Returns:
@@ -66,7 +87,7 @@ def tokenizer_directory(model: Checkpoint | str | Path, override: str | Path | N
     """
     if override is not None:
         return _find(override)
-    directory = model.directory if isinstance(model, Checkpoint) else Path(model)
+    directory = Path(model) if isinstance(model, str | Path) else model.directory
     if has_tokenizer(directory):
         return directory
     if isinstance(model, Checkpoint) and unpadded_vocab_size(model.config) in _NEOX_SIZES:
@@ -147,5 +168,5 @@ def _load(source: Path, where: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _name(model: Checkpoint | str | Path) -> str:
-    return model.source if isinstance(model, Checkpoint) else str(model)
+def _name(model: Checkpoint | OnnxExport | str | Path) -> str:
+    return str(model) if isinstance(model, str | Path) else model.source

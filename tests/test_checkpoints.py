@@ -754,7 +754,7 @@ def test_config_without_sizes(tmp_path, model_directory, layout, keys):
     refused(directory, "config.json", "does not say", *keys)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mamba2", "falcon_mamba", "", 7, ["mamba"]])
+@pytest.mark.parametrize("model_type", ["llama", "zamba2", "falcon_mamba", "", 7, ["mamba"]])
 def test_another_architecture(tmp_path, model_directory, model_type):
     directory = shutil.copytree(model_directory(), tmp_path / "m")
     change_json(directory / "config.json", model_type=model_type)
@@ -799,7 +799,7 @@ def test_config_with_values_that_make_no_sense(tmp_path, model_directory, values
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2", "d_state": 6}}, "Mamba2"),
+        ({"ssm_cfg": {"layer": "Mamba3", "d_state": 6}}, "Mamba3"),
         ({"ssm_cfg": {"headdim": 64}}, "headdim"),
         ({"ssm_cfg": [1]}, "ssm_cfg"),
         ({"ssm_cfg": {"expand": "2"}}, "expand"),

@@ -69,7 +69,7 @@ def test_help_documents_every_exit_code(capsys):
         (
             "bench",
             "DIR --dense --model --lengths --batch-sizes --decode-tokens --repeats --time-budget --device --dtype "
-            "--backend --stock --no-stock --text --tokenizer --window --max-windows --out --verbose --quiet",
+            "--backend --runtime --stock --no-stock --text --tokenizer --window --max-windows --out --verbose --quiet",
         ),
     ],
 )

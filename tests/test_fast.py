@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from ssmc.runtime import fast
+from ssmc.runtime.architectures import mamba
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
@@ -264,8 +265,10 @@ def test_it_can_be_repeated_and_undone():
 @torch.no_grad()
 def test_the_scan_named_is_the_scan_used(monkeypatch):
     model, used = random_model(), []
-    real = fast.selective_scan
-    monkeypatch.setattr(fast, "selective_scan", lambda i, s, backend: used.append(backend) or real(i, s, backend))
+    real = mamba.selective_scan
+    monkeypatch.setattr(
+        mamba, "selective_scan", lambda i, s, backend, *a: used.append(backend) or real(i, s, backend, *a)
+    )
     use_fast_scan(model, "reference")(random_ids(1, 4))
     assert used == ["reference"] * 3
     use_stock_scan(model)(random_ids(1, 4))

@@ -1,6 +1,7 @@
 """The wheel holds everything that runs and nothing else."""
 
 import configparser
+import importlib.util
 import os
 import re
 import shutil
@@ -80,6 +81,8 @@ def test_every_module_of_the_wheel_can_be_imported_on_its_own(wheel, tmp_path):
     modules = [
         n.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for n in wheel.namelist() if n[-3:] == ".py"
     ]
+    if importlib.util.find_spec("triton") is None:  # an extra
+        modules = [module for module in modules if not module.startswith("ssmc.runtime.scan.gpu")]
     program = f"import importlib, sys\nfor m in {modules}: assert 'site' in importlib.import_module(m).__file__, m"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
     done = subprocess.run(

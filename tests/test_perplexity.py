@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import MambaConfig, MambaForCausalLM
 
-from ssmc.runtime import perplexity as module
+from ssmc.runtime import losses as module
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.perplexity import MIN_TOKENS, excess_loss, perplexity
 

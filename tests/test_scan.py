@@ -271,8 +271,9 @@ def test_without_numba_auto_falls_back_and_cpu_says_so(monkeypatch):
     inputs = random_inputs(1, 4, 8, 2)
     wanted = naive(inputs)[0]
     monkeypatch.setitem(sys.modules, "numba", None)  # makes `import numba` fail
-    monkeypatch.delitem(sys.modules, "ssmc.runtime.scan.cpu", raising=False)
-    monkeypatch.delattr(scan, "cpu", raising=False)
+    for name in ("cpu", "kernels"):
+        monkeypatch.delitem(sys.modules, f"ssmc.runtime.scan.{name}", raising=False)
+        monkeypatch.delattr(scan, name, raising=False)
     scan._kernels.cache_clear()
     try:
         assert difference(selective_scan(inputs)[0], wanted) < 1e-6

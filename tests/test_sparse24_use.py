@@ -4,7 +4,9 @@ Conversion itself needs a GPU; the tests that do say so and are skipped without 
 """
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssmc.runtime.bench.timing import Timing
 from ssmc.runtime.errors import CheckpointError, UsageError
-from ssmc.runtime.sparse24 import Sparse24Linear, cuda, use_sparse24
+from ssmc.runtime.sparse24 import Sparse24Linear, cuda, is_24, use_sparse24
 from ssmc.runtime.sparse24.use import choose, compare, modules_24
 
 from .models import logits, random_model, random_tokens
 from .test_sparse24 import matrix_24
+
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+
+import gpu  # noqa: E402
+
+sys.path.remove(BENCHMARKS)
 
 SPARSE_CORES = torch.cuda.is_available() and cuda.why_dense(torch.device("cuda"), torch.float16) is None
 needs_sparse_cores = pytest.mark.skipif(not SPARSE_CORES, reason="needs a CUDA GPU with sparse tensor cores")
@@ -171,6 +180,30 @@ def test_calls_of_few_tokens_use_the_dense_weight():
     assert Sparse24Linear(weight, bias)(torch.ones(1, 1, 8)).unique().tolist() == [8]
     transposed = torch.ones(2, 8, 3).transpose(1, 2)  # as transformers' own scan puts it out
     assert module(transposed).shape == (2, 3, 4)
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit, match=r"no CUDA device here.*or with --dry-run"):
+        gpu.main()
+
+
+def test_the_benchmark_makes_24_matrices_of_the_largest_weights():
+    linear = nn.Linear(64, 96)
+    before = linear.weight.detach().clone()
+    after = gpu.make_24(linear).weight
+    assert is_24(after)
+    kept = before.abs().view(-1, 4).sort(dim=1).values[:, 2:].sum()
+    torch.testing.assert_close(after.abs().sum(), kept)
+    rows, _ = gpu.sparse_modules(gpu.TOY, torch.device("cpu"), torch.float16)
+    assert [(row.what, row.note[:8]) for row in rows] == [
+        (f"{name}, {backend}", "refused:") for name in ("in_proj", "out_proj") for backend in ("cusparselt", "cutlass")
+    ]
 
 
 # --- with them --------------------------------------------------------------------------------------------------------

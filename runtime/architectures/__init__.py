@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..errors import CheckpointError
 from .base import Architecture, Cut, Dimensions
 from .mamba import MambaArchitecture
+from .mamba2 import Mamba2Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture", "Cut", "Dimensions", "architecture_for"]
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (MambaArchitecture(),)}
+ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (MambaArchitecture(), Mamba2Architecture())}
 
 
 def architecture_for(model_type: str | None, where: str = "this model") -> Architecture:

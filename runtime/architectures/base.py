@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..scan.inputs import ScanInputs
+from ..scan.inputs import ScanInputs, SsdInputs
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Architecture(Protocol):
     """
 
     model_type: str
+    has_gpu_scan: bool  # kernels for a GPU: then `scan_inputs` takes `fuse`, `scan` takes `in_place`
 
     def dimensions(self, config: Any) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -69,16 +70,29 @@ class Architecture(Protocol):
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
 
-    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
+    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Apply in_proj: the convolution's input x, (B, L, ...), and what else `scan_inputs` needs of it."""
 
     def scan_inputs(
-        self, mixer: nn.Module, x: torch.Tensor, z: torch.Tensor, history: torch.Tensor | None = None
-    ) -> ScanInputs:
-        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x."""
+        self,
+        mixer: nn.Module,
+        x: torch.Tensor,
+        z: Any,
+        history: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> ScanInputs | SsdInputs:
+        """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
+
+        With `has_gpu_scan`, `fuse=True` leaves bias and softplus of dt to the scan (`ScanInputs.dt_bias`).
+        """
+
+    def scan(
+        self, mixer: nn.Module, inputs: Any, state: torch.Tensor | None = None, backend: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What out_proj reads, (B, L, D), from what `scan_inputs` returns, and the state after the last token."""
 
     def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What x_proj and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
+        """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""

@@ -7,7 +7,6 @@ x_proj, whose (dt_rank + 2 N) rows are stacked as dt, B, C. The channels D appea
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
+from .backbone import BackboneArchitecture, causal_conv, cut_tensors
 from .base import Cut, Dimensions
 
 # Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
@@ -23,10 +23,11 @@ _CHANNEL_AXES = {"in_proj.weight": 0, "in_proj.bias": 0, "conv1d.weight": 0, "co
 _CHANNEL_AXES |= {"dt_proj.weight": 0, "dt_proj.bias": 0, "A_log": 0, "D": 0, "out_proj.weight": 1}
 
 
-class MambaArchitecture:
+class MambaArchitecture(BackboneArchitecture):
     """Adapter for Mamba-1; see `Architecture` for what each method promises."""
 
     model_type = "mamba"
+    has_gpu_scan = True
 
     def dimensions(self, config: MambaConfig) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -40,26 +41,6 @@ class MambaArchitecture:
             vocab_size=config.vocab_size,
         )
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The residual blocks in the order they run."""
-        return model.backbone.layers
-
-    def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
-        return model.lm_head(model.backbone.norm_f(hidden).to(model.lm_head.weight.dtype)).float()
-
-    def mixer(self, block: nn.Module) -> nn.Module:
-        """The state-space mixer inside a block."""
-        return block.mixer
-
-    def mixer_prefix(self, layer: int) -> str:
-        """How the names of a mixer's tensors start in the model's state dict."""
-        return f"backbone.layers.{layer}.mixer."
-
-    def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
-        return block.norm(hidden.to(block.norm.weight.dtype))
-
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
         x, z = mixer.in_proj(hidden).chunk(2, dim=-1)
@@ -72,6 +53,7 @@ class MambaArchitecture:
         z: torch.Tensor,
         history: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        fuse: bool = False,
     ) -> ScanInputs:
         """Everything between in_proj and the scan.
 
@@ -81,21 +63,28 @@ class MambaArchitecture:
             z: (B, L, D) the gate before silu.
             history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
+            fuse: leave bias and softplus of dt to the scan, which then reads it as dt_proj puts it out.
         """
         u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
-        # transformers adds the bias in float32 whatever the weights' dtype
-        dt = F.softplus(F.linear(low_rank, mixer.dt_proj.weight).float().add_(mixer.dt_proj.bias.float()))
-        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z)
+        dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
+        if not fuse:  # transformers adds the bias in float32 whatever the weights' dtype
+            dt, bias = F.softplus(dt.float().add_(bias.float())), None
+        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
 
-    def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What x_proj and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
-        inputs = self.scan_inputs(block.mixer, *self.expand(block.mixer, self.normed(block, hidden)))
-        y, _ = selective_scan(inputs)
-        return inputs.u, y
+    def scan(
+        self,
+        mixer: nn.Module,
+        inputs: ScanInputs,
+        state: torch.Tensor | None = None,
+        backend: str = "auto",
+        in_place: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
+        return selective_scan(inputs, state, backend, in_place)
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
@@ -119,12 +108,6 @@ class MambaArchitecture:
         low_rank = F.linear(inputs.u, mixer.x_proj.weight[: mixer.time_step_rank])
         read = {"in_proj": normed, "conv1d": x, "x_proj": inputs.u, "dt_proj": low_rank, "out_proj": y}
         return read, hidden + mixer.out_proj(y)
-
-    def remove_block(self, block: nn.Module) -> None:
-        """Make a block hand on what it reads: out_proj becomes zero, so nothing is added to the residual stream."""
-        with torch.no_grad():
-            for parameter in block.mixer.out_proj.parameters():
-                parameter.zero_()
 
     def remove_ssm(self, block: nn.Module) -> None:
         """Silence the states of a block in place; the convolution, the skip D and the gate stay."""
@@ -172,7 +155,7 @@ class MambaArchitecture:
             keep = torch.as_tensor(list(states))
             rows = torch.cat([torch.arange(r), r + keep, r + n + keep])
             prefix = self.mixer_prefix(layer)
-            _cut(out, cuts, {prefix + "A_log": (1, keep), prefix + "x_proj.weight": (0, rows)})
+            cut_tensors(out, cuts, {prefix + "A_log": (1, keep), prefix + "x_proj.weight": (0, rows)})
         smaller = copy.deepcopy(config)
         smaller.state_size = max(map(len, kept))
         return out, smaller, cuts
@@ -238,30 +221,9 @@ class MambaArchitecture:
                 for name, axis in _CHANNEL_AXES.items()
                 if prefix + name in tensors  # biases are optional
             }
-            _cut(out, cuts, plan)
+            cut_tensors(out, cuts, plan)
         smaller = copy.deepcopy(config)
         smaller.intermediate_size = max(map(len, kept))
-        return out, smaller, cuts
-
-    def is_removed(self, block: nn.Module) -> bool:
-        """Whether a block hands on what it reads: its out_proj is zero."""
-        return not any(bool(parameter.any()) for parameter in block.mixer.out_proj.parameters())
-
-    def cut_blocks(
-        self, tensors: Mapping[str, torch.Tensor], config: MambaConfig, removed: Sequence[int]
-    ) -> tuple[dict[str, torch.Tensor], MambaConfig, list[Cut]]:
-        """Remove whole blocks from a state dict and its configuration; those that stay are numbered anew."""
-        kept = [layer for layer in range(config.num_hidden_layers) if layer not in removed]
-        number = {f"backbone.layers.{old}.": f"backbone.layers.{new}." for new, old in enumerate(kept)}
-        out, cuts = {}, []
-        for name, tensor in tensors.items():
-            prefix = re.match(r"backbone\.layers\.\d+\.|", name)[0]
-            if not prefix or prefix in number:
-                out[number.get(prefix, "") + name[len(prefix) :]] = tensor
-            else:
-                cuts.append(Cut(name, tuple(tensor.shape), ()))
-        smaller = copy.deepcopy(config)
-        smaller.num_hidden_layers = len(kept)
         return out, smaller, cuts
 
     @staticmethod
@@ -277,37 +239,3 @@ def _channel_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tup
     twice = torch.cat([index, mixer.intermediate_size + index])
     names = [name for name, _ in mixer.named_parameters() if name in _CHANNEL_AXES]
     return {name: (_CHANNEL_AXES[name], twice if name.startswith("in_proj") else index) for name in names}
-
-
-def _cut(tensors: dict[str, torch.Tensor], cuts: list[Cut], plan: Mapping[str, tuple[int, torch.Tensor]]) -> None:
-    """Keep some rows of some tensors, in place of the dict, and list the change. `plan`: name -> axis, kept indices."""
-    for name, (axis, index) in plan.items():
-        before = tensors[name]
-        tensors[name] = before.index_select(axis, index).contiguous()
-        cuts.append(Cut(name, tuple(before.shape), tuple(tensors[name].shape)))
-
-
-def causal_conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Depthwise causal convolution with channels last: y_t = bias + sum_k w_k x_{t-K+1+k}.
-
-    K shifted multiply-adds are 7 to 25 times faster here than `F.conv1d`, which wants (B, D, L) and pays two
-    transposes and a slow depthwise path for it.
-
-    Args:
-        x: (B, L, D).
-        weight: (D, 1, K).
-        bias: (D,) or None.
-        history: (B, K - 1, D) the inputs before x; None stands for zeros.
-    """
-    taps = weight.squeeze(1).t().contiguous()  # (K, D)
-    width, length = taps.shape[0], x.shape[1]
-    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], dim=1)
-    if length == 1:  # decode: fewer calls
-        y = (padded * taps).sum(dim=1, keepdim=True)
-        return y if bias is None else y.add_(bias)
-    y = padded[:, :length] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :length], taps[0])
-    for k in range(1, width):
-        y.addcmul_(padded[:, k : k + length], taps[k])  # in place: autograd does not need y
-    return y

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from ..checkpoints import Checkpoint, parameter_count
 from ..device import choose_device, choose_dtype
 from ..fast import use_fast_scan
+from ..manifest import RUNTIMES
 from ..perplexity import Perplexity, excess_loss
 from ..progress import Progress, silent
 from ..sparse24 import Sparse24Report, use_sparse24
-from .conditions import busy_note, conditions, load_average
+from .conditions import Conditions, busy_note, conditions, load_average
 from .graphs import measure_graphs
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
 from .parts import measure_parts
 from .quality import read_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
 from .settings import Settings
-from .sources import Subject, find_sources, is_sparse24, load_subjects, weight_bytes
+from .sources import (
+    Subject,
+    compute_dtype,
+    find_sources,
+    is_sparse24,
+    load_subjects,
+    runnable,
+    state_bytes,
+    stored_dtype,
+    weight_bytes,
+)
 from .speed import measure_speed
 from .throughput import UNLIMITED, measure_throughput
 
@@ -44,6 +56,7 @@ def benchmark(
     stock: bool = True,
     backend: str = "auto",
     max_batch: int | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
     progress: Progress = silent,
 ) -> Report:
     """Measure the dense model beside the compressed ones: sizes, memory, speed, perplexity.
@@ -67,6 +80,7 @@ def benchmark(
         backend: of the selective scan, see `use_fast_scan`.
         max_batch: also decode 1, 2, 4, ... sequences at once up to this many, each model alone, or until memory is
             full; 0 leaves that out, None does it on a GPU only, without a limit.
+        runtimes: "torch", "onnx" or both: whose exports of an artefact are measured.
         progress: told what is being done.
 
     Raises:
@@ -78,23 +92,25 @@ def benchmark(
     settings = Settings(
         tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend, max_batch
     )
-    subjects = load_subjects(find_sources(directory, dense, models), choose_dtype(dtype, where), progress)
+    sources, left_out = runnable(find_sources(directory, dense, models, runtimes), where)
+    subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device=where.type)
+    in_torch = [subject for subject in subjects if subject.runtime == "torch"]
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
     load_before = load_average()
-    notes += busy_note(load_before)
+    notes += left_out + busy_note(load_before)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
-    parameters = [parameter_count(checkpoint.tensors()) for checkpoint in checkpoints]
-    for subject in subjects:
+    parameters = [checkpoint.parameters for checkpoint in checkpoints]
+    for subject in in_torch:
         use_fast_scan(subject.checkpoint.model, backend=backend)
-    throughput, more = measure_throughput(subjects, settings, where, progress)
+    throughput, more = measure_throughput(in_torch, settings, where, progress)
     notes += more
-    for subject in subjects:
+    for subject in in_torch:
         subject.checkpoint.model.to(where)
     sparse = [_run_sparse(subject, settings, notes, progress) for subject in subjects]
     measurements = measure_speed(subjects, settings, where, stock, progress)
-    measurements += measure_parts(subjects, settings, where, progress)
-    graphs, more = measure_graphs(subjects, settings, where, progress)
+    measurements += measure_parts(in_torch, settings, where, progress)
+    graphs, more = measure_graphs(in_torch, settings, where, progress)
     notes += more
     scores = [None if tokens is None else score(subject, tokens, window, progress) for subject in subjects]
     if scores[0] is not None:
@@ -102,7 +118,7 @@ def benchmark(
     rows = zip(subjects, parameters, memory, sparse, scores, strict=True)
     return Report(
         # read after the work: numba's first parallel loop can change how many threads torch has
-        conditions=conditions(where, checkpoints[0].model.dtype, load_before),
+        conditions=_conditions(subjects, where, load_before),
         settings=settings,
         text=text_info,
         models=tuple(_model(*row, scores[0]) for row in rows),
@@ -112,9 +128,19 @@ def benchmark(
     )
 
 
+def _conditions(
+    subjects: Sequence[Subject], where: torch.device, load_before: tuple[float, float, float] | None
+) -> Conditions:
+    """The conditions of now; where ONNX exports were measured, with the version of onnxruntime."""
+    found = conditions(where, getattr(torch, compute_dtype(subjects[0])), load_before)
+    if all(subject.runtime == "torch" for subject in subjects):
+        return found
+    return replace(found, versions=found.versions | {"onnxruntime": version("onnxruntime")})
+
+
 def _run_sparse(subject: Subject, settings: Settings, notes: list[str], progress: Progress) -> Sparse24Report | None:
     """Run an export as sparse24 on sparse tensor cores where that is faster at the longest prefill."""
-    if not is_sparse24(subject.checkpoint.directory):
+    if subject.runtime == "onnx" or not is_sparse24(subject.checkpoint.directory):
         return None
     batch, length = min(settings.batch_sizes), max(settings.lengths)
     report = use_sparse24(subject.checkpoint.model, batch, length, progress=progress)
@@ -127,10 +153,13 @@ def _memory(
     subject: Subject, settings: Settings, device: torch.device, notes: list[str], progress: Progress
 ) -> Memory | None:
     progress(f"memory of {subject.source.name}", 0, 1)
+    if subject.runtime == "onnx" and device.type == "cuda":
+        notes.append(f"The GPU memory of {subject.source.name} was not measured: torch does not see onnxruntime's.")
+        return None
     task = MemoryTask(
         source=subject.source.where,
         device=device.type,
-        dtype=str(subject.checkpoint.model.dtype).removeprefix("torch."),
+        dtype=compute_dtype(subject),
         length=max(settings.lengths),
         prefill_batch=min(settings.batch_sizes),
         decode_batch=max(settings.batch_sizes),
@@ -157,18 +186,14 @@ def _model(
         name=subject.source.name,
         dense=subject.source.dense,
         recipe=subject.source.recipe,
-        stored_dtype=_stored_dtype(checkpoint),
+        runtime=subject.runtime,
+        stored_dtype=stored_dtype(checkpoint),
         dimensions=checkpoint.dimensions,
         parameters=parameters,
-        files=tuple(WeightFiles(s.name, c.format, weight_bytes(c.directory)) for s, c in everyone),
-        state_bytes=checkpoint.dimensions.state_bytes(),
+        files=tuple(WeightFiles(s.name, c.format, weight_bytes(c)) for s, c in everyone),
+        state_bytes=state_bytes(checkpoint),
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
         sparse24=sparse24,
     )
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
-    return names.pop() if len(names) == 1 else "mixed"

@@ -31,7 +31,7 @@ def measure_graphs(
     Returns:
         Measurements, and a note where a model's step cannot be recorded.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not subjects:
         return [], []
     measurements = []
     for done, batch in enumerate(settings.batch_sizes):

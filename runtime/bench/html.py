@@ -32,7 +32,7 @@ def render(report: Report) -> str:
     return template.render(
         schema=SCHEMA,
         report=report,
-        names=tuple(model.name for model in report.models),
+        names=report.names,
         findings=summary.findings(report),
         recipes=[text for model in report.compressed if (text := _recipe(model))],
         overview=Table("Overview", summary.summary_rows(report)),
@@ -108,7 +108,8 @@ def _sequences_note(report: Report) -> str:
 
 
 def _timings(report: Report, kind: str) -> list[Row]:
-    return [summary.timing_row(measurement) for measurement in report.of_kind(kind)]
+    names = None if kind == "stock" else report.names
+    return [summary.timing_row(measurement, names) for measurement in report.of_kind(kind)]
 
 
 def _file_rows(report: Report) -> list[Row]:

@@ -16,7 +16,8 @@ import psutil
 import torch
 from torch import nn
 
-from .workloads import decoding, prefill
+from ..generation import check_runtime, is_onnx_export, load_onnx_export
+from .workloads import decode, decoding, prefill
 
 DECODE_STEPS = 4
 
@@ -95,6 +96,8 @@ def run_task(task: MemoryTask) -> Memory:
     from ..checkpoints import load_checkpoint
     from ..fast import use_fast_scan
 
+    if is_onnx_export(task.source):
+        return _run_onnx_task(task)
     device = torch.device(task.device)
     cuda = device.type == "cuda"
     high_water = torch.cuda.max_memory_allocated if cuda else _resident_peak
@@ -123,6 +126,31 @@ def run_task(task: MemoryTask) -> Memory:
         capacity=_capacity(device) if cuda else available,
         sequence=_sequence_on_gpu(model, task.decode_batch, device) if cuda else state,
         weights=weights,
+    )
+
+
+def _run_onnx_task(task: MemoryTask) -> Memory:
+    """The same for an ONNX export on a CPU; onnxruntime, its threads and its arena are in all marks but the first."""
+    check_runtime(task.device)
+    libraries, available = _resident_peak(), psutil.virtual_memory().available
+    export = load_onnx_export(task.source, task.device)
+    loaded = _resident_peak()
+    prefill(export.model, task.prefill_batch, task.length)()
+    step = decode(export.model, task.decode_batch)
+    for _ in range(DECODE_STEPS):
+        step()
+    state = 2 * export.state_bytes  # what a step reads and what it writes
+    return Memory(
+        libraries=libraries,
+        loaded=loaded,
+        peak=_resident_peak(),
+        reserved=None,
+        steady=psutil.Process().memory_info().rss,
+        steady_reserved=None,
+        state=state,
+        capacity=available,
+        sequence=state,
+        weights=export.weight_bytes,
     )
 
 

@@ -27,6 +27,8 @@ def measure_parts(
     subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = silent
 ) -> list[Measurement]:
     """Time every part of all subjects, which are on `device`, at the longest prefill and the smallest batch."""
+    if not subjects:
+        return []
     batch, length = min(settings.batch_sizes), max(settings.lengths)
     found = {
         s.source.name: parts(s.checkpoint.model, s.checkpoint.architecture, batch, length, settings.backend)

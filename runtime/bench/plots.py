@@ -56,7 +56,8 @@ def plots(report: Report) -> dict[str, str]:
     }
     drawn = {}
     for name, (draw, description) in drawings.items():
-        if len(report.models) > 1 or name in ("prefill", "decode"):
+        drawable = {"speedup": _has_scans(report)}.get(name, len(report.models) > 1 or name != "sizes")
+        if drawable:
             drawn[name] = _svg(name, draw, description, report)
     return drawn
 
@@ -91,9 +92,14 @@ def _decode(axes: Axes, report: Report) -> None:
     axes.set(title="Decode, ms per step (one token of every sequence)")
 
 
+def _has_scans(report: Report) -> bool:
+    """Whether the scan alone was timed of the dense model and of a compressed one."""
+    return any(report.dense.name in m.timings and m.ratios for m in report.of_kind("scan"))
+
+
 def _speedup(axes: Axes, report: Report) -> None:
-    """The first compressed model: its kernel beside what is left of it end to end."""
-    model = report.compressed[0].name
+    """The first compressed model in torch: its kernel beside what is left of it end to end."""
+    model = next(iter(report.of_kind("scan")[0].ratios))
     scans = {(m.length, m.batch): m for m in report.of_kind("scan")}
     whole = [m for m in report.of_kind("prefill") if (m.length, m.batch) in scans]
     pairs = {"scan alone": [scans[m.length, m.batch].ratios[model] for m in whole]}

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints import Checkpoint
 from ..errors import SsmcError
+from ..generation import OnnxExport, load_onnx_export
 from ..perplexity import Perplexity, perplexity, split_windows
 from ..progress import Progress, silent
 from ..text import read_texts, tokenize
@@ -22,7 +23,7 @@ EMBEDDED = "embedded held-out stories"
 
 
 def read_tokens(
-    checkpoints: Sequence[Checkpoint], source: str | Path | None, tokenizer: str | None, settings: Settings
+    checkpoints: Sequence[Checkpoint | OnnxExport], source: str | Path | None, tokenizer: str | None, settings: Settings
 ) -> tuple[torch.Tensor | None, TextInfo | None, list[str]]:
     """The tokens perplexity is measured on, what they are, and what to say about them.
 
@@ -69,7 +70,10 @@ def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progres
     def report(_: str, done: int, total: int) -> None:
         progress(f"perplexity of {subject.source.name}", done, total)
 
-    return perplexity(subject.checkpoint.model, tokens, window, progress=report)
+    model = subject.checkpoint.model
+    if subject.runtime == "onnx" and not model.graph.all_logits:  # timed without the logits that are not needed then
+        model = load_onnx_export(subject.source.where, model.device.type, all_logits=True).model
+    return perplexity(model, tokens, window, progress=report)
 
 
 def shortened_note(score: Perplexity, window: int) -> list[str]:

@@ -41,7 +41,7 @@ class WeightFiles:
     """Size of the weights on disk in one format."""
 
     name: str
-    format: str  # "transformers" or "mamba-ssm"
+    format: str  # "transformers", "mamba-ssm" or "onnx"
     bytes: int
 
 
@@ -60,6 +60,7 @@ class Model:
     memory: Memory | None
     perplexity: Perplexity | None
     excess: ExcessLoss | None  # above the dense model
+    runtime: str = "torch"  # what computes it: "torch" or "onnx"
     sparse24: Sparse24Report | None = None  # of an export as sparse24: which modules run sparse
 
 
@@ -74,7 +75,8 @@ class Measurement:
             longer fit) or "stock" (the dense model's prefill, by transformers' own loop and by our scan).
         length: tokens of every sequence; 1 in decoding.
         batch: sequences at once.
-        timings: name of the model (in "stock": of the loop) -> seconds per call.
+        timings: name of the model (in "stock": of the loop) -> seconds per call. ONNX exports have only "prefill" and
+            "decode": their graphs have no parts to time alone.
         ratios: the same names but the first -> the first's seconds over theirs, paired by round; empty in "throughput".
         part: what is timed in "part": "in_proj", "scan", ...
     """
@@ -113,6 +115,11 @@ class Report:
     def compressed(self) -> tuple[Model, ...]:
         """Everything else."""
         return self.models[1:]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the models."""
+        return tuple(model.name for model in self.models)
 
     def of_kind(self, kind: str) -> tuple[Measurement, ...]:
         """The measurements of one kind, by batch and length."""

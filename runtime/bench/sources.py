@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, load_checkpoint
-from ..checkpoints.packed_format import FILE as PACKED_FILE
 from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
-from ..manifest import MANIFEST, read_manifest
+from ..generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
+from ..manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
 from ..progress import Progress, silent
-
-EXPORTS = ("safetensors", "mamba-ssm", "sparse24")
-"""Folders of an artefact that hold exports, the one to time first."""
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""
@@ -28,7 +25,7 @@ class Source:
     """A model to measure, not yet read."""
 
     name: str  # what reports call it; never an absolute path
-    where: str  # what `load_checkpoint` takes
+    where: str  # what `load_checkpoint` or `load_onnx_export` takes
     dense: bool
     recipe: dict[str, Any] | None = None
 
@@ -38,12 +35,20 @@ class Subject:
     """A model to measure, read; `twins` are the same tensors in other formats, which need no timing of their own."""
 
     source: Source
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OnnxExport
     twins: tuple[tuple[Source, Checkpoint], ...] = ()
+
+    @property
+    def runtime(self) -> str:
+        """What computes it, "torch" or "onnx"."""
+        return "onnx" if isinstance(self.checkpoint, OnnxExport) else "torch"
 
 
 def find_sources(
-    directory: str | Path, dense: str | Path | None = None, models: Sequence[str | Path] | None = None
+    directory: str | Path,
+    dense: str | Path | None = None,
+    models: Sequence[str | Path] | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
 ) -> list[Source]:
     """The models of a comparison, the dense one first.
 
@@ -51,11 +56,14 @@ def find_sources(
         directory: an artefact of `compress` with exports in it, or one export; not read if `models` are given.
         dense: the model to compare with; by default the one the artefact was made from, or the first of `models`.
         models: explicit models to compare instead of an artefact's exports.
+        runtimes: whose exports of an artefact are taken.
 
     Raises:
-        UsageError: nothing to compare.
+        UsageError: nothing to compare, or no such runtime.
         CheckpointError: the manifest does not say where the dense model is.
     """
+    if wrong := [name for name in runtimes if name not in RUNTIMES]:
+        raise UsageError(f"There is no runtime {', '.join(wrong)!r}; there are {' and '.join(RUNTIMES)}.")
     if models is not None:
         named = [str(model) for model in ([] if dense is None else [dense]) + list(models)]
         if not named:
@@ -64,25 +72,43 @@ def find_sources(
         return _distinct(sources)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
-    exports = _exports(directory, manifest)
+    exports = _exports(directory, manifest, runtimes)
     if not exports:
-        raise UsageError(f"{directory} holds no export to compare with the dense model. Run `ssmc export` first.")
+        kind = "" if set(runtimes) == set(RUNTIMES) else f" for {' or '.join(runtimes)}"
+        raise UsageError(f"{directory} holds no export{kind} to compare with the dense model. Run `ssmc export` first.")
     reference = dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
     return _distinct([reference, *exports])
 
 
-def load_subjects(sources: Sequence[Source], dtype: torch.dtype | None, progress: Progress = silent) -> list[Subject]:
+def load_subjects(
+    sources: Sequence[Source],
+    dtype: torch.dtype | None,
+    progress: Progress = silent,
+    device: str = "auto",
+    all_logits: bool = False,
+) -> list[Subject]:
     """Read all models; exports with the same tensors as one before them become its twins.
 
+    Args:
+        sources: the models.
+        dtype: of torch's models.
+        progress: told about every model.
+        device: of ONNX exports; torch's models are read on the CPU.
+        all_logits: open ONNX exports to score texts with them, see `load_onnx_export`.
+
     Raises:
+        UsageError: onnxruntime is missing, or cannot use the device.
         CheckpointError: a model cannot be read, or was not made for the same vocabulary as the dense one.
     """
     subjects: list[Subject] = []
     for done, source in enumerate(sources):
         progress(f"reading {source.name}", done, len(sources))
+        if is_onnx_export(source.where):
+            subjects.append(Subject(source, load_onnx_export(source.where, device, all_logits)))
+            continue
         checkpoint = _load(source, dtype)
         for position, other in enumerate(subjects):
-            if not source.dense and not other.source.dense and _same_model(checkpoint, other.checkpoint):
+            if not source.dense and not other.source.dense and _same_model(other.checkpoint, checkpoint):
                 subjects[position] = Subject(other.source, other.checkpoint, (*other.twins, (source, checkpoint)))
                 break
         else:
@@ -104,9 +130,30 @@ def label(where: str | Path) -> str:
     return str(PurePosixPath(str(where)))
 
 
-def weight_bytes(directory: Path) -> int:
-    """Bytes on disk of the weights that `load_checkpoint` reads from a model directory."""
-    for single in (*SINGLE_FILES, PACKED_FILE):
+def runnable(sources: Sequence[Source], device: torch.device) -> tuple[list[Source], list[str]]:
+    """Those of the sources that can be run on a device, and a note on ONNX exports that cannot.
+
+    Raises:
+        UsageError: one that cannot is the dense model, or nothing is left beside it.
+    """
+    exports = [source for source in sources if is_onnx_export(source.where)]
+    try:
+        if exports:
+            check_runtime(device.type)
+    except UsageError as error:
+        left = [source for source in sources if source not in exports]
+        if len(left) < 2 or exports[0].dense:
+            raise
+        return left, [f"{', '.join(source.name for source in exports)} was left out: {error}"]
+    return list(sources), []
+
+
+def weight_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+    """Bytes on disk of the weights that a model was read from."""
+    if isinstance(checkpoint, OnnxExport):
+        return checkpoint.weight_bytes
+    directory = checkpoint.directory
+    for single in SINGLE_FILES:
         index = directory / f"{single}.index.json"
         if (directory / single).is_file():
             return (directory / single).stat().st_size
@@ -116,16 +163,34 @@ def weight_bytes(directory: Path) -> int:
     raise ValueError(f"{directory} was loaded, so it has weights")
 
 
+def state_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+    """Bytes of recurrent state one sequence occupies, in float32 for torch's models."""
+    return checkpoint.state_bytes if isinstance(checkpoint, OnnxExport) else checkpoint.dimensions.state_bytes()
+
+
+def stored_dtype(checkpoint: Checkpoint | OnnxExport) -> str:
+    """Of the weights on disk; "mixed" if they have several."""
+    if isinstance(checkpoint, OnnxExport):
+        return checkpoint.stored_dtype
+    names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def compute_dtype(subject: Subject) -> str:
+    """What a model computes in; a graph computes in float32 what is not a matrix product."""
+    return "float32" if subject.runtime == "onnx" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
+
+
 def is_sparse24(directory: Path) -> bool:
     """Whether a model directory is an export as sparse24, whose manifest lists its 2:4 modules."""
     return (directory / MANIFEST).is_file() and "sparse24" in read_manifest(directory)
 
 
-def _exports(directory: Path, manifest: dict[str, Any]) -> list[Source]:
+def _exports(directory: Path, manifest: dict[str, Any], runtimes: Sequence[str]) -> list[Source]:
     if manifest.get("kind") == "export":  # the user named one export
         return [Source(label(directory), str(directory), dense=False, recipe=_recipe(manifest))]
     found = []
-    for name in EXPORTS:
+    for name in [name for runtime in RUNTIMES if runtime in runtimes for name in EXPORTS[runtime]]:
         if (directory / name / MANIFEST).is_file():
             recipe = _recipe(read_manifest(directory / name))
             found.append(Source(f"{label(directory)}/{name}", str(directory / name), dense=False, recipe=recipe))
@@ -162,7 +227,9 @@ def _load(source: Source, dtype: torch.dtype | None) -> Checkpoint:
         ) from error
 
 
-def _same_model(one: Checkpoint, other: Checkpoint) -> bool:
+def _same_model(one: Checkpoint | OnnxExport, other: Checkpoint) -> bool:
+    if isinstance(one, OnnxExport):
+        return False
     ours, theirs = one.tensors(), other.tensors()
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in ours.items()

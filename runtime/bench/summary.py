@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,10 +53,10 @@ def summary_rows(report: Report) -> list[Row]:
     for kind in ("prefill", "decode", "graph", "scan"):
         found = report.of_kind(kind)
         if kind in DECODING:
-            rows += [timing_row(m) for m in found]
+            rows += [timing_row(m, report.names) for m in found]
         elif found:
             smallest = [m for m in found if m.batch == found[0].batch]
-            rows.append(timing_row(smallest[-1]))
+            rows.append(timing_row(smallest[-1], report.names))
     return rows + perplexity_rows(report)
 
 
@@ -105,16 +105,18 @@ def sequence_rows(report: Report) -> list[Row]:
 
 def part_rows(report: Report) -> list[Row]:
     """The parts of the first layer, and the head; all of one length and batch."""
-    return [replace(timing_row(m), metric=m.part) for m in report.of_kind("part")]
+    return [replace(timing_row(m, report.names), metric=m.part) for m in report.of_kind("part")]
 
 
 def token_rows(report: Report) -> list[Row]:
     """Tokens per second of every prefill and of decoding at every batch size."""
-    names = [model.name for model in report.models]
-    rows = []
+    names, rows = report.names, []
+    absent = tuple("does not fit" if model.runtime == "torch" else "" for model in report.models)
     for measurement in (m for kind in ("prefill", *DECODING) for m in report.of_kind(kind)):
         timings = [measurement.timings.get(name) for name in names]
-        speeds = tuple("does not fit" if t is None else f"{measurement.tokens / t.median:,.0f}" for t in timings)
+        speeds = tuple(
+            no if t is None else f"{measurement.tokens / t.median:,.0f}" for t, no in zip(timings, absent, strict=True)
+        )
         ratios = [measurement.ratios.get(name) for name in names[1:]]
         changes = tuple("" if r is None else format_ratio(r) for r in ratios)
         rows.append(
@@ -138,13 +140,21 @@ def sparse24_rows(report: Report) -> list[Row]:
     return rows
 
 
-def timing_row(measurement: Measurement) -> Row:
-    """One workload: median and quartiles for each, and the paired ratio."""
+def timing_row(measurement: Measurement, names: Sequence[str] | None = None) -> Row:
+    """One workload: median and quartiles for each, and the paired ratio.
+
+    Args:
+        measurement: the workload.
+        names: the columns; those that were not timed stay empty. None: those that were.
+    """
+    names = tuple(measurement.timings) if names is None else names
+    timings = [measurement.timings.get(name) for name in names]
+    ratios = [measurement.ratios.get(name) for name in names[1:]]
     return Row(
         metric=workload_name(measurement),
-        values=tuple(format_timing(timing) for timing in measurement.timings.values()),
-        changes=tuple(format_ratio(ratio) for ratio in measurement.ratios.values()),
-        verdicts=tuple(_better(ratio) for ratio in measurement.ratios.values()),
+        values=tuple("" if timing is None else format_timing(timing) for timing in timings),
+        changes=tuple("" if ratio is None else format_ratio(ratio) for ratio in ratios),
+        verdicts=tuple("" if ratio is None else _better(ratio) for ratio in ratios),
     )
 
 
@@ -276,6 +286,8 @@ def _scan_sentence(report: Report, model: Model) -> list[str]:
         return []
     prefill = max(both, key=lambda m: m.length)
     scan = scans[prefill.length, prefill.batch]
+    if not {report.dense.name, model.name} <= set(scan.timings):
+        return []
     share = scan.timings[report.dense.name].median * report.dense.dimensions.n_layer
     share /= prefill.timings[report.dense.name].median
     sure = prefill.ratios[model.name].verdict in ("faster", "slower")

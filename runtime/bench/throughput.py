@@ -31,7 +31,7 @@ def measure_throughput(
     Returns:
         One measurement a batch size, without those models that ran out of memory before; and notes for the report.
     """
-    if settings.max_batch < 1:
+    if settings.max_batch < 1 or not subjects:
         return [], []
     found: dict[int, dict[str, Timing]] = {}
     notes: list[str] = []

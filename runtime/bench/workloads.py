@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..architectures import Architecture
-from ..scan import ScanInputs, selective_scan
+from ..generation import OnnxSession
+from ..losses import vocab_size
+from ..scan import ScanInputs, SsdInputs
+
+if TYPE_CHECKING:
+    from ..losses import LanguageModel
 
 PROMPT = 16
 """Tokens read before decoding. Its length does not matter to a recurrent model: the state has one size."""
@@ -28,16 +33,18 @@ def grid(lengths: Sequence[int], batch_sizes: Sequence[int]) -> list[tuple[int, 
     ]
 
 
-def random_tokens(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+def random_tokens(model: LanguageModel, batch: int, length: int) -> torch.Tensor:
     """(B, L) ids from the whole vocabulary; the same for every model of that vocabulary."""
-    embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(embedding.shape[0], (batch, length), generator=generator).to(embedding.device)
+    tokens = torch.randint(vocab_size(model), (batch, length), generator=generator)
+    return tokens.to(model.get_input_embeddings().weight.device) if isinstance(model, nn.Module) else tokens
 
 
-def prefill(model: nn.Module, batch: int, length: int) -> Callable[[], torch.Tensor]:
+def prefill(model: LanguageModel, batch: int, length: int) -> Callable[[], torch.Tensor]:
     """Read (B, L) tokens into a fresh cache and score the next token."""
     tokens = random_tokens(model, batch, length)
+    if isinstance(model, OnnxSession):
+        return lambda: _afresh(model, tokens)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
@@ -78,26 +85,36 @@ def decoding(model: nn.Module, batch: int, prompt: int = PROMPT) -> Decoding:
     return Decoding(run, cache)
 
 
-def decode(model: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
+def decode(model: LanguageModel, batch: int) -> Callable[[], torch.Tensor]:
     """One step: one token for each of B sequences, from the cache of all steps before."""
+    if isinstance(model, OnnxSession):
+        _afresh(model, random_tokens(model, batch, PROMPT))
+        tokens = random_tokens(model, batch, 1)[:, 0]
+        return lambda: model.step(tokens)
     return decoding(model, batch).run
+
+
+def _afresh(session: OnnxSession, tokens: torch.Tensor) -> torch.Tensor:
+    session.reset()
+    return session.prefill(tokens)
 
 
 def scan(
     model: nn.Module, architecture: Architecture, batch: int, length: int, backend: str
 ) -> Callable[[], torch.Tensor]:
-    """The selective scan of the first layer alone, on what that layer computes from (B, L) tokens."""
+    """The scan of the first layer with its gate, alone, on what that layer computes from (B, L) tokens."""
+    mixer = architecture.mixer(architecture.blocks(model)[0])
     inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length))
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return selective_scan(inputs, backend=backend)[0]  # (B, L, D)
+        return architecture.scan(mixer, inputs, backend=backend)[0]  # (B, L, D)
 
     return run
 
 
 @torch.inference_mode()
-def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs:
+def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs | SsdInputs:
     """What the scan of the first layer reads for (B, L) tokens."""
     block = architecture.blocks(model)[0]
     mixer = architecture.mixer(block)

@@ -7,7 +7,15 @@ parameter_count   how many numbers a model has
 tensor_bytes      how many bytes they take
 """
 
-from .checkpoint import FORMATS, Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from .checkpoint import (
+    FORMATS,
+    Checkpoint,
+    load_checkpoint,
+    parameter_count,
+    read_dimensions,
+    tensor_bytes,
+    write_checkpoint,
+)
 from .mamba_ssm_format import unpadded_vocab_size
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "load_checkpoint",
     "parameter_count",
+    "read_dimensions",
     "tensor_bytes",
     "unpadded_vocab_size",
     "write_checkpoint",

@@ -54,6 +54,11 @@ class Checkpoint:
         """The sizes of the model."""
         return self.architecture.dimensions(self.config)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return parameter_count(self.tensors())
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors as they are now, by transformers' names, in their stored dtypes, on the CPU; no tied head.
 
@@ -87,6 +92,16 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     model = build_model(config, tensors, dtype, str(source))
     _read_generation_config(model, directory)
     return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory)
+
+
+def read_dimensions(directory: Path) -> Dimensions:
+    """The sizes of a model from its config.json alone.
+
+    Raises:
+        CheckpointError: there is none, or it describes no model ssmc knows.
+    """
+    _, config = _read_config(directory, str(directory))
+    return architecture_for(config.model_type, str(directory)).dimensions(config)
 
 
 def write_checkpoint(

@@ -12,12 +12,14 @@ import copy
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
+from ..architectures import architecture_for
 from ..errors import CheckpointError
 from ..progress import Progress, silent
 from .reading import read_tensors, some_of
@@ -27,29 +29,61 @@ NAME = "mamba-ssm"
 REQUIRED = ("d_model", "n_layer", "vocab_size")
 KEPT_CONFIG = "mamba_ssm_config"  # the original config.json, as an extra key of transformers' configuration
 
-# ssm_cfg key -> transformers field, and mamba_ssm's default (the arguments of mamba_ssm.modules.mamba_simple.Mamba)
-_FIELDS = {
-    "d_state": ("state_size", 16),
+# ssm_cfg key -> transformers field, and mamba_ssm's default (the arguments of its Mamba and its Mamba2)
+_SHARED_FIELDS = {
     "d_conv": ("conv_kernel", 4),
-    "dt_rank": ("time_step_rank", "auto"),
     "dt_min": ("time_step_min", 0.001),
     "dt_max": ("time_step_max", 0.1),
-    "dt_init": ("time_step_init_scheme", "random"),
-    "dt_scale": ("time_step_scale", 1.0),
     "dt_init_floor": ("time_step_floor", 1e-4),
     "conv_bias": ("use_conv_bias", True),
     "bias": ("use_bias", False),
 }
+_MAMBA_FIELDS = _SHARED_FIELDS | {
+    "d_state": ("state_size", 16),
+    "dt_rank": ("time_step_rank", "auto"),
+    "dt_init": ("time_step_init_scheme", "random"),
+    "dt_scale": ("time_step_scale", 1.0),
+}
+_MAMBA2_FIELDS = _SHARED_FIELDS | {
+    "d_state": ("state_size", 128),
+    "headdim": ("head_dim", 64),
+    "ngroups": ("n_groups", 1),
+    "dt_limit": ("time_step_limit", (0.0, math.inf)),
+    "chunk_size": ("chunk_size", 256),
+}
 # the fields of mamba_ssm's MambaConfig
 _ORDER = ("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm")
 _ORDER += ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings")
-_OTHER_KEYS = ("layer", "expand", "use_fast_path")
 _DEFAULT_EXPAND = 2
 _DEFAULT_MULTIPLE = 8
 _NORM_EPSILON = 1e-5  # fixed in mamba_ssm's MixerModel
 
 _STORED_EMBEDDING, _EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
 _HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of layer that mamba_ssm has and transformers too."""
+
+    layer: str  # ssm_cfg["layer"]
+    model_type: str
+    architecture: str
+    fields: Mapping[str, tuple[str, Any]]
+    ignored: tuple[str, ...]  # ssm_cfg keys that change nothing in the result
+    fixed: Mapping[str, tuple[Any, ...]]  # ssm_cfg keys, and their values that transformers can express
+
+
+_MAMBA = _Kind("Mamba1", "mamba", "MambaForCausalLM", _MAMBA_FIELDS, ("layer", "expand", "use_fast_path"), {})
+_MAMBA2 = _Kind(
+    "Mamba2",
+    "mamba2",
+    "Mamba2ForCausalLM",
+    _MAMBA2_FIELDS,
+    ("layer", "expand", "use_mem_eff_path", "conv_init", "A_init_range", "sequence_parallel"),
+    {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,)},
+)
+_KINDS = {kind.layer: kind for kind in (_MAMBA, _MAMBA2)}
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -67,27 +101,28 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     """A transformers configuration from the content of mamba_ssm's config.json.
 
     Raises:
-        CheckpointError: a size is missing, or the model is none that transformers' Mamba can express.
+        CheckpointError: a size is missing, or the model is none that transformers can express.
     """
     _refuse_other_models(raw, path)
     ssm_cfg = raw.get("ssm_cfg") or {}
     d_model, expand = raw["d_model"], ssm_cfg.get("expand", _DEFAULT_EXPAND)
     if not all(isinstance(value, int | float) and value > 0 for value in (d_model, expand)):
         raise CheckpointError(f"{path} has d_model {d_model!r} and expand {expand!r}, not positive numbers. Mend it.")
-    values = {field: ssm_cfg.get(key, default) for key, (field, default) in _FIELDS.items()}
+    kind = _KINDS[ssm_cfg.get("layer", _MAMBA.layer)]
+    values = {field: ssm_cfg.get(key, default) for key, (field, default) in kind.fields.items()}
     values |= {
         "vocab_size": _padded(raw, path),
         "hidden_size": d_model,
         "num_hidden_layers": raw["n_layer"],
         "expand": max(1, int(expand)),  # whole numbers only; intermediate_size is what counts
-        "intermediate_size": int(expand * d_model),  # as mamba_ssm rounds it
+        **_widths(kind, int(expand * d_model), values, path),  # as mamba_ssm rounds it
         "layer_norm_epsilon": _NORM_EPSILON,
         "residual_in_fp32": raw.get("residual_in_fp32", True),
         "tie_word_embeddings": raw.get("tie_embeddings", True),
-        "architectures": ["MambaForCausalLM"],
+        "architectures": [kind.architecture],
         KEPT_CONFIG: copy.deepcopy(dict(raw)),
     }
-    return make_config("mamba", values, path)
+    return make_config(kind.model_type, values, path)
 
 
 def unpadded_vocab_size(config: PretrainedConfig) -> int:
@@ -132,7 +167,7 @@ def make_raw(config: PretrainedConfig) -> dict[str, Any]:
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": {},
+        "ssm_cfg": {} if _kind_of(config) is _MAMBA else {"layer": _kind_of(config).layer},
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,
@@ -157,6 +192,21 @@ def make_raw(config: PretrainedConfig) -> dict[str, Any]:
     return {key: raw[key] for key in sorted(raw, key=_position)}
 
 
+def _kind_of(config: PretrainedConfig) -> _Kind:
+    return next(kind for kind in _KINDS.values() if kind.model_type == config.model_type)
+
+
+def _widths(kind: _Kind, d_inner: int, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """transformers' fields for d_inner: one number for Mamba-1, so many heads for Mamba-2."""
+    if kind is _MAMBA:
+        return {"intermediate_size": d_inner}
+    head_dim = values["head_dim"]
+    if not isinstance(head_dim, int) or head_dim < 1 or d_inner % head_dim:
+        raise CheckpointError(f"{path} has headdim {head_dim!r}, which does not divide d_inner {d_inner}. Mend it.")
+    # what MambaConfig has by default; Mamba2Config's defaults point into other vocabularies
+    return {"num_heads": d_inner // head_dim, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+
+
 def _position(key: str) -> int:
     """Where mamba_ssm writes a key, since transformers sorts those it keeps for us; unknown ones come last."""
     return _ORDER.index(key) if key in _ORDER else len(_ORDER)
@@ -165,13 +215,15 @@ def _position(key: str) -> int:
 def _updated_ssm_cfg(ssm_cfg: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """`ssm_cfg` with the entries changed, and only those, that say something else than `config`."""
     updated = dict(ssm_cfg)
-    for key, (field, default) in _FIELDS.items():
+    for key, (field, default) in _kind_of(config).fields.items():
         now, wanted = ssm_cfg.get(key, default), getattr(config, field)
         if key == "dt_rank":
             now, wanted = math.ceil(config.hidden_size / 16) if now == "auto" else now, int(wanted)
+        if key == "dt_limit":  # a list out of JSON
+            now, wanted = tuple(now), tuple(wanted)
         if now != wanted:
             updated[key] = wanted
-    d_model, d_inner = config.hidden_size, config.intermediate_size
+    d_model, d_inner = config.hidden_size, architecture_for(config.model_type).dimensions(config).d_inner
     if int(ssm_cfg.get("expand", _DEFAULT_EXPAND) * d_model) != d_inner:
         updated["expand"] = _exact_expand(d_inner, d_model)
     return updated
@@ -198,18 +250,25 @@ def _padded(raw: Mapping[str, Any], path: Path) -> int:
 
 
 def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
-    """Everything mamba_ssm can say that transformers' Mamba-1 cannot."""
+    """Everything mamba_ssm can say that transformers cannot."""
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
         raise CheckpointError(f"{path} does not say {', '.join(missing)}. Copy the model's own config.json.")
     ssm_cfg = raw.get("ssm_cfg") or {}
     if not isinstance(ssm_cfg, dict):
         raise CheckpointError(f"{path} has the ssm_cfg {ssm_cfg!r}, which is not an object. Mend it.")
-    layer = ssm_cfg.get("layer", "Mamba1")
-    if layer != "Mamba1":
-        raise CheckpointError(f"{path} describes layers of the kind {layer}; ssmc knows Mamba1 of mamba_ssm so far.")
-    if unknown := ssm_cfg.keys() - _FIELDS.keys() - set(_OTHER_KEYS):
-        raise CheckpointError(f"{path} has ssm_cfg keys that Mamba1 does not know: {some_of(unknown)}. Mend it.")
+    layer = ssm_cfg.get("layer", _MAMBA.layer)
+    if layer not in _KINDS:
+        known = " and ".join(_KINDS)
+        raise CheckpointError(f"{path} describes layers of the kind {layer}; ssmc knows {known} of mamba_ssm so far.")
+    kind = _KINDS[layer]
+    if unknown := ssm_cfg.keys() - kind.fields.keys() - kind.fixed.keys() - set(kind.ignored):
+        raise CheckpointError(f"{path} has ssm_cfg keys that {layer} does not know: {some_of(unknown)}. Mend it.")
+    for key, expressible in kind.fixed.items():
+        if ssm_cfg.get(key, expressible[0]) not in expressible:
+            raise CheckpointError(
+                f"{path} says {key} {ssm_cfg[key]!r}, which transformers' {layer} has not, so ssmc cannot load it."
+            )
     if raw.get("attn_layer_idx"):
         raise CheckpointError(f"{path} describes a hybrid (attn_layer_idx is not empty); ssmc knows pure Mamba so far.")
     if raw.get("d_intermediate"):
@@ -222,7 +281,7 @@ def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_foreign_features(config: PretrainedConfig) -> None:
-    """Everything transformers' Mamba-1 can say that mamba_ssm cannot."""
+    """Everything transformers' models can say that mamba_ssm cannot."""
     if config.layer_norm_epsilon != _NORM_EPSILON:
         raise CheckpointError(
             f"mamba_ssm's norms always use epsilon {_NORM_EPSILON}, this model uses {config.layer_norm_epsilon}; it "

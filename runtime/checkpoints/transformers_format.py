@@ -26,6 +26,7 @@ from .reading import read_tensors
 NAME = "transformers"
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and before
+_SPECIAL = ("Infinity", "-Infinity", "NaN")
 _MOST_LAYERS = 10_000  # transformers makes lists of this length before anything can be compared with the weights
 
 # Set anew when writing, or (the last) no part of the model: it may name a path of the machine that wrote it.
@@ -46,7 +47,15 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
         raise CheckpointError(f"{path} does not say {', '.join(missing)}. Copy the model's own config.json.")
-    return make_config(raw["model_type"], {k: v for k, v in raw.items() if k not in _NOT_PASSED_ON}, path)
+    return make_config(raw["model_type"], {k: _plain(v) for k, v in raw.items() if k not in _NOT_PASSED_ON}, path)
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json with transformers' stand-ins for numbers that JSON has not, {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        special = value.get("__float__") if len(value) == 1 else None
+        return float(special) if special in _SPECIAL else {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> PretrainedConfig:

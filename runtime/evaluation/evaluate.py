@@ -12,11 +12,13 @@ import torch
 from ..bench.quality import score as perplexity_of
 from ..bench.quality import shortened_note
 from ..bench.report import TextInfo
-from ..bench.sources import Subject, label, load_subjects
-from ..checkpoints import Checkpoint, parameter_count
+from ..bench.sources import Subject, compute_dtype, label, load_subjects, runnable
+from ..checkpoints import Checkpoint
 from ..device import choose_device, choose_dtype
 from ..errors import CalibrationError, SsmcError
 from ..fast import use_fast_scan
+from ..generation import OnnxExport
+from ..manifest import RUNTIMES
 from ..perplexity import Perplexity, excess_loss, split_windows
 from ..progress import Progress, silent
 from ..text import NAMED_DATASETS, read_texts, tokenize
@@ -49,6 +51,7 @@ def evaluate_models(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    runtimes: Sequence[str] = RUNTIMES,
     progress: Progress = silent,
 ) -> EvalReport:
     """Score models by perplexity on a text and by lm-eval's tasks, and compare them with the first.
@@ -68,6 +71,7 @@ def evaluate_models(
         device: "cpu", "cuda" or "auto".
         dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
         backend: of the selective scan, see `use_fast_scan`.
+        runtimes: "torch", "onnx" or both: whose exports are taken of an artefact.
         progress: told what is being done.
 
     Raises:
@@ -75,18 +79,20 @@ def evaluate_models(
     """
     settings = EvalSettings(task_names(tasks), limit, window, max_windows, batch_size)
     where = choose_device(device)
-    sources = choose_sources(models, dense)
+    sources, left_out = runnable(choose_sources(models, dense, runtimes), where)
     loaded = load_tasks(settings.tasks, data, limit, progress) if settings.tasks else ()
-    subjects = load_subjects(sources, choose_dtype(dtype, where), progress)
+    subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device, all_logits=True)
     reference = subjects[0].checkpoint
     reader = load_tokenizer(reference, tokenizer)
     tokens, text_info, notes = _read_text(reference, reader, text, data, settings) if perplexity else (None, None, [])
     measured, perplexities = [], []
     for subject in subjects:
-        model = use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
+        if subject.runtime == "torch":
+            use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
         perplexities.append(None if tokens is None else perplexity_of(subject, tokens, window, progress))
         measured.append(_run(loaded, subject, reader, settings, progress))
-        model.to("cpu")  # one model at a time on a GPU
+        if subject.runtime == "torch":
+            subject.checkpoint.model.to("cpu")  # one model at a time on a GPU
     results = [
         _result(subject, (score, perplexities[0]), (values, measured[0]), text_info)
         for subject, score, values in zip(subjects, perplexities, measured, strict=True)
@@ -97,16 +103,20 @@ def evaluate_models(
         settings=settings,
         versions=versions() | ({"lm_eval": version("lm_eval")} if loaded else {}),
         device=where.type,
-        dtype=str(reference.model.dtype).removeprefix("torch."),
+        dtype=compute_dtype(subjects[0]),
         text=text_info,
         tasks=tuple(_task_info(task, measured[0]) for task in loaded),
         models=tuple(results),
-        notes=(*notes, *_twin_notes(subjects), *_limit_note(loaded, limit)),
+        notes=(*left_out, *notes, *_twin_notes(subjects), *_limit_note(loaded, limit)),
     )
 
 
 def _read_text(
-    reference: Checkpoint, tokenizer: Any, source: str | Path | None, data: str | Path | None, settings: EvalSettings
+    reference: Checkpoint | OnnxExport,
+    tokenizer: Any,
+    source: str | Path | None,
+    data: str | Path | None,
+    settings: EvalSettings,
 ) -> tuple[torch.Tensor | None, TextInfo | None, list[str]]:
     """The tokens (T,) of the perplexity, what they are, and notes.
 
@@ -172,7 +182,7 @@ def _result(
         name=subject.source.name,
         dense=dense,
         recipe=subject.source.recipe,
-        parameters=parameter_count(subject.checkpoint.tensors()),
+        parameters=subject.checkpoint.parameters,
         perplexity=ours,
         excess=None if dense or ours is None or theirs is None else excess_loss(ours, theirs),
         scores=tuple(scores),

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
-from ..errors import CalibrationError, CheckpointError
-from ..perplexity import LOGITS_AT_ONCE
+from ..errors import CalibrationError, CheckpointError, UsageError
+from ..generation import Generation, LoadedSession, Sampling
+from ..losses import IGNORED, best_batch, token_losses
 from ..progress import Progress, silent
 
+if TYPE_CHECKING:
+    from ..losses import LanguageModel
+
+CPU = torch.device("cpu")
 MAX_LENGTH = 2048
 """Tokens a request may have; longer ones lose their start. A Mamba has no limit; this is the one lm-eval gives it."""
 
 
 class RecurrentLM(TemplateLM):
-    """lm-eval's interface to a causal recurrent language model of transformers.
+    """lm-eval's interface to a causal recurrent language model, of transformers or an ONNX export.
 
     Texts are cut into context and continuation by lm-eval itself (`TemplateLM._encode_pair`). Nothing is ever padded on
     the left: log-likelihoods are padded on the right, where a causal model's earlier outputs cannot see it, and
@@ -29,12 +33,17 @@ class RecurrentLM(TemplateLM):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, batch_size: int = 8, name: str = "model", progress: Progress = silent
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        batch_size: int = 8,
+        name: str = "model",
+        progress: Progress = silent,
     ):
         """Wrap a model.
 
         Args:
-            model: a causal language model of transformers in eval mode.
+            model: a causal language model of transformers in eval mode, or the session of an ONNX export.
             tokenizer: its tokenizer.
             batch_size: sequences at once.
             name: what progress calls the model.
@@ -43,14 +52,14 @@ class RecurrentLM(TemplateLM):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size = best_batch(model, batch_size)
         self._name = name
         self._progress = progress
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.get_output_embeddings().weight.device
+        return self.model.get_output_embeddings().weight.device if isinstance(self.model, nn.Module) else CPU
 
     @property
     def max_length(self) -> int:
@@ -60,7 +69,7 @@ class RecurrentLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text, and which therefore stands before one that has no context."""
-        config = self.model.config
+        config = getattr(self.model, "config", None)
         for token in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, getattr(config, "eos_token_id", None)):
             if isinstance(token, int):
                 return token
@@ -106,7 +115,7 @@ class RecurrentLM(TemplateLM):
         return [math.fsum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Continue each prompt up to a stop sequence, by transformers' own generation, one prompt at a time."""
+        """Continue each prompt up to a stop sequence, one at a time; torch's models by transformers' own generation."""
         texts = []
         for request in requests:
             self._progress(f"generation of {self._name}", len(texts), len(requests))
@@ -133,39 +142,27 @@ class RecurrentLM(TemplateLM):
             self._progress(f"tasks of {self._name}", start + len(batch), len(order))
         return scores
 
-    @torch.inference_mode()
     def _score(self, sequences: list[list[int]], targets: list[int]) -> list[tuple[float, bool]]:
         """Log-probability of the last `targets[i]` tokens of each sequence, and whether each was the likeliest."""
         inputs = nn.utils.rnn.pad_sequence(  # zeros on the right
             [torch.tensor(sequence[:-1]) for sequence in sequences], batch_first=True
-        ).to(self.device)
-        head = self.model.get_output_embeddings()
-        hidden = self.model.base_model(inputs, use_cache=False)[0].to(head.weight.dtype)  # (B, L, d_model)
-        wanted = [  # (T_i, d_model): what predicts the targets
-            hidden[row, len(sequence) - 1 - count : len(sequence) - 1]
-            for row, (sequence, count) in enumerate(zip(sequences, targets, strict=True))
-        ]
-        tokens = [token for sequence, count in zip(sequences, targets, strict=True) for token in sequence[-count:]]
-        nll, greedy = self._losses(head, torch.cat(wanted), torch.tensor(tokens, device=self.device))
+        )
+        wanted = torch.full_like(inputs, IGNORED)
+        ends = [len(sequence) - 1 for sequence in sequences]
+        for row, (sequence, end, count) in enumerate(zip(sequences, ends, targets, strict=True)):
+            wanted[row, end - count : end] = torch.tensor(sequence[-count:])
+        nll, likeliest = token_losses(self.model, inputs, wanted)
         if not torch.isfinite(nll).all():
             raise CheckpointError(
                 f"The loss of {self._name} is not a finite number. Its weights or its dtype overflow: try float32, or "
                 "check the checkpoint."
             )
-        parts = zip(nll.split(targets), greedy.split(targets), strict=True)
-        return [(-float(part.sum()), bool(same.all())) for part, same in parts]
+        rows = zip(nll, likeliest, ends, targets, strict=True)
+        return [
+            (-math.fsum(losses[end - count : end].tolist()), bool(same[end - count : end].all()))
+            for losses, same, end, count in rows
+        ]
 
-    def _losses(self, head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-likelihood in float64 and "is the likeliest", both (T,), of tokens (T,) after hidden (T, d)."""
-        step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-        nll, greedy = [], []
-        for part, targets in zip(hidden.split(step), tokens.split(step), strict=True):
-            logits = head(part).float()  # (step, V)
-            nll.append(F.cross_entropy(logits, targets, reduction="none").double())
-            greedy.append(logits.argmax(dim=-1) == targets)
-        return torch.cat(nll).cpu(), torch.cat(greedy).cpu()
-
-    @torch.inference_mode()
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
         options = dict(normalize_gen_kwargs(options))
         until = [stop for stop in options.pop("until", []) if stop]
@@ -173,6 +170,15 @@ class RecurrentLM(TemplateLM):
         if not options.get("do_sample"):
             options.pop("temperature", None)
         context = self.tok_encode(prompt)[-max(1, self.max_length - longest) :] or [self.prefix_token_id]
+        if isinstance(self.model, nn.Module):
+            return self._generate_by_transformers(context, until, longest, options)
+        loaded = LoadedSession(self.model, self.tokenizer, (self.eot_token_id,), self._name)
+        return "".join(Generation(loaded, context, _sampling(options), longest, until))
+
+    @torch.inference_mode()
+    def _generate_by_transformers(
+        self, context: list[int], until: list[str], longest: int, options: dict[str, Any]
+    ) -> str:
         inputs = torch.tensor([context], device=self.device)
         output = self.model.generate(
             inputs,
@@ -187,3 +193,20 @@ class RecurrentLM(TemplateLM):
         for stop in until:
             text = text.split(stop)[0]
         return text
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """How a task wants tokens to be chosen.
+
+    Raises:
+        UsageError: in a way that only transformers' generation knows.
+    """
+    known = {"do_sample", "temperature", "top_k", "top_p"}
+    if unknown := sorted(set(options) - known):
+        raise UsageError(
+            f"The task generates with {', '.join(unknown)}, which exports to ONNX cannot. Evaluate the model in torch."
+        )
+    if not options.get("do_sample"):
+        return Sampling()
+    temperature = options.get("temperature", 1.0)
+    return Sampling(temperature, options.get("top_k"), options.get("top_p"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.sources import EXPORTS, Source, dense_source, find_sources
-from ..manifest import MANIFEST, read_manifest
+from ..bench.sources import Source, dense_source, find_sources
+from ..manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
 
 DEFAULT_DIRECTORY = "ssmc-out"
 
@@ -19,7 +19,9 @@ def artefact_directory(models: Sequence[str | Path]) -> Path | None:
     return only if len(models) == 1 and (only / MANIFEST).is_file() else None
 
 
-def choose_sources(models: Sequence[str | Path], dense: str | Path | None = None) -> list[Source]:
+def choose_sources(
+    models: Sequence[str | Path], dense: str | Path | None = None, runtimes: Sequence[str] = RUNTIMES
+) -> list[Source]:
     """The models of an evaluation, the reference first.
 
     Args:
@@ -27,16 +29,18 @@ def choose_sources(models: Sequence[str | Path], dense: str | Path | None = None
             `export` wrote, which stands for its dense model and its exports, or for its dense model and itself where
             it has none; or nothing, which stands for ssmc-out.
         dense: the reference.
+        runtimes: whose exports of an artefact are taken.
 
     Raises:
-        UsageError: there is nothing to evaluate.
+        UsageError: there is nothing to evaluate, or no such runtime.
         CheckpointError: the manifest does not say where the dense model is.
     """
     directory = artefact_directory(models)
     if directory is None:
-        return find_sources(DEFAULT_DIRECTORY, dense, models)
+        return find_sources(DEFAULT_DIRECTORY, dense, models, runtimes)
     manifest = read_manifest(directory)
-    if manifest.get("kind") == "export" or any((directory / name / MANIFEST).is_file() for name in EXPORTS):
-        return find_sources(directory, dense)
+    exports = [name for runtime in runtimes for name in EXPORTS.get(runtime, [runtime])]
+    if manifest.get("kind") == "export" or any((directory / name / MANIFEST).is_file() for name in exports):
+        return find_sources(directory, dense, runtimes=runtimes)
     where = dense_source(directory, manifest).where if dense is None else dense
-    return find_sources(directory, where, [directory])
+    return find_sources(directory, where, [directory], runtimes)

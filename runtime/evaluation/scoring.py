@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..checkpoints import Checkpoint
+from ..generation import OnnxExport
 from ..progress import Progress, silent
 from .statistics import RESAMPLES, SLOW_RESAMPLES, Aggregate
 from .tasks import LoadedTask, quiet
@@ -48,7 +49,7 @@ class Measured:
 
 def run_tasks(
     tasks: Sequence[LoadedTask],
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | OnnxExport,
     tokenizer: Any,
     *,
     limit: int | None = None,

@@ -8,6 +8,9 @@ for piece in generate("tiny", "Once upon a time"):  # text as it comes
 """
 
 from .generate import Generation, generate, generate_batch, stream_tokens
+from .onnx_export import OnnxExport, load_onnx_export
+from .onnx_graph import check_runtime, is_onnx_export
+from .onnx_session import OnnxSession
 from .opening import LoadedSession, open_session, warm_up
 from .sampling import Sampling
 from .session import Session
@@ -16,11 +19,16 @@ from .torch_session import TorchSession
 __all__ = [
     "Generation",
     "LoadedSession",
+    "OnnxExport",
+    "OnnxSession",
     "Sampling",
     "Session",
     "TorchSession",
+    "check_runtime",
     "generate",
     "generate_batch",
+    "is_onnx_export",
+    "load_onnx_export",
     "open_session",
     "stream_tokens",
     "warm_up",

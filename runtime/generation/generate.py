@@ -82,11 +82,16 @@ class Generation:
     """
 
     def __init__(
-        self, loaded: LoadedSession, prompt: str, sampling: Sampling, max_new_tokens: int, stop: Sequence[str] = ()
+        self,
+        loaded: LoadedSession,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
     ):
         """Begin; see `generate`. The model first computes when iteration begins."""
         tokenizer = require_tokenizer(loaded)
-        self.prompt_tokens = _encode(tokenizer, prompt)
+        self.prompt_tokens = _encode(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         self.tokens: list[int] = []
         self.text = ""
         self.ended: str | None = None

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..checkpoints import load_checkpoint
+from ..checkpoints.reading import read_json
 from ..device import choose_device, choose_dtype
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..fast import use_fast_scan
-from ..manifest import MANIFEST, read_manifest
+from ..manifest import EXPORTS, MANIFEST, read_manifest
 from ..progress import Progress, silent
-from ..tokenizers import load_tokenizer, tokenizer_directory
+from ..tokenizers import check_fits, has_tokenizer, load_tokenizer, tokenizer_directory
+from .onnx_graph import is_onnx_export, open_graph
+from .onnx_session import OnnxSession
 from .session import Session
 from .torch_session import TorchSession
 
-TORCH_EXPORTS = ("safetensors", "mamba-ssm")
-"""Exports in an artefact's folder, the one to run first; they are smaller than the masked model beside them."""
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,22 @@ def open_session(
     """Read a model and start a session of it.
 
     Args:
-        source: a model folder, a hub id or "tiny"; or what `compress` wrote, of which the export is taken if there is
-            one.
+        source: a model folder, a hub id, "tiny" or the folder of an ONNX export; or what `compress` wrote, of which the
+            export for torch is taken if there is one.
         tokenizer: directory or hub id, where the model carries none.
         device: "cpu", "cuda" or "auto".
-        dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
+        dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU. An ONNX export has
+            its own.
         backend: of the selective scan in torch, see `use_fast_scan`.
         progress: told about every file of weights.
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
-    where = choose_device(device)
     source = _inside_artefact(source)
+    if is_onnx_export(source):
+        return _open_onnx(Path(source).expanduser(), tokenizer, device, dtype, progress)
+    where = choose_device(device)
     checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), progress=progress)
     model = use_fast_scan(checkpoint.model.to(where), backend=backend)
     found = None
@@ -71,6 +77,20 @@ def open_session(
         found = load_tokenizer(checkpoint, tokenizer)
     stops = _stop_tokens(found, getattr(model, "generation_config", None), model.config)
     return LoadedSession(TorchSession(model), found, stops, str(source))
+
+
+def _open_onnx(
+    folder: Path, tokenizer: str | None, device: str, dtype: torch.dtype | None, progress: Progress
+) -> LoadedSession:
+    if dtype is not None:
+        raise UsageError(f"The dtype of {folder} was chosen when it was exported: leave out --dtype, or export again.")
+    session = OnnxSession(open_graph(folder, device, progress=progress))
+    config = SimpleNamespace(**read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    found = None
+    if tokenizer is not None or has_tokenizer(folder):
+        found = load_tokenizer(folder, tokenizer)
+        check_fits(found, session.vocab_size, str(tokenizer or folder), str(folder))
+    return LoadedSession(session, found, _stop_tokens(found, config), str(folder))
 
 
 def warm_up(session: Session) -> None:
@@ -99,7 +119,7 @@ def _inside_artefact(source: str | Path) -> str | Path:
     """The export in the folder that `compress` wrote, or what was named."""
     folder = Path(source).expanduser() if str(source) else Path(".")
     if str(source) and (folder / MANIFEST).is_file() and read_manifest(folder)["kind"] == "masked":
-        exports = [folder / name for name in TORCH_EXPORTS if (folder / name / MANIFEST).is_file()]
+        exports = [folder / name for name in EXPORTS["torch"] if (folder / name / MANIFEST).is_file()]
         return exports[0] if exports else source
     return source
 

@@ -1,4 +1,4 @@
-"""Selective scans: one interface, a fast CPU kernel behind it, and plain torch wherever that cannot serve."""
+"""Selective scans of Mamba and Mamba-2: one interface, fast CPU kernels, and plain torch where they cannot serve."""
 
 from __future__ import annotations
 
@@ -9,26 +9,40 @@ from types import ModuleType
 import torch
 
 from ..errors import UsageError
-from . import reference
-from .inputs import ScanInputs
+from . import reference, ssd
+from .accelerators import accelerates, accelerator
+from .inputs import ScanInputs, SsdInputs
 
-__all__ = ["BACKENDS", "ScanInputs", "check_backend", "scan_states", "selective_scan"]
+__all__ = [
+    "BACKENDS",
+    "ScanInputs",
+    "SsdInputs",
+    "accelerator",
+    "check_backend",
+    "scan_states",
+    "selective_scan",
+    "ssd_scan",
+]
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "mamba-ssm", "reference")
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # anything else may have no memory to read
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto"
+    inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto", in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence of one layer and read it out (Mamba, section 3.2; see `ScanInputs`).
 
     Args:
         inputs: what the scan reads; float16 and bfloat16 are computed in float32.
         state: (B, D, N) state before the first token; None starts from zero. It is not modified.
-        backend: "cpu" the numba kernels, "reference" plain torch on any device, "auto" the kernels for CPU tensors and
-            the reference for everything else. Both have gradients; those of the kernels cannot be differentiated again.
+        backend: "cpu" the numba kernels, "triton" our kernels for a GPU, "mamba-ssm" that package's where it is
+            installed, "reference" plain torch on any device, "auto" the numba kernels for CPU tensors, Triton for those
+            of a GPU if it is there, and the reference for everything else. The numba kernels and the reference have
+            gradients, but only those of the reference can be differentiated again; the kernels for a GPU leave a scan
+            that needs gradients to the reference.
+        in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, gated when `inputs.z` is given, and the final state (B, D, N) in
@@ -38,7 +52,10 @@ def selective_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
-    return _choose(backend, inputs, state, "cpu_backward").selective_scan(inputs, state)
+    module = _choose(backend, inputs, state, "cpu_backward")
+    if accelerates(module):
+        return module.selective_scan(inputs, state, in_place)
+    return module.selective_scan(inputs.with_time_steps(), state)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
@@ -49,7 +66,28 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: 
     Returns:
         (B, L + 1, N, D) float32; entry t is the state before token t, so `[:, 1:]` is h_t, `[:, -1]` the final state.
     """
-    return _choose(backend, inputs, state).scan_states(inputs, state)
+    module = _choose(backend, inputs, state)
+    return module.scan_states(inputs if accelerates(module) else inputs.with_time_steps(), state)
+
+
+def ssd_scan(
+    inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence of one Mamba-2 layer and read it out (Mamba-2, section 6; see `SsdInputs`).
+
+    Args:
+        inputs: what the scan reads; float16 and bfloat16 are computed in float32.
+        state: (B, H, P, N) state before the first token; None starts from zero. It is not modified.
+        backend: as for `selective_scan`, but only the reference has gradients: matrix products over chunks of tokens.
+
+    Returns:
+        Output (B, L, D) in the dtype of `inputs.u`, not gated, and the final state (B, H, P, N) in float32.
+
+    Raises:
+        UsageError: there is no such backend, or it cannot take these tensors.
+        ValueError: the shapes do not belong together.
+    """
+    return _choose(backend, inputs, state).ssd_scan(inputs, state)
 
 
 def check_backend(backend: str) -> str:
@@ -64,22 +102,33 @@ def check_backend(backend: str) -> str:
 
 
 def _choose(
-    backend: str, inputs: ScanInputs, state: torch.Tensor | None, with_gradients: str | None = None
+    backend: str, inputs: ScanInputs | SsdInputs, state: torch.Tensor | None, with_gradients: str | None = None
 ) -> ModuleType:
     """The module that computes this scan; `with_gradients` names the one of the kernels' that has gradients, if any."""
+    is_ssd = isinstance(inputs, SsdInputs)
+    plain, kernels = (ssd, "ssd_cpu") if is_ssd else (reference, "cpu")
     if check_backend(backend) == "reference":
-        return reference
+        return plain
+    if is_ssd and backend not in ("auto", "cpu"):
+        raise UsageError(f"There is no {backend} scan of a Mamba-2: use backend 'auto', 'cpu' or 'reference'.")
     tensors = [t for t in (*vars(inputs).values(), state) if t is not None]
+    on_gpu = None if is_ssd else accelerator(backend, tensors)
+    if on_gpu is not None:
+        _check_shapes(inputs, state)
+        return on_gpu
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if backend not in ("auto", "cpu"):
+        return plain
     obstacle = _obstacle(tensors)
     if obstacle is None and grad and with_gradients is None:
-        obstacle = "it computes no gradients of all states"
+        obstacle = f"it computes no gradients of {'a Mamba-2' if is_ssd else 'all states'}"
     if obstacle is None:
-        _check_shapes(inputs, state)  # the kernels work on raw memory
-        return _kernels(with_gradients if grad else "cpu")
+        # the kernels work on raw memory
+        _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
+        return _kernels(with_gradients if grad else kernels)
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
-    return reference
+    return plain
 
 
 def _obstacle(tensors: list[torch.Tensor]) -> str | None:
@@ -109,7 +158,7 @@ def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:
         raise ValueError(f"u must be (B, L, D) and A (D, N), not {tuple(inputs.u.shape)} and {tuple(inputs.A.shape)}")
     sequence = (inputs.batch, inputs.length)
     channels, states = (*sequence, inputs.d_inner), (*sequence, inputs.d_state)
-    wanted = {"dt": channels, "z": channels, "B": states, "C": states, "D": channels[2:]}
+    wanted = {"dt": channels, "z": channels, "B": states, "C": states, "D": channels[2:], "dt_bias": channels[2:]}
     wanted["A"] = (inputs.d_inner, inputs.d_state)
     for name, shape in wanted.items():
         tensor = getattr(inputs, name)
@@ -117,3 +166,22 @@ def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:
             raise ValueError(f"{name} must be {shape} to go with u and A, not {tuple(tensor.shape)}")
     if state is not None and state.shape != (inputs.batch, inputs.d_inner, inputs.d_state):
         raise ValueError(f"state must be {(inputs.batch, inputs.d_inner, inputs.d_state)}, not {tuple(state.shape)}")
+
+
+def _check_ssd_shapes(inputs: SsdInputs, state: torch.Tensor | None) -> None:
+    """Raise ValueError unless all shapes belong together."""
+    if inputs.u.dim() != 3 or inputs.dt.dim() != 3 or inputs.B.dim() != 4:
+        shapes = [tuple(tensor.shape) for tensor in (inputs.u, inputs.dt, inputs.B)]
+        raise ValueError("u must be (B, L, D), dt (B, L, H) and B (B, L, G, N), not {}, {} and {}".format(*shapes))
+    sequence, heads = (inputs.batch, inputs.length), inputs.heads
+    if inputs.d_inner % heads or heads % inputs.groups:
+        raise ValueError(f"{inputs.d_inner} channels, {heads} heads and {inputs.groups} groups do not divide evenly")
+    readers = (*sequence, inputs.groups, inputs.d_state)
+    wanted = {"dt": (*sequence, heads), "z": inputs.u.shape, "B": readers, "C": readers, "A": (heads,), "D": (heads,)}
+    for name, shape in wanted.items():
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} to go with u, dt and B, not {tuple(tensor.shape)}")
+    if state is not None and state.shape != (inputs.batch, heads, inputs.head_dim, inputs.d_state):
+        wanted_state = (inputs.batch, heads, inputs.head_dim, inputs.d_state)
+        raise ValueError(f"state must be {wanted_state}, not {tuple(state.shape)}")

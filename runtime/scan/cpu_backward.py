@@ -20,38 +20,25 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .cpu import (
-    _F,
-    _LOG2_E,
-    LANES,
-    TILE,
-    _arguments,
-    _exp2,
-    _fast_sum,
-    _inline,
-    _jit,
-    _load_block,
-    _run,
-    _scan,
-    _whole,
-)
+from .cpu import LANES, TILE, _arguments, _load_block, _run, _scan
 from .inputs import ScanInputs
+from .kernels import F32, LOG2_E, exp2, fast_sum, inline, jit, whole
 
 GROUP = 4  # blocks of channels that add to the same sums of dB and dC
 
-_LN_2 = _F(np.log(2.0))
+_LN_2 = F32(np.log(2.0))
 
 
-@_fast_sum
+@fast_sum
 def _lane_dot(x, at_x, y, at_y):
     """Sum over the lanes of x[at_x:] * y[at_y:]."""
-    total = _F(0)
+    total = F32(0)
     for j in range(LANES):
         total += x[at_x + j] * y[at_y + j]
     return total
 
 
-@_inline
+@inline
 def _stage(tokens, width, at, step, source, tile):
     """Copy one block of `tokens` tokens of a flat sequence to a tile."""
     for t in range(tokens):
@@ -60,7 +47,7 @@ def _stage(tokens, width, at, step, source, tile):
             tile[o + j] = source[here + j]
 
 
-@_inline
+@inline
 def _replay(tokens, N, dt, drive, at_B, B, step_B, rate, decay, states):
     """Recompute a tile: a_t into decay and h_t into states, whose entry 0 is there already."""
     for t in range(tokens):
@@ -69,12 +56,12 @@ def _replay(tokens, N, dt, drive, at_B, B, step_B, rate, decay, states):
             i, B_n = s + n * LANES, B[B_t + n]
             after = i + np.uint64(N) * LANES
             for j in range(LANES):
-                decay[i + j] = _exp2(dt[o + j] * rate[n * LANES + j])
+                decay[i + j] = exp2(dt[o + j] * rate[n * LANES + j])
             for j in range(LANES):
                 states[after + j] = decay[i + j] * states[i + j] + drive[o + j] * B_n
 
 
-@_inline
+@inline
 def _read_out(tokens, N, u, skip, at_C, C, step_C, states, out):
     """Recompute o_t, what is gated."""
     for t in range(tokens):
@@ -87,19 +74,19 @@ def _read_out(tokens, N, u, skip, at_C, C, step_C, states, out):
                 out[o + j] += states[i + j] * C_n
 
 
-@_inline
+@inline
 def _gate(tokens, width, at, step, z, at_dz, channels, dz, out, dy):
     """Write dz and turn the gradient of the gated output, dy, into that of the output before the gate."""
     for t in range(tokens):
         o, here, there = np.uint64(t) * LANES, np.uint64(at + t * step), np.uint64(at_dz + t * channels)
         for j in range(width):
             gate = z[here + j]
-            open_ = _F(1) / (_F(1) + _exp2(-gate * _LOG2_E))
-            dz[there + j] = dy[o + j] * out[o + j] * open_ * (_F(1) + gate * (_F(1) - open_))
+            open_ = F32(1) / (F32(1) + exp2(-gate * LOG2_E))
+            dz[there + j] = dy[o + j] * out[o + j] * open_ * (F32(1) + gate * (F32(1) - open_))
             dy[o + j] *= gate * open_
 
 
-@_inline
+@inline
 def _step_back(
     tokens, N, width, start, at, channels, at_B, B, step_B, at_C, C, step_C, dt, u, drive, dy, skip, rate, decay,
     states, grad, d_drive, d_power, d_rate, d_skip, du, ddt, dB, dC,
@@ -113,7 +100,7 @@ def _step_back(
         o, s, here = np.uint64(t) * LANES, np.uint64(t * N) * LANES, np.uint64(at + t * channels)
         B_t, C_t = np.uint64(at_B + t * step_B), np.uint64(at_C + t * step_C)
         after = s + np.uint64(N * int(LANES))
-        d_drive[:], d_power[:] = _F(0), _F(0)
+        d_drive[:], d_power[:] = F32(0), F32(0)
         for n in range(np.uint64(N)):
             i, B_n, C_n = n * LANES, B[B_t + n], C[C_t + n]
             dC[start + t, n] += _lane_dot(states, after + i, dy, o)
@@ -134,7 +121,7 @@ def _step_back(
             d_skip[j] += dy[o + j] * u[o + j]
 
 
-@_jit
+@jit
 def _backward_groups(
     first, last, size, u, u_step, dt, dt_step, z, z_step, gated, B, B_step, C, C_step, A, D,
     kept, dy, d_last, du, ddt, dz, dB, dC, dA, dD, d_first,
@@ -149,19 +136,23 @@ def _backward_groups(
     rows, block_states = TILE * int(LANES), N * int(LANES)
     per_row = (channels + int(LANES) - 1) // int(LANES)
     groups = (per_row + GROUP - 1) // GROUP
-    decay, states, out = np.zeros(TILE * block_states, _F), np.zeros((TILE + 1) * block_states, _F), np.zeros(rows, _F)
-    d_drive, d_power = np.zeros(LANES, _F), np.zeros(LANES, _F)
+    decay, states, out = (
+        np.zeros(TILE * block_states, F32),
+        np.zeros((TILE + 1) * block_states, F32),
+        np.zeros(rows, F32),
+    )
+    d_drive, d_power = np.zeros(LANES, F32), np.zeros(LANES, F32)
     for group in range(first, last):
         b, g = group // groups, group % groups
-        dB[g, b], dC[g, b] = _F(0), _F(0)
+        dB[g, b], dC[g, b] = F32(0), F32(0)
         for position in range(g * GROUP, min(per_row, (g + 1) * GROUP)):
             d, block = position * int(LANES), b * per_row + position
             width = np.uint64(min(int(LANES), channels - d))
             # zero in the lanes without a channel, so that they add nothing to dB and dC
             dt_tile, u_tile, dy_tile, drive = (
-                np.zeros(rows, _F), np.zeros(rows, _F), np.zeros(rows, _F), np.zeros(rows, _F),
+                np.zeros(rows, F32), np.zeros(rows, F32), np.zeros(rows, F32), np.zeros(rows, F32),
             )  # fmt: skip
-            skip, d_skip, d_rate = np.zeros(LANES, _F), np.zeros(LANES, _F), np.zeros(block_states, _F)
+            skip, d_skip, d_rate = np.zeros(LANES, F32), np.zeros(LANES, F32), np.zeros(block_states, F32)
             grad, rate = _load_block(b, np.uint64(d), A, d_last, width)
             for j in range(width):
                 skip[j] = D[np.uint64(d) + j]
@@ -226,7 +217,7 @@ def _gradients(
     du, ddt, dz = (torch.empty(shape) for _ in range(3))
     dB, dC = torch.empty(readers), torch.empty(readers)
     dA, d_first, dD = torch.empty(state.shape), torch.empty(state.shape), torch.empty(inputs.batch, inputs.d_inner)
-    read = (*_arguments(inputs), kept.numpy(), _whole(dy).reshape(-1), _whole(d_last))
+    read = (*_arguments(inputs), kept.numpy(), whole(dy).reshape(-1), whole(d_last))
     written = (*(t.numpy().reshape(-1) for t in (du, ddt, dz)), *(t.numpy() for t in (dB, dC, dA, dD, d_first)))
     size = (inputs.length, inputs.d_inner)
     _run(_backward_groups, inputs, inputs.batch * groups, (size, *read, *written))

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
+
+_Inputs = TypeVar("_Inputs", bound="_Sequences")
 
 
 @dataclass(frozen=True)
-class ScanInputs:
-    """Everything the recurrence of one Mamba-1 layer needs, for B sequences of L tokens.
-
-    The recurrence (Mamba, section 3.2, with the zero-order hold of the official code)::
-
-        h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t        # (D, N)
-        y_t = (h_t C_t + D u_t) * silu(z_t)               # (D,)
-
-    Channels are the last, contiguous axis of `u`, `dt` and `z`: kernels vectorise over them.
-    """
+class _Sequences:
+    """What the scans of both generations of Mamba read, for B sequences of L tokens."""
 
     u: torch.Tensor  # (B, L, D) after conv1d and silu
-    dt: torch.Tensor  # (B, L, D) time step after softplus, positive
-    A: torch.Tensor  # (D, N) float32, negative: -exp(A_log)
-    B: torch.Tensor  # (B, L, N)
-    C: torch.Tensor  # (B, L, N)
-    D: torch.Tensor  # (D,) skip connection
-    z: torch.Tensor | None = None  # (B, L, D) gate before silu; None: the output is not gated
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    z: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -42,6 +38,42 @@ class ScanInputs:
         """Number of channels D."""
         return self.u.shape[2]
 
+    def sequences(self: _Inputs, rows: slice) -> _Inputs:
+        """The same inputs for some of the B sequences only (views, nothing is copied)."""
+        z = None if self.z is None else self.z[rows]
+        return replace(self, u=self.u[rows], dt=self.dt[rows], B=self.B[rows], C=self.C[rows], z=z)
+
+
+@dataclass(frozen=True)
+class ScanInputs(_Sequences):
+    """Everything the recurrence of one Mamba-1 layer needs.
+
+    The recurrence (Mamba, section 3.2, with the zero-order hold of the official code)::
+
+        h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t        # (D, N)
+        y_t = (h_t C_t + D u_t) * silu(z_t)               # (D,)
+
+    Channels are the last, contiguous axis of `u`, `dt` and `z`: kernels vectorise over them.
+
+    Attributes:
+        u: (B, L, D) after conv1d and silu.
+        dt: (B, L, D) time step after softplus, positive.
+        A: (D, N) float32, negative: -exp(A_log).
+        B: (B, L, N).
+        C: (B, L, N).
+        D: (D,) skip connection.
+        z: (B, L, D) gate before silu; None: the output is not gated.
+        dt_bias: (D,); if given, dt is before bias and softplus, which kernels for a GPU fuse.
+    """
+
+    dt_bias: torch.Tensor | None = None
+
+    def with_time_steps(self) -> ScanInputs:
+        """The same inputs with bias and softplus applied to dt, in float32, as the models do it."""
+        if self.dt_bias is None:
+            return self
+        return replace(self, dt=F.softplus(self.dt.float() + self.dt_bias.float()), dt_bias=None)
+
     @property
     def d_state(self) -> int:
         """Number of states N per channel."""
@@ -51,7 +83,47 @@ class ScanInputs:
         """The zero state every sequence starts from, (B, D, N) float32."""
         return self.u.new_zeros(self.batch, self.d_inner, self.d_state, dtype=torch.float32)
 
-    def sequences(self, rows: slice) -> ScanInputs:
-        """The same inputs for some of the B sequences only (views, nothing is copied)."""
-        z = None if self.z is None else self.z[rows]
-        return replace(self, u=self.u[rows], dt=self.dt[rows], B=self.B[rows], C=self.C[rows], z=z)
+
+@dataclass(frozen=True)
+class SsdInputs(_Sequences):
+    """Everything the recurrence of one Mamba-2 layer needs.
+
+    The D = H P channels are H heads of P channels; the heads come in G groups of H / G neighbours, and a group shares B
+    and C. One decay rate and one time step serve a whole head (Mamba-2, section 7.1)::
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t'        # (P, N) of each head
+        y_t = h_t C_t + D u_t                            # (P,)
+
+    Attributes:
+        u: (B, L, D) after conv1d and silu.
+        dt: (B, L, H) time step after softplus, positive.
+        A: (H,) float32, negative: -exp(A_log).
+        B: (B, L, G, N).
+        C: (B, L, G, N).
+        D: (H,) skip connection.
+        z: (B, L, D) gate before silu. The scan does not apply it: it acts inside the gated norm that follows.
+    """
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.dt.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels P of a head."""
+        return self.d_inner // self.heads
+
+    @property
+    def groups(self) -> int:
+        """Number of groups G."""
+        return self.B.shape[2]
+
+    @property
+    def d_state(self) -> int:
+        """Number of states N per channel."""
+        return self.B.shape[3]
+
+    def initial_state(self) -> torch.Tensor:
+        """The zero state every sequence starts from, (B, H, P, N) float32."""
+        return self.u.new_zeros(self.batch, self.heads, self.head_dim, self.d_state, dtype=torch.float32)

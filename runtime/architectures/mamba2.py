@@ -1,0 +1,185 @@
+"""Mamba-2 (`model_type: mamba2`), as transformers' Mamba2ForCausalLM holds it.
+
+in_proj puts out, in this order: the gate z (D), the convolution's input x (D), B (G N) and C (G N), and dt (H). x, B
+and C all pass conv1d and silu. The state dimension N appears in the B and C rows of in_proj and in the same channels of
+conv1d, once for each of the G groups; A_log, D and dt_bias have one number a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Mamba2Config
+
+from ..scan import SsdInputs, ssd_scan
+from .backbone import BackboneArchitecture, causal_conv, cut_tensors
+from .base import Cut, Dimensions
+
+
+@dataclass(frozen=True)
+class Mamba2Dimensions(Dimensions):
+    """The sizes of a Mamba-2; `dt_rank` is the number of heads, as in_proj puts out one time step a head."""
+
+    head_dim: int
+    n_groups: int
+
+    def state_bytes(self, itemsize: int = 4) -> int:
+        """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
+        window = (self.d_inner + 2 * self.n_groups * self.d_state) * self.d_conv
+        return self.n_layer * (self.d_inner * self.d_state + window) * itemsize
+
+
+class Mamba2Architecture(BackboneArchitecture):
+    """Adapter for Mamba-2; see `Architecture` for what each method promises."""
+
+    model_type = "mamba2"
+    has_gpu_scan = False
+
+    def dimensions(self, config: Mamba2Config) -> Mamba2Dimensions:
+        """Read the sizes out of a transformers configuration."""
+        return Mamba2Dimensions(
+            n_layer=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_inner=int(config.expand * config.hidden_size),
+            d_state=config.state_size,
+            dt_rank=config.num_heads,
+            d_conv=config.conv_kernel,
+            vocab_size=config.vocab_size,
+            head_dim=config.head_dim,
+            n_groups=config.n_groups,
+        )
+
+    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Apply in_proj: the convolution's input (B, L, D + 2 G N), and the gate (B, L, D) with dt (B, L, H)."""
+        sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
+        z, x, dt = mixer.in_proj(hidden).split(sizes, dim=-1)
+        return x, (z, dt)
+
+    def scan_inputs(
+        self,
+        mixer: nn.Module,
+        x: torch.Tensor,
+        z: tuple[torch.Tensor, torch.Tensor],
+        history: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> SsdInputs:
+        """Everything between in_proj and the scan.
+
+        Args:
+            mixer: a Mamba2Mixer.
+            x: (B, L, D + 2 G N) the convolution's input.
+            z: the gate before silu and dt before its bias, as `expand` returns them.
+            history: (B, d_conv - 1, D + 2 G N) the inputs that came before x; None stands for zeros.
+            attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
+        """
+        gate, dt = z
+        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        if attention_mask is not None:
+            u = u * attention_mask[:, :, None].to(u.dtype)
+        n, g = mixer.ssm_state_size, mixer.n_groups
+        u, B, C = u.split([mixer.intermediate_size, g * n, g * n], dim=-1)
+        dt = F.softplus(dt.float() + mixer.dt_bias.float())
+        low, high = mixer.time_step_limit
+        if (low, high) != (0.0, float("inf")):
+            dt = dt.clamp(low, high)
+        B, C = B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+        return SsdInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=gate)
+
+    def scan(
+        self, mixer: nn.Module, inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What out_proj reads, (B, L, D), and the state after the last token, (B, H, P, N)."""
+        y, state = ssd_scan(inputs, state, backend)
+        return mixer.norm(y, inputs.z), state
+
+    def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D + 2 G N, K); views."""
+        weights = {name: getattr(mixer, name).weight.data for name in ("in_proj", "out_proj")}
+        return {**weights, "conv1d": mixer.conv1d.weight.data.squeeze(1)}
+
+    def module_inputs(self, block: nn.Module, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What each of these modules reads when the block reads `hidden`, and what the block returns.
+
+        Args:
+            block: a Mamba2Block.
+            hidden: (B, L, d_model).
+
+        Returns:
+            Inputs by module name, (B, L, in) or (B, L, D + 2 G N) for conv1d; the block's output (B, L, d_model).
+        """
+        mixer, normed = block.mixer, self.normed(block, hidden)
+        x, z = self.expand(mixer, normed)
+        y, _ = self.scan(mixer, self.scan_inputs(mixer, x, z))
+        return {"in_proj": normed, "conv1d": x, "out_proj": y}, hidden + mixer.out_proj(y)
+
+    def remove_ssm(self, block: nn.Module) -> None:
+        """Silence the states of a block in place; the convolution, the skip D, the gate and the norm stay."""
+        self.mask_states(block.mixer, kept=[])
+
+    def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
+        """Silence all states but `kept` in place.
+
+        B and C pass conv1d and silu, and silu(bias) is not zero: a state is silent when its rows of in_proj and its
+        channels of conv1d, biases included, are all zero, for B and for C.
+
+        Args:
+            mixer: a Mamba2Mixer.
+            kept: the states that stay, of G N: state n of group g is number g N + n.
+            mixing: not for Mamba-2, where a mixture of C rows does not pass conv1d and silu.
+        """
+        if mixing is not None:
+            raise ValueError("a mixing matrix does not fold into a Mamba-2: B and C pass conv1d and silu")
+        dropped = self._dropped(mixer, kept)
+        with torch.no_grad():
+            for tensor, rows in self._state_rows(mixer, dropped):
+                tensor[rows] = 0
+
+    def is_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether B and C of every state outside `kept` are zero, so that cutting it changes nothing."""
+        dropped = self._dropped(mixer, kept)
+        return all(not tensor[rows].any() for tensor, rows in self._state_rows(mixer, dropped))
+
+    def cut_states(
+        self, tensors: Mapping[str, torch.Tensor], config: Mamba2Config, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Mamba2Config, list[Cut]]:
+        """Remove all states but `kept[layer]` from a whole state dict and its configuration.
+
+        Every group of a layer keeps the same number, as its B and C are one block of in_proj.
+        """
+        sizes = self.dimensions(config)
+        total = sizes.n_groups * sizes.d_state
+        out, cuts = dict(tensors), []
+        for layer, states in enumerate(kept):
+            keep = torch.as_tensor(list(states))
+            channels = torch.cat([torch.arange(sizes.d_inner), sizes.d_inner + keep, sizes.d_inner + total + keep])
+            rows = torch.cat([torch.arange(sizes.d_inner), sizes.d_inner + channels])
+            steps = 2 * sizes.d_inner + 2 * total + torch.arange(config.num_heads)
+            rows = torch.cat([rows, steps])
+            prefix = self.mixer_prefix(layer)
+            plan = {"in_proj.weight": rows, "in_proj.bias": rows, "conv1d.weight": channels, "conv1d.bias": channels}
+            plan = {prefix + name: (0, index) for name, index in plan.items() if prefix + name in tensors}
+            cut_tensors(out, cuts, plan)
+        smaller = copy.deepcopy(config)
+        smaller.state_size = max(map(len, kept)) // sizes.n_groups
+        return out, smaller, cuts
+
+    @staticmethod
+    def _dropped(mixer: nn.Module, kept: Sequence[int]) -> torch.Tensor:
+        """The states outside `kept`, ascending."""
+        gone = torch.ones(mixer.n_groups * mixer.ssm_state_size, dtype=torch.bool, device=mixer.D.device)
+        gone[torch.as_tensor(list(kept), dtype=torch.long)] = False
+        return gone.nonzero().flatten()
+
+    @staticmethod
+    def _state_rows(mixer: nn.Module, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Everything that holds B and C, and the rows of it that belong to some states."""
+        d, total = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
+        channels = torch.cat([d + states, d + total + states])  # of conv1d: x, B, C
+        parts = [(mixer.in_proj.weight, d + channels), (mixer.in_proj.bias, d + channels)]  # z comes first
+        parts += [(mixer.conv1d.weight, channels), (mixer.conv1d.bias, channels)]
+        return [(tensor.data, rows) for tensor, rows in parts if tensor is not None]

@@ -1,0 +1,91 @@
+"""Which scan runs on a GPU: our Triton kernels, mamba-ssm's own where it is installed, or neither and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from ..errors import UsageError
+
+TRITON, MAMBA_SSM = "triton", "mamba-ssm"
+_MODULES = {TRITON: ".gpu", MAMBA_SSM: ".mamba_ssm_scan"}
+_OLDEST_TRITON = (3, 6)  # older ones were not tried: other tuples, other layouts of registers
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def accelerator(backend: str, tensors: Sequence[torch.Tensor]) -> ModuleType | None:
+    """The module that runs a scan of these tensors on a GPU, or None where the CPU kernel or the reference shall.
+
+    Args:
+        backend: one of `BACKENDS`. "auto" takes Triton for CUDA tensors if it is there.
+        tensors: what the scan reads. None of these kernels computes gradients, so tensors that need them get None.
+
+    Raises:
+        UsageError: the backend was asked for by name and cannot run here.
+    """
+    if backend not in ("auto", *_MODULES) or _needs_gradients(tensors):
+        return None
+    if backend == "auto":
+        usable = all(tensor.is_cuda for tensor in tensors) and _obstacle(TRITON, tensors) is None
+        return _module(TRITON) if usable else None
+    obstacle = _obstacle(backend, tensors)
+    if obstacle is not None:
+        raise UsageError(f"The {backend} scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
+    return _module(backend)
+
+
+def accelerates(module: ModuleType) -> bool:
+    """Whether this is a module that `accelerator` returned: it takes dt before softplus, and updates in place."""
+    return module.__name__ in {f"{__package__}{name}" for name in _MODULES.values()}
+
+
+def triton_obstacle() -> str | None:
+    """Why our Triton kernels cannot run on this machine's GPU, or None."""
+    return _missing(TRITON) or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+def _needs_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _obstacle(backend: str, tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why this backend cannot take these tensors, or None."""
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
+        return "a tensor is of a special type, without plain memory"
+    devices = {tensor.device.type for tensor in tensors}
+    if devices == {"cpu"}:
+        if backend == TRITON and _missing(TRITON) is None and _module(TRITON).INTERPRETED:
+            return None
+        return "its kernels need a GPU and the tensors are in CPU memory" + (
+            " (only tests run them there, with TRITON_INTERPRET=1)" if backend == TRITON else ""
+        )
+    if devices != {"cuda"}:
+        return "a tensor is not in a GPU's memory"
+    return _missing(backend)
+
+
+@cache
+def _missing(backend: str) -> str | None:
+    """What keeps a backend from being imported, or None."""
+    if backend == TRITON:
+        try:
+            from triton import __version__
+        except Exception as error:  # broken installations raise all sorts of errors
+            return f"triton cannot be imported ({error}); it comes with PyTorch for CUDA on Linux"
+        if tuple(int(part) for part in __version__.split(".")[:2]) < _OLDEST_TRITON:
+            return f"triton {__version__} is too old, 3.6 is the first that was tried"
+    try:
+        module = import_module(_MODULES[backend], __package__)
+        if backend == MAMBA_SSM:
+            module.kernels()
+    except Exception as error:
+        return f"{backend}'s kernels cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(_MODULES[backend], __package__)

@@ -1,0 +1,47 @@
+"""The selective scan on a GPU, in Triton: no compiler, no build, only the `triton` that comes with PyTorch for CUDA.
+
+Importing this imports triton. With TRITON_INTERPRET=1 set before that, the kernels run on CPU tensors through Triton's
+interpreter, thousands of times slower: that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton import JITFunction
+
+from .. import reference
+from ..inputs import ScanInputs
+from . import kernels, prefill
+from .decode import scan_token
+from .prefill import Plan, parts_of, plan_for
+
+__all__ = ["INTERPRETED", "Plan", "parts_of", "plan_for", "scan_states", "selective_scan"]
+
+INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors
+
+
+def selective_scan(
+    inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False, plan: Plan | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU.
+
+    Args:
+        inputs: what the scan reads; `dt` before or after bias and softplus.
+        state: (B, D, N) before the first token; None starts from zero.
+        in_place: whether the state of a single token may be overwritten with the one after it.
+        plan: how to cut the work of several tokens, for measurements; None chooses.
+    """
+    if not inputs.u.numel():  # an empty grid cannot be launched
+        return reference.selective_scan(inputs.with_time_steps(), state)
+    with torch.cuda.device_of(inputs.u):
+        if state is not None and inputs.length == 1 and plan is None:
+            return scan_token(inputs, state, in_place)
+        return prefill.selective_scan(inputs, state, plan)
+
+
+def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:
+    """All hidden states; as `reference.scan_states`, without gradients, for tensors of a GPU."""
+    if not inputs.u.numel():
+        return reference.scan_states(inputs.with_time_steps(), state)
+    with torch.cuda.device_of(inputs.u):
+        return prefill.scan_states(inputs, state, plan)

@@ -1,0 +1,581 @@
+"""The Triton kernels of the selective scan: what one program of a grid computes; `prefill` and `decode` launch them.
+
+A block of channels lies in the lanes of a warp and every state of it in registers, as tiles of (states, channels). N is
+cut into powers of two (12 = 8 + 4), one tile each, because a tile's sides must be powers of two: so 12 states cost
+three quarters of 16. B_t and C_t are the same for all lanes and come as one vector load. Everything is computed in
+float32, whatever the tensors hold.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) to 2e-7 relative: max(x, 0) + log1p(e^-|x|), by a minimax polynomial of log1p(e) / e on [0, 1].
+
+    The logarithm the hardware has is only accurate in absolute terms, and time steps are small.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    p = 0.005232693627476692 * e - 0.02950523979961872
+    p = p * e + 0.07822596281766891
+    p = p * e - 0.13663247227668762
+    p = p * e + 0.19106008112430573
+    p = p * e - 0.2484298199415207
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    p = p * e + 0.9999999403953552
+    return tl.where(x > 0, x, 0.0) + p * e
+
+
+@triton.jit
+def silu(x):
+    """The gate x / (1 + e^-x)."""
+    return x / (1 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def load_row(ptr, d, channels, WHOLE: tl.constexpr):
+    """A block of channels of one token as it is stored; lanes beyond the last channel hold 0."""
+    if WHOLE:  # no lane is
+        return tl.load(ptr + d)
+    return tl.load(ptr + d, mask=d < channels, other=0.0)
+
+
+@triton.jit
+def store_row(ptr, d, channels, value, WHOLE: tl.constexpr):
+    """Store a block of channels."""
+    if WHOLE:
+        tl.store(ptr + d, value)
+    else:
+        tl.store(ptr + d, value, mask=d < channels)
+
+
+@triton.jit
+def load_tile(ptr, first, d, channels, n_step, d_step, PART: tl.constexpr, WHOLE: tl.constexpr):
+    """States first..first+PART-1 of a block of channels, (PART, BLOCK)."""
+    at = (first + tl.arange(0, PART))[:, None] * n_step + d[None, :] * d_step
+    if WHOLE:
+        return tl.load(ptr + at)
+    return tl.load(ptr + at, mask=(d < channels)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, first, d, channels, n_step, d_step, value, PART: tl.constexpr, WHOLE: tl.constexpr):
+    """Store what `load_tile` loads."""
+    at = (first + tl.arange(0, PART))[:, None] * n_step + d[None, :] * d_step
+    if WHOLE:
+        tl.store(ptr + at, value)
+    else:
+        tl.store(ptr + at, value, mask=(d < channels)[None, :])
+
+
+@triton.jit
+def load_tiles(ptr, d, channels, n_step, d_step, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+    """All states of a block of channels, a tuple of tiles (PARTS[i], BLOCK)."""
+    tiles = ()
+    first = 0
+    for i in tl.static_range(len(PARTS)):
+        tiles = tiles + (load_tile(ptr, first, d, channels, n_step, d_step, PARTS[i], WHOLE),)
+        first += PARTS[i]
+    return tiles
+
+
+@triton.jit
+def store_tiles(ptr, d, channels, n_step, d_step, tiles, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+    """Store what `load_tiles` loads."""
+    first = 0
+    for i in tl.static_range(len(PARTS)):
+        store_tile(ptr, first, d, channels, n_step, d_step, tiles[i], PARTS[i], WHOLE)
+        first += PARTS[i]
+
+
+@triton.jit
+def zero_tile(PART: tl.constexpr, BLOCK: tl.constexpr):
+    """(PART, BLOCK) zeros."""
+    return tl.zeros((PART, BLOCK), tl.float32)
+
+
+@triton.jit
+def zero_tiles(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tuple of zero tiles (PARTS[i], BLOCK)."""
+    tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        tiles = tiles + (zero_tile(PARTS[i], BLOCK),)
+    return tiles
+
+
+@triton.jit
+def load_vector(ptr, first, PART: tl.constexpr):
+    """Numbers first..first+PART-1 of a row of B or C, as they are stored."""
+    return tl.load(ptr + first + tl.arange(0, PART))
+
+
+@triton.jit
+def load_vectors(ptr, PARTS: tl.constexpr):
+    """A row of B or C as a tuple of vectors (PARTS[i],)."""
+    vectors = ()
+    first = 0
+    for i in tl.static_range(len(PARTS)):
+        vectors = vectors + (load_vector(ptr, first, PARTS[i]),)
+        first += PARTS[i]
+    return vectors
+
+
+@triton.jit
+def time_step(raw, bias, SOFTPLUS: tl.constexpr):
+    """dt of a block of channels in float32, from what is stored."""
+    if SOFTPLUS:
+        return softplus(raw.to(tl.float32) + bias)
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def advance(h, rates, step, drive, B, PARTS: tl.constexpr):
+    """The states one token later: h_t = 2^(dt rate) h_{t-1} + dt u B_t, with rate = A log2(e)."""
+    after = ()
+    for i in tl.static_range(len(PARTS)):
+        decay = tl.exp2(step[None, :] * rates[i])
+        after = after + (decay * h[i] + drive[None, :] * B[i].to(tl.float32)[:, None],)
+    return after
+
+
+@triton.jit
+def read_out(h, C, PARTS: tl.constexpr):
+    """sum_n C_t[n] h_t[n], (BLOCK,)."""
+    y = tl.sum(h[0] * C[0].to(tl.float32)[:, None], axis=0)
+    for i in tl.static_range(1, len(PARTS)):
+        y += tl.sum(h[i] * C[i].to(tl.float32)[:, None], axis=0)
+    return y
+
+
+@triton.jit
+def carry(h, rates, ends_ptr, sums_ptr, chunks, d, across, channels, states, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+    """The state after `chunks` whole chunks, from what each did to a zero state and the sum of its time steps.
+
+    prod_t exp(dt_t A) = exp(A sum_t dt_t): a chunk's decay needs one number a channel.
+    """
+    for _ in range(chunks):
+        total = load_row(sums_ptr, d, channels, WHOLE)
+        ends = load_tiles(ends_ptr, across, channels, channels, 1, PARTS, WHOLE)
+        after = ()
+        for i in tl.static_range(len(PARTS)):
+            after = after + (tl.exp2(total[None, :] * rates[i]) * h[i] + ends[i],)
+        h = after
+        sums_ptr += channels
+        ends_ptr += channels * states
+    return h
+
+
+@triton.jit
+def drive_tokens(
+    h,
+    total,
+    rates,
+    bias,
+    u_ptr,
+    u_token,
+    dt_ptr,
+    dt_token,
+    B_ptr,
+    B_token,
+    d,
+    channels,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """The states and the sum of time steps COUNT tokens later. All loads come first, so that they wait together."""
+    us, dts, Bs = (), (), ()
+    for k in tl.static_range(COUNT):
+        us = us + (load_row(u_ptr + k * u_token, d, channels, WHOLE),)
+        dts = dts + (load_row(dt_ptr + k * dt_token, d, channels, WHOLE),)
+        Bs = Bs + (load_vectors(B_ptr + k * B_token, PARTS),)
+    for k in tl.static_range(COUNT):
+        step = time_step(dts[k], bias, SOFTPLUS)
+        total += step
+        h = advance(h, rates, step, step * us[k].to(tl.float32), Bs[k], PARTS)
+    return h, total
+
+
+@triton.jit
+def read_tokens(
+    h,
+    rates,
+    bias,
+    skip,
+    u_ptr,
+    u_token,
+    dt_ptr,
+    dt_token,
+    z_ptr,
+    z_token,
+    B_ptr,
+    B_token,
+    C_ptr,
+    C_token,
+    y_ptr,
+    d,
+    channels,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATED: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """The states COUNT tokens later, after writing what they are read out to."""
+    us, dts, zs, Bs, Cs, ys = (), (), (), (), (), ()
+    for k in tl.static_range(COUNT):
+        us = us + (load_row(u_ptr + k * u_token, d, channels, WHOLE),)
+        dts = dts + (load_row(dt_ptr + k * dt_token, d, channels, WHOLE),)
+        Bs = Bs + (load_vectors(B_ptr + k * B_token, PARTS),)
+        Cs = Cs + (load_vectors(C_ptr + k * C_token, PARTS),)
+        if GATED:
+            zs = zs + (load_row(z_ptr + k * z_token, d, channels, WHOLE),)
+    for k in tl.static_range(COUNT):
+        u = us[k].to(tl.float32)
+        step = time_step(dts[k], bias, SOFTPLUS)
+        h = advance(h, rates, step, step * u, Bs[k], PARTS)
+        y = read_out(h, Cs[k], PARTS) + skip * u
+        if GATED:
+            y = y * silu(zs[k].to(tl.float32))
+        ys = ys + (y.to(y_ptr.dtype.element_ty),)
+    for k in tl.static_range(COUNT):  # a store between the loads would hold them up, as it might write what they read
+        store_row(y_ptr + k * channels, d, channels, ys[k], WHOLE)
+    return h
+
+
+@triton.jit(do_not_specialize=["chunk", "zero"])
+def chunk_ends_kernel(
+    u_ptr,
+    u_batch,
+    u_token,
+    dt_ptr,
+    dt_batch,
+    dt_token,
+    B_ptr,
+    B_batch,
+    B_token,
+    rates_ptr,
+    bias_ptr,
+    ends_ptr,
+    sums_ptr,
+    chunk,
+    channels,
+    states,
+    zero,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """What each chunk but the last makes of a zero state, and the sum of its time steps.
+
+    Grid (blocks of channels, chunks - 1, sequences). `ends` (B, chunks - 1, N, D), `sums` (B, chunks - 1, D). Every
+    chunk here is whole: `chunk` is a multiple of TOKENS.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    across = d + zero * LANE
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = part.to(tl.int64) * chunk
+    u_ptr += row * u_batch + first * u_token
+    dt_ptr += row * dt_batch + first * dt_token
+    B_ptr += row * B_batch + first * B_token
+    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
+    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
+    h = zero_tiles(PARTS, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, chunk, TOKENS):
+        h, total = drive_tokens(
+            h,
+            total,
+            rates,
+            bias,
+            u_ptr,
+            u_token,
+            dt_ptr,
+            dt_token,
+            B_ptr,
+            B_token,
+            d,
+            channels,
+            PARTS,
+            WHOLE,
+            SOFTPLUS,
+            TOKENS,
+        )
+        u_ptr += TOKENS * u_token
+        dt_ptr += TOKENS * dt_token
+        B_ptr += TOKENS * B_token
+    at = row * tl.num_programs(1) + part
+    store_row(sums_ptr + at * channels, d, channels, total, WHOLE)
+    store_tiles(ends_ptr + at * channels * states, across, channels, channels, 1, h, PARTS, WHOLE)
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "zero"])
+def scan_kernel(
+    u_ptr,
+    u_batch,
+    u_token,
+    dt_ptr,
+    dt_batch,
+    dt_token,
+    z_ptr,
+    z_batch,
+    z_token,
+    B_ptr,
+    B_batch,
+    B_token,
+    C_ptr,
+    C_batch,
+    C_token,
+    rates_ptr,
+    bias_ptr,
+    skip_ptr,
+    state_ptr,
+    ends_ptr,
+    sums_ptr,
+    y_ptr,
+    final_ptr,
+    length,
+    chunk,
+    channels,
+    states,
+    zero,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATED: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """The outputs of one chunk, and of the last one the final state.
+
+    Grid (blocks of channels, chunks, sequences). `state` (B, N, D) before the first token, read if CONTINUES; `y`
+    (B, L, D) contiguous; `final` (B, D, N) contiguous.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    across = d + zero * LANE
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
+    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
+    skip = load_row(skip_ptr, d, channels, WHOLE).to(tl.float32)
+    if CONTINUES:
+        h = load_tiles(state_ptr + row * channels * states, across, channels, channels, 1, PARTS, WHOLE)
+    else:
+        h = zero_tiles(PARTS, BLOCK)
+    before = row * (tl.num_programs(1) - 1)
+    ends_ptr += before * channels * states
+    h = carry(h, rates, ends_ptr, sums_ptr + before * channels, part, d, across, channels, states, PARTS, WHOLE)
+
+    first = part.to(tl.int64) * chunk
+    count = tl.minimum(length - part * chunk, chunk)
+    u_ptr += row * u_batch + first * u_token
+    dt_ptr += row * dt_batch + first * dt_token
+    z_ptr += row * z_batch + first * z_token
+    B_ptr += row * B_batch + first * B_token
+    C_ptr += row * C_batch + first * C_token
+    y_ptr += (row * length + first) * channels
+    for _ in range(0, count // TOKENS):
+        h = read_tokens(
+            h,
+            rates,
+            bias,
+            skip,
+            u_ptr,
+            u_token,
+            dt_ptr,
+            dt_token,
+            z_ptr,
+            z_token,
+            B_ptr,
+            B_token,
+            C_ptr,
+            C_token,
+            y_ptr,
+            d,
+            channels,
+            PARTS,
+            WHOLE,
+            SOFTPLUS,
+            GATED,
+            TOKENS,
+        )
+        u_ptr += TOKENS * u_token
+        dt_ptr += TOKENS * dt_token
+        z_ptr += TOKENS * z_token
+        B_ptr += TOKENS * B_token
+        C_ptr += TOKENS * C_token
+        y_ptr += TOKENS * channels
+    for _ in range(0, count % TOKENS):
+        h = read_tokens(
+            h,
+            rates,
+            bias,
+            skip,
+            u_ptr,
+            u_token,
+            dt_ptr,
+            dt_token,
+            z_ptr,
+            z_token,
+            B_ptr,
+            B_token,
+            C_ptr,
+            C_token,
+            y_ptr,
+            d,
+            channels,
+            PARTS,
+            WHOLE,
+            SOFTPLUS,
+            GATED,
+            1,
+        )
+        u_ptr += u_token
+        dt_ptr += dt_token
+        z_ptr += z_token
+        B_ptr += B_token
+        C_ptr += C_token
+        y_ptr += channels
+    if part == tl.num_programs(1) - 1:
+        final_ptr += row * channels * states
+        store_tiles(final_ptr, d, channels, 1, states, h, PARTS, WHOLE)
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "zero"])
+def states_kernel(
+    u_ptr,
+    u_batch,
+    u_token,
+    dt_ptr,
+    dt_batch,
+    dt_token,
+    B_ptr,
+    B_batch,
+    B_token,
+    rates_ptr,
+    bias_ptr,
+    state_ptr,
+    ends_ptr,
+    sums_ptr,
+    states_ptr,
+    length,
+    chunk,
+    channels,
+    states,
+    zero,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    TOKENS: tl.constexpr,  # not used: every token waits for its store
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """All states of one chunk, to `states` (B, L + 1, N, D); the first chunk also writes those before its first token.
+
+    Grid (blocks of channels, chunks, sequences).
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    across = d + zero * LANE
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
+    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
+    size = channels * states
+    if CONTINUES:
+        h = load_tiles(state_ptr + row * size, across, channels, channels, 1, PARTS, WHOLE)
+    else:
+        h = zero_tiles(PARTS, BLOCK)
+    before = row * (tl.num_programs(1) - 1)
+    ends_ptr += before * size
+    h = carry(h, rates, ends_ptr, sums_ptr + before * channels, part, d, across, channels, states, PARTS, WHOLE)
+    total = tl.zeros((BLOCK,), tl.float32)
+
+    first = part.to(tl.int64) * chunk
+    u_ptr += row * u_batch + first * u_token
+    dt_ptr += row * dt_batch + first * dt_token
+    B_ptr += row * B_batch + first * B_token
+    states_ptr += (row * (length + 1) + first) * size
+    if part == 0:
+        store_tiles(states_ptr, across, channels, channels, 1, h, PARTS, WHOLE)
+    for _ in range(0, tl.minimum(length - part * chunk, chunk)):
+        h, total = drive_tokens(
+            h,
+            total,
+            rates,
+            bias,
+            u_ptr,
+            u_token,
+            dt_ptr,
+            dt_token,
+            B_ptr,
+            B_token,
+            d,
+            channels,
+            PARTS,
+            WHOLE,
+            SOFTPLUS,
+            1,
+        )
+        u_ptr += u_token
+        dt_ptr += dt_token
+        B_ptr += B_token
+        states_ptr += size
+        store_tiles(states_ptr, across, channels, channels, 1, h, PARTS, WHOLE)
+
+
+@triton.jit
+def token_kernel(
+    u_ptr,
+    u_batch,
+    dt_ptr,
+    dt_batch,
+    z_ptr,
+    z_batch,
+    B_ptr,
+    B_batch,
+    C_ptr,
+    C_batch,
+    A_ptr,
+    bias_ptr,
+    skip_ptr,
+    before_ptr,
+    after_ptr,
+    y_ptr,
+    channels,
+    STATES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One token: `after` (B, D, N) from `before`, which may be the same memory, and the output `y` (B, D).
+
+    Grid (blocks of channels, sequences). The states of a channel lie together, so lanes run over both: moving the state
+    is all the time this takes, and no lane moves padding.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    u = load_row(u_ptr + row * u_batch, d, channels, WHOLE).to(tl.float32)
+    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
+    step = time_step(load_row(dt_ptr + row * dt_batch, d, channels, WHOLE), bias, SOFTPLUS)
+    B, C = load_vectors(B_ptr + row * B_batch, PARTS), load_vectors(C_ptr + row * C_batch, PARTS)
+    rates = load_tiles(A_ptr, d, channels, 1, STATES, PARTS, WHOLE)
+    h = load_tiles(before_ptr + row * channels * STATES, d, channels, 1, STATES, PARTS, WHOLE)
+    h = advance(h, rates, step * LOG2_E, step * u, B, PARTS)
+    store_tiles(after_ptr + row * channels * STATES, d, channels, 1, STATES, h, PARTS, WHOLE)
+    y = read_out(h, C, PARTS) + load_row(skip_ptr, d, channels, WHOLE).to(tl.float32) * u
+    if GATED:
+        y = y * silu(load_row(z_ptr + row * z_batch, d, channels, WHOLE).to(tl.float32))
+    store_row(y_ptr + row * channels, d, channels, y.to(y_ptr.dtype.element_ty), WHOLE)
