@@ -11,7 +11,7 @@ from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
 from .repair import Repair, eliminate, evaluate
-from .shedder import Removal, shed
+from .shedder import Removal, choose_removals, shed
 
 __all__ = [
     "CompressConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "Repair",
     "Score",
     "Weighting",
+    "choose_removals",
     "collect",
     "compress",
     "configure",
