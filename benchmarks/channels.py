@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ssmc.compressor import choose_removals, configure, prune_layers
+from ssmc.compressor import configure
 from ssmc.compressor.calibration import draw_samples
 from ssmc.compressor.patterns import CHANNEL, COLUMN, LAYER, scores_of
+from ssmc.compressor.prune import prune
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import perplexity
@@ -73,13 +74,11 @@ def cases(sparsities: list[float]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield TOGETHER, name, {"pattern": f"{LAYER}+{COLUMN}+{CHANNEL}", "sparsity": all_three}
 
 
-def prune(checkpoint: Checkpoint, tokens: torch.Tensor, options: dict[str, Any]) -> tuple[torch.nn.Module, list]:
+def pruned(checkpoint: Checkpoint, tokens: torch.Tensor, options: dict[str, Any]) -> tuple[torch.nn.Module, list]:
     config = configure(model="benchmark", **options)
-    model, removed = copy.deepcopy(checkpoint.model), []
-    if LAYER in config.parts:
-        removed = [r.layer for r in choose_removals(model, checkpoint.architecture, tokens, config)]
-    layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, removed=removed)
-    return model, [None if layer.fitted is None else layer.fitted.error for layer in layers]
+    model = copy.deepcopy(checkpoint.model)
+    done = prune(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, torch.device("cpu"))
+    return model, [None if layer.fitted is None else layer.fitted.error for layer in done.layers]
 
 
 def main() -> None:
@@ -93,7 +92,7 @@ def main() -> None:
     rows = []
     runs = [(*case, repair) for case in cases(args.sparsities) for repair in (False, True)]
     for table, name, options, repair in track(runs, "channels"):
-        model, errors = prune(checkpoint, calibration.tokens, {**options, "repair": repair, "seed": args.seed})
+        model, errors = pruned(checkpoint, calibration.tokens, {**options, "repair": repair, "seed": args.seed})
         result = perplexity(model, text, args.window)
         excess = result.nll_per_token - dense.nll_per_token
         row = {"table": table, "name": name, "repair": repair, "perplexity": result.ppl, "excess_nats": excess}

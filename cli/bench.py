@@ -69,6 +69,17 @@ def bench(
             rich_help_panel=MODELS,
         ),
     ] = None,
+    smaller: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A plain smaller dense model with the same tokenizer, to compare with at equal speed; can be given "
+            "several times.",
+            show_default=False,
+            autocompletion=complete_model,
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
     lengths: Annotated[
         str, typer.Option(metavar="INT,INT,...", help="Tokens of the prefills.", rich_help_panel=SPEED)
     ] = "128,512,2048",
@@ -127,6 +138,8 @@ def bench(
         ssmc bench smaller --text my-heldout.jsonl --lengths 512,4096 --batch-sizes 1
 
         ssmc bench --dense ./my-mamba --model smaller/safetensors --model smallest/safetensors --out .
+
+        ssmc bench ours --smaller ./my-plain-smaller-mamba
     """
     terminal = context.ensure_object(Terminal)
     prefills, batches = numbers(lengths), numbers(batch_sizes)
@@ -144,6 +157,7 @@ def bench(
             directory,
             dense=dense,
             models=model or None,
+            smaller=smaller,
             lengths=prefills,
             batch_sizes=batches,
             decode_tokens=decode_tokens,
@@ -168,6 +182,7 @@ def bench(
 
 def _report(terminal: Terminal, report: Report) -> None:
     from ssmc.runtime.bench import findings, summary, summary_rows
+    from ssmc.runtime.bench.tradeoff import trade_off_columns, trade_off_findings, trade_off_rows
 
     names = [name for model in report.compressed for name in (model.name, "ratio")]
     columns = ("", report.dense.name, *names)
@@ -179,7 +194,9 @@ def _report(terminal: Terminal, report: Report) -> None:
         terminal.show(_rows("Tokens per second", columns, summary.token_rows(report)))
     if modules := summary.sparse24_rows(report):
         terminal.show(_rows("2:4 modules", ("", *summary.SPARSE24_COLUMNS), modules))
-    for sentence in findings(report):
+    if compared := trade_off_rows(report):
+        terminal.show(_rows("Loss over time", ("", *trade_off_columns(report)), compared))
+    for sentence in [*findings(report), *trade_off_findings(report)]:
         terminal.say(f"- {sentence}")
     for note in report.notes:
         terminal.note(note)

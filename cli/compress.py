@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from .options import (
     CALIBRATION,
     METHOD,
     OUTPUT,
+    TARGET,
     Device,
     FfnScore,
     Force,
+    Phase,
     Quiet,
     Verbose,
     Weighting,
@@ -29,7 +32,7 @@ from .terminal import Terminal, size, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmc.compressor import CompressConfig, CompressResult
+    from ssmc.compressor import CompressConfig, CompressResult, Target
 
 MODEL_HELP = "A transformers or mamba_ssm folder, a hub id (state-spaces/mamba-130m), or `tiny`, the embedded model."
 
@@ -85,6 +88,49 @@ def compress(
             show_default="exact for column, obs for channel, mamba-shedder for layers, ghost else",
             autocompletion=complete_score,
             rich_help_panel=METHOD,
+        ),
+    ] = None,
+    target_params: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="In place of a sparsity: the part of the parameters that may be left. What is removed to get there "
+            "is looked for.",
+            show_default=False,
+            rich_help_panel=TARGET,
+        ),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="In place of a sparsity: the part of the dense model's time that may be left, on this device.",
+            show_default=False,
+            rich_help_panel=TARGET,
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="How much the perplexity may rise, 0.05 for 5 %; alone: as fast as can be within it.",
+            show_default=False,
+            rich_help_panel=TARGET,
+        ),
+    ] = None,
+    phase: Annotated[
+        Phase, typer.Option(help="Whose time: reading a prompt, or writing.", rich_help_panel=TARGET)
+    ] = "prefill",
+    batch: Annotated[int, typer.Option(help="Sequences at once.", rich_help_panel=TARGET)] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of the prompt.", rich_help_panel=TARGET)] = 512,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What parts of the model take, in place of measuring it: the ssmc.json of an earlier run with a "
+            "target.",
+            show_default="measured",
+            rich_help_panel=TARGET,
         ),
     ] = None,
     weighting: Annotated[
@@ -192,17 +238,20 @@ def compress(
 
         ssmc compress tiny --pattern column+channel --sparsity column=0.75,channel=0.25
 
+        ssmc compress tiny --target-latency 0.6 --phase decode
+
         ssmc compress tiny --recipe recipe.yaml
     """
     terminal = context.ensure_object(Terminal)
     from ssmc.compressor import compress as run
-    from ssmc.compressor import configure, read_recipe
+    from ssmc.compressor import configure, read_recipe, split_target
 
     terminal.hush_libraries()
     options = {} if recipe is None else read_recipe(recipe)
     options.update(_given(context))
-    config = configure(**options)
-    terminal.say(_intention(config))
+    target, ordinary = split_target(options)
+    config = configure(**ordinary)
+    terminal.say(_intention(config) if target is None else _aim(config, target))
     with terminal.progress() as progress:
         result = run(
             **options,
@@ -211,7 +260,7 @@ def compress(
             progress=progress,
             command=shlex.join(["ssmc", *sys.argv[1:]]),
         )
-    _report(terminal, result, config)
+    _report(terminal, result, result.config)
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -242,6 +291,13 @@ def _intention(config: CompressConfig) -> str:
     return f"Setting {what.replace('N of every M', config.pattern)} of the entries to zero: {'; '.join(parts)}."
 
 
+def _aim(config: CompressConfig, target: Target) -> str:
+    """What a run with a target is going to do, in one sentence."""
+    names = {"column": "states", "channel": "channels", "layer": "layers"}
+    parts = " and ".join(names[part] for part in config.parts)
+    return f"Looking for {parts} of {config.model} to remove, down to {target}."
+
+
 def _share(config: CompressConfig, part: str) -> str:
     """How much of a part goes, in words."""
     own = {"column": config.states, "channel": config.widths}.get(part)
@@ -267,12 +323,38 @@ def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) 
         terminal.say("zeros, and squared error of the module's output relative to the output.", style="dim")
     if result.removals:
         terminal.show(_removals(result))
+    if "target" in manifest:
+        terminal.say(_intention(config))
+        terminal.show(_outcome(manifest["target"]))
     for note in result.notes:
         terminal.note(note)
     written = sum(file["bytes"] for file in manifest["files"].values())
     terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
     where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
     terminal.say(f"Next: ssmc export{where} --format safetensors")
+
+
+def _outcome(record: dict[str, Any]) -> Table:
+    """What was asked for, what was expected, and what came out."""
+    asked, expected, outcome = record["asked"], record["expected"], record["outcome"]
+    rows = table("Target, as part of the dense model", "", "asked for", "expected", "came out")
+    rows.add_row(
+        "parameters", _number(asked["target_params"]), *(f"{r['parameters']:.3f}" for r in (expected, outcome))
+    )
+    if "time" in outcome:
+        what = "a step of decoding" if asked["phase"] == "decode" else f"prefill, {asked['length']} tokens"
+        spread = f"{outcome['time']:.3f} ({outcome['time_low']:.3f} to {outcome['time_high']:.3f})"
+        rows.add_row(f"time of {what}", _number(asked["target_latency"]), f"{expected['time']:.3f}", spread)
+    increase = "" if asked["max_ppl_increase"] is None else f"at most {asked['max_ppl_increase']:+.2%}"
+    stderr = "" if outcome["excess_stderr"] is None else f" ± {outcome['excess_stderr']:.4f}"
+    came = f"{outcome['ppl_increase']:+.2%} ({outcome['excess_nats']:+.4f}{stderr} nats)"
+    rows.add_row("perplexity", increase, f"{math.expm1(expected['excess_nats']):+.2%}", came)
+    rows.caption = "perplexity on held-out calibration text; expected: from a run on few samples"
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _states(result: CompressResult, dense: int) -> Table:

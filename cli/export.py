@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OUTPUT, CompressedDirectory, Dtype, ExportFormat, Force, Logits, Quiet, Verbose
+from .options import OUTPUT, CompressedDirectory, Dtype, ExportFormat, Force, Logits, Quantize, Quiet, Verbose
 from .terminal import Terminal, size, table
 
 if TYPE_CHECKING:
     from ssmc.exporters import ExportResult
+    from ssmc.exporters.onnx import OnnxReport
 
 
 def export(
@@ -57,6 +58,22 @@ def export(
             help="Of onnx: which tokens' logits the graph gives.", show_default="last", rich_help_panel=OUTPUT
         ),
     ] = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(
+            help="Of onnx: int8 weights for in_proj, out_proj and the head, for CPUs.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Of onnx: held-out text for the perplexity before and after float16 or int8, as for `ssmc compress "
+            "--calib`.",
+            show_default="stories that come along",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -74,7 +91,9 @@ def export(
 
         ssmc export --format sparse24 --dtype float16
 
-        ssmc export --format onnx
+        ssmc export --format onnx --quantize int8
+
+        ssmc export tiny --format onnx
     """
     terminal = context.ensure_object(Terminal)
     from ssmc.exporters import export as run
@@ -82,7 +101,16 @@ def export(
     terminal.hush_libraries()
     with terminal.progress() as progress:
         result = run(
-            directory, format=format, out=out, dtype=dtype, packed=packed, logits=logits, force=force, progress=progress
+            directory,
+            format=format,
+            out=out,
+            dtype=dtype,
+            packed=packed,
+            logits=logits,
+            quantize=quantize,
+            text=text,
+            force=force,
+            progress=progress,
         )
     _report(terminal, result)
     if result.onnx is not None:
@@ -120,7 +148,21 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
             f"The model compared is the masked one in half precision; rounding it moved a logit by at most "
             f"{result.rounding.max_difference:.2e} (allowed {result.rounding.tolerance:.2e})."
         )
+    if result.onnx is not None and result.onnx.quality is not None:
+        _quality(terminal, result.onnx)
     terminal.say(f"Wrote {result.directory}.")
+
+
+def _quality(terminal: Terminal, report: OnnxReport) -> None:
+    """Print what float16 or int8 changed."""
+    quality = report.quality
+    noise = "" if quality.excess_stderr is None else f" (± {quality.excess_stderr:.4f})"
+    worst = max(way.max_difference for way in report.rounding)
+    terminal.say(
+        f"The graph compared is the float32 one. What was written moves a logit by at most {worst:.2e}; perplexity on "
+        f"{quality.tokens} tokens of {quality.text} is {quality.ppl_after:.4g} after {quality.ppl_before:.4g}, "
+        f"{quality.excess_nats:+.4f} nats a token{noise}."
+    )
 
 
 def _modules(terminal: Terminal, result: ExportResult) -> None:

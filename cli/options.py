@@ -31,13 +31,15 @@ SCORES = (
 )
 FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
 Weighting = Literal["power", "linear", "discount", "window", "uniform"]
+Phase = Literal["prefill", "decode"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
+Quantize = Literal["int8"]
 
-METHOD, CALIBRATION, OUTPUT, GENERAL = "Method", "Calibration", "Output", "General"
+METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"
 
 

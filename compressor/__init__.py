@@ -12,6 +12,7 @@ from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
 from .repair import Repair, eliminate, evaluate
 from .shedder import Removal, choose_removals, shed
+from .target import Target, split_target
 
 __all__ = [
     "CompressConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "Removal",
     "Repair",
     "Score",
+    "Target",
     "Weighting",
     "choose_removals",
     "collect",
@@ -38,4 +40,5 @@ __all__ = [
     "prune_modules",
     "read_recipe",
     "shed",
+    "split_target",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ssmc.runtime.versions import versions
 from .calibration import Calibration
 from .config import CompressConfig
 from .pipeline import LayerResult
+from .prune import Pruned
 from .recipe import write_recipe
 from .shedder import Removal
 
@@ -26,10 +26,10 @@ def write_artefact(
     checkpoint: Checkpoint,
     config: CompressConfig,
     calibration: Calibration | None,
-    layers: Sequence[LayerResult],
-    removals: Sequence[Removal],
+    pruned: Pruned,
     tokenizer_directory: Path | None,
     *,
+    target: dict[str, Any] | None = None,
     command: str | None,
     force: bool,
 ) -> dict[str, Any]:
@@ -40,9 +40,9 @@ def write_artefact(
         checkpoint: the masked model.
         config: the run's configuration.
         calibration: what the statistics were computed on; None when the score needed none.
-        layers: what happened to each layer; empty when whole layers were removed.
-        removals: the layers, or SSMs, that were removed, in that order.
+        pruned: what happened to each layer, and what was removed as a whole.
         tokenizer_directory: where the tokenizer files are; None when there are none.
+        target: what was aimed at and how it was met; None where the user gave a sparsity.
         command: the command line, for the manifest.
         force: replace an earlier artefact.
 
@@ -67,8 +67,9 @@ def write_artefact(
             "config": config.model_dump(mode="json", exclude={"device"}),
             "calibration": _calibration(calibration),
             "dimensions": checkpoint.dimensions.as_dict(),
-            "layers": [_layer(layer) for layer in layers],
-            "removed": [_removal(removal) for removal in removals],
+            "layers": [_layer(layer) for layer in pruned.layers],
+            "removed": [_removal(removal) for removal in pruned.removals],
+            **({} if target is None else {"target": target}),
             "parameters": parameter_count(tensors),
             "files": file_records(files),
         }

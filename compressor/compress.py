@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from .artefact import write_artefact
 from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
-from .families import check_family
+from .families import able_parts, check_family
+from .find import HELD_OUT, Samples, meet
 from .notes import notes_for
-from .patterns import LAYER, SSM_MODULE
-from .pipeline import LayerResult, prune_layers
-from .placement import Stage
-from .shedder import Removal, choose_removals, shed
+from .pipeline import LayerResult
+from .prune import prune
+from .shedder import Removal
+from .target import Target, split_target
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class CompressResult:
     """What `compress` did."""
 
     directory: Path
+    config: CompressConfig  # of the run; where a target was given, the one that was found
     manifest: dict[str, Any]
     layers: tuple[LayerResult, ...]  # empty when whole layers were removed
     removals: tuple[Removal, ...]  # whole layers or SSMs that were removed, in that order
@@ -58,52 +60,60 @@ def compress(
         force: replace an earlier result of ssmc.
         progress: told what is being done.
         command: recorded in the manifest.
-        options: fields of `CompressConfig`, or those a recipe names (`read_recipe`).
+        options: fields of `CompressConfig` and `Target`, or those a recipe names (`read_recipe`).
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
-    config = configure(model=str(model), **options)
+    target, ordinary = split_target({"model": str(model), **options})
+    config = configure(**ordinary)
     out = Path(out).expanduser()
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
-    check_family(config, checkpoint.architecture.model_type)
-    counts = kept(config, checkpoint.dimensions)  # what cannot be met is said before minutes of work
+    sizes, family = checkpoint.dimensions, checkpoint.architecture.model_type
+    if target is None:
+        kept(config, sizes)  # what cannot be met is said before minutes of work
+    elif "pattern" not in options:
+        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
+    check_family(config, family)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
-    calibration = _calibration(config, checkpoint) if config.needs_text else None
+    calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)
     use_fast_scan(checkpoint.model)
     tokens = None if calibration is None else calibration.tokens
-    layers: list[LayerResult] = []
-    removals: list[Removal] = []
-    only_removed = config.pattern in (LAYER, SSM_MODULE) and not config.fits_out_proj
-    if LAYER in config.parts or SSM_MODULE in config.parts:
-        # every try runs most of the model, so all of it goes to the device
-        tried = None if tokens is None else tokens.to(device)
-        remove = shed if only_removed else choose_removals
-        removals = remove(checkpoint.model.to(device), checkpoint.architecture, tried, config, progress)
-        checkpoint.model.cpu()
-    if not only_removed:
-        removed = {removal.layer for removal in removals}
-        layers = prune_layers(
-            checkpoint.model,
-            checkpoint.architecture,
-            tokens,
-            config,
-            checkpoint.dtypes,
-            progress,
-            removed,
-            Stage(device),
-        )
+    met = None
+    if target is None:
+        pruned = prune(checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, device, progress)
+    else:
+        met = meet(checkpoint, config, target, tokens, samples, device, progress)
+        config, pruned = met.config, met.pruned
+        checkpoint = replace(checkpoint, model=met.model)
     manifest = write_artefact(
-        out, checkpoint, config, calibration, layers, removals, tokenizer_source, command=command, force=force
+        out,
+        checkpoint,
+        config,
+        calibration,
+        pruned,
+        tokenizer_source,
+        target=None if met is None else met.record,
+        command=command,
+        force=force,
     )
-    notes = notes_for(config, calibration, checkpoint.dimensions, counts)
-    return CompressResult(out, manifest, tuple(layers), tuple(removals), tuple(notes))
+    notes = notes_for(config, calibration, sizes, kept(config, sizes))
+    notes += [] if met is None else met.notes
+    return CompressResult(out, config, manifest, pruned.layers, pruned.removals, tuple(notes))
 
 
-def _calibration(config: CompressConfig, checkpoint: Checkpoint) -> Calibration:
+def _calibration(
+    config: CompressConfig, checkpoint: Checkpoint, target: Target | None
+) -> tuple[Calibration | None, Samples | None]:
+    """The samples a run is calibrated on, and those for the trials of a target; None what is not needed."""
+    if target is None and not config.needs_text:
+        return None, None
     tokenizer = load_tokenizer(checkpoint, config.tokenizer)
     texts = read_texts(calibration_path() if config.calib is None else config.calib)
-    return draw_samples(texts, tokenizer, config.nsamples, config.seqlen, config.seed)
+    nsamples, more = config.nsamples, 0 if target is None else HELD_OUT
+    drawn = draw_samples(texts, tokenizer, nsamples + more, config.seqlen, config.seed)
+    calibration = replace(drawn, tokens=drawn.tokens[:nsamples], requested=nsamples)
+    return calibration, None if target is None else Samples.split(drawn.tokens, nsamples)

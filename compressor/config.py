@@ -210,16 +210,26 @@ def configure(**options: Any) -> CompressConfig:
     try:
         return CompressConfig(**options)
     except ValidationError as error:
-        raise UsageError(" ".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from error
+        raise UsageError(sentences(error, CompressConfig)) from error
 
 
-def _sentence(error: Any) -> str:
+def sentences(error: ValidationError, options: type[BaseModel]) -> str:
+    """What is wrong with options, in words.
+
+    Args:
+        error: as pydantic tells it.
+        options: whose fields they are.
+    """
+    return " ".join(dict.fromkeys(_sentence(e, options) for e in error.errors()))
+
+
+def _sentence(error: Any, options: type[BaseModel]) -> str:
     reason = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if not error["loc"]:
         return reason[0].upper() + reason[1:] + "."
     option = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"There is no option {option!r}; there are {', '.join(CompressConfig.model_fields)}."
+        return f"There is no option {option!r}; there are {', '.join(options.model_fields)}."
     if error["type"] == "missing":
         return f"{option.upper()} is missing: name one on the command line, or in the recipe."
     if option == "round_to":  # a union: pydantic complains once for each member

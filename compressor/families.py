@@ -10,6 +10,11 @@ from .patterns import LAYER, PATTERNS
 _PARTS = {"mamba": PATTERNS, "mamba2": (LAYER,)}  # N:M counts as unstructured
 
 
+def able_parts(config: CompressConfig, model_type: str) -> list[str]:
+    """Those parts of a pattern that are carried out for a family."""
+    return [part for part in config.parts if part in _PARTS[model_type]]
+
+
 def check_family(config: CompressConfig, model_type: str) -> None:
     """Refuse a pattern that is not carried out for this family.
 

@@ -54,8 +54,8 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
         )
     if config.modules and config.nm:
         notes.append(
-            f"The file stays as large: {config.nm} zeros are stored. GPUs with sparse tensor cores can use 2:4; "
-            "on a CPU nothing gets faster."
+            f"The file stays as large: {config.nm} zeros are stored. GPUs with sparse tensor cores can use 2:4 "
+            "(ssmc export --format sparse24); on a CPU nothing gets faster."
         )
     return notes
 

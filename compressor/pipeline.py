@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
-from ssmc.runtime.scan import scan_states
+from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
 from .config import SSM, CompressConfig
 from .counts import Kept, kept
@@ -24,8 +24,9 @@ from .statistics import Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
 STRETCH = 64  # time steps whose hidden states exist at once
-PROJECTED = 512  # tokens that pass in_proj together: enough to keep the matrix product busy
-STATE_BYTES = 8 << 20  # hidden states kept at once: what fits a cache
+PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
+SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
+STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def collect(
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
+    backend: str = "auto",
 ) -> None:
     """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
 
@@ -221,14 +223,18 @@ def collect(
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
+        backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
         return
+    if _sums_suffice(architecture, block, statistics, backend):
+        _collect_sums(architecture, block, hidden, statistics, progress, label, backend)
+        return
     nsamples, length, _ = hidden.shape
-    carried = _Carried(nsamples)
-    groups = list(_slices(nsamples, max(1, PROJECTED // STRETCH)))
+    carried, device = _Carried(nsamples), device_of(block)
+    groups = list(_slices(nsamples, max(1, PROJECTED[device.type] // STRETCH)))
     stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
-    stretches = ahead(stretches, device_of(block))
+    stretches = ahead(stretches, device)
     for start in range(0, length, STRETCH):
         progress(label, start, length)
         for rows in groups:
@@ -238,6 +244,36 @@ def collect(
         for statistic in statistics:
             statistic.end_of_stretch()
     progress(label, length, length)
+
+
+def _sums_suffice(architecture: Architecture, block: nn.Module, statistics: Sequence[Statistic], backend: str) -> bool:
+    """Whether the layer is where a kernel can sum over its states, and the sums are all that is wanted."""
+    if not (architecture.has_gpu_scan and all(statistic.takes_moments for statistic in statistics)):
+        return False
+    return accelerator(backend, list(block.parameters())) is not None
+
+
+def _collect_sums(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    statistics: Sequence[Statistic],
+    progress: Progress,
+    label: str,
+    backend: str,
+) -> None:
+    """As `collect`, a few whole samples at a time, without the states themselves."""
+    mixer = architecture.mixer(block)
+    nsamples, length, _ = hidden.shape
+    groups = list(_slices(nsamples, max(1, SUMMED // length)))
+    pieces = ahead((hidden[rows] for rows in groups), device_of(block))
+    for rows, piece in zip(groups, pieces, strict=True):
+        progress(label, rows.start, nsamples)
+        x, z = architecture.expand(mixer, architecture.normed(block, piece))
+        moments = scan_moments(architecture.scan_inputs(mixer, x, z, fuse=True), backend=backend)
+        for statistic in statistics:
+            statistic.add_moments(moments)
+    progress(label, nsamples, nsamples)
 
 
 class _Carried:
@@ -265,7 +301,7 @@ def _chunks(
     inputs = architecture.scan_inputs(mixer, x, z, history)
     carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
     per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
-    for group in _slices(inputs.batch, max(1, STATE_BYTES // per_sample)):
+    for group in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
         here = slice(rows.start + group.start, rows.start + group.stop)
         part = inputs.sequences(group)
         states = scan_states(part, carried.states[here])

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from ssmc.runtime.scan import ScanInputs
+from ssmc.runtime.scan import Moments, ScanInputs, quartic_moment, sum_of_squares
 
 from .config import Weighting
 from .hessian import StateMoment
@@ -46,6 +45,15 @@ class Statistic:
         """Take in the states of a few samples."""
         raise NotImplementedError
 
+    def add_moments(self, moments: Moments) -> None:
+        """Take in sums over the states of a few samples, where `takes_moments`."""
+        raise NotImplementedError
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether sums over all tokens are all this needs."""
+        return type(self).add_moments is not Statistic.add_moments
+
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
 
@@ -58,7 +66,11 @@ class SquaredStates(Statistic):
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
-        self.value = self.value + _sum_of_squares(chunk.before).double()
+        self.value = self.value + sum_of_squares(chunk.before).double()
+
+    def add_moments(self, moments: Moments) -> None:
+        """Take in sums over the states of a few samples."""
+        self.value = self.value + moments.before
 
 
 @dataclass
@@ -72,9 +84,15 @@ class SquaredReadout(Statistic):
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
         C = chunk.inputs.C.float()  # (B, T, N)
-        self.states = self.states + _sum_of_squares(chunk.after).double()
+        self.states = self.states + sum_of_squares(chunk.after).double()
         self.readers = self.readers + C.square().sum((0, 1)).double()
-        self.products = self.products + _sum_of_squares(chunk.after, C).double()
+        self.products = self.products + sum_of_squares(chunk.after, C).double()
+
+    def add_moments(self, moments: Moments) -> None:
+        """Take in sums over the states of a few samples."""
+        self.states = self.states + moments.after
+        self.readers = self.readers + moments.readers
+        self.products = self.products + moments.readouts
 
 
 @dataclass
@@ -177,23 +195,13 @@ class NormalMatrix(Statistic):
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
-        gated = chunk.after
-        if chunk.inputs.z is not None:
-            gated = gated * F.silu(chunk.inputs.z.float())[:, :, None, :]  # (B, T, N, D)
-        gated = gated.flatten(0, 1)
-        grams = torch.bmm(gated, gated.transpose(1, 2))  # (B T, N, N): sum over channels, a token at a time
-        C = chunk.inputs.C.float().flatten(0, 1)  # (B T, N)
-        readers = C[:, :, None] * C[:, None, :]  # (B T, N, N)
-        self.value = self.value + grams.flatten(1).t().double() @ readers.flatten(1).double()
+        self.value = self.value + quartic_moment(chunk.after, chunk.inputs)
+
+    def add_moments(self, moments: Moments) -> None:
+        """Take in sums over the states of a few samples."""
+        self.value = self.value + moments.quartic
 
     def dense(self) -> torch.Tensor:
         """G as the quadratic form of vec(M): (N N, N N) float64 on the CPU, row index k N + n, column index m N + p."""
         n = round(len(self.value) ** 0.5)
         return self.value.cpu().view(n, n, n, n).permute(0, 2, 1, 3).reshape(n * n, n * n)
-
-
-def _sum_of_squares(states: torch.Tensor, readers: torch.Tensor | None = None) -> torch.Tensor:
-    """sum over samples and time of states^2, (N, D), each weighted by readers^2 (B, T, N) if given."""
-    if readers is not None:
-        states = states * readers[..., None]
-    return states.square().sum((0, 1))

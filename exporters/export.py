@@ -58,6 +58,8 @@ def export(
     dtype: str | None = None,
     packed: bool = False,
     logits: str | None = None,
+    quantize: str | None = None,
+    text: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
@@ -74,6 +76,8 @@ def export(
             Of onnx: "float32" (default) or "float16".
         packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
         logits: of onnx: those of the "last" token (default) or of "all".
+        quantize: of onnx: "int8" for the large matrices, None for none.
+        text: of onnx: held-out text for the perplexity before and after float16 or int8.
         force: replace an earlier export.
         progress: told what is being done.
 
@@ -82,10 +86,11 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"There is no export format {format!r}; there are {', '.join(FORMATS)}.")
+    onnx = {"logits": logits, "quantize": quantize, "text": text}
     if format == ONNX:
-        return _export_onnx(directory, out, {"dtype": dtype, "logits": logits}, packed, force, progress)
-    if logits is not None:
-        raise UsageError(f"logits is an option of the format {ONNX}.")
+        return _export_onnx(directory, out, onnx | {"dtype": dtype}, packed, force, progress)
+    if any(value is not None for value in onnx.values()):
+        raise UsageError(f"{', '.join(onnx)} are options of the format {ONNX}, not of {format}.")
     sparse24.check_options(format, dtype, packed)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)

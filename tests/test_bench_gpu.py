@@ -21,7 +21,7 @@ from ssmc.runtime.bench.graphs import NotRecordable, measure_graphs, record, sta
 from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.parts import parts
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import find_sources, load_subjects
+from ssmc.runtime.bench.sources import dtypes_note, find_sources, load_subjects
 from ssmc.runtime.bench.throughput import is_out_of_memory, measure_throughput
 from ssmc.runtime.bench.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
@@ -151,6 +151,7 @@ def test_a_real_lack_of_memory_is_recognised():
         torch.empty(2**50, dtype=torch.float32)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -169,6 +170,15 @@ def test_a_sparse24_export_runs_dense_on_a_cpu_and_the_report_says_so(report):
     assert entry["reason"] == exported.sparse24.reason
     assert summary.sparse24_rows(report) == []
     json.dumps(report.to_json())
+
+
+def test_different_dtypes_are_told(artefact):
+    subjects = load_subjects(find_sources(artefact), torch.float32)
+    assert dtypes_note(subjects) == []
+    subjects[1].checkpoint.model.bfloat16()
+    (note,) = dtypes_note(subjects)
+    assert "(tiny in float32, " in note
+    assert "sparse24 in bfloat16)" in note
 
 
 def on_a_gpu(report):

@@ -8,14 +8,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 from transformers.models.mamba import modeling_mamba
 
+from ssmc.compressor import pipeline
+from ssmc.compressor.pipeline import collect
+from ssmc.compressor.statistics import NormalMatrix, SquaredReadout, SquaredStates
+from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.scan import ScanInputs, mamba_ssm_scan, scan_states, selective_scan
+from ssmc.runtime.scan import ScanInputs, mamba_ssm_scan, scan_moments, scan_states, selective_scan
 
 from .models import random_model, random_tokens
 from .test_scan import difference, naive, random_inputs, random_state, tokens
@@ -210,6 +215,10 @@ COMPILE = r"""
 import re, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from ssmc.compressor import pipeline
+from ssmc.compressor.pipeline import collect
+from ssmc.compressor.statistics import NormalMatrix, SquaredReadout, SquaredStates
+from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import ScanInputs, selective_scan
 from ssmc.runtime.scan.gpu import kernels
@@ -296,3 +305,77 @@ def test_mamba_ssm_agrees_where_it_is_installed():
     inputs = random_inputs(2, 65, 64, 16)
     y = naive(inputs)[0]
     assert difference(selective_scan(moved(inputs), backend="mamba-ssm")[0].cpu(), y) < 1e-5
+
+
+def sums_of(inputs: ScanInputs, states: np.ndarray) -> dict[str, np.ndarray]:
+    """The sums over all states, from the states of the naive loop (B, L + 1, N, D)."""
+    C, gate = inputs.C.double().numpy(), 1.0
+    if inputs.z is not None:
+        z = inputs.z.double().numpy()
+        gate = (z / (1 + np.exp(-z)))[:, :, None, :]
+    before, after = states[:, :-1], states[:, 1:]
+    gated = (gate * after).reshape(-1, *after.shape[2:])
+    grams, readers = gated @ gated.transpose(0, 2, 1), C.reshape(-1, C.shape[2])
+    pairs = readers[:, :, None] * readers[:, None, :]
+    return {
+        "before": (before**2).sum((0, 1)),
+        "after": (after**2).sum((0, 1)),
+        "readouts": ((C[..., None] * after) ** 2).sum((0, 1)),
+        "readers": (C**2).sum((0, 1)),
+        "quartic": grams.reshape(len(grams), -1).T @ pairs.reshape(len(pairs), -1),
+    }
+
+
+@pytest.mark.parametrize("d_state", [1, 4, 5, 8, 16, 64])
+def test_sums_over_the_states_equal_those_of_the_formula(d_state):
+    inputs = random_inputs(2, 5, 37, d_state, gated=d_state != 5)
+    state = random_state(inputs)
+    states = naive(inputs, state)[1]
+    got = gpu.moments.scan_moments(moved(inputs), state.to(DEVICE), chunk=2)
+    assert difference(got.state.cpu().transpose(1, 2), states[:, -1]) < EXACT
+    for name, wanted in sums_of(inputs, states).items():
+        assert difference(getattr(got, name).cpu(), wanted) < 3 * EXACT, name
+
+
+@pytest.mark.parametrize(("dtype", "batch", "length"), [(torch.float16, 1, 3), (torch.bfloat16, 3, 7)])
+def test_sums_of_half_inputs_in_stretches_with_bias_and_softplus(dtype, batch, length):
+    inputs = random_inputs(batch, length, 70, 4)
+    half = {name: getattr(inputs, name).to(dtype) for name in ("u", "dt", "B", "C", "z")}
+    raw = replace(inputs, **half, dt_bias=torch.linspace(-3, 1, 70))
+    steps = torch.log1p(torch.exp(raw.dt.double() + raw.dt_bias.double()))
+    states = naive(replace(raw, dt=steps, dt_bias=None))[1]
+    two_tokens = 2 * 4 * batch * 2 * 4**2  # two blocks of channels
+    got = gpu.moments.scan_moments(moved(raw), gram_bytes=two_tokens)
+    for name, wanted in sums_of(raw, states).items():
+        assert difference(getattr(got, name).cpu(), wanted) < 3 * EXACT, name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_sums_from_states_equal_those_of_the_formula(backend):
+    inputs = random_inputs(2, 70, 9, 3)  # longer than the stretch whose states exist at once
+    state = random_state(inputs)
+    states = naive(inputs, state)[1]
+    got = scan_moments(inputs, state, backend)
+    assert difference(got.state.transpose(1, 2), states[:, -1]) < 1e-6
+    for name, wanted in sums_of(inputs, states).items():
+        assert difference(getattr(got, name), wanted) < 1e-5, name
+
+
+@torch.no_grad()
+def test_statistics_of_a_layer_are_the_same_from_sums_as_from_states(monkeypatch):
+    model = random_model()
+    block, architecture = model.backbone.layers[1], architecture_for("mamba")
+    hidden = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+
+    def collected(backend: str, place: torch.device) -> list[torch.Tensor]:
+        statistics = [SquaredStates(), SquaredReadout(), NormalMatrix()]
+        collect(architecture, block.to(place), hidden.to(place), statistics, backend=backend)
+        squares, readout, normal = statistics
+        values = (squares.value, readout.states, readout.readers, readout.products, normal.value)
+        return [value.cpu() for value in values]
+
+    wanted = collected("reference", torch.device("cpu"))
+    monkeypatch.setattr(pipeline, "SUMMED", 10)  # two samples at a time
+    monkeypatch.setattr(pipeline, "scan_states", None)  # nobody asks for states
+    for got, value in zip(collected("triton", DEVICE), wanted, strict=True):
+        assert difference(got, value) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,28 @@ import torch
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, parameter_count
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.files import new_directory, require_space
+from ssmc.runtime.files import new_directory, refuse_existing, require_space
 from ssmc.runtime.manifest import MANIFEST, file_records, read_manifest, require_keys, write_manifest
 from ssmc.runtime.progress import Progress
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer, tokenizer_directory
+from ssmc.runtime.tokenizers import TOKENIZER_JSON, load_tokenizer, tokenizer_directory
 from ssmc.runtime.versions import versions
 
 from ..runs_where import Runtime
 from ..shrink import Shrunk, shrink
 from ..verify import Comparison, sample_tokens
-from .graph import DTYPES, LOGITS, Settings, build
+from .graph import DTYPES, LAYERS, LOGITS, Settings, build
+from .quality import Quality, measure
+from .quantize import quantize_int8
 from .running import open_written
-from .verify import Way, prove
-from .write import DATA, describe, write_companions, write_graph
+from .verify import Way, differences, prove
+from .write import DATA, metadata, write_companions, write_graph
 
 FORMAT = "onnx"
-RESOLUTION = {"float32": 1.0, "float16": 2.0**13}  # in units of float32's
+QUANTIZE = ("int8",)
+RANDOM = 4096  # tokens that stand for text where there is no tokenizer
+_FLOAT, _INT8 = ".float32", ".int8"  # folders for graphs on the way, gone before the result appears
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,30 @@ class OnnxOptions:
 
     Attributes:
         dtype: of embedding and matrix products, "float32" or "float16" (meant for GPUs).
+        quantize: "int8" or None.
         logits: "last" or "all".
+        text: held-out text for the perplexity before and after float16 or int8, as `read_texts` takes it; None: the
+            embedded stories.
     """
 
     dtype: str = "float32"
+    quantize: str | None = None
     logits: str = "last"
+    text: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (("dtype", self.dtype, DTYPES), ("logits", self.logits, LOGITS)):
-            if value not in known:
-                raise UsageError(f"There is no {name} {value!r} for ONNX. Choose {' or '.join(known)}.")
+        known = {"dtype": DTYPES, "logits": LOGITS, "quantize": (None, *QUANTIZE)}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                words = " or ".join(value for value in values if value)
+                raise UsageError(f"There is no {name} {getattr(self, name)!r} for ONNX. Choose {words}.")
+        if self.quantize and self.dtype != "float32":
+            raise UsageError(f"{self.quantize} goes with float32: what is not quantised stays so. Leave out --dtype.")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the graph computes something else than float32."""
+        return self.quantize is not None or self.dtype != "float32"
 
 
 @dataclass(frozen=True)
@@ -60,19 +78,33 @@ class Source:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What an export to ONNX found out."""
+    """What an export to ONNX found out.
+
+    Attributes:
+        source: what was exported.
+        directory: where it is.
+        comparison: the float32 graph beside the model, the largest difference of all ways.
+        ways: the ways one by one.
+        rounding: the same of the float16 or int8 graph; empty for a float32 one.
+        quality: perplexity before and after float16 or int8; None for a float32 graph.
+        data_bytes: of the weights as written.
+    """
 
     source: Source
     directory: Path
     comparison: Comparison
     ways: tuple[Way, ...]
-    data_bytes: int  # of the weights as written
+    rounding: tuple[Way, ...]
+    quality: Quality | None
+    data_bytes: int
 
 
 def export_onnx(
     directory: str | Path, *, out: str | Path | None, options: OnnxOptions, force: bool, progress: Progress
 ) -> OnnxReport:
     """Write a model as an ONNX graph with explicit states; nothing appears unless it gives the model's logits.
+
+    The graph is proven in float32, whatever is published; what float16 or int8 change is measured on text.
 
     Args:
         directory: what `compress` wrote; or a dense model: a folder, a hub id, or "tiny".
@@ -90,26 +122,50 @@ def export_onnx(
         name = Path(directory).name
         out = Path(f"{name}-onnx") if source.manifest is None else Path(directory).expanduser() / FORMAT
     out = Path(out).expanduser()
-    tensors, config = source.shrunk.tensors, source.shrunk.config
-    itemsize = 2 if options.dtype == "float16" else 4
-    require_space(out, parameter_count(tensors) * itemsize)
+    refuse_existing(out, force=force, marker=MANIFEST)
+    tokens = _tokens(source.checkpoint, options.text)
+    require_space(out, parameter_count(source.shrunk.tensors) * (9 if options.lossy else 4))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
-        progress("writing the graph", 1, 4)
-        built = build(config, tensors, Settings(options.dtype, options.logits))
-        provenance = _provenance(source)
-        settings = {"dtype": options.dtype, "logits": options.logits, "target": "portable"}
-        has_tokenizer = tokenizer_directory(source.checkpoint) is not None
-        built.model.metadata_props.update(describe(built, config, tensors, settings, provenance, has_tokenizer))
-        files = write_graph(folder, built.model)
-        files += write_companions(folder, source.checkpoint, config)
-        progress("running the graph beside the model", 2, 4)
-        comparison, ways = _prove(source, folder, RESOLUTION[options.dtype])
-        manifest = _manifest(source, comparison, ways, built.layers, settings)
+        about = _about(source, options)
+        comparison, ways, files = _write_proven(source, folder, options, tokens, about, progress)
+        rounding, quality = [], None
+        if options.lossy:
+            progress("measuring what rounding changes", 2, 4)
+            rounding = differences(source.checkpoint.model, open_written(folder), tokens.sample)
+            quality = measure(source.checkpoint.model, folder, tokens.stream, tokens.source, progress)
         progress("writing the manifest", 3, 4)
-        write_manifest(folder, manifest | {"files": file_records(files)})
+        files += write_companions(folder, source.checkpoint, source.shrunk.config)
+        content = about | _results(comparison, ways, rounding, quality) | {"files": file_records(files)}
+        write_manifest(folder, content)
         data_bytes = (folder / DATA).stat().st_size
     progress("done", 4, 4)
-    return OnnxReport(source, out, comparison, tuple(ways), data_bytes)
+    return OnnxReport(source, out, comparison, tuple(ways), tuple(rounding), quality, data_bytes)
+
+
+def _write_proven(
+    source: Source, folder: Path, options: OnnxOptions, tokens: Tokens, about: dict[str, Any], progress: Progress
+) -> tuple[Comparison, list[Way], list[Path]]:
+    """Write the graph of `options`, and prove it in float32: a graph of its own, for the time being, if it is lossy."""
+    tensors, config, model = source.shrunk.tensors, source.shrunk.config, source.checkpoint.model
+    first = folder / _FLOAT if options.lossy else folder
+    first.mkdir(exist_ok=True)
+    progress("writing the graph", 1, 4)
+    built = build(config, tensors, Settings(logits=options.logits, own_head=options.quantize is not None))
+    built.model.metadata_props.update(metadata(built.model, about))
+    files = write_graph(first, built.model)
+    progress("running the graph beside the model", 2, 4)
+    comparison, ways = prove(model, open_written(first), tokens.sample, tokens.real)
+    if options.lossy:
+        if options.quantize:
+            (folder / _INT8).mkdir()
+            final = quantize_int8(first, folder / _INT8)
+        else:
+            final = build(config, tensors, Settings(options.dtype, options.logits)).model
+        final.metadata_props.update(metadata(built.model, about))
+        files = write_graph(folder, final)
+        for name in (_FLOAT, _INT8):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return comparison, ways, files
 
 
 def read_source(directory: str | Path) -> Source:
@@ -127,55 +183,71 @@ def read_source(directory: str | Path) -> Source:
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
     require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), path)
     masked = load_checkpoint(path, dtype=torch.float32)
-    return Source(masked, shrink(masked, manifest, path), manifest)
+    return Source(masked, shrink(masked, manifest, path, uneven=True), manifest)
 
 
 def runs_where(options: OnnxOptions) -> tuple[Runtime, ...]:
     """Which runtimes take the graph."""
     half = options.dtype == "float16"
-    cpu = "any sizes; float16 is computed in float32 here" if half else "any sizes; measured"
+    cpu = "any sizes; computed in float32, float16 saves no time here" if half else "any sizes"
     return (
         Runtime("onnxruntime, CPU", FORMAT, True, cpu),
         Runtime("onnxruntime, CUDA", FORMAT, True, "standard operators only; not measured"),
     )
 
 
-def _prove(source: Source, folder: Path, float32_ulps: float) -> tuple[Comparison, list[Way]]:
-    checkpoint, stream = source.checkpoint, None
-    if tokenizer_directory(checkpoint) is not None:
-        stream = tokenize(read_texts(heldout_path()), load_tokenizer(checkpoint))
-    tokens = sample_tokens(stream, checkpoint.dimensions.vocab_size)
-    return prove(checkpoint.model, open_written(folder), tokens, stream is not None, float32_ulps)
+@dataclass(frozen=True)
+class Tokens:
+    """What graph and model are run on."""
+
+    sample: torch.Tensor  # (B, L), for logits
+    stream: torch.Tensor  # (T,), for perplexity
+    source: str
+    real: bool  # text, not random
 
 
-def _provenance(source: Source) -> dict[str, Any]:
-    """How the model came about, for the graph and the manifest."""
-    if source.manifest is None:
-        return {"version": versions()["ssmc"], "model": source.checkpoint.source, "pattern": None, "sparsity": 0.0}
-    config = source.manifest["config"]
-    run = {key: config[key] for key in ("pattern", "sparsity", "score", "repair")}
-    return {"version": versions()["ssmc"], "model": source.manifest["source"]["model"], **run}
+def _tokens(checkpoint: Checkpoint, text: str | None) -> Tokens:
+    """Text, where the model has a tokenizer; otherwise random tokens."""
+    vocab_size = checkpoint.dimensions.vocab_size
+    if tokenizer_directory(checkpoint) is None:
+        if text is not None:
+            raise UsageError(f"{checkpoint.source} comes without a tokenizer, so {text} cannot be read.")
+        stream = torch.randint(vocab_size, (RANDOM,), generator=torch.Generator().manual_seed(0))
+        return Tokens(sample_tokens(None, vocab_size), stream, "random tokens", False)
+    stream = tokenize(read_texts(heldout_path() if text is None else text), load_tokenizer(checkpoint))
+    return Tokens(sample_tokens(stream, vocab_size), stream, "the embedded stories" if text is None else text, True)
 
 
-def _manifest(
-    source: Source,
-    comparison: Comparison,
-    ways: list[Way],
-    layers: tuple[dict[str, int], ...],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    checkpoint, of = source.checkpoint, source.manifest or {}
-    shrunk = source.shrunk
+def _about(source: Source, options: OnnxOptions) -> dict[str, Any]:
+    """What is known of the export before it is written, for the manifest and the graph."""
+    checkpoint, shrunk, of = source.checkpoint, source.shrunk, source.manifest or {}
+    dense = {"model": checkpoint.source, "format": checkpoint.format, "relative": None}
+    layers = [LAYERS[shrunk.config.model_type].sizes(shrunk.tensors, i) for i in range(shrunk.config.num_hidden_layers)]
     return {
         "kind": "export",
         "format": FORMAT,
         "versions": of.get("versions", versions()),
-        "source": of.get("source", {"model": checkpoint.source, "format": checkpoint.format, "relative": None}),
+        "source": of.get("source", dense),
         "config": of.get("config"),
         "dimensions": checkpoint.architecture.dimensions(shrunk.config).as_dict(),
-        "layers": list(layers),
-        "settings": dict(settings),
+        "settings": {
+            "dtype": options.dtype,
+            "quantize": options.quantize,
+            "logits": options.logits,
+            "target": "portable",
+        },
+        "onnx": {
+            "architecture": shrunk.config.model_type,
+            "layers": layers,
+            "tokenizer": TOKENIZER_JSON if tokenizer_directory(checkpoint) is not None else None,
+        },
         "cuts": [{"name": c.name, "before": list(c.before), "after": list(c.after)} for c in shrunk.cuts],
+        "parameters": parameter_count(shrunk.tensors),
+    }
+
+
+def _results(comparison: Comparison, ways: list[Way], rounding: list[Way], quality: Quality | None) -> dict[str, Any]:
+    return {
         "comparison": {
             "max_difference": comparison.max_difference,
             "tolerance": comparison.tolerance,
@@ -184,5 +256,6 @@ def _manifest(
             "real_text": comparison.real_text,
             "ways": [asdict(way) for way in ways],
         },
-        "parameters": parameter_count(shrunk.tensors),
+        "rounding": [asdict(way) for way in rounding],
+        "perplexity": None if quality is None else asdict(quality),
     }

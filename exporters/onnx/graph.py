@@ -73,6 +73,10 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
             f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS)}. "
             "Export to another format."
         )
+    if config.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(
+            f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."
+        )
     family = LAYERS[config.model_type]
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=config.model_type)
     builder = GraphBuilder(graph)

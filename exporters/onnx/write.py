@@ -9,13 +9,10 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import torch
 
-from ssmc.runtime.checkpoints import Checkpoint, parameter_count
+from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.tokenizers import TOKENIZER_JSON, copy_tokenizer, tokenizer_directory
-
-from .graph import Built
+from ssmc.runtime.tokenizers import copy_tokenizer, tokenizer_directory
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 KEY = "ssmc."  # of our metadata in a graph
@@ -71,49 +68,33 @@ def write_companions(folder: Path, source: Checkpoint, config: Any) -> list[Path
     return files if tokenizer is None else files + copy_tokenizer(tokenizer, folder)
 
 
-def describe(
-    built: Built,
-    config: Any,
-    tensors: Mapping[str, torch.Tensor],
-    settings: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    tokenizer: bool,
-) -> dict[str, str]:
-    """What a graph says about itself, so that it can be run without any other file.
+def metadata(model: ir.Model, about: Mapping[str, Any]) -> dict[str, str]:
+    """What a graph says about itself, so that it can be run without any other file: our keys, values in JSON.
 
     Args:
-        built: the graph.
-        config: transformers' configuration.
-        tensors: of the model.
-        settings: how it was exported.
-        provenance: version, source, how it was pruned.
-        tokenizer: whether one lies beside the graph.
-
-    Returns:
-        Metadata for the model; values that are no words are JSON.
+        model: the graph, for the layouts of its inputs and outputs.
+        about: what the manifest says.
     """
-    graph = built.model.graph
     layouts = {
         value.name: {"shape": [_dim(d) for d in value.shape], "dtype": str(value.dtype.numpy())}
-        for value in (*graph.inputs, *graph.outputs)
+        for value in (*model.graph.inputs, *model.graph.outputs)
     }
-    about = {
-        "architecture": config.model_type,
-        "sizes": {
-            "n_layer": len(built.layers),
-            "d_model": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "parameters": parameter_count(tensors),
-            "layers": list(built.layers),
-        },
-        "layouts": layouts,
-        "layout": "states have channels last: past_conv (batch, d_conv - 1, d_inner), the newest at the end; past_ssm "
-        "(batch, d_state, d_inner); zeros at the beginning; present_* goes back in as past_*",
-        "tokenizer": TOKENIZER_JSON if tokenizer else None,
-        **settings,
-        "provenance": dict(provenance),
-    }
-    return {KEY + key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    run = about["config"] or {}
+    provenance = {key: run.get(key) for key in ("pattern", "sparsity", "score", "repair")}
+    content = (
+        about["onnx"]
+        | about["settings"]
+        | {
+            "version": about["versions"]["ssmc"],
+            "dimensions": about["dimensions"],
+            "parameters": about["parameters"],
+            "layouts": layouts,
+            "states": "zeros before the first token; present_* goes in again as past_*; channels last, the newest "
+            "input of the convolution at the end",
+            "provenance": {"model": about["source"]["model"], **provenance},
+        }
+    )
+    return {KEY + key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
 
 
 def _dim(dim: Any) -> int | str:

@@ -55,6 +55,9 @@ class Architecture(Protocol):
     def dimensions(self, config: Any) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
 
+    def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
+        """A configuration of the same family with other sizes, as a model cut to them would have."""
+
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run; each takes and returns (B, L, d_model)."""
 

@@ -41,6 +41,12 @@ class MambaArchitecture(BackboneArchitecture):
             vocab_size=config.vocab_size,
         )
 
+    def resized(self, config: MambaConfig, *, n_layer: int, d_inner: int, d_state: int) -> MambaConfig:
+        """A configuration of the same family with other sizes, as a model cut to them would have."""
+        other = copy.deepcopy(config)
+        other.num_hidden_layers, other.intermediate_size, other.state_size = n_layer, d_inner, d_state
+        return other
+
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
         x, z = mixer.in_proj(hidden).chunk(2, dim=-1)

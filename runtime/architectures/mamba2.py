@@ -54,6 +54,18 @@ class Mamba2Architecture(BackboneArchitecture):
             n_groups=config.n_groups,
         )
 
+    def resized(self, config: Mamba2Config, *, n_layer: int, d_inner: int, d_state: int) -> Mamba2Config:
+        """A configuration of the same family with other sizes; d_inner is fixed by expand, heads and head_dim.
+
+        Raises:
+            ValueError: another d_inner.
+        """
+        if d_inner != self.dimensions(config).d_inner:
+            raise ValueError("a Mamba-2 of another d_inner cannot be loaded by transformers")
+        other = copy.deepcopy(config)
+        other.num_hidden_layers, other.state_size = n_layer, d_state
+        return other
+
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Apply in_proj: the convolution's input (B, L, D + 2 G N), and the gate (B, L, D) with dt (B, L, H)."""
         sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]

@@ -7,7 +7,24 @@ findings(report)                # the outcome in sentences
 """
 
 from .benchmark import benchmark
+from .latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from .report import Measurement, Model, Report, check_output
 from .summary import Row, findings, summary_rows
+from .timing import Ratio
 
-__all__ = ["Measurement", "Model", "Report", "Row", "benchmark", "check_output", "findings", "summary_rows"]
+__all__ = [
+    "LatencyTable",
+    "Measurement",
+    "Model",
+    "Ratio",
+    "Report",
+    "Row",
+    "Workload",
+    "benchmark",
+    "check_output",
+    "findings",
+    "measure_latency",
+    "read_latency_table",
+    "summary_rows",
+    "time_sizes",
+]

@@ -19,12 +19,13 @@ from .conditions import Conditions, busy_note, conditions, load_average
 from .graphs import measure_graphs
 from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
 from .parts import measure_parts
-from .quality import read_tokens, score, shortened_note
+from .quality import read_tokens, require_same_tokens, score, shortened_note
 from .report import Model, Report, WeightFiles
 from .settings import Settings
 from .sources import (
     Subject,
     compute_dtype,
+    dtypes_note,
     find_sources,
     is_sparse24,
     load_subjects,
@@ -42,6 +43,7 @@ def benchmark(
     *,
     dense: str | Path | None = None,
     models: Sequence[str | Path] | None = None,
+    smaller: Sequence[str | Path] | None = None,
     lengths: Sequence[int] = (128, 512, 2048),
     batch_sizes: Sequence[int] = (1, 8),
     decode_tokens: int = 32,
@@ -65,6 +67,7 @@ def benchmark(
         directory: what `compress` wrote, with exports in it, or one export.
         dense: the model to compare with; by default the one the artefact was made from.
         models: models to compare instead of the artefact's exports; without `dense`, the first is the reference.
+        smaller: plain smaller dense models of the same tokens, to compare with at equal speed.
         lengths: tokens of the prefills.
         batch_sizes: sequences at once, in decoding and prefill; see `workloads.grid`.
         decode_tokens: steps one decoding sample is the mean of.
@@ -92,13 +95,14 @@ def benchmark(
     settings = Settings(
         tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend, max_batch
     )
-    sources, left_out = runnable(find_sources(directory, dense, models, runtimes), where)
+    sources, left_out = runnable(find_sources(directory, dense, models, runtimes, smaller or ()), where)
     subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device=where.type)
     in_torch = [subject for subject in subjects if subject.runtime == "torch"]
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
+    require_same_tokens(in_torch, tokenizer)
     load_before = load_average()
-    notes += left_out + busy_note(load_before)
+    notes += left_out + busy_note(load_before) + dtypes_note(subjects)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
     parameters = [checkpoint.parameters for checkpoint in checkpoints]
     for subject in in_torch:
@@ -195,5 +199,6 @@ def _model(
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
+        smaller=subject.source.smaller,
         sparse24=sparse24,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from . import summary
+from . import summary, tradeoff
 from .plots import plots
 from .report import SCHEMA, Model, Report
 from .summary import Row
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
         schema=SCHEMA,
         report=report,
         names=report.names,
-        findings=summary.findings(report),
+        findings=[*summary.findings(report), *tradeoff.trade_off_findings(report)],
         recipes=[text for model in report.compressed if (text := _recipe(model))],
         overview=Table("Overview", summary.summary_rows(report)),
         tables=[table for table in _tables(report) if table.rows],
@@ -92,6 +92,14 @@ def _tables(report: Report) -> list[Table]:
         Table("Memory", summary.memory_rows(report), memory),
         Table("Sequences", summary.sequence_rows(report), _sequences_note(report)),
         Table("Perplexity", summary.perplexity_rows(report), _perplexity_note(report)),
+        Table(
+            "Loss over time",
+            tradeoff.trade_off_rows(report),
+            "Time over the dense model's (below 1 is faster) and the loss that comes with it: what models of equal "
+            "speed lose is what to compare.",
+            "tradeoff",
+            columns=tradeoff.trade_off_columns(report),
+        ),
         Table(
             "For context: transformers' own loop",
             _timings(report, "stock"),

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from .report import Measurement, Report
+from .tradeoff import trade_offs
 
 # Matplotlib writes plain colours; these stand for the page's CSS variables and are replaced by them in the SVG.
 INK, GRID, PAPER = "#010101", "#020202", "#020203"
@@ -55,6 +56,8 @@ def plots(report: Report) -> dict[str, str]:
         "sizes": (_sizes, "Sizes of the compressed models in per cent of the dense one"),
     }
     drawn = {}
+    if len(report.compressed) > 1 and trade_offs(report):
+        drawn["tradeoff"] = _svg("tradeoff", _trade_off, "Loss over time, one point for every model", report)
     for name, (draw, description) in drawings.items():
         drawable = {"speedup": _has_scans(report)}.get(name, len(report.models) > 1 or name != "sizes")
         if drawable:
@@ -126,6 +129,25 @@ def _sizes(axes: Axes, report: Report) -> None:
     _bars(axes, [name for name, _ in rows], bars, SERIES[1:], label=lambda v: f"{v:.0f} %")
     axes.axhline(100, color=INK, lw=1, ls="--")
     axes.set(title="Size, % of the dense model")
+
+
+def _trade_off(axes: Axes, report: Report) -> None:
+    """Loss above the dense model over time relative to it: filled for prefill, hollow for decoding."""
+    colors = {model.name: SERIES[i % len(SERIES)] for i, model in enumerate(report.models)}
+    for off, filled in zip(trade_offs(report), (True, False), strict=False):
+        for point in off.points:
+            color = colors[point.name]
+            axes.errorbar(
+                point.time,
+                point.nats,
+                xerr=[[point.time - point.low], [point.high - point.time]],
+                color=color,
+                marker="o",
+                mfc=color if filled else PAPER,
+                capsize=3,
+                label=point.name if filled else None,
+            )
+    axes.set(title="Loss above dense, nats", xlabel="time over dense: prefill (filled), decode (hollow)")
 
 
 def _bars(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import Checkpoint
-from ..errors import SsmcError
+from ..errors import CheckpointError, SsmcError
 from ..generation import OnnxExport, load_onnx_export
 from ..perplexity import Perplexity, perplexity, split_windows
 from ..progress import Progress, silent
@@ -62,6 +62,28 @@ def read_tokens(
             "`tiny`. For any other model name held-out text like what it will read."
         )
     return tokens, info, notes
+
+
+def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> None:
+    """Make sure that plain smaller models read the same tokens as the dense one: only then do their losses compare.
+
+    Raises:
+        CheckpointError: one cuts text into other tokens.
+    """
+    dense = subjects[0].checkpoint
+    texts = read_texts(heldout_path())
+    for subject in subjects:
+        own = tokenizer_directory(subject.checkpoint, None) if subject.source.smaller else None
+        if own is None or tokenizer_directory(dense, tokenizer) is None:
+            continue
+        theirs, ours = (
+            tokenize(texts, load_tokenizer(c, t)) for c, t in ((subject.checkpoint, None), (dense, tokenizer))
+        )
+        if not torch.equal(theirs, ours):
+            raise CheckpointError(
+                f"{subject.source.name} cuts text into other tokens than the dense model, so their losses per token "
+                "do not compare. Name a smaller model with the same tokenizer."
+            )
 
 
 def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent) -> Perplexity:

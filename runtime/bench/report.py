@@ -62,6 +62,7 @@ class Model:
     excess: ExcessLoss | None  # above the dense model
     runtime: str = "torch"  # what computes it: "torch" or "onnx"
     sparse24: Sparse24Report | None = None  # of an export as sparse24: which modules run sparse
+    smaller: bool = False  # a plain smaller dense model, named to compare with
 
 
 @dataclass(frozen=True)

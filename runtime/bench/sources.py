@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +28,7 @@ class Source:
     where: str  # what `load_checkpoint` or `load_onnx_export` takes
     dense: bool
     recipe: dict[str, Any] | None = None
+    smaller: bool = False  # a plain smaller dense model, to compare with at equal speed
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def find_sources(
     dense: str | Path | None = None,
     models: Sequence[str | Path] | None = None,
     runtimes: Sequence[str] = RUNTIMES,
+    smaller: Sequence[str | Path] = (),
 ) -> list[Source]:
     """The models of a comparison, the dense one first.
 
@@ -57,6 +59,7 @@ def find_sources(
         dense: the model to compare with; by default the one the artefact was made from, or the first of `models`.
         models: explicit models to compare instead of an artefact's exports.
         runtimes: whose exports of an artefact are taken.
+        smaller: plain dense models to compare with as well; they come last.
 
     Raises:
         UsageError: nothing to compare, or no such runtime.
@@ -64,12 +67,14 @@ def find_sources(
     """
     if wrong := [name for name in runtimes if name not in RUNTIMES]:
         raise UsageError(f"There is no runtime {', '.join(wrong)!r}; there are {' and '.join(RUNTIMES)}.")
+    plain = [Source(label(where), str(where), dense=False, smaller=True) for where in smaller]
     if models is not None:
         named = [str(model) for model in ([] if dense is None else [dense]) + list(models)]
         if not named:
             raise UsageError("There is no model to measure. Name at least one.")
-        sources = [Source(label(where), where, dense=position == 0) for position, where in enumerate(named)]
-        return _distinct(sources)
+        sources = [Source(label(named[0]), named[0], dense=True)]
+        sources += [Source(label(where), where, dense=False, recipe=_recipe_beside(where)) for where in named[1:]]
+        return _distinct(sources + plain)
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
     exports = _exports(directory, manifest, runtimes)
@@ -77,7 +82,7 @@ def find_sources(
         kind = "" if set(runtimes) == set(RUNTIMES) else f" for {' or '.join(runtimes)}"
         raise UsageError(f"{directory} holds no export{kind} to compare with the dense model. Run `ssmc export` first.")
     reference = dense_source(directory, manifest) if dense is None else Source(label(dense), str(dense), dense=True)
-    return _distinct([reference, *exports])
+    return _distinct([reference, *exports, *plain])
 
 
 def load_subjects(
@@ -181,6 +186,15 @@ def compute_dtype(subject: Subject) -> str:
     return "float32" if subject.runtime == "onnx" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
 
 
+def dtypes_note(subjects: Sequence[Subject]) -> list[str]:
+    """What to say where models compute in different dtypes, as on a GPU they may unless the user names one."""
+    dtypes = {subject.source.name: compute_dtype(subject) for subject in subjects}
+    if len(set(dtypes.values())) == 1:
+        return []
+    each = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+    return [f"The models compute in different dtypes ({each}), which alone changes their speed; --dtype makes it one."]
+
+
 def is_sparse24(directory: Path) -> bool:
     """Whether a model directory is an export as sparse24, whose manifest lists its 2:4 modules."""
     return (directory / MANIFEST).is_file() and "sparse24" in read_manifest(directory)
@@ -195,6 +209,12 @@ def _exports(directory: Path, manifest: dict[str, Any], runtimes: Sequence[str])
             recipe = _recipe(read_manifest(directory / name))
             found.append(Source(f"{label(directory)}/{name}", str(directory / name), dense=False, recipe=recipe))
     return found
+
+
+def _recipe_beside(where: str) -> dict[str, Any] | None:
+    """How a named model was compressed, where a manifest lies with it."""
+    path = Path(where).expanduser()
+    return _recipe(read_manifest(path)) if (path / MANIFEST).is_file() else None
 
 
 def _recipe(manifest: dict[str, Any]) -> dict[str, Any] | None:
@@ -243,5 +263,5 @@ def _distinct(sources: list[Source]) -> list[Source]:
     for source in sources:
         seen[source.name] = count = seen.get(source.name, 0) + 1
         name = source.name if count == 1 else f"{source.name} ({count})"
-        named.append(Source(name, source.where, source.dense, source.recipe))
+        named.append(replace(source, name=name))
     return named

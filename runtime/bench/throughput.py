@@ -87,5 +87,6 @@ def _fits(subject: Subject, batch: int) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that there is no memory left: torch has a class for GPUs, and words for a CPU."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in words)

@@ -4,6 +4,7 @@ Checkpoint        a model in memory that remembers how it was stored
 load_checkpoint   read one from a directory, the hub, or the embedded `tiny`
 write_checkpoint  write tensors and a configuration into a directory
 parameter_count   how many numbers a model has
+parameter_counter how many it would have at other sizes
 tensor_bytes      how many bytes they take
 """
 
@@ -17,12 +18,14 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .mamba_ssm_format import unpadded_vocab_size
+from .model import parameter_counter
 
 __all__ = [
     "FORMATS",
     "Checkpoint",
     "load_checkpoint",
     "parameter_count",
+    "parameter_counter",
     "read_dimensions",
     "tensor_bytes",
     "unpadded_vocab_size",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -28,6 +29,23 @@ def expected_shapes(config: PretrainedConfig, where: str) -> dict[str, torch.Siz
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return shapes
+
+
+def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int]:
+    """How many parameters a model of the same family has, as a function of (n_layer, d_inner, d_state), exactly.
+
+    Models of one and of two blocks are laid out without memory and counted; a tied head counts once.
+    """
+    architecture = architecture_for(config.model_type)
+    sizes = architecture.dimensions(config)
+
+    @cache
+    def count(n_layer: int, d_inner: int, d_state: int) -> int:
+        other = architecture.resized(config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
+        return sum(shape.numel() for shape in expected_shapes(other, "the model").values())
+
+    outside = 2 * count(1, sizes.d_inner, sizes.d_state) - count(2, sizes.d_inner, sizes.d_state)
+    return lambda n_layer, d_inner, d_state: outside + n_layer * (count(1, d_inner, d_state) - outside)
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig, where: str) -> dict[str, torch.Tensor]:

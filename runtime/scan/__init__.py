@@ -12,16 +12,21 @@ from ..errors import UsageError
 from . import reference, ssd
 from .accelerators import accelerates, accelerator
 from .inputs import ScanInputs, SsdInputs
+from .moments import Moments, moments_of_states, quartic_moment, sum_of_squares
 
 __all__ = [
     "BACKENDS",
+    "Moments",
     "ScanInputs",
     "SsdInputs",
     "accelerator",
     "check_backend",
+    "quartic_moment",
+    "scan_moments",
     "scan_states",
     "selective_scan",
     "ssd_scan",
+    "sum_of_squares",
 ]
 
 BACKENDS = ("auto", "cpu", "triton", "mamba-ssm", "reference")
@@ -68,6 +73,17 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, backend: 
     """
     module = _choose(backend, inputs, state)
     return module.scan_states(inputs if accelerates(module) else inputs.with_time_steps(), state)
+
+
+def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto") -> Moments:
+    """Sums over all hidden states of the recurrence; on a GPU none of the states ever reaches its memory.
+
+    Args and errors: as `selective_scan`, without gradients.
+    """
+    module = _choose(backend, inputs, state)
+    if accelerates(module):
+        return module.scan_moments(inputs, state)
+    return moments_of_states(inputs, state, module.scan_states)
 
 
 def ssd_scan(

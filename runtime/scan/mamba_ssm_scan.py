@@ -12,8 +12,9 @@ from functools import cache
 import torch
 
 from .inputs import ScanInputs
+from .moments import Moments
 
-__all__ = ["kernels", "scan_states", "selective_scan"]
+__all__ = ["kernels", "scan_moments", "scan_states", "selective_scan"]
 
 
 @cache
@@ -27,6 +28,13 @@ def kernels() -> tuple[Callable, Callable]:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     return selective_scan_fn, selective_state_update
+
+
+def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None) -> Moments:
+    """Sums over all states, which mamba_ssm has no kernel for: as `gpu.scan_moments`."""
+    from . import gpu
+
+    return gpu.scan_moments(inputs, state)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,11 +11,12 @@ from triton import JITFunction
 
 from .. import reference
 from ..inputs import ScanInputs
-from . import kernels, prefill
+from ..moments import Moments
+from . import kernels, moments, prefill
 from .decode import scan_token
 from .prefill import Plan, parts_of, plan_for
 
-__all__ = ["INTERPRETED", "Plan", "parts_of", "plan_for", "scan_states", "selective_scan"]
+__all__ = ["INTERPRETED", "Plan", "parts_of", "plan_for", "scan_moments", "scan_states", "selective_scan"]
 
 INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors
 
@@ -45,3 +46,9 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Pla
         return reference.scan_states(inputs.with_time_steps(), state)
     with torch.cuda.device_of(inputs.u):
         return prefill.scan_states(inputs, state, plan)
+
+
+def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None) -> Moments:
+    """Sums over all states; as `moments_of_states`, without gradients, for tensors of a GPU."""
+    with torch.cuda.device_of(inputs.u):
+        return moments.scan_moments(inputs, state)

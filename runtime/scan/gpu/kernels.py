@@ -579,3 +579,120 @@ def token_kernel(
     if GATED:
         y = y * silu(load_row(z_ptr + row * z_batch, d, channels, WHOLE).to(tl.float32))
     store_row(y_ptr + row * channels, d, channels, y.to(y_ptr.dtype.element_ty), WHOLE)
+
+
+@triton.jit
+def load_padded(ptr, d, channels, n_step, d_step, states, PART: tl.constexpr):
+    """States of a block of channels, (PART, BLOCK); 0 in rows past the last state and lanes past the last channel."""
+    n = tl.arange(0, PART)
+    inside = (n < states)[:, None] & (d < channels)[None, :]
+    return tl.load(ptr + n[:, None] * n_step + d[None, :] * d_step, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_padded(ptr, d, channels, n_step, d_step, states, value, PART: tl.constexpr):
+    """Store what `load_padded` loads."""
+    n = tl.arange(0, PART)
+    inside = (n < states)[:, None] & (d < channels)[None, :]
+    tl.store(ptr + n[:, None] * n_step + d[None, :] * d_step, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "chunk"])
+def moments_kernel(
+    u_ptr,
+    u_batch,
+    u_token,
+    dt_ptr,
+    dt_batch,
+    dt_token,
+    z_ptr,
+    z_batch,
+    z_token,
+    B_ptr,
+    B_batch,
+    B_token,
+    C_ptr,
+    C_batch,
+    C_token,
+    rates_ptr,
+    bias_ptr,
+    state_ptr,
+    ends_ptr,
+    sums_ptr,
+    before_ptr,
+    after_ptr,
+    readouts_ptr,
+    grams_ptr,
+    final_ptr,
+    length,
+    chunk,
+    channels,
+    states,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATED: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """Sums over the states of one chunk, which never leave the registers.
+
+    Grid (blocks of channels, chunks, sequences). Over time: `before`, `after` and `readouts` (B, chunks, N, D), the
+    sums of h_{t-1}^2, h_t^2 and (C_t h_t)^2. Over the block's channels: `grams` (blocks, B, L, N, N), the sums of
+    g_t^2 h_t h_t', g = silu(z). Nothing is added up across programs: that would make the order of the sums chance.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, PART)
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    size = channels * states
+    rates = load_padded(rates_ptr, d, channels, channels, 1, states, PART)
+    bias = load_row(bias_ptr, d, channels, False) if SOFTPLUS else 0.0
+    if CONTINUES:
+        h = load_padded(state_ptr + row * size, d, channels, channels, 1, states, PART)
+    else:
+        h = tl.zeros((PART, BLOCK), tl.float32)
+    earlier = row * (tl.num_programs(1) - 1)
+    for i in range(0, part):
+        total = load_row(sums_ptr + (earlier + i) * channels, d, channels, False)
+        ends = load_padded(ends_ptr + (earlier + i) * size, d, channels, channels, 1, states, PART)
+        h = tl.exp2(total[None, :] * rates) * h + ends
+
+    first = part.to(tl.int64) * chunk
+    u_ptr += row * u_batch + first * u_token
+    dt_ptr += row * dt_batch + first * dt_token
+    z_ptr += row * z_batch + first * z_token
+    B_ptr += row * B_batch + first * B_token
+    C_ptr += row * C_batch + first * C_token
+    block = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + row
+    grams_ptr += (block * length + first) * states * states
+    pairs = n[:, None] * states + n[None, :]
+    paired = (n < states)[:, None] & (n < states)[None, :]
+    before, after, readouts = tl.zeros_like(h), tl.zeros_like(h), tl.zeros_like(h)
+    for _ in range(0, tl.minimum(length - part * chunk, chunk)):
+        before += h * h
+        step = time_step(load_row(dt_ptr, d, channels, False), bias, SOFTPLUS)
+        if SOFTPLUS:
+            step = tl.where(d < channels, step, 0.0)
+        drive = step * load_row(u_ptr, d, channels, False).to(tl.float32)
+        B = tl.load(B_ptr + n, mask=n < states, other=0.0).to(tl.float32)
+        C = tl.load(C_ptr + n, mask=n < states, other=0.0).to(tl.float32)
+        h = tl.exp2(step[None, :] * rates) * h + drive[None, :] * B[:, None]
+        after += h * h
+        read = h * C[:, None]
+        readouts += read * read
+        gated = h
+        if GATED:
+            gated = h * silu(load_row(z_ptr, d, channels, False).to(tl.float32))[None, :]
+        gram = tl.dot(gated, tl.trans(gated), input_precision="ieee")
+        tl.store(grams_ptr + pairs, gram, mask=paired)
+        u_ptr += u_token
+        dt_ptr += dt_token
+        z_ptr += z_token
+        B_ptr += B_token
+        C_ptr += C_token
+        grams_ptr += states * states
+    at = (row * tl.num_programs(1) + part) * size
+    store_padded(before_ptr + at, d, channels, channels, 1, states, before, PART)
+    store_padded(after_ptr + at, d, channels, channels, 1, states, after, PART)
+    store_padded(readouts_ptr + at, d, channels, channels, 1, states, readouts, PART)
+    if part == tl.num_programs(1) - 1:
+        store_padded(final_ptr + row * size, d, channels, 1, states, states, h, PART)
