@@ -44,7 +44,7 @@ matplotlib.use("svg")
 
 CPU = torch.device("cpu")
 PHASES = ("prefill", "decode")
-GRID = {"column": (0.25, 0.5, 0.75, 0.875), "channel": (0.125, 0.25, 0.375, 0.5), "layer": (1, 2, 3)}
+GRID = {"column": (0.5, 0.75, 0.875), "channel": (0.125, 0.25, 0.375, 0.5), "layer": (1, 2)}
 PAPER = {"pattern": "column", "score": "sparsessm-vote", "repair": False}
 
 
@@ -53,9 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="tiny")
     parser.add_argument("--calib", default=calibration_path(), help="calibration text")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.8, 0.65, 0.5], help="shares of the time")
-    parser.add_argument("--nsamples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.75, 0.6], help="shares of the time")
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prefill")

@@ -10,6 +10,7 @@ from .modules import ModuleResult, prune_modules
 from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
+from .refinement import Refinement, refine
 from .repair import Repair, eliminate, evaluate
 from .shedder import Removal, choose_removals, shed
 from .target import Target, split_target
@@ -21,6 +22,7 @@ __all__ = [
     "Kept",
     "LayerResult",
     "ModuleResult",
+    "Refinement",
     "Removal",
     "Repair",
     "Score",
@@ -39,6 +41,7 @@ __all__ = [
     "prune_layers",
     "prune_modules",
     "read_recipe",
+    "refine",
     "shed",
     "split_target",
 ]

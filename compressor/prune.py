@@ -48,7 +48,7 @@ def prune(
     """
     layers: list[LayerResult] = []
     removals: list[Removal] = []
-    only_removed = config.pattern in (LAYER, SSM_MODULE) and not config.fits_out_proj
+    only_removed = config.pattern in (LAYER, SSM_MODULE) and not config.fits_out_proj()
     if LAYER in config.parts or SSM_MODULE in config.parts:
         # every try runs most of the model, so all of it goes to the device
         tried = None if tokens is None else tokens.to(device)

@@ -24,6 +24,16 @@ class Dimensions:
     d_conv: int
     vocab_size: int  # rows of the embedding, padding rows included
 
+    @property
+    def groups(self) -> int:
+        """Groups of channels with a B and C of their own, each with `d_state` states."""
+        return 1
+
+    @property
+    def heads(self) -> int | None:
+        """Heads of channels that share a decay rate; None where every channel has its own, for every state."""
+        return None
+
     def as_dict(self) -> dict[str, int]:
         """The sizes by name, for manifests and reports."""
         return asdict(self)
@@ -93,6 +103,19 @@ class Architecture(Protocol):
         self, mixer: nn.Module, inputs: Any, state: torch.Tensor | None = None, backend: str = "auto"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), from what `scan_inputs` returns, and the state after the last token."""
+
+    def scan_groups(self, mixer: nn.Module, inputs: Any) -> list[ScanInputs]:
+        """The scan as independent scans of Mamba-1's form, one for each group of channels with a B and C of its own."""
+
+    def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
+        """A_log as each of these groups has it, (D, N)."""
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
+        """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
+        (B, L, N, D); None: by the gate silu(z)."""
+
+    def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
+        """Add to the skip D of a group's heads, in place; only for families with heads."""
 
     def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""

@@ -92,6 +92,21 @@ class MambaArchitecture(BackboneArchitecture):
         """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
         return selective_scan(inputs, state, backend, in_place)
 
+    def scan_groups(self, mixer: nn.Module, inputs: ScanInputs) -> list[ScanInputs]:
+        """All channels read the same B and C."""
+        return [inputs]
+
+    def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
+        """A_log itself, (D, N)."""
+        return [mixer.A_log]
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:
+        """The gate alone stands between the scan and out_proj."""
+
+    def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
+        """The repair of a Mamba-1 folds into x_proj and leaves D alone."""
+        raise ValueError("a Mamba-1 has no heads")
+
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
         weights = {name: getattr(mixer, name).weight.data for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
