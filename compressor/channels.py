@@ -111,24 +111,23 @@ def refit(weight: torch.Tensor, moment: torch.Tensor, kept: Sequence[int]) -> to
     return fit(cross, moment[index][:, index])
 
 
-def fit(cross: torch.Tensor, moment: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+def fit(cross: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """The linear map of x that comes closest to a target: W = (sum t x') (sum x x' + ridge)^-1.
 
     Args:
         cross: (out, in) sum of t x' over tokens.
         moment: (in, in) sum of x x' over tokens.
-        ridge: times the mean diagonal of the moment.
 
     Returns:
         (out, in) float64.
     """
-    return torch.cholesky_solve(cross.t().double(), torch.linalg.cholesky(ridged(moment, ridge))).t()
+    return torch.cholesky_solve(cross.t().double(), torch.linalg.cholesky(ridged(moment))).t()
 
 
-def ridged(moment: torch.Tensor, part: float = RIDGE) -> torch.Tensor:
+def ridged(moment: torch.Tensor) -> torch.Tensor:
     """A second moment with a little on its diagonal, float64, so that inputs that say nothing new do no harm."""
     moment = check_finite(moment).double()
     mean = moment.diagonal().mean()
     # inputs that are zero everywhere: any positive ridge leaves their weights at zero
-    ridge = part * mean if mean > 0 else torch.ones((), dtype=moment.dtype, device=moment.device)
+    ridge = RIDGE * mean if mean > 0 else torch.ones((), dtype=moment.dtype, device=moment.device)
     return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
