@@ -146,6 +146,12 @@ class Architecture(Protocol):
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept` in place."""
 
+    def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        """A copy of a block with some of its channels only: what the block computes when the others are silent."""
+
+    def widen(self, block: nn.Module, narrow: nn.Module, kept: Sequence[int]) -> None:
+        """Write the weights of a block made by `narrowed` back to their places in `block`, and silence the rest."""
+
     def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
         """Whether every channel outside `kept` is silent, so that cutting it changes nothing."""
 
