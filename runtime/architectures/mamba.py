@@ -16,7 +16,7 @@ from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
 from .backbone import BackboneArchitecture, causal_conv, cut_tensors
-from .base import Cut, Dimensions
+from .base import Cut, Dimensions, Readers
 
 # Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
 _CHANNEL_AXES = {"in_proj.weight": 0, "in_proj.bias": 0, "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1}
@@ -102,6 +102,10 @@ class MambaArchitecture(BackboneArchitecture):
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:
         """The gate alone stands between the scan and out_proj."""
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """C of a Mamba-1 comes straight from x_proj."""
+        raise ValueError("a Mamba-1 has no heads")
 
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """The repair of a Mamba-1 folds into x_proj and leaves D alone."""
