@@ -150,7 +150,7 @@ def compress(
         bool,
         typer.Option(
             "--repair/--no-repair",
-            help="Let the states that stay make up for those that go (least squares, folded into x_proj).",
+            help="Let what stays make up for what goes (least squares, folded into x_proj and out_proj).",
             rich_help_panel=METHOD,
         ),
     ] = True,
@@ -297,7 +297,7 @@ def _removal(config: CompressConfig) -> str:
             for part in config.parts
         ]
         repair = f", {'with' if config.repair else 'without'} repair"
-        repair = repair if {"column", "channel"} & {*config.parts} else ""
+        repair = "" if config.pattern == "ssm-module" else repair
         sentence = f"Removing {', '.join(goes)} of {config.model}{repair}."
         return sentence + (f" Then {config.ffn_score.value} on {', '.join(config.modules)}." if config.modules else "")
     what = "all but N of every M" if config.nm else f"{config.sparsity:.4g}"
@@ -328,7 +328,7 @@ def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) 
     if "column" in config.parts and "A_log" in config.targets:
         terminal.show(_states(result, manifest["dimensions"]["d_state"]))
         terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
-    if "channel" in config.parts:
+    if config.fits_out_proj() or "channel" in config.parts:
         terminal.show(_channels(result, manifest["dimensions"]["d_inner"]))
         terminal.say(
             "error: squared difference of what the layer adds to the dense model's residual stream, relative to it.",
@@ -391,12 +391,13 @@ def _states(result: CompressResult, dense: int) -> Table:
 
 def _channels(result: CompressResult, dense: int) -> Table:
     layers = table("Channels", "layer", f"kept of {dense}", "error", "before out_proj was fitted")
+    gone = {removal.layer for removal in result.removals}
     for index, layer in enumerate(result.layers):
-        if layer.channels is None:
+        if index in gone:
             layers.add_row(str(index), "removed")
             continue
         errors = ("not measured", "") if layer.fitted is None else map(_error, vars(layer.fitted).values())
-        layers.add_row(str(index), str(len(layer.channels)), *errors)
+        layers.add_row(str(index), str(dense if layer.channels is None else len(layer.channels)), *errors)
     return layers
 
 

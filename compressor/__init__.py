@@ -12,7 +12,7 @@ from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
 from .refinement import Refinement, refine
 from .repair import Repair, eliminate, evaluate
-from .shedder import Removal, shed
+from .shedder import Removal, choose_removals, shed
 from .target import Target, split_target
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Score",
     "Target",
     "Weighting",
+    "choose_removals",
     "collect",
     "compress",
     "configure",

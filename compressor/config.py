@@ -65,7 +65,7 @@ class CompressConfig(BaseModel):
     weighting: Weighting = Weighting.power  # of the score sparsessm
     ffn_score: FfnScore = FfnScore.sparsegpt
     alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
-    repair: bool = True  # column, channel: fold the least-squares repair into the weights that stay
+    repair: bool = True  # column, channel, layer: fold a least-squares repair into the weights that stay
     refine: Annotated[int, Field(ge=0)] = 0  # gradient steps on each pruned layer, at most
     calib: str | None = None  # None: the sample that comes with `tiny`
     nsamples: Annotated[int, Field(ge=1)] = 64
@@ -204,7 +204,8 @@ class CompressConfig(BaseModel):
             mixes_readers: whether the repair of removed states folds into their C rows; where it does not, out_proj is
                 what is left to fit.
         """
-        return self.repair and (CHANNEL in self.parts or (COLUMN in self.parts and not mixes_readers))
+        whole = CHANNEL in self.parts or LAYER in self.parts
+        return self.repair and (whole or (COLUMN in self.parts and not mixes_readers))
 
     @property
     def needs_text(self) -> bool:
@@ -212,7 +213,7 @@ class CompressConfig(BaseModel):
         if self.refine or (self.modules and self.ffn_score is not FfnScore.magnitude):
             return True
         judged = [part for part in self.parts if part in WHOLE or SSM in self.targets]
-        if self.repair and (CHANNEL in judged or COLUMN in judged):
+        if self.fits_out_proj() or (self.repair and COLUMN in judged):
             return True
         return any(self.judge_of(part) not in BLIND for part in judged)
 

@@ -14,17 +14,18 @@ from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
 from .config import SSM, CompressConfig
 from .contributions import Loss, loss_of
-from .counts import kept
+from .counts import Kept, kept
+from .masks import Target
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
+from .readers import fit_readers
 from .refinement import Refinement, check_samples, refine
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
-from .statistics import Chunk, Statistic
+from .statistics import STRETCH, Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
-STRETCH = 64  # time steps whose hidden states exist at once
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
 STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
@@ -74,65 +75,94 @@ def prune_layers(
         CalibrationError: there is no sample left to judge the refinement by.
     """
     sizes = architecture.dimensions(model.config)
-    counts = kept(config, sizes)
     if config.refine:
         check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
-    # the second copy of the layer inputs, and the only one: the dense model's, which layers are fitted to
     fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
-    stream = stage.place(hidden.clone()) if fits or config.refine else None
+    run = _Run(
+        architecture,
+        config,
+        counts=kept(config, sizes),
+        states=sizes.groups * sizes.d_state,
+        hidden=hidden,
+        stream=stage.place(hidden.clone()) if fits or config.refine else None,
+        fits=fits,
+        targets=module_targets(architecture, model, hidden, config, progress, stage),
+        stored_dtypes=stored_dtypes,
+        progress=progress,
+    )
     blocks = architecture.blocks(model)
-    targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
     for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
-        mixer = architecture.mixer(block)
-        result = LayerResult(kept=tuple(range(sizes.groups * sizes.d_state)))
-        if stream is not None:
-            propagate(block, stream, progress, f"{label}: dense outputs")
+        if run.stream is not None:
+            propagate(block, run.stream, progress, f"{label}: dense outputs")
         if index in removed:
             architecture.remove_block(block)
-            results.append(result)
+            results.append(LayerResult(kept=tuple(range(run.states))))
             continue
-        if SSM in config.targets:
-            prune = _prune_states if COLUMN in config.parts else _prune_entries
-            result = prune(architecture, block, hidden, index, config, counts.states[index], progress, label)
-        if CHANNEL in config.parts:
-            channels = prune_channels(
-                architecture,
-                block,
-                hidden,
-                config.judge_of(CHANNEL),
-                counts.channels[index],
-                config.repair,
-                layer_seed(config.seed, index),
-                progress,
-                f"{label}: channels",
-            )
-            result = replace(result, channels=tuple(channels))
-        if fits:
-            every = range(mixer.intermediate_size)
-            kept_channels = every if result.channels is None else result.channels
-            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
-            result = replace(result, fitted=fitted)
-        if config.modules:
-            # after the states, so that x_proj and out_proj are fitted to the pruned scan
-            modules = prune_modules(
-                architecture, block, hidden, targets[index], config.ffn_score, progress, f"{label}: Hessians"
-            )
-            if COLUMN in config.parts and SSM in config.targets:
-                architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
-            result = replace(result, modules=tuple(modules))
-        if config.refine:
-            seed, zeros = layer_seed(config.seed, index), result.a_log_zeros is not None
-            steps = f"{label}: refining"
-            refined = refine(architecture, block, hidden, stream, config.refine, seed, zeros, progress, steps)
-            result = replace(result, refined=refined)
-        _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
+        result, work = _prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
-            propagate(block, hidden, progress, f"{label}: outputs")
+            propagate(work, hidden, progress, f"{label}: outputs")
         results.append(result)
     return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the layers of one run have in common."""
+
+    architecture: Architecture
+    config: CompressConfig
+    counts: Kept
+    states: int  # of a dense layer, all groups together
+    hidden: torch.Tensor | None  # (nsamples, L, d_model) what the next layer reads in the pruned model
+    # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size
+    stream: torch.Tensor | None
+    fits: bool  # whether out_proj is fitted to it
+    targets: list[dict[str, Target]]  # of each layer's modules
+    stored_dtypes: Mapping[str, torch.dtype]
+    progress: Progress
+
+
+def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
+    """Prune one layer in place: channels, states, out_proj, the weights of modules, gradient steps, in this order.
+
+    Returns:
+        What happened, and a block that computes what `block` now does, faster if channels went.
+    """
+    architecture, config, progress = run.architecture, run.config, run.progress
+    channels, work, seed = None, block, layer_seed(config.seed, index)
+    if CHANNEL in config.parts:
+        keep, score = run.counts.channels[index], config.judge_of(CHANNEL)
+        channels = prune_channels(
+            architecture, block, run.hidden, score, keep, config.repair, seed, progress, f"{label}: channels"
+        )
+        work = architecture.narrowed(block, channels)  # what follows costs only what is left
+    mixer, result = architecture.mixer(work), LayerResult(kept=tuple(range(run.states)))
+    if SSM in config.targets:
+        prune, keep = (_prune_states if COLUMN in config.parts else _prune_entries), run.counts.states[index]
+        result = prune(architecture, work, run.hidden, index, config, keep, progress, label)
+    if run.fits:
+        fitted = fit_out_proj(architecture, work, run.hidden, run.stream, progress, f"{label}: out_proj")
+        result = replace(result, fitted=fitted)
+    if config.modules:
+        # after the states, so that x_proj and out_proj are fitted to the pruned scan
+        modules = prune_modules(
+            architecture, work, run.hidden, run.targets[index], config.ffn_score, progress, f"{label}: Hessians"
+        )
+        if COLUMN in config.parts and SSM in config.targets:
+            architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
+        result = replace(result, modules=tuple(modules))
+    if config.refine:
+        zeros, steps = result.a_log_zeros is not None, f"{label}: refining"
+        refined = refine(architecture, work, run.hidden, run.stream, config.refine, seed, zeros, progress, steps)
+        result = replace(result, refined=refined)
+    _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
+    if channels is not None:
+        architecture.widen(block, work, channels)
+        result = replace(result, channels=tuple(channels))
+    return result, work
 
 
 def _prune_states(
@@ -158,10 +188,16 @@ def _prune_states(
             mixing, errors = repair.mixing, {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
         if sums := layer.statistics.contributions:
             removed = sorted(set(range(states)) - set(chosen))
-            loss += loss_of(sums, removed, config.repair)
+            part = loss_of(sums, removed, config.repair)
+            if readouts := layer.statistics.readouts:
+                seed = layer_seed(config.seed, index)
+                note = f"{label}: C rows"
+                fit = fit_readers(architecture, block, hidden, group, readouts, chosen, seed, progress, note)
+                architecture.change_skip(mixer, group, fit.skip_change)
+                # both on the same held-out stretches
+                part = Loss(fit.error * part.energy, fit.error_before * part.energy, part.energy)
+            loss += part
             errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
-            if config.repair:
-                architecture.change_skip(mixer, group, sums.skip_change(removed))
     architecture.mask_states(mixer, kept, mixing)
     return LayerResult(tuple(kept), **errors, repaired=config.repair and bool(errors))
 
@@ -200,7 +236,8 @@ def _judged(
     rates = architecture.rates(mixer)
     heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
     length = 0 if hidden is None else hidden.shape[1]
-    statistics = statistics_for(config, rates[group], keep, length, heads)
+    count = 0 if hidden is None else len(hidden)
+    statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
         collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
     return Layer(index, rates[group].detach().clone(), statistics)

@@ -52,6 +52,16 @@ class Cut:
     after: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Readers:
+    """What makes C = silu(conv1d(in_proj(x))) of one group of a Mamba-2: views into the mixer's parameters."""
+
+    weight: torch.Tensor  # (N, d_model) of in_proj
+    in_bias: torch.Tensor | None  # (N,)
+    taps: torch.Tensor  # (N, d_conv) of conv1d
+    bias: torch.Tensor | None  # (N,)
+
+
 class Architecture(Protocol):
     """One model family: where its mixers are, what a scan of it reads, and how its state dimension is cut.
 
@@ -114,6 +124,9 @@ class Architecture(Protocol):
         """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
         (B, L, N, D); None: by the gate silu(z)."""
 
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """What makes C of a group; only for families with heads."""
+
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """Add to the skip D of a group's heads, in place; only for families with heads."""
 
@@ -145,6 +158,12 @@ class Architecture(Protocol):
 
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept` in place."""
+
+    def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        """A copy of a block with some of its channels only: what the block computes when the others are silent."""
+
+    def widen(self, block: nn.Module, narrow: nn.Module, kept: Sequence[int]) -> None:
+        """Write the weights of a block made by `narrowed` back to their places in `block`, and silence the rest."""
 
     def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
         """Whether every channel outside `kept` is silent, so that cutting it changes nothing."""
