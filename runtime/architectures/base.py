@@ -106,7 +106,7 @@ class Architecture(Protocol):
     ) -> ScanInputs | SsdInputs:
         """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
 
-        With `has_gpu_scan`, `fuse=True` leaves bias and softplus of dt to the scan (`ScanInputs.dt_bias`).
+        With `has_gpu_scan`, `fuse=True` uses kernels for a GPU and leaves softplus to the scan (`ScanInputs.dt_bias`).
         """
 
     def scan(

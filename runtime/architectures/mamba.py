@@ -69,9 +69,9 @@ class MambaArchitecture(BackboneArchitecture):
             z: (B, L, D) the gate before silu.
             history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
-            fuse: leave bias and softplus of dt to the scan, which then reads it as dt_proj puts it out.
+            fuse: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan.
         """
-        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        u = _convolved(mixer, x, history, fuse)
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
@@ -256,6 +256,16 @@ class MambaArchitecture(BackboneArchitecture):
         """The B rows and the C rows of x_proj."""
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         return slice(r, r + n), slice(r + n, r + 2 * n)
+
+
+def _convolved(mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None, fuse: bool) -> torch.Tensor:
+    """The activated convolution, (B, L, D)."""
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    if fuse and mixer.activation in ("silu", "swish"):
+        from ..scan.gpu import causal_conv_silu  # imports triton, which is there when the scan runs on a GPU
+
+        return causal_conv_silu(x, weight, bias, history)
+    return mixer.act(causal_conv(x, weight, bias, history))
 
 
 def _channel_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tuple[int, torch.Tensor]]:
