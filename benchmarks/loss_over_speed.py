@@ -74,7 +74,7 @@ def main() -> None:
         folder = args.keep or Path(temporary)
         runs = compressed(args, folder)
         rows = measured(args, folder, runs)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "keep")}
+    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "keep")}
     report = {"conditions": asdict(now), "load_after": load_average(), "settings": settings, "rows": rows}
     report["envelope"] = {phase: envelope(rows, phase) for phase in PHASES}
     args.out.parent.mkdir(parents=True, exist_ok=True)
