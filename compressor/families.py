@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.errors import UsageError
 
 from .config import CompressConfig
-from .patterns import COLUMN, LAYER, PATTERNS, UNSTRUCTURED, Score
+from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
 
 _PARTS = {"mamba": PATTERNS, "mamba2": (COLUMN, LAYER)}  # N:M counts as unstructured
+_WHAT = {
+    COLUMN: "whole states",
+    CHANNEL: "channels of d_inner",
+    LAYER: "whole blocks",
+    UNSTRUCTURED: "single entries",
+    SSM_MODULE: "the SSM of whole blocks",
+}
 
 
 def able_parts(config: CompressConfig, model_type: str) -> list[str]:
@@ -37,3 +47,37 @@ def check_family(config: CompressConfig, model_type: str) -> None:
             raise UsageError(
                 f"The projections of {model_type} are not pruned together with its states yet. Use target ssm."
             )
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A pattern a model can be pruned by, and what it would bring."""
+
+    pattern: str
+    what: str
+    score: str  # the default one
+    gain: str  # at a sparsity of one half
+
+
+def prospects(checkpoint: Checkpoint) -> list[Prospect]:
+    """What a model can be pruned by and what that makes smaller, from its sizes alone."""
+    sizes, able = checkpoint.dimensions, _PARTS[checkpoint.architecture.model_type]
+    count = parameter_counter(checkpoint.config)
+    whole = count(sizes.n_layer, sizes.d_inner, sizes.d_state)
+
+    def smaller(**changes: int) -> str:
+        left = count(**({"n_layer": sizes.n_layer, "d_inner": sizes.d_inner, "d_state": sizes.d_state} | changes))
+        return f"{1 - left / whole:.1%} fewer parameters"
+
+    found = []
+    for pattern in able:
+        gain = "nothing smaller: zeros"
+        if pattern == COLUMN:
+            gain = f"half of the SSM state and its scan, {smaller(d_state=max(1, sizes.d_state // 2))}"
+        elif pattern == CHANNEL:
+            gain = smaller(d_inner=max(1, sizes.d_inner // 2))
+        elif pattern == LAYER:
+            gain = smaller(n_layer=max(1, sizes.n_layer // 2))
+        name = f"{pattern}, N:M" if pattern == UNSTRUCTURED else pattern
+        found.append(Prospect(name, _WHAT[pattern], scores_of(pattern)[0].value, gain))
+    return found

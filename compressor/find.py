@@ -121,7 +121,7 @@ class Search:
     def try_out(self, sizes: Sizes) -> float:
         """Prune a copy of the model on a few samples and measure its excess loss on held-out ones, nats a token."""
         if sizes not in self.trials:
-            config = configured(self.config, sizes.removed(self.dense))
+            config = configured(self.config, sizes.removed(self.dense), trial=True)
             name = f"trial {len(self.trials) + 1}"
             self.trials[sizes] = self._excess(config, lambda _, done, total: self.progress(name, done, total))
         return self.trials[sizes]

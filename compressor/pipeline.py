@@ -19,13 +19,13 @@ from .masks import Target
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
+from .readers import fit_readers
 from .refinement import Refinement, check_samples, refine
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
-from .statistics import Chunk, Statistic
+from .statistics import STRETCH, Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
-STRETCH = 64  # time steps whose hidden states exist at once
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
 STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
@@ -156,7 +156,9 @@ def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[L
         result = replace(result, modules=tuple(modules))
     if config.refine:
         zeros, steps = result.a_log_zeros is not None, f"{label}: refining"
-        refined = refine(architecture, work, run.hidden, run.stream, config.refine, seed, zeros, progress, steps)
+        refined = refine(
+            architecture, work, run.hidden, run.stream, config.refine, seed, result.kept, zeros, progress, steps
+        )
         result = replace(result, refined=refined)
     _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
     if channels is not None:
@@ -188,10 +190,16 @@ def _prune_states(
             mixing, errors = repair.mixing, {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
         if sums := layer.statistics.contributions:
             removed = sorted(set(range(states)) - set(chosen))
-            loss += loss_of(sums, removed, config.repair)
+            part = loss_of(sums, removed, config.repair)
+            if readouts := layer.statistics.readouts:
+                seed = layer_seed(config.seed, index)
+                note = f"{label}: C rows"
+                fit = fit_readers(architecture, block, hidden, group, readouts, chosen, seed, progress, note)
+                architecture.change_skip(mixer, group, fit.skip_change)
+                # both on the same held-out stretches
+                part = Loss(fit.error * part.energy, fit.error_before * part.energy, part.energy)
+            loss += part
             errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
-            if config.repair:
-                architecture.change_skip(mixer, group, sums.skip_change(removed))
     architecture.mask_states(mixer, kept, mixing)
     return LayerResult(tuple(kept), **errors, repaired=config.repair and bool(errors))
 
@@ -230,7 +238,8 @@ def _judged(
     rates = architecture.rates(mixer)
     heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
     length = 0 if hidden is None else hidden.shape[1]
-    statistics = statistics_for(config, rates[group], keep, length, heads)
+    count = 0 if hidden is None else len(hidden)
+    statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
         collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
     return Layer(index, rates[group].detach().clone(), statistics)

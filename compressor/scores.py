@@ -12,9 +12,11 @@ from .contributions import Contributions
 from .hessian import StateMoment
 from .masks import NM, Target, nm_mask, pruned_count, unstructured_mask
 from .patterns import COLUMN, Score
+from .readers import ReadoutGrams, stretches_apart
 from .repair import eliminate, eliminate_from
 from .sparsegpt import sparsegpt_a_log
 from .statistics import (
+    STRETCH,
     NormalMatrix,
     SquaredReadout,
     SquaredStates,
@@ -36,6 +38,7 @@ class LayerStatistics:
     vote: Vote | None = None
     normal: NormalMatrix | None = None
     contributions: Contributions | None = None
+    readouts: ReadoutGrams | None = None
     states: States | None = None
 
     def wanted(self) -> Sequence[Statistic]:
@@ -53,7 +56,7 @@ class Layer:
 
 
 def statistics_for(
-    config: CompressConfig, A_log: torch.Tensor, keep: int, length: int, heads: int | None = None
+    config: CompressConfig, A_log: torch.Tensor, keep: int, length: int, heads: int | None = None, samples: int = 0
 ) -> LayerStatistics:
     """Empty sums for what a run wants to know of a layer's states.
 
@@ -63,6 +66,7 @@ def statistics_for(
         keep: how many states will stay, for the pattern `column`.
         length: tokens of a calibration sample.
         heads: of a group of a Mamba-2, whose C rows cannot be mixed; None for a Mamba-1.
+        samples: how many there are, for the statistics that keep some of the tokens.
     """
     column = COLUMN in config.parts
     score = config.judge_of(COLUMN) if column else config.judge
@@ -74,8 +78,13 @@ def statistics_for(
         vote=Vote(A_log, _nominate(config, A_log.shape[1] - keep), column) if score is Score.sparsessm_vote else None,
         normal=NormalMatrix() if exact and heads is None else None,
         contributions=Contributions(heads) if exact and heads is not None else None,
+        readouts=_readouts(A_log, length * samples, heads) if column and config.repair and heads is not None else None,
         states=States(StateMoment(A_log.shape[1], A_log.device)) if score is Score.sparsegpt else None,
     )
+
+
+def _readouts(A_log: torch.Tensor, tokens: int, heads: int) -> ReadoutGrams:
+    return ReadoutGrams(heads, stretches_apart(tokens, STRETCH, A_log.shape[1], heads))
 
 
 def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], torch.Tensor]:

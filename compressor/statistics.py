@@ -19,6 +19,8 @@ from ssmc.runtime.scan import Moments, ScanInputs, quartic_moment, sum_of_square
 from .config import Weighting
 from .hessian import StateMoment
 
+STRETCH = 64  # time steps whose hidden states exist at once
+
 
 @dataclass(frozen=True)
 class Chunk:

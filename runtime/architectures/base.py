@@ -52,6 +52,16 @@ class Cut:
     after: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Readers:
+    """What makes C = silu(conv1d(in_proj(x))) of one group of a Mamba-2: views into the mixer's parameters."""
+
+    weight: torch.Tensor  # (N, d_model) of in_proj
+    in_bias: torch.Tensor | None  # (N,)
+    taps: torch.Tensor  # (N, d_conv) of conv1d
+    bias: torch.Tensor | None  # (N,)
+
+
 class Architecture(Protocol):
     """One model family: where its mixers are, what a scan of it reads, and how its state dimension is cut.
 
@@ -96,7 +106,7 @@ class Architecture(Protocol):
     ) -> ScanInputs | SsdInputs:
         """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
 
-        With `has_gpu_scan`, `fuse=True` leaves bias and softplus of dt to the scan (`ScanInputs.dt_bias`).
+        With `has_gpu_scan`, `fuse=True` uses kernels for a GPU and leaves softplus to the scan (`ScanInputs.dt_bias`).
         """
 
     def scan(
@@ -113,6 +123,9 @@ class Architecture(Protocol):
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
         """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
         (B, L, N, D); None: by the gate silu(z)."""
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """What makes C of a group; only for families with heads."""
 
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """Add to the skip D of a group's heads, in place; only for families with heads."""

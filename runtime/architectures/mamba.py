@@ -16,7 +16,7 @@ from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
 from .backbone import BackboneArchitecture, causal_conv, cut_tensors
-from .base import Cut, Dimensions
+from .base import Cut, Dimensions, Readers
 
 # Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
 _CHANNEL_AXES = {"in_proj.weight": 0, "in_proj.bias": 0, "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1}
@@ -69,9 +69,9 @@ class MambaArchitecture(BackboneArchitecture):
             z: (B, L, D) the gate before silu.
             history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
-            fuse: leave bias and softplus of dt to the scan, which then reads it as dt_proj puts it out.
+            fuse: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan.
         """
-        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        u = _convolved(mixer, x, history, fuse)
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
@@ -102,6 +102,10 @@ class MambaArchitecture(BackboneArchitecture):
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:
         """The gate alone stands between the scan and out_proj."""
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """C of a Mamba-1 comes straight from x_proj."""
+        raise ValueError("a Mamba-1 has no heads")
 
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """The repair of a Mamba-1 folds into x_proj and leaves D alone."""
@@ -252,6 +256,16 @@ class MambaArchitecture(BackboneArchitecture):
         """The B rows and the C rows of x_proj."""
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         return slice(r, r + n), slice(r + n, r + 2 * n)
+
+
+def _convolved(mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None, fuse: bool) -> torch.Tensor:
+    """The activated convolution, (B, L, D)."""
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    if fuse and mixer.activation in ("silu", "swish"):
+        from ..scan.gpu import causal_conv_silu  # imports triton, which is there when the scan runs on a GPU
+
+        return causal_conv_silu(x, weight, bias, history)
+    return mixer.act(causal_conv(x, weight, bias, history))
 
 
 def _channel_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tuple[int, torch.Tensor]]:

@@ -18,7 +18,7 @@ from transformers import Mamba2Config
 
 from ..scan import ScanInputs, SsdInputs, ssd_scan
 from .backbone import BackboneArchitecture, causal_conv, cut_tensors
-from .base import Cut, Dimensions
+from .base import Cut, Dimensions, Readers
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,19 @@ class Mamba2Architecture(BackboneArchitecture):
         y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
         scale = torch.rsqrt((y * gate).square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
         return gate * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """The C rows of in_proj and the C channels of conv1d of a group."""
+        n, first = mixer.ssm_state_size, mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size
+        channels = slice(first + group * n, first + (group + 1) * n)
+        rows = slice(mixer.intermediate_size + channels.start, mixer.intermediate_size + channels.stop)  # z comes first
+        in_bias, bias = mixer.in_proj.bias, mixer.conv1d.bias
+        return Readers(
+            weight=mixer.in_proj.weight.data[rows],
+            in_bias=None if in_bias is None else in_bias.data[rows],
+            taps=mixer.conv1d.weight.data[channels, 0],
+            bias=None if bias is None else bias.data[channels],
+        )
 
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """Add to the skip D of a group's heads, in place; `change` is (H / G,)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ..checkpoints import Checkpoint
 from ..errors import CheckpointError, SsmcError
 from ..generation import OnnxExport, load_onnx_export
@@ -56,7 +57,7 @@ def read_tokens(
     if settings.max_windows is not None:
         tokens = tokens[: settings.max_windows * settings.window]
     notes = []
-    if source is None and dense.source != "tiny":
+    if source is None and dense.source not in EMBEDDED_MODELS:
         notes.append(
             "Perplexity was measured on the embedded sample of simple stories, a fair text only for the embedded model "
             "`tiny`. For any other model name held-out text like what it will read."

@@ -28,8 +28,9 @@ IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
 PAST, PRESENT = "past_", "present_"
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 SPIN_MICROSECONDS = "20"
-"""How long a thread waits for work before it sleeps. onnxruntime's own choice is fast on an idle machine only: beside
-other work, a step of `tiny` took 23 ms with it, 2.4 ms with this. Releases that do not know the setting ignore it."""
+"""How long a thread waits for work until it sleeps. onnxruntime's own choice is made for an idle machine: in three runs
+beside other work (load 9 to 15 on 2 cores) a step of `tiny` took 23, 8.4 and 23 ms with it, 2.4, 7.0 and 15 with this.
+Releases that do not know the setting ignore it."""
 
 EXTRA = "pip install 'ssmc[onnx]'"
 
