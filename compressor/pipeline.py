@@ -156,7 +156,9 @@ def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[L
         result = replace(result, modules=tuple(modules))
     if config.refine:
         zeros, steps = result.a_log_zeros is not None, f"{label}: refining"
-        refined = refine(architecture, work, run.hidden, run.stream, config.refine, seed, zeros, progress, steps)
+        refined = refine(
+            architecture, work, run.hidden, run.stream, config.refine, seed, result.kept, zeros, progress, steps
+        )
         result = replace(result, refined=refined)
     _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
     if channels is not None:

@@ -20,6 +20,7 @@ from torch import nn
 from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.scan import ScanInputs
 
 from .placement import device_of
 
@@ -51,6 +52,7 @@ def refine(
     stream: torch.Tensor,
     steps: int,
     seed: int,
+    kept: Sequence[int] | None = None,
     a_log_zeros: bool = False,
     progress: Progress = silent,
     label: str = "refining",
@@ -64,11 +66,12 @@ def refine(
         stream: (nsamples, L, d_model) what the dense layer puts out in the dense model.
         steps: gradient steps of Adam, at most.
         seed: of the order of the samples.
+        kept: the states that are not silent, which alone need to be computed; None: all.
         a_log_zeros: whether zeros of A_log were pruned and stay; else they are decay rates like any other.
         progress: told about steps.
         label: what to call the work.
     """
-    layer = _Layer(architecture, block, hidden, stream)
+    layer = _Layer(architecture, block, hidden, stream, kept)
     with layer.trained() as parameters:
         return _descend(layer, parameters, _pinned(parameters, a_log_zeros), steps, seed, progress, label)
 
@@ -132,8 +135,15 @@ def _descend(
 class _Layer:
     """A layer, what it reads, and what it should put out."""
 
-    def __init__(self, architecture: Architecture, block: nn.Module, hidden: torch.Tensor, stream: torch.Tensor):
-        self._architecture, self._block = architecture, block
+    def __init__(
+        self,
+        architecture: Architecture,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        stream: torch.Tensor,
+        kept: Sequence[int] | None,
+    ):
+        self._architecture, self._block, self._kept = architecture, block, kept
         self._mixer = architecture.mixer(block)
         self._hidden, self._stream = hidden, stream
         self.samples, self.length, _ = hidden.shape
@@ -172,7 +182,11 @@ class _Layer:
         """Squares of what the layer adds amiss and of what it should add, summed."""
         device = device_of(self._block)
         hidden, stream = (t[list(samples)].to(device) for t in (self._hidden, self._stream))
-        _, y = self._architecture.scanned(self._block, hidden)
+        expanded = self._architecture.expand(self._mixer, self._architecture.normed(self._block, hidden))
+        inputs = self._architecture.scan_inputs(self._mixer, *expanded)
+        if self._kept is not None and isinstance(inputs, ScanInputs):
+            inputs = inputs.some_states(self._kept)
+        y, _ = self._architecture.scan(self._mixer, inputs)
         wanted = stream - hidden  # (B, L, d_model)
         return (self._mixer.out_proj(y) - wanted).square().sum(), wanted.square().sum()
 

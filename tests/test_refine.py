@@ -15,7 +15,7 @@ from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.manifest import read_manifest
 
-from .models import LAYERS, logits, random_model, random_tokens
+from .models import LAYERS, logits, random_mamba2, random_model, random_tokens
 from .test_pipeline import dtypes
 
 ARCHITECTURE = architecture_for("mamba")
@@ -155,6 +155,16 @@ def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
     if layer.channels is not None:
         assert ARCHITECTURE.are_channels_masked(after, layer.channels)
     assert ARCHITECTURE.is_masked(after, layer.kept)
+
+
+def test_the_states_of_a_mamba2_stay_silent_too(tokens):
+    model, architecture = random_mamba2(), architecture_for("mamba2")
+    pruned = use_fast_scan(copy.deepcopy(model))
+    config = configure(model="test", refine=4, repair=False)
+    results = prune_layers(pruned, architecture, tokens, config, dtypes(model))
+    assert any(r.refined.best_step > 0 for r in results)
+    for block, result in zip(pruned.backbone.layers, results, strict=True):
+        assert architecture.is_masked(block.mixer, result.kept)
 
 
 def test_a_hostile_rate_leaves_the_layer_as_it_was(model, tokens, monkeypatch):

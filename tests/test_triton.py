@@ -43,7 +43,7 @@ def moved(inputs: ScanInputs, **changes: torch.Tensor | None) -> ScanInputs:
 def scanned(inputs: ScanInputs, state: torch.Tensor | None = None, plan: gpu.Plan | None = SHORT_CHUNKS):
     """Output and final state on the CPU, as the kernels compute them."""
     state = None if state is None else state.to(DEVICE)
-    return [t.cpu() for t in gpu.selective_scan(moved(inputs), state, plan)]
+    return [t.cpu() for t in gpu.selective_scan(moved(inputs), state, plan=plan)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -93,7 +93,7 @@ def test_pieces_equal_the_whole_and_leave_the_state_given_alone():
     whole, end = scanned(inputs)
     first, middle = scanned(tokens(inputs, slice(0, 5)))
     state = middle.to(DEVICE)
-    second, last = gpu.selective_scan(moved(tokens(inputs, slice(5, None))), state, SHORT_CHUNKS)
+    second, last = gpu.selective_scan(moved(tokens(inputs, slice(5, None))), state, plan=SHORT_CHUNKS)
     assert torch.equal(state.cpu(), middle)
     assert difference(torch.cat([first, second.cpu()], dim=1), whole) < EXACT
     assert difference(last.cpu(), end) < EXACT

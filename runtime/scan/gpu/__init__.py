@@ -32,7 +32,7 @@ INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels ru
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False, plan: Plan | None = None
+    inputs: ScanInputs, state: torch.Tensor | None = None, *, in_place: bool = False, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU.
 
