@@ -71,11 +71,12 @@ def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> N
     Raises:
         CheckpointError: one cuts text into other tokens.
     """
-    dense = subjects[0].checkpoint
-    texts = read_texts(heldout_path())
-    for subject in subjects:
-        own = tokenizer_directory(subject.checkpoint, None) if subject.source.smaller else None
-        if own is None or tokenizer_directory(dense, tokenizer) is None:
+    smaller = [subject for subject in subjects if subject.source.smaller]
+    if not smaller:
+        return
+    dense, texts = subjects[0].checkpoint, read_texts(heldout_path())
+    for subject in smaller:
+        if None in (tokenizer_directory(subject.checkpoint, None), tokenizer_directory(dense, tokenizer)):
             continue
         theirs, ours = (
             tokenize(texts, load_tokenizer(c, t)) for c, t in ((subject.checkpoint, None), (dense, tokenizer))
