@@ -140,7 +140,7 @@ class CompressConfig(BaseModel):
 
     def _check_refine(self) -> None:
         """There is something left in a pruned layer, and a sample to judge it by."""
-        if all(part in WHOLE for part in self.parts):
+        if self.pattern in (LAYER, SSM_MODULE):
             raise ValueError(
                 f"refine does not go with the pattern {self.pattern}, which leaves nothing of a layer to refine; "
                 "it goes with column, channel, their combinations, and patterns of zeros"

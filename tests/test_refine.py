@@ -73,7 +73,7 @@ def spoiled(model, tokens):
     return block, stream(model, tokens, 0), stream(model, tokens, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"pattern": "column+channel", "round_channels": 4, "repair": False}])
+@pytest.mark.parametrize("options", [{}, {"pattern": "channel", "round_channels": 4, "repair": False}])
 def test_the_errors_are_those_of_the_layer_on_samples_no_step_saw(model, tokens, options):
     refined, results = prune(model, tokens, refine=20, **options)
     for layer, result in enumerate(results):
