@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ from .channels import choose_channels, fit, refit
 from .hessian import SecondMoment
 from .patterns import BLIND, Score
 from .placement import device_of, samples
+
+# The choice of channels and the fit of x_proj look at no more tokens than the larger of these: more say next to nothing
+# new, and each costs two products with (D, D) matrices.
+TOKENS, TOKENS_PER_CHANNEL = 65536, 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def prune_channels(
         SecondMoment(d_inner, mixer.D.device) if wanted else None for wanted in (repair, score not in BLIND)
     )
     if read_by_x or read_by_out:
+        hidden = hidden[: _enough(hidden.shape[1], d_inner)]  # samples come in random order
         for i, sample in samples(hidden, device_of(block)):
             progress(label, i, len(hidden))
             u, y = architecture.scanned(block, sample)
@@ -74,6 +80,11 @@ def prune_channels(
         x_proj[:, kept] = refit(x_proj, read_by_x.total, kept).to(x_proj)
     architecture.mask_channels(mixer, kept)
     return kept
+
+
+def _enough(length: int, d_inner: int) -> int:
+    """How many samples of `length` tokens tell the second moments of `d_inner` channels."""
+    return math.ceil(max(TOKENS, TOKENS_PER_CHANNEL * d_inner) / length)
 
 
 def fit_out_proj(
