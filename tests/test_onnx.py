@@ -199,9 +199,11 @@ def test_the_graph_says_everything_about_itself(last):
     assert outputs["present_ssm_1"] == ["batch", 6, 48]
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
-    kinds = {node.op_type for node in model.graph.node}
-    assert {"Scan", "Conv", "RMSNormalization"} <= kinds
-    assert "Softplus" not in kinds
+    (branches,) = {tuple(a.name for a in node.attribute) for node in model.graph.node if node.op_type == "If"}
+    assert sorted(branches) == ["else_branch", "then_branch"]
+    many = next(a.g for node in model.graph.node for a in node.attribute if a.name == "else_branch")
+    assert [node.op_type for node in many.node] == ["Scan"]
+    assert sum(node.op_type == "RMSNormalization" for node in model.graph.node) == 3 + 1
 
 
 def test_every_weight_is_stored_once(last):

@@ -6,7 +6,7 @@ ONNX's `Scan` reads and writes without a transpose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -15,6 +15,7 @@ from onnxscript import OpBuilder
 from .padding import Tokens, window_rows
 from .weights import Weights
 
+END = 2**63 - 1  # of a slice that goes to the end
 SMALLEST = 1e-30  # for w - 1 where e is below the resolution of 1 + e: log(w) is 0 there, and so is the time step
 
 
@@ -63,7 +64,7 @@ def mixer(
     dt = _softplus(op, weights.linear(op, prefix + "dt_proj", low_rank))
     dt = op.Mul(dt, tokens.moving)  # a time step of 0: the state stays as it is
     A = weights.float32(prefix + "A_log", lambda A_log: -torch.exp(A_log).t(), name_as=prefix + "A")  # (N, D)
-    y, ssm = _scan(op, u, dt, A, B, C, past["ssm"])
+    y, ssm = _scan(op, u, dt, A, B, C, past["ssm"], tokens)
     y = op.Add(y, op.Mul(u, weights.float32(prefix + "D")))
     y = op.Mul(y, _silu(op, z))
     return weights.linear(op, prefix + "out_proj", y), {"conv": conv, "ssm": ssm}
@@ -72,48 +73,82 @@ def mixer(
 def _convolve(
     op: OpBuilder, weights: Weights, name: str, x: ir.Value, past: ir.Value, tokens: Tokens
 ) -> tuple[ir.Value, ir.Value]:
-    """The depthwise causal convolution of (L, B, D), and its last inputs (B, K - 1, D)."""
+    """The depthwise causal convolution of (L, B, D), and its last inputs (B, K - 1, D).
+
+    K shifted products: as fast as ONNX's `Conv` on a prompt, and four times as fast on a single token.
+    """
     d_inner, _, width = weights.shape(name + ".weight")
     inputs = op.Concat(op.Transpose(past, perm=[1, 0, 2]), x, axis=0)  # (K - 1 + L, B, D)
     present = op.Gather(op.Reshape(inputs, [-1, d_inner]), window_rows(op, tokens, width - 1), axis=0)
-    bias = weights.float32(name + ".bias") if name + ".bias" in weights else None
-    y = op.Conv(op.Transpose(inputs, perm=[1, 2, 0]), weights.float32(name + ".weight"), bias, group=d_inner)
-    return op.Transpose(y, perm=[2, 0, 1]), present
+    y = weights.float32(name + ".bias") if name + ".bias" in weights else None
+    for k in range(width):
+        end = k - width + 1 or END  # counted from the end: L inputs are left
+        shifted = op.Slice(inputs, [k], [end], [0])
+        tap = weights.float32(name + ".weight", lambda weight, k=k: weight[:, 0, k], name_as=f"{name}.tap_{k}")
+        y = op.Mul(shifted, tap) if y is None else op.Add(y, op.Mul(shifted, tap))
+    return y, present
 
 
 def _scan(
-    op: OpBuilder, u: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, past: ir.Value
+    op: OpBuilder, u: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, past: ir.Value, tokens: Tokens
 ) -> tuple[ir.Value, ir.Value]:
-    """Run the recurrence (Mamba, section 3.2) from `past` on: all h_t C_t, (L, B, D), and the last h, (B, N, D)."""
+    """Run the recurrence (Mamba, section 3.2) from `past` on: all h_t C_t, (L, B, D), and the last h, (B, N, D).
+
+    A single token, as in decoding, does without `Scan`, whose start costs as much as the step itself.
+    """
     n, d_inner = past.shape[1:]
-
-    def step(op: OpBuilder, h: ir.Value, dt: ir.Value, dt_u: ir.Value, B: ir.Value, C: ir.Value) -> list[ir.Value]:
-        h = op.Add(op.Mul(op.Exp(op.Mul(dt, A)), h), op.Mul(dt_u, B))  # (B, N, D)
-        return [h, op.MatMul(C, h)]  # (B, 1, D)
-
-    def value(name: str, *shape: int) -> ir.Value:
-        return ir.val(name, ir.DataType.FLOAT, ["batch", *shape])
-
-    body = op.builder.subgraph(
-        step,
-        inputs=[
-            value("h_before", n, d_inner),
-            value("dt", 1, d_inner),
-            value("dt_u", 1, d_inner),
-            value("B", n, 1),
-            value("C", 1, n),
-        ],
-        outputs=[value("h", n, d_inner), value("y", 1, d_inner)],
-        name="step",
-    )
-    per_step = [
+    per_step = [  # (L, B, ...)
         op.Unsqueeze(dt, [2]),
         op.Unsqueeze(op.Mul(dt, u), [2]),
         op.Unsqueeze(B, [3]),
         op.Unsqueeze(C, [2]),
     ]
-    ssm, y = op.Scan(past, *per_step, body=body, num_scan_inputs=len(per_step), _outputs=2)
+
+    def step(op: OpBuilder, h: ir.Value, dt: ir.Value, dt_u: ir.Value, B: ir.Value, C: ir.Value) -> list[ir.Value]:
+        h = op.Add(op.Mul(op.Exp(op.Mul(dt, A)), h), op.Mul(dt_u, B))  # (..., B, N, D)
+        return [h, op.MatMul(C, h)]  # (..., B, 1, D)
+
+    def one(op: OpBuilder) -> list[ir.Value]:
+        h, y = step(op, past, *per_step)
+        return [op.Squeeze(h, [0]), y]
+
+    def many(op: OpBuilder) -> list[ir.Value]:
+        shapes = {"h_before": (n, d_inner), "dt": (1, d_inner), "dt_u": (1, d_inner), "B": (n, 1), "C": (1, n)}
+        inputs = [_value(name, "batch", *shape) for name, shape in shapes.items()]
+        outputs = [_value("h", "batch", n, d_inner), _value("y", "batch", 1, d_inner)]
+        body = _subgraph(op, "step", step, inputs, outputs)
+        return op.Scan(past, *per_step, body=body, num_scan_inputs=len(per_step), _outputs=2)
+
+    branches = {
+        f"{name}_branch": _subgraph(
+            op, name, branch, [], [_value("h", "batch", n, d_inner), _value("y", "length", "batch", 1, d_inner)]
+        )
+        for name, branch in (("then", one), ("else", many))
+    }
+    ssm, y = op.If(tokens.single, **branches, _outputs=2)
     return op.Squeeze(y, [2]), ssm
+
+
+def _subgraph(
+    op: OpBuilder,
+    name: str,
+    trace: Callable[..., Sequence[ir.Value]],
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+) -> ir.Graph:
+    """A graph inside the graph; the names in it start with its own, since no name may come twice."""
+
+    def named(op: OpBuilder, *values: ir.Value) -> Sequence[ir.Value]:
+        op.builder.push_module(name)
+        return trace(op, *values)
+
+    for value in (*inputs, *outputs):
+        value.name = f"{name}.{value.name}"
+    return op.builder.subgraph(named, inputs=inputs, outputs=outputs, name=name)
+
+
+def _value(name: str, *shape: int | str) -> ir.Value:
+    return ir.val(name, ir.DataType.FLOAT, shape)
 
 
 def _silu(op: OpBuilder, x: ir.Value) -> ir.Value:

@@ -27,7 +27,8 @@ class Tokens:
         place: (L, B) int64, where the token that was given at (t, b) stands now.
         count: (B,) int64, real tokens of each row.
         moving: (L, B, 1) float32, 1 where there is a real token, 0 behind them.
-        length, batch: L and B, int64, one element each.
+        batch: B, int64, one element.
+        single: whether L is 1, bool.
         row: (B,) int64, 0 to B - 1.
     """
 
@@ -35,8 +36,8 @@ class Tokens:
     place: ir.Value
     count: ir.Value
     moving: ir.Value
-    length: ir.Value
     batch: ir.Value
+    single: ir.Value
     row: ir.Value
 
 
@@ -65,8 +66,8 @@ def real_first(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> 
         place=place,
         count=count,
         moving=op.Unsqueeze(moving, [2]),
-        length=length,
         batch=batch,
+        single=op.Equal(op.Squeeze(length, [0]), 1),
         row=row,
     )
 
