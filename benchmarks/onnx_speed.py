@@ -119,7 +119,14 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
         parts = dict(zip(args.pattern.split("+"), map(float, args.sparsity.split("+")), strict=True))
-        compress(args.model, out=folder / "pruned", pattern=args.pattern, sparsity=parts)
+        compress(
+            args.model,
+            out=folder / "pruned",
+            pattern=args.pattern,
+            sparsity=parts,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+        )
         plan = {"dense": (args.model, {}), "dense int8": (args.model, {"quantize": "int8"})}
         plan |= {"pruned": (folder / "pruned", {}), "pruned int8": (folder / "pruned", {"quantize": "int8"})}
         for number, (title, (origin, options)) in enumerate(plan.items()):
@@ -157,6 +164,8 @@ def main() -> None:
     parser.add_argument("--text", help="held-out text for --model; the embedded stories unless given")
     parser.add_argument("--pattern", default="column+channel", help="of --model")
     parser.add_argument("--sparsity", default="0.75+0.25", help="of --model, one for each part of the pattern")
+    parser.add_argument("--nsamples", type=int, default=64, help="of the calibration of --model")
+    parser.add_argument("--seqlen", type=int, default=2048, help="of the calibration of --model")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--layers", type=int, default=24)
