@@ -2,6 +2,7 @@
 
     python benchmarks/compress_speed.py               # one layer of 130M shapes, L = 2048, interleaved; memory apart
     python benchmarks/compress_speed.py --full        # and `ssmc compress` on a whole 24-layer checkpoint, both formats
+    python benchmarks/compress_speed.py --patterns    # in place of all that: channels, and both, beside states alone
 
 The loop is written from the formula over time steps as the published code goes about it: run the layer token by token
 keeping every hidden state, add up the statistics, run the layer once more for the next layer's input. Ours collects
@@ -12,6 +13,7 @@ Memory is the peak above what the model and the layer inputs hold, each measured
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from reporting import print_conditions
 from transformers import MambaConfig, MambaForCausalLM
 
-from ssmc.compressor import collect, compress, configure, propagate
+from ssmc.compressor import collect, compress, configure, propagate, prune_layers
 from ssmc.compressor.repair import eliminate, evaluate
 from ssmc.compressor.scores import statistics_for
 from ssmc.runtime.architectures import architecture_for
@@ -155,18 +157,60 @@ def whole_checkpoint(folder: Path, length: int, samples: int) -> dict[str, float
     return seconds
 
 
+STATES, CHANNELS = {"pattern": "column", "sparsity": 0.75}, {"pattern": "channel", "sparsity": 0.5}
+BOTH = {"pattern": "column+channel", "sparsity": {"column": 0.75, "channel": 0.5}}
+PATTERNS = {"column 75 %": STATES, "channel 50 %": CHANNELS, "column 75 % + channel 50 %": BOTH}
+
+
+def pattern_seconds(options: dict, model: MambaForCausalLM, tokens: torch.Tensor) -> float:
+    """Seconds per sample and layer of the pipeline with one pattern, repair included."""
+    model, config = copy.deepcopy(model), configure(model="130M shapes", **options)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    start = time.perf_counter()
+    prune_layers(model, ARCHITECTURE, tokens, config, dtypes)
+    return (time.perf_counter() - start) / len(tokens) / len(model.backbone.layers)
+
+
+def compare_patterns(args: argparse.Namespace) -> dict:
+    model = use_fast_scan(shapes_130m(args.layers, vocab=1024))
+    tokens = torch.randint(1024, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in PATTERNS}
+    for options in PATTERNS.values():
+        pattern_seconds(options, model, tokens[:1, :64])  # warm-up
+    for _ in range(args.repeats):
+        for name, options in PATTERNS.items():
+            times[name].append(pattern_seconds(options, model, tokens))
+    first = times["column 75 %"]
+    ratios = {name: [a / b for a, b in zip(values, first, strict=True)] for name, values in times.items()}
+    return {
+        "shapes": {"d_model": 768, "d_inner": 1536, "d_state": 16, "L": args.length, "layers": args.layers},
+        "samples": args.samples,
+        "seconds_per_sample_and_layer": times,
+        "times_column_alone": {
+            name: {"median": statistics.median(r), "lowest": min(r), "highest": max(r)} for name, r in ratios.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="also compress a whole checkpoint in both formats")
+    parser.add_argument("--patterns", action="store_true", help="compare the patterns that make models smaller")
+    parser.add_argument("--layers", type=int, default=3, help="of the model in --patterns")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.samples, args.length)
     now = print_conditions()
+    if args.patterns:
+        report = {"conditions": asdict(now), **compare_patterns(args)}
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        return print(json.dumps(report, indent=1))
     model = use_fast_scan(shapes_130m(layers=1, vocab=1024))
     block = model.backbone.layers[0]
     hidden = torch.randn(args.samples, args.length, 768)

@@ -1,4 +1,4 @@
-"""Every GPU figure in one call: 2:4 on sparse tensor cores, compressing on the GPU, and the report of a pruned model.
+"""What a GPU is worth here, in one call: 2:4 on sparse tensor cores, compressing, and the report of a pruned model.
 
     python benchmarks/gpu.py --out gpu-results       # on a machine with a CUDA GPU; some minutes, one table, gpu.json
     python benchmarks/gpu.py --dry-run               # toy sizes on a CPU: shows that it runs, its figures mean nothing
@@ -10,15 +10,15 @@
 3. `compress`: `ssmc compress --pattern column` of 130M shapes with 64 x 2048 tokens, wall time and peak GPU memory.
 4. `bench`: `ssmc bench` of 130M shapes with 16 and with 8 states, its own report beside the table.
 
-Weights are random, and every matrix is rotated among several copies so that no cache holds it. Nothing of the GPU's
-settings is changed; power limit and clocks are read.
+Weights are random. In 1 every call has other weights than the one before, so that no cache holds them, and the calls
+are replayed from a CUDA graph where that can be recorded, so that launching them is not what is timed. Nothing of the
+GPU's settings is changed; power limit and clocks are read. The scan alone has a benchmark of its own, gpu_scan.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import sys
 import tempfile
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.bench import benchmark, summary
 from ssmc.runtime.bench import workloads as work
 from ssmc.runtime.bench.conditions import conditions, load_average
+from ssmc.runtime.bench.graphs import capture
 from ssmc.runtime.bench.report import finite
 from ssmc.runtime.bench.timing import Timing, interleave, paired_ratio
 from ssmc.runtime.checkpoints import write_checkpoint
@@ -47,7 +49,8 @@ from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.sparse24 import Sparse24Linear, use_sparse24
-from ssmc.runtime.sparse24.cuda import to_sparse, why_dense
+from ssmc.runtime.sparse24.cuda import first_line, to_sparse, why_dense
+from ssmc.runtime.sparse24.use import fault
 from ssmc.runtime.tiny import TINY_DIRECTORY
 
 MAMBA = architecture_for("mamba")
@@ -105,54 +108,79 @@ def make_24(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def timed(
+    ways: dict[str, list[Callable[[], torch.Tensor]]], device: torch.device, sizes: Sizes, refused: dict[str, str]
+) -> tuple[dict[str, Timing], str]:
+    """Time the calls of every way one after the other; seconds a call, and what to note.
+
+    A way that does not run goes to `refused`. Unless all can be recorded as CUDA graphs, none is.
+    """
+    runs: dict[str, Callable[[], torch.Tensor]] = {}
+    for way, calls in ways.items():
+        try:
+            runs[way] = in_a_row(calls)
+            runs[way]()
+        except (RuntimeError, NotImplementedError) as error:
+            refused[way] = first_line(error)
+            del runs[way]
+    note = ""
+    if device.type == "cuda":
+        try:
+            runs = {way: capture(run, device) for way, run in runs.items()}
+        except RuntimeError as error:
+            note = f"launches included: {first_line(error)}"
+    timings = interleave(runs, device, sizes.repeats, sizes.budget / 30)
+    return {way: per_call(timing, len(ways[way])) for way, timing in timings.items()}, note
+
+
+def in_a_row(calls: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return [call() for call in calls][-1]
+
+    return run
+
+
+def per_call(timing: Timing, count: int) -> Timing:
+    return Timing(tuple(seconds / count for seconds in timing.seconds), timing.calls * count)
+
+
 # --- 1 and 2: 2:4 ----------------------------------------------------------------------------------------------------
 
 
 def sparse_modules(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[list[Row], dict]:
     """Every backend against dense, per module and number of tokens."""
     d, inner, rows, data = sizes.d_model, 2 * sizes.d_model, [], {}
-    shapes = {"in_proj": (2 * inner, d), "out_proj": (d, inner)}
-    for name, (out, features) in shapes.items():
+    for name, (out, features) in {"in_proj": (2 * inner, d), "out_proj": (d, inner)}.items():
         linears = [make_24(nn.Linear(features, out, bias=False, dtype=dtype, device=device)) for _ in range(COPIES)]
         ways, refused = ways_of(linears)
         for tokens in (sizes.tokens, *sizes.steps):
-            x = torch.randn(1, tokens, features, dtype=dtype, device=device)
-            timings = timed({way: turns(modules, x) for way, modules in ways.items()}, device, sizes, refused)
+            x = torch.randn(1, tokens, features, device=device).to(dtype)
+            calls = {way: [partial(module, x) for module in modules] for way, modules in ways.items()}
+            timings, note = timed(calls, device, sizes, refused)
             what = f"{name} {out} x {features}, {tokens} tokens"
             data[what] = {way: timing.seconds for way, timing in timings.items()}
-            rows += [
-                compared("2:4", f"{what}, {way}", timings["dense"], timings[way]) for way in timings if way != "dense"
-            ]
+            for way in (way for way in timings if way != "dense"):
+                rows.append(replace(compared("2:4", f"{what}, {way}", timings["dense"], timings[way]), note=note))
         rows += [Row("2:4", f"{name}, {backend}", note=f"refused: {why}") for backend, why in refused.items()]
     return rows, data
 
 
 def ways_of(linears: list[nn.Linear]) -> tuple[dict[str, list[nn.Module]], dict[str, str]]:
-    """Way -> the modules to use in turns; and why a backend is none."""
+    """Way -> the modules to use in turns; and why a backend is none: it does not run, or computes something else."""
     made = [to_sparse(linear.weight.detach()) for linear in linears]
     ways: dict[str, list[nn.Module]] = {"dense": list(linears)}
+    refused = dict(made[0][1])
+    x = torch.randn(1, 64, linears[0].in_features, device=linears[0].weight.device).to(linears[0].weight)
     for backend in made[0][0]:
-        ways[backend] = [Sparse24Linear(weights[backend], None) for weights, _ in made]
-    return ways, dict(made[0][1])
-
-
-def turns(modules: list[nn.Module], x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A callable that uses another module at every call."""
-    following = itertools.cycle(modules)
-    return torch.inference_mode()(lambda: next(following)(x))
-
-
-def timed(
-    ways: dict[str, Callable[[], torch.Tensor]], device: torch.device, sizes: Sizes, refused: dict[str, str]
-) -> dict[str, Timing]:
-    """Time all ways that run; the others go to `refused`."""
-    for way in list(ways):
-        try:
-            ways[way]()
-        except (RuntimeError, NotImplementedError) as error:
-            refused[way] = str(error).split("\n")[0]
-            del ways[way]
-    return interleave(ways, device, sizes.repeats, sizes.budget / 30)
+        modules = [Sparse24Linear(weights[backend], None) for weights, _ in made]
+        with torch.inference_mode():
+            wrong = fault(modules[0], x, linears[0](x))
+        if wrong is None:
+            ways[backend] = modules
+        else:
+            refused[backend] = wrong
+    return ways, refused
 
 
 def sparse_model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[list[Row], dict]:
@@ -182,19 +210,22 @@ def sparse_model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tupl
 
 
 def compress_on_gpu(sizes: Sizes, device: torch.device, folder: Path) -> tuple[list[Row], dict]:
-    """`compress` from files to files."""
-    source = folder / "dense"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    begin = time.perf_counter()
-    compress(source, out=folder / "out", nsamples=sizes.nsamples, seqlen=sizes.seqlen, device=device.type)
-    seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """`compress` from files to files, twice: the first run compiles kernels."""
     shapes = f"{sizes.small_layers} layers of d_model {sizes.small_d_model}"
     what = f"column 0.5, {shapes}, {sizes.nsamples} x {sizes.seqlen} tokens"
-    memory = "" if peak is None else f"peak GPU memory {summary.format_bytes(peak)}"
-    data = {"seconds": seconds, "peak_gpu_bytes": peak}
-    return [Row("compress", what, after=f"{seconds:.1f} s", note=memory)], data
+    rows, data = [], {}
+    for number in ("first", "second"):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = time.perf_counter()
+        options = {"nsamples": sizes.nsamples, "seqlen": sizes.seqlen, "device": device.type}
+        compress(folder / "dense", out=folder / number, **options)
+        seconds = time.perf_counter() - begin
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        memory = "" if peak is None else f"peak GPU memory {summary.format_bytes(peak)}"
+        rows.append(Row("compress", f"{what}, {number} run", after=f"{seconds:.1f} s", note=memory))
+        data[number] = {"seconds": seconds, "peak_gpu_bytes": peak}
+    return rows, data
 
 
 # --- 4: bench --------------------------------------------------------------------------------------------------------

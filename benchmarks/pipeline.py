@@ -30,6 +30,7 @@ from ssmc.runtime.tokenizers import copy_tokenizer
 
 RUNS = {
     "column": {"pattern": "column"},
+    "column + channel": {"pattern": "column+channel"},
     "ffn: SparseGPT": {"pattern": "unstructured", "target": "ffn"},
     "column + ffn: SparseGPT": {"pattern": "column", "target": "all"},
     "2:4, ffn: SparseGPT": {"pattern": "2:4"},

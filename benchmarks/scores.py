@@ -1,6 +1,7 @@
 """All scores with and without repair at several sparsities: what each loses on held-out text, as table, plot and JSON.
 
     python benchmarks/scores.py                                        # the embedded model and its texts
+    python benchmarks/scores.py tiny-mamba2 --out docs/scores_mamba2   # the embedded Mamba-2
     python benchmarks/scores.py MODEL --calib train.jsonl --text valid.jsonl
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from ssmc.compressor import configure, kept_states, prune_layers
 from ssmc.compressor.calibration import draw_samples
-from ssmc.compressor.patterns import COLUMN, scores_of
+from ssmc.compressor.patterns import COLUMN, Score, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import perplexity
@@ -40,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calib", default=calibration_path(), help="calibration text")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
     parser.add_argument("--tokenizer")
+    parser.add_argument("--scores", nargs="+", help="those to compare; by default all that judge this family's states")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -58,7 +60,10 @@ def main() -> None:
     calibration = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed)
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
-    cells = [(s, r, p) for s in scores_of(COLUMN) for r in (False, True) for p in args.sparsities]
+    able = [score for score in scores_of(COLUMN) if score.value in (args.scores or [*map(str, Score)])]
+    if checkpoint.dimensions.heads is not None:
+        able = [score for score in able if score is not Score.magnitude]  # all states of a head have one A_log
+    cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities]
     rows = []
     for score, repair, sparsity in track(cells, "scores"):
         config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
@@ -87,29 +92,29 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, args.out.with_suffix(".svg"))
-    print_table(report, args.sparsities)
+    plot(report, args.out.with_suffix(".svg"), able)
+    print_table(report, args.sparsities, able)
 
 
-def print_table(report: dict, sparsities: list[float]) -> None:
+def print_table(report: dict, sparsities: list[float], able: list[Score]) -> None:
     table = Table(title=f"{report['model']}: perplexity (excess nats); dense {report['dense_perplexity']:.3f}")
     table.add_column("score")
     for sparsity in sparsities:
         table.add_column(f"{sparsity:.0%}", justify="right")
         table.add_column(f"{sparsity:.0%} + repair", justify="right")
     by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
-    for score in scores_of(COLUMN):
+    for score in able:
         cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
         table.add_row(score.value, *(f"{c['perplexity']:.3f} ({c['excess_nats']:.4f})" for c in cells))
     Console(width=200).print(table)
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict, path: Path, able: list[Score]) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "ssmc"
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, score in enumerate(scores_of(COLUMN)):
+    for i, score in enumerate(able):
         for repair, style in ((False, "--"), (True, "-")):
             rows = [r for r in report["rows"] if r["score"] == score.value and r["repair"] is repair]
             label = score.value if repair else None

@@ -18,6 +18,7 @@ from .compress import compress
 from .eval import evaluate
 from .export import export
 from .generate import generate
+from .inspect import inspect
 from .options import GENERAL, Quiet, Verbose
 from .terminal import Terminal
 
@@ -59,6 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+app.command(rich_help_panel="Commands, in this order")(inspect)
 app.command(rich_help_panel="Commands, in this order")(compress)
 app.command(rich_help_panel="Commands, in this order")(export)
 app.command(rich_help_panel="Commands, in this order")(bench)

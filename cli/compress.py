@@ -150,10 +150,19 @@ def compress(
         bool,
         typer.Option(
             "--repair/--no-repair",
-            help="Let the states that stay make up for those that go (least squares, folded into x_proj).",
+            help="Let what stays make up for what goes (least squares, folded into x_proj and out_proj).",
             rich_help_panel=METHOD,
         ),
     ] = True,
+    refine: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            help="After pruning a layer, up to this many gradient steps on it alone, towards the dense model's output "
+            "there (no labels); 150 are a good number. 0: none. It takes longer than all the rest.",
+            rich_help_panel=METHOD,
+        ),
+    ] = 0,
     round_to: Annotated[
         str,
         typer.Option(
@@ -274,7 +283,13 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 def _intention(config: CompressConfig) -> str:
-    """What a run is going to do, in one sentence."""
+    """What a run is going to do."""
+    steps = f" Then up to {config.refine} gradient steps on each layer, most of the time." if config.refine else ""
+    return _removal(config) + steps
+
+
+def _removal(config: CompressConfig) -> str:
+    """What goes, in one sentence."""
     names = {"column": "states", "channel": "channels", "layer": "layers", "ssm-module": "SSMs"}
     if all(part in names for part in config.parts):
         goes = [
@@ -282,7 +297,7 @@ def _intention(config: CompressConfig) -> str:
             for part in config.parts
         ]
         repair = f", {'with' if config.repair else 'without'} repair"
-        repair = repair if {"column", "channel"} & {*config.parts} else ""
+        repair = "" if config.pattern == "ssm-module" else repair
         sentence = f"Removing {', '.join(goes)} of {config.model}{repair}."
         return sentence + (f" Then {config.ffn_score.value} on {', '.join(config.modules)}." if config.modules else "")
     what = "all but N of every M" if config.nm else f"{config.sparsity:.4g}"
@@ -294,7 +309,8 @@ def _intention(config: CompressConfig) -> str:
 def _aim(config: CompressConfig, target: Target) -> str:
     """What a run with a target is going to do, in one sentence."""
     names = {"column": "states", "channel": "channels", "layer": "layers"}
-    parts = " and ".join(names[part] for part in config.parts)
+    *others, last = (names[part] for part in config.parts)
+    parts = f"{', '.join(others)} and {last}" if others else last
     return f"Looking for {parts} of {config.model} to remove, down to {target}."
 
 
@@ -312,12 +328,15 @@ def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) 
     if "column" in config.parts and "A_log" in config.targets:
         terminal.show(_states(result, manifest["dimensions"]["d_state"]))
         terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
-    if "channel" in config.parts:
+    if config.fits_out_proj() or "channel" in config.parts:
         terminal.show(_channels(result, manifest["dimensions"]["d_inner"]))
         terminal.say(
             "error: squared difference of what the layer adds to the dense model's residual stream, relative to it.",
             style="dim",
         )
+    if config.refine:
+        terminal.show(_refinement(result))
+        terminal.say("error on held-out samples, the difference as with out_proj; step 0: left as it was.", style="dim")
     if config.modules:
         terminal.show(_modules(result))
         terminal.say("zeros, and squared error of the module's output relative to the output.", style="dim")
@@ -372,12 +391,22 @@ def _states(result: CompressResult, dense: int) -> Table:
 
 def _channels(result: CompressResult, dense: int) -> Table:
     layers = table("Channels", "layer", f"kept of {dense}", "error", "before out_proj was fitted")
+    gone = {removal.layer for removal in result.removals}
     for index, layer in enumerate(result.layers):
-        if layer.channels is None:
+        if index in gone:
             layers.add_row(str(index), "removed")
             continue
         errors = ("not measured", "") if layer.fitted is None else map(_error, vars(layer.fitted).values())
-        layers.add_row(str(index), str(len(layer.channels)), *errors)
+        layers.add_row(str(index), str(dense if layer.channels is None else len(layer.channels)), *errors)
+    return layers
+
+
+def _refinement(result: CompressResult) -> Table:
+    layers = table("Refinement", "layer", "error", "before", "best step", "steps")
+    for index, layer in enumerate(result.layers):
+        if layer.refined is not None:
+            steps = (str(layer.refined.best_step), str(layer.refined.steps))
+            layers.add_row(str(index), _error(layer.refined.error), _error(layer.refined.error_before), *steps)
     return layers
 
 

@@ -141,4 +141,4 @@ def complete_model(incomplete: str) -> list[str]:
         folders = sorted(f"{p}/" for p in found if prefix or not p.name.startswith("."))
     except OSError:
         folders = []
-    return [word for word in ("tiny", *folders) if word.startswith(incomplete)]
+    return [word for word in ("tiny", "tiny-mamba2", *folders) if word.startswith(incomplete)]

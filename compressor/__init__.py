@@ -10,8 +10,9 @@ from .modules import ModuleResult, prune_modules
 from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
 from .recipe import read_recipe
+from .refinement import Refinement, refine
 from .repair import Repair, eliminate, evaluate
-from .shedder import Removal, shed
+from .shedder import Removal, choose_removals, shed
 from .target import Target, split_target
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "Kept",
     "LayerResult",
     "ModuleResult",
+    "Refinement",
     "Removal",
     "Repair",
     "Score",
     "Target",
     "Weighting",
+    "choose_removals",
     "collect",
     "compress",
     "configure",
@@ -38,6 +41,7 @@ __all__ = [
     "prune_layers",
     "prune_modules",
     "read_recipe",
+    "refine",
     "shed",
     "split_target",
 ]

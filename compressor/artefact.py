@@ -108,4 +108,5 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
         "error_unrepaired": layer.error_unrepaired,
         "a_log_zeros": layer.a_log_zeros,
         "modules": [asdict(module) for module in layer.modules],
+        "refined": None if layer.refined is None else asdict(layer.refined),
     }

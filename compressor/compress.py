@@ -23,10 +23,11 @@ from .calibration import Calibration, draw_samples
 from .config import CompressConfig, configure
 from .counts import kept
 from .families import able_parts, check_family
-from .find import HELD_OUT, Samples, meet
+from .meet import meet
 from .notes import notes_for
 from .pipeline import LayerResult
 from .prune import prune
+from .samples import HELD_OUT, Samples
 from .shedder import Removal
 from .target import Target, split_target
 

@@ -65,7 +65,8 @@ class CompressConfig(BaseModel):
     weighting: Weighting = Weighting.power  # of the score sparsessm
     ffn_score: FfnScore = FfnScore.sparsegpt
     alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
-    repair: bool = True  # column, channel: fold the least-squares repair into the weights that stay
+    repair: bool = True  # column, channel, layer: fold a least-squares repair into the weights that stay
+    refine: Annotated[int, Field(ge=0)] = 0  # gradient steps on each pruned layer, at most
     calib: str | None = None  # None: the sample that comes with `tiny`
     nsamples: Annotated[int, Field(ge=1)] = 64
     seqlen: Annotated[int, Field(ge=2)] = 2048
@@ -133,7 +134,19 @@ class CompressConfig(BaseModel):
                 raise ValueError(f"{name} goes with the pattern {part}, which is not in {self.pattern}")
         if self.modules and self.nm is None:
             check_ramp(self.sparsity, self.alpha)
+        if self.refine:
+            self._check_refine()
         return self
+
+    def _check_refine(self) -> None:
+        """There is something left in a pruned layer, and a sample to judge it by."""
+        if self.pattern in (LAYER, SSM_MODULE):
+            raise ValueError(
+                f"refine does not go with the pattern {self.pattern}, which leaves nothing of a layer to refine; "
+                "it goes with column, channel, their combinations, and patterns of zeros"
+            )
+        if self.nsamples < 2:
+            raise ValueError("refine needs nsamples of at least 2: some samples judge the steps on the others")
 
     def _check_scores(self) -> None:
         """Every score judges its part; one for all parts judges at least one of them."""
@@ -184,18 +197,23 @@ class CompressConfig(BaseModel):
         """The score that is used; of a combined pattern, that of its first part."""
         return self.judge_of(self.parts[0])
 
-    @property
-    def fits_out_proj(self) -> bool:
-        """Whether out_proj is fitted to the dense model's residual stream after all else."""
-        return self.repair and CHANNEL in self.parts
+    def fits_out_proj(self, mixes_readers: bool = True) -> bool:
+        """Whether out_proj is fitted to the dense model's residual stream after all else.
+
+        Args:
+            mixes_readers: whether the repair of removed states folds into their C rows; where it does not, out_proj is
+                what is left to fit.
+        """
+        whole = CHANNEL in self.parts or LAYER in self.parts
+        return self.repair and (whole or (COLUMN in self.parts and not mixes_readers))
 
     @property
     def needs_text(self) -> bool:
         """Whether anything is decided or fitted by running the model."""
-        if self.modules and self.ffn_score is not FfnScore.magnitude:
+        if self.refine or (self.modules and self.ffn_score is not FfnScore.magnitude):
             return True
         judged = [part for part in self.parts if part in WHOLE or SSM in self.targets]
-        if self.repair and (CHANNEL in judged or COLUMN in judged):
+        if self.fits_out_proj() or (self.repair and COLUMN in judged):
             return True
         return any(self.judge_of(part) not in BLIND for part in judged)
 

@@ -42,7 +42,8 @@ def kept(config: CompressConfig, sizes: Dimensions) -> Kept:
     if config.nm and SSM in config.targets:
         check_groups(sizes.d_state, config.nm)
     if COLUMN in config.parts and SSM in config.targets:
-        _check_repairable(config, sizes.d_state)
+        if sizes.heads is None:  # a Mamba-2 needs N^2
+            _check_repairable(config, sizes.d_state)
         states = _listed("states", config.states, sizes.d_state, sizes.n_layer) or (
             (kept_states(sizes.d_state, config.sparsity_of(COLUMN), config.round_to),) * sizes.n_layer
         )

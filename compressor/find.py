@@ -12,66 +12,28 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
 from ssmc.runtime.bench import LatencyTable, Ratio, measure_latency, read_latency_table, time_sizes
 from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
-from ssmc.runtime.errors import CalibrationError, UsageError, VerificationError
+from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.perplexity import Perplexity, excess_loss, perplexity
 from ssmc.runtime.progress import Progress, silent
 
 from .config import POWER_OF_TWO, CompressConfig
 from .counts import default_multiple
-from .patterns import CHANNEL, COLUMN, LAYER
-from .prune import Pruned, prune
+from .patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
+from .prune import prune
+from .samples import Samples
 from .search import Curve, Limit, LossModel, Sizes, cheapest_within, enumerate_sizes, frontier, shortlist
 from .target import Target, configured, removable_layers
 
-TRIAL_SAMPLES = 8  # calibration samples a trial is fitted to
-HELD_OUT = 8  # and those its loss is measured on
 TRIALS = 3  # combinations that are tried for real
 SWEEP = {COLUMN: (0.5, 0.75, 0.875), CHANNEL: (0.25, 0.5)}  # where the parts' curves are measured, roughly
 LAYERS = 2  # and up to how many layers
 ROUNDS = 3  # of clocking what was chosen and choosing again
-ATTEMPTS = 3  # whole runs, where the outcome is not what was looked for
 TOLERANCE = 0.10  # how far the time may miss its target
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Text for trials."""
-
-    fit: torch.Tensor  # (n, seqlen), the first of the calibration samples
-    held_out: torch.Tensor  # (m, seqlen), which no trial is fitted to
-    seen: bool  # whether the final run is calibrated on `held_out` too, for lack of text
-
-    @property
-    def notes(self) -> list[str]:
-        """What the losses measured here lack, in sentences."""
-        if not self.seen:
-            return []
-        return [
-            "The calibration text has no samples to spare, so the loss was measured on some that the run was "
-            "calibrated on too. Give more text with --calib or use fewer with --nsamples."
-        ]
-
-    @classmethod
-    def split(cls, tokens: torch.Tensor, nsamples: int) -> Samples:
-        """Out of (n, seqlen) samples, of which the final run takes the first `nsamples`.
-
-        Raises:
-            CalibrationError: there are fewer than two.
-        """
-        if len(tokens) < 2:
-            raise CalibrationError(
-                "A target needs at least two calibration samples, one of them to measure losses on. Give more text "
-                "with --calib or use a smaller --seqlen."
-            )
-        seen = len(tokens) <= nsamples
-        first = len(tokens) - min(HELD_OUT, len(tokens) // 2) if seen else nsamples
-        return cls(tokens[:first][:TRIAL_SAMPLES], tokens[first:][:HELD_OUT], seen)
 
 
 @dataclass(frozen=True)
@@ -82,62 +44,6 @@ class Found:
     config: CompressConfig
     expected: dict[str, float]
     record: dict[str, Any]  # for the manifest: everything it was decided on
-
-
-@dataclass(frozen=True)
-class Met:
-    """A model that meets a target."""
-
-    config: CompressConfig  # the ordinary run that gives the same model
-    model: nn.Module
-    pruned: Pruned
-    record: dict[str, Any]  # for the manifest: what was asked, expected and came out
-    notes: tuple[str, ...]  # in what the target was missed, and what its figures lack
-
-
-def meet(
-    checkpoint: Checkpoint,
-    config: CompressConfig,
-    target: Target,
-    tokens: torch.Tensor,
-    samples: Samples,
-    device: torch.device,
-    progress: Progress = silent,
-) -> Met:
-    """Search, carry out what was found, measure what came of it, and search on where it is not what was asked for.
-
-    Args:
-        checkpoint: the dense model, with the fast scan in use; it ends on the device, and is not changed else.
-        config: what may be removed and how, its sparsity aside.
-        target: what to meet.
-        tokens: (nsamples, seqlen) calibration samples of the whole run.
-        samples: text for trials.
-        device: where to compute and to measure.
-        progress: told about the steps.
-
-    Raises:
-        UsageError: nothing meets the target, by the latency table and by counting.
-        VerificationError: what meets it raises the perplexity by more than the bound.
-    """
-    checkpoint.model.to(device)
-    search = Search(checkpoint, config, target, samples, progress)
-    done: set[Sizes] = set()
-    for _ in range(ATTEMPTS):
-        found = search.run()
-        if found.sizes in done:
-            break
-        done.add(found.sizes)
-        model = use_fast_scan(copy.deepcopy(checkpoint.model).cpu())
-        text = tokens if found.config.needs_text else None
-        pruned = prune(model, checkpoint.architecture, text, found.config, checkpoint.dtypes, device, progress)
-        outcome = search.outcome(model, found)
-        missed = search.missed(outcome)
-        met = Met(found.config, model.cpu(), pruned, {**found.record, "outcome": outcome}, (*missed, *samples.notes))
-        if not missed:
-            break
-    if met.record["outcome"]["excess_nats"] > target.most_nats:
-        raise VerificationError(f"{met.notes[0]} Nothing was written. Allow more, or ask for less speed.")
-    return met
 
 
 @dataclass
@@ -160,12 +66,12 @@ class Search:
     table: LatencyTable | None = None
     base: Perplexity | None = None  # of the dense model
     trials: dict[Sizes, float] = field(default_factory=dict)  # excess loss on held-out text, nats a token
-    clocked: dict[Sizes, float] = field(default_factory=dict)  # time over the dense model's, measured
+    clocked: dict[Sizes, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
 
     @property
     def correction(self) -> float:
         """Clocked over foretold time, the median of what was clocked."""
-        factors = [ratio / self.table.ratio(sizes.blocks()) for sizes, ratio in self.clocked.items()]
+        factors = [clock.median / self.table.ratio(sizes.blocks()) for sizes, clock in self.clocked.items()]
         return median(factors) if factors else 1.0
 
     def __post_init__(self) -> None:
@@ -202,16 +108,20 @@ class Search:
     def share_of_time(self, sizes: Sizes) -> float:
         """Expected time over the dense model's: by the table, set right by what was clocked so far.
 
-        A table that the user gave is taken at its word, so that the search comes to the same end again.
+        Where the model itself was clocked, the expectation stays within the confidence interval of that: on a quiet
+        machine the clock decides, on a busy one the table does, which many more models were timed for. A table that the
+        user gave is taken at its word, so that the search comes to the same end again.
         """
         if self.target.latency_table is not None:
             return self.table.ratio(sizes.blocks())
-        return self.clocked.get(sizes) or self.table.ratio(sizes.blocks()) * self.correction
+        expected = self.table.ratio(sizes.blocks()) * self.correction
+        clocked = self.clocked.get(sizes)
+        return expected if clocked is None else min(max(expected, clocked.low), clocked.high)
 
     def try_out(self, sizes: Sizes) -> float:
         """Prune a copy of the model on a few samples and measure its excess loss on held-out ones, nats a token."""
         if sizes not in self.trials:
-            config = configured(self.config, sizes.removed(self.dense))
+            config = configured(self.config, sizes.removed(self.dense), trial=True)
             name = f"trial {len(self.trials) + 1}"
             self.trials[sizes] = self._excess(config, lambda _, done, total: self.progress(name, done, total))
         return self.trials[sizes]
@@ -305,9 +215,10 @@ class Search:
             f"{limit.most:.4g} of the {limit.name} (the least is {min(map(limit.cost, candidates)):.3f})"
             for limit in limits
         ]
+        whole = set(self.config.parts) == set(COMBINABLE)
         raise UsageError(
-            f"The pattern {self.config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less, "
-            "or allow more: --pattern layer+column+channel."
+            f"The pattern {self.config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less"
+            + ("." if whole else f", or allow more with --pattern {'+'.join(COMBINABLE)}.")
         )
 
     def _curve(self, part: str) -> Curve:
@@ -384,7 +295,7 @@ class Search:
             "trials": [
                 {**asdict(s), "added_up_nats": model(s), "excess_nats": loss} for s, loss in self.trials.items()
             ],
-            "clocked": [{**asdict(s), "time": ratio} for s, ratio in self.clocked.items()],
+            "clocked": [{**asdict(s), "time": asdict(ratio)} for s, ratio in self.clocked.items()],
             "correction": self.correction,
             "held_out_seen": self.samples.seen,
             "latency_table": None if self.table is None else self.table.to_json(),
@@ -399,7 +310,7 @@ class Search:
             checkpoint.model, checkpoint.architecture, [*keys.values()], self.target.workload, progress=self.progress
         )
         found = {sizes: ratios[key] for sizes, key in keys.items()}
-        self.clocked |= {sizes: ratio.median for sizes, ratio in found.items()}
+        self.clocked |= found
         return found
 
     def _excess(self, config: CompressConfig, progress: Progress) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmc.runtime.architectures import Dimensions
+from ssmc.runtime.checkpoints import EMBEDDED
 
 from .calibration import Calibration
 from .config import SSM, CompressConfig
@@ -22,7 +23,7 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
     notes = []
     if calibration and calibration.shortfall:
         notes.append(calibration.shortfall)
-    if calibration and config.calib is None and config.model != "tiny":
+    if calibration and config.calib is None and config.model not in EMBEDDED:
         notes.append(
             "Calibrated on the embedded sample of simple stories. For a model of real text give text like what it "
             "will read: --calib wikitext2 or a file."

@@ -13,16 +13,19 @@ from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
 from .config import SSM, CompressConfig
-from .counts import kept
+from .contributions import Loss, loss_of
+from .counts import Kept, kept
+from .masks import Target
 from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
+from .readers import fit_readers
+from .refinement import Refinement, check_samples, refine
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
-from .statistics import Chunk, Statistic
+from .statistics import STRETCH, Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
-STRETCH = 64  # time steps whose hidden states exist at once
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
 STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
@@ -40,6 +43,7 @@ class LayerResult:
     fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
     modules: tuple[ModuleResult, ...] = ()
+    refined: Refinement | None = None  # what the gradient steps achieved; None: there were none
 
 
 @torch.no_grad()
@@ -68,60 +72,102 @@ def prune_layers(
 
     Raises:
         UsageError: the counts asked for do not fit the model.
+        CalibrationError: there is no sample left to judge the refinement by.
     """
-    counts = kept(config, architecture.dimensions(model.config))
+    sizes = architecture.dimensions(model.config)
+    if config.refine:
+        check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
-    # the second copy of the layer inputs, and the only one: the dense model's, which out_proj is fitted to
-    stream = stage.place(hidden.clone()) if hidden is not None and config.fits_out_proj else None
+    fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
+    run = _Run(
+        architecture,
+        config,
+        counts=kept(config, sizes),
+        states=sizes.groups * sizes.d_state,
+        hidden=hidden,
+        stream=stage.place(hidden.clone()) if fits or config.refine else None,
+        fits=fits,
+        targets=module_targets(architecture, model, hidden, config, progress, stage),
+        stored_dtypes=stored_dtypes,
+        progress=progress,
+    )
     blocks = architecture.blocks(model)
-    targets = module_targets(architecture, model, hidden, config, progress, stage)
     results = []
     for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
-        mixer = architecture.mixer(block)
-        result = LayerResult(kept=tuple(range(mixer.A_log.shape[1])))
-        if stream is not None:
-            propagate(block, stream, progress, f"{label}: dense outputs")
+        if run.stream is not None:
+            propagate(block, run.stream, progress, f"{label}: dense outputs")
         if index in removed:
             architecture.remove_block(block)
-            results.append(result)
+            results.append(LayerResult(kept=tuple(range(run.states))))
             continue
-        if SSM in config.targets:
-            result = _prune_ssm(architecture, block, hidden, index, config, counts.states[index], progress, label)
-        if CHANNEL in config.parts:
-            channels = prune_channels(
-                architecture,
-                block,
-                hidden,
-                config.judge_of(CHANNEL),
-                counts.channels[index],
-                config.repair,
-                layer_seed(config.seed, index),
-                progress,
-                f"{label}: channels",
-            )
-            result = replace(result, channels=tuple(channels))
-        if stream is not None:
-            every = range(mixer.intermediate_size)
-            kept_channels = every if result.channels is None else result.channels
-            fitted = fit_out_proj(architecture, block, hidden, stream, kept_channels, progress, f"{label}: out_proj")
-            result = replace(result, fitted=fitted)
-        if config.modules:
-            # after the states, so that x_proj and out_proj are fitted to the pruned scan
-            modules = prune_modules(
-                architecture, block, hidden, targets[index], config.ffn_score, progress, f"{label}: Hessians"
-            )
-            if COLUMN in config.parts and SSM in config.targets:
-                architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
-            result = replace(result, modules=tuple(modules))
-        _round(mixer, stored_dtypes, architecture.mixer_prefix(index))
+        result, work = _prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
-            propagate(block, hidden, progress, f"{label}: outputs")
+            propagate(work, hidden, progress, f"{label}: outputs")
         results.append(result)
     return results
 
 
-def _prune_ssm(
+@dataclass(frozen=True)
+class _Run:
+    """What the layers of one run have in common."""
+
+    architecture: Architecture
+    config: CompressConfig
+    counts: Kept
+    states: int  # of a dense layer, all groups together
+    hidden: torch.Tensor | None  # (nsamples, L, d_model) what the next layer reads in the pruned model
+    # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size
+    stream: torch.Tensor | None
+    fits: bool  # whether out_proj is fitted to it
+    targets: list[dict[str, Target]]  # of each layer's modules
+    stored_dtypes: Mapping[str, torch.dtype]
+    progress: Progress
+
+
+def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
+    """Prune one layer in place: channels, states, out_proj, the weights of modules, gradient steps, in this order.
+
+    Returns:
+        What happened, and a block that computes what `block` now does, faster if channels went.
+    """
+    architecture, config, progress = run.architecture, run.config, run.progress
+    channels, work, seed = None, block, layer_seed(config.seed, index)
+    if CHANNEL in config.parts:
+        keep, score = run.counts.channels[index], config.judge_of(CHANNEL)
+        channels = prune_channels(
+            architecture, block, run.hidden, score, keep, config.repair, seed, progress, f"{label}: channels"
+        )
+        work = architecture.narrowed(block, channels)  # what follows costs only what is left
+    mixer, result = architecture.mixer(work), LayerResult(kept=tuple(range(run.states)))
+    if SSM in config.targets:
+        prune, keep = (_prune_states if COLUMN in config.parts else _prune_entries), run.counts.states[index]
+        result = prune(architecture, work, run.hidden, index, config, keep, progress, label)
+    if run.fits:
+        fitted = fit_out_proj(architecture, work, run.hidden, run.stream, progress, f"{label}: out_proj")
+        result = replace(result, fitted=fitted)
+    if config.modules:
+        # after the states, so that x_proj and out_proj are fitted to the pruned scan
+        modules = prune_modules(
+            architecture, work, run.hidden, run.targets[index], config.ffn_score, progress, f"{label}: Hessians"
+        )
+        if COLUMN in config.parts and SSM in config.targets:
+            architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
+        result = replace(result, modules=tuple(modules))
+    if config.refine:
+        zeros, steps = result.a_log_zeros is not None, f"{label}: refining"
+        refined = refine(
+            architecture, work, run.hidden, run.stream, config.refine, seed, result.kept, zeros, progress, steps
+        )
+        result = replace(result, refined=refined)
+    _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
+    if channels is not None:
+        architecture.widen(block, work, channels)
+        result = replace(result, channels=tuple(channels))
+    return result, work
+
+
+def _prune_states(
     architecture: Architecture,
     block: nn.Module,
     hidden: torch.Tensor | None,
@@ -131,24 +177,72 @@ def _prune_ssm(
     progress: Progress,
     label: str,
 ) -> LayerResult:
-    """Prune the states, or the entries of A_log, of one layer."""
+    """Prune the states of one layer, of each of its groups by itself, and repair what folds into its weights."""
     mixer = architecture.mixer(block)
-    A_log = mixer.A_log
-    statistics = statistics_for(config, A_log, keep, 0 if hidden is None else hidden.shape[1])
+    kept, mixing, loss, errors = [], None, Loss(), {}
+    for group in range(len(architecture.rates(mixer))):
+        layer = _judged(architecture, block, hidden, index, group, config, keep, progress, label)
+        chosen = choose_states(config.judge_of(COLUMN), layer, keep, config.repair, config.seed)
+        states = layer.A_log.shape[1]
+        kept += [group * states + state for state in chosen]
+        if normal := layer.statistics.normal:
+            repair = evaluate(normal.dense(), chosen, config.repair)
+            mixing, errors = repair.mixing, {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
+        if sums := layer.statistics.contributions:
+            removed = sorted(set(range(states)) - set(chosen))
+            part = loss_of(sums, removed, config.repair)
+            if readouts := layer.statistics.readouts:
+                seed = layer_seed(config.seed, index)
+                note = f"{label}: C rows"
+                fit = fit_readers(architecture, block, hidden, group, readouts, chosen, seed, progress, note)
+                architecture.change_skip(mixer, group, fit.skip_change)
+                # both on the same held-out stretches
+                part = Loss(fit.error * part.energy, fit.error_before * part.energy, part.energy)
+            loss += part
+            errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
+    architecture.mask_states(mixer, kept, mixing)
+    return LayerResult(tuple(kept), **errors, repaired=config.repair and bool(errors))
+
+
+def _prune_entries(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    index: int,
+    config: CompressConfig,
+    keep: int,
+    progress: Progress,
+    label: str,
+) -> LayerResult:
+    """Prune the entries of A_log of one layer."""
+    A_log = architecture.mixer(block).A_log
+    layer = _judged(architecture, block, hidden, index, 0, config, keep, progress, label)
+    A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
+    zeros = float((A_log == 0).sum()) / A_log.numel()
+    return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
+
+
+def _judged(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    index: int,
+    group: int,
+    config: CompressConfig,
+    keep: int,
+    progress: Progress,
+    label: str,
+) -> Layer:
+    """One group of a layer with what its score wants to know."""
+    mixer = architecture.mixer(block)
+    rates = architecture.rates(mixer)
+    heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
+    length = 0 if hidden is None else hidden.shape[1]
+    count = 0 if hidden is None else len(hidden)
+    statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
-        collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics")
-    layer = Layer(index, A_log.detach().clone(), statistics)
-    if COLUMN not in config.parts:
-        A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
-        zeros = float((A_log == 0).sum()) / A_log.numel()
-        return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
-    kept = choose_states(config.judge_of(COLUMN), layer, keep, config.repair, config.seed)
-    repair = evaluate(statistics.normal.dense(), kept, config.repair) if statistics.normal else None
-    architecture.mask_states(mixer, kept, repair.mixing if repair else None)
-    if repair is None:
-        return LayerResult(tuple(kept))
-    errors = {"error": repair.error, "error_unrepaired": repair.error_unrepaired}
-    return LayerResult(tuple(kept), **errors, repaired=repair.mixing is not None)
+        collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
+    return Layer(index, rates[group].detach().clone(), statistics)
 
 
 def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -178,6 +272,7 @@ def collect(
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
+    group: int = 0,
     backend: str = "auto",
 ) -> None:
     """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
@@ -192,6 +287,7 @@ def collect(
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
+        group: the one whose states are wanted, where channels have several B and C.
         backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
@@ -207,7 +303,7 @@ def collect(
     for start in range(0, length, STRETCH):
         progress(label, start, length)
         for rows in groups:
-            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start):
+            for chunk in _chunks(architecture, block, next(stretches), carried, rows, start, group):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:
@@ -253,29 +349,36 @@ class _Carried:
         self.states: torch.Tensor | None = None  # (nsamples, D, N)
         self.history: torch.Tensor | None = None  # (nsamples, d_conv - 1, D)
 
-    def allocate(self, x: torch.Tensor, d_state: int, d_conv: int) -> None:
+    def allocate(self, x: torch.Tensor, rates: torch.Tensor, d_conv: int) -> None:
         if self.states is None:
-            self.states = x.new_zeros(self.nsamples, x.shape[2], d_state, dtype=torch.float32)
+            self.states = x.new_zeros(self.nsamples, *rates.shape, dtype=torch.float32)
             self.history = x.new_zeros(self.nsamples, d_conv - 1, x.shape[2])
 
 
 def _chunks(
-    architecture: Architecture, block: nn.Module, hidden: torch.Tensor, carried: _Carried, rows: slice, start: int
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    carried: _Carried,
+    rows: slice,
+    start: int,
+    group: int,
 ) -> Iterator[Chunk]:
-    """Hidden states of a stretch (rows, T, d_model), a few samples at a time."""
+    """Hidden states of a group over a stretch (rows, T, d_model), a few samples at a time."""
     mixer = architecture.mixer(block)
     x, z = architecture.expand(mixer, architecture.normed(block, hidden))
-    carried.allocate(x, mixer.A_log.shape[1], mixer.conv_kernel_size)
+    rates = architecture.rates(mixer)[group]  # (D, N)
+    carried.allocate(x, rates, mixer.conv_kernel_size)
     history = carried.history[rows]
-    inputs = architecture.scan_inputs(mixer, x, z, history)
+    inputs = architecture.scan_groups(mixer, architecture.scan_inputs(mixer, x, z, history))[group]
     carried.history[rows] = torch.cat([history, x], dim=1)[:, x.shape[1] :]
-    per_sample = (x.shape[1] + 1) * mixer.A_log.numel() * 4  # bytes of hidden states
-    for group in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
-        here = slice(rows.start + group.start, rows.start + group.stop)
-        part = inputs.sequences(group)
+    per_sample = (x.shape[1] + 1) * rates.numel() * 4  # bytes of hidden states
+    for few in _slices(inputs.batch, max(1, STATE_BYTES[x.device.type] // per_sample)):
+        here = slice(rows.start + few.start, rows.start + few.stop)
+        part = inputs.sequences(few)
         states = scan_states(part, carried.states[here])
         carried.states[here] = states[:, -1].transpose(1, 2)
-        yield Chunk(start, part, states)
+        yield Chunk(start, part, states, architecture.gains(mixer, group, part, states[:, 1:]))
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

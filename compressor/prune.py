@@ -48,13 +48,14 @@ def prune(
     """
     layers: list[LayerResult] = []
     removals: list[Removal] = []
+    only_removed = config.pattern in (LAYER, SSM_MODULE) and not config.fits_out_proj()
     if LAYER in config.parts or SSM_MODULE in config.parts:
         # every try runs most of the model, so all of it goes to the device
         tried = None if tokens is None else tokens.to(device)
-        remove = shed if config.pattern in (LAYER, SSM_MODULE) else choose_removals
+        remove = shed if only_removed else choose_removals
         removals = remove(model.to(device), architecture, tried, config, progress)
         model.cpu()
-    if config.pattern not in (LAYER, SSM_MODULE):
+    if not only_removed:
         removed = {removal.layer for removal in removals}
         layers = prune_layers(model, architecture, tokens, config, stored_dtypes, progress, removed, Stage(device))
     return Pruned(tuple(layers), tuple(removals))

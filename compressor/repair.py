@@ -88,11 +88,25 @@ def _eliminate_repaired(G: torch.Tensor, keep: int) -> list[int]:
 
 
 def _eliminate_unrepaired(G: torch.Tensor, keep: int) -> list[int]:
-    """The error of a removed set R is the sum of Q over R x R: adding j costs Q_jj + 2 sum_{r in R} Q_jr."""
+    """The same by the error as it is, for which only the entries (k, k) of vec(M) matter."""
     n = _d_state(G)
     diagonal = torch.arange(n) * (n + 1)  # the entries (k, k) of vec(I)
-    Q = G[diagonal][:, diagonal]
-    left, removed = list(range(n)), []
+    return eliminate_from(G[diagonal][:, diagonal], keep)
+
+
+def eliminate_from(Q: torch.Tensor, keep: int) -> list[int]:
+    """Greedy backward elimination where losing the set R costs the sum of Q over R x R.
+
+    Losing j after R costs Q_jj + 2 sum_{r in R} Q_jr more.
+
+    Args:
+        Q: (N, N) float64, symmetric.
+        keep: how many states stay.
+
+    Returns:
+        The kept states, ascending.
+    """
+    left, removed = list(range(len(Q))), []
     while len(left) > keep:
         cost = Q.diagonal() + 2 * Q[:, removed].sum(1)
         j = min(left, key=lambda state: (float(cost[state]), state))

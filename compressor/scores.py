@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import CompressConfig
+from .contributions import Contributions
 from .hessian import StateMoment
 from .masks import NM, Target, nm_mask, pruned_count, unstructured_mask
 from .patterns import COLUMN, Score
-from .repair import eliminate
+from .readers import ReadoutGrams, stretches_apart
+from .repair import eliminate, eliminate_from
 from .sparsegpt import sparsegpt_a_log
 from .statistics import (
+    STRETCH,
     NormalMatrix,
     SquaredReadout,
     SquaredStates,
@@ -34,6 +37,8 @@ class LayerStatistics:
     weighted: TimeWeighted | None = None
     vote: Vote | None = None
     normal: NormalMatrix | None = None
+    contributions: Contributions | None = None
+    readouts: ReadoutGrams | None = None
     states: States | None = None
 
     def wanted(self) -> Sequence[Statistic]:
@@ -50,7 +55,9 @@ class Layer:
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
 
 
-def statistics_for(config: CompressConfig, A_log: torch.Tensor, keep: int, length: int) -> LayerStatistics:
+def statistics_for(
+    config: CompressConfig, A_log: torch.Tensor, keep: int, length: int, heads: int | None = None, samples: int = 0
+) -> LayerStatistics:
     """Empty sums for what a run wants to know of a layer's states.
 
     Args:
@@ -58,17 +65,26 @@ def statistics_for(config: CompressConfig, A_log: torch.Tensor, keep: int, lengt
         A_log: (D, N) of the layer.
         keep: how many states will stay, for the pattern `column`.
         length: tokens of a calibration sample.
+        heads: of a group of a Mamba-2, whose C rows cannot be mixed; None for a Mamba-1.
+        samples: how many there are, for the statistics that keep some of the tokens.
     """
     column = COLUMN in config.parts
     score = config.judge_of(COLUMN) if column else config.judge
+    exact = column and (config.repair or score is Score.exact)
     return LayerStatistics(
         squares=SquaredStates() if score is Score.sparsessm_l2 else None,
         readout=SquaredReadout() if score in (Score.energy, Score.ghost) else None,
         weighted=TimeWeighted(time_weights(config.weighting, length)) if score is Score.sparsessm else None,
         vote=Vote(A_log, _nominate(config, A_log.shape[1] - keep), column) if score is Score.sparsessm_vote else None,
-        normal=NormalMatrix() if column and (config.repair or score is Score.exact) else None,
+        normal=NormalMatrix() if exact and heads is None else None,
+        contributions=Contributions(heads) if exact and heads is not None else None,
+        readouts=_readouts(A_log, length * samples, heads) if column and config.repair and heads is not None else None,
         states=States(StateMoment(A_log.shape[1], A_log.device)) if score is Score.sparsegpt else None,
     )
+
+
+def _readouts(A_log: torch.Tensor, tokens: int, heads: int) -> ReadoutGrams:
+    return ReadoutGrams(heads, stretches_apart(tokens, STRETCH, A_log.shape[1], heads))
 
 
 def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -145,6 +161,8 @@ def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int
         repair: whether the choice will be repaired; `exact` judges accordingly.
         seed: for `random`.
     """
+    if score is Score.exact and layer.statistics.contributions:
+        return eliminate_from(layer.statistics.contributions.errors(repair), keep)
     if score is Score.exact:
         return eliminate(layer.statistics.normal.dense(), keep, repair)
     importance = state_importance(score, layer, seed).cpu()

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ssmc.runtime.scan import Moments, ScanInputs, quartic_moment, sum_of_squares
 
 from .config import Weighting
 from .hessian import StateMoment
+
+STRETCH = 64  # time steps whose hidden states exist at once
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Chunk:
     start: int  # time step of the first token
     inputs: ScanInputs  # of this stretch: u, dt, z (B, T, D), B and C (B, T, N)
     states: torch.Tensor  # (B, T + 1, N, D) float32; entry t is the state before the stretch's token t
+    gains: torch.Tensor | None = None  # (B, T, D) by which a read-out is multiplied on its way to out_proj
 
     @property
     def before(self) -> torch.Tensor:
@@ -36,6 +40,12 @@ class Chunk:
     def after(self) -> torch.Tensor:
         """h_t, (B, T, N, D)."""
         return self.states[:, 1:]
+
+    def gain(self) -> torch.Tensor:
+        """By what a read-out is multiplied on its way to out_proj, (B, T, D): the gate silu(z), if nothing else."""
+        if self.gains is not None:
+            return self.gains
+        return torch.ones_like(self.inputs.u) if self.inputs.z is None else F.silu(self.inputs.z.float())
 
 
 class Statistic:

@@ -101,17 +101,20 @@ def split_target(options: dict[str, Any]) -> tuple[Target | None, dict[str, Any]
     return target, rest
 
 
-def configured(config: CompressConfig, removed: dict[str, float]) -> CompressConfig:
+def configured(config: CompressConfig, removed: dict[str, float], *, trial: bool = False) -> CompressConfig:
     """The ordinary run that removes these shares and is otherwise as `config` says.
 
     Args:
         config: with a pattern that has all parts of `removed`.
         removed: by part; parts that are not in it stay whole.
+        trial: leave the gradient steps out, which take long and change little about which sizes are best.
     """
     parts = [part for part in COMBINABLE if part in removed]
     options = config.model_dump(exclude_unset=True)
     options["pattern"] = "+".join(parts)
     options["sparsity"] = {part: round(removed[part], 6) for part in parts}
+    if trial or parts == [LAYER]:  # of whole layers nothing is left to refine
+        options.pop("refine", None)
     if isinstance(config.score, dict):
         options["score"] = {part: score for part, score in config.score.items() if part in parts} or None
     elif config.score is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from .channels import choose_channels, fit, refit
 from .hessian import SecondMoment
 from .patterns import BLIND, Score
 from .placement import device_of, samples
+
+# The choice of channels and the fit of x_proj look at no more tokens than the larger of these: more say next to nothing
+# new, and each costs two products with (D, D) matrices.
+TOKENS, TOKENS_PER_CHANNEL = 65536, 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def prune_channels(
         SecondMoment(d_inner, mixer.D.device) if wanted else None for wanted in (repair, score not in BLIND)
     )
     if read_by_x or read_by_out:
+        hidden = hidden[: _enough(hidden.shape[1], d_inner)]  # samples come in random order
         for i, sample in samples(hidden, device_of(block)):
             progress(label, i, len(hidden))
             u, y = architecture.scanned(block, sample)
@@ -77,40 +82,41 @@ def prune_channels(
     return kept
 
 
+def _enough(length: int, d_inner: int) -> int:
+    """How many samples of `length` tokens tell the second moments of `d_inner` channels."""
+    return math.ceil(max(TOKENS, TOKENS_PER_CHANNEL * d_inner) / length)
+
+
 def fit_out_proj(
     architecture: Architecture,
     block: nn.Module,
     hidden: torch.Tensor,
     stream: torch.Tensor,
-    kept: Sequence[int],
     progress: Progress = silent,
     label: str = "fit",
 ) -> Fitted:
-    """Fit the kept columns of out_proj, in place, so that the block's output comes closest to the dense model's.
+    """Fit out_proj, in place, so that the block's output comes closest to the dense model's.
 
     The target is the dense model's residual stream behind this layer less the pruned model's before it. So the layer
     also makes up for what the layers before it lost, removed ones included.
 
     Args:
         architecture: adapter of the model.
-        block: the pruned layer.
+        block: the pruned layer, without the channels that went.
         hidden: (nsamples, L, d_model) what it reads in the pruned model.
         stream: (nsamples, L, d_model) what the dense layer puts out in the dense model.
-        kept: channels whose columns are fitted; the others stay as they are.
         progress: told about samples.
         label: what to call the work.
     """
     out_proj = architecture.module_weights(architecture.mixer(block))["out_proj"]
     bias = architecture.mixer(block).out_proj.bias
-    index = torch.as_tensor(list(kept), device=out_proj.device)
-    moment = SecondMoment(len(index), out_proj.device)
-    cross = torch.zeros(len(out_proj), len(index), dtype=torch.float64, device=out_proj.device)
+    moment = SecondMoment(out_proj.shape[1], out_proj.device)
+    cross = torch.zeros(out_proj.shape, dtype=torch.float64, device=out_proj.device)
     energy = 0.0
     pairs = zip(samples(hidden, out_proj.device), samples(stream, out_proj.device), strict=True)
     for (i, sample), (_, dense) in pairs:
         progress(label, i, len(hidden))
-        _, y = architecture.scanned(block, sample)
-        y = y[0].float()[:, index]  # (L, K)
+        y = architecture.scanned(block, sample)[1][0].float()  # (L, D)
         target = (dense - sample)[0]  # (L, d_model)
         target = target if bias is None else target - bias
         moment.add(y)
@@ -118,11 +124,10 @@ def fit_out_proj(
         energy += float(target.double().square().sum())
     progress(label, len(hidden), len(hidden))
     total = moment.total
-    before = out_proj[:, index].double()
-    fitted = fit(cross, total)
-    out_proj[:, index] = fitted.to(out_proj)
-    errors = [_relative(weight, cross, total, energy) for weight in (fitted, before)]
-    return Fitted(*errors)
+    before = out_proj.double()
+    fitted = before + fit(cross - before @ total, total)  # so the ridge pulls to what was there, not to zero
+    out_proj.copy_(fitted)
+    return Fitted(*(_relative(weight, cross, total, energy) for weight in (fitted, before)))
 
 
 def _relative(weight: torch.Tensor, cross: torch.Tensor, moment: torch.Tensor, energy: float) -> float:

@@ -44,14 +44,14 @@ def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, une
     _check(masked, removed, layers, directory)
     architecture, sizes = masked.architecture, masked.dimensions
     shrunk = Shrunk(masked.tensors(), masked.config, [])
-    for name, total, cut in (
-        ("kept", sizes.d_state, architecture.cut_states),
-        ("kept_channels", sizes.d_inner, architecture.cut_channels),
+    for name, total, groups, cut in (
+        ("kept", sizes.groups * sizes.d_state, sizes.groups, "cut_states"),
+        ("kept_channels", sizes.d_inner, 1, "cut_channels"),
     ):
         kept = [layer.get(name) or list(range(total)) for layer in layers]
-        kept = _sized(kept, removed, total, uneven)
+        kept = _sized(kept, removed, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
-            shrunk = _then(shrunk, *cut(shrunk.tensors, shrunk.config, kept))
+            shrunk = _then(shrunk, *getattr(architecture, cut)(shrunk.tensors, shrunk.config, kept))
     if removed and "layer" in manifest["config"]["pattern"].split("+"):  # no loader has a block without an SSM
         shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, removed))
     return shrunk
@@ -86,17 +86,21 @@ def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str
             )
 
 
-def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool) -> list[list[int]]:
+def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:
     """The numbers that are cut out for good; those of removed layers do not matter and follow the others."""
-    most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total)
-    sized = []
+    most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total) // groups
+    whole, sized = total // groups, []
     for index, numbers in enumerate(kept):
-        if index in removed:
-            numbers = list(range(most))
-        elif not uneven:  # filled up with silent ones
-            silent = sorted(set(range(total)) - set(numbers))
-            numbers = sorted(numbers + silent[: most - len(numbers)])
-        sized.append(numbers)
+        filled = []
+        for block in (range(group * whole, (group + 1) * whole) for group in range(groups)):
+            own = [number for number in numbers if number in block]
+            if index in removed:
+                own = list(block)[:most]
+            elif not uneven:  # filled up with silent ones
+                silent = sorted(set(block) - set(own))
+                own = sorted(own + silent[: most - len(own)])
+            filled += own
+        sized.append(filled)
     return sized
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .checkpoints import Checkpoint, unpadded_vocab_size
 from .checkpoints.reading import read_json
-from .checkpoints.sources import TINY, download_tokenizer, is_hub_id
+from .checkpoints.sources import EMBEDDED, TINY, download_tokenizer, is_hub_id
 from .errors import CheckpointError
 from .tiny import TINY_DIRECTORY
 
@@ -88,6 +88,8 @@ def tokenizer_directory(model: Checkpoint | OnnxExport | str | Path, override: s
     if override is not None:
         return _find(override)
     directory = Path(model) if isinstance(model, str | Path) else model.directory
+    if directory in EMBEDDED.values():
+        return TINY_DIRECTORY
     if has_tokenizer(directory):
         return directory
     if isinstance(model, Checkpoint) and unpadded_vocab_size(model.config) in _NEOX_SIZES:

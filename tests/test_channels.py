@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor import Score, configure, prune_layers
+from ssmc.compressor import Score, configure, prune_layers, widths
 from ssmc.compressor.channels import RIDGE, choose_channels, eliminate_channels, fit, refit
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 
@@ -151,7 +151,8 @@ def test_the_first_layer_by_hand_from_transformers_own_activations(model, tokens
     read = after["out_proj"][0].flatten(0, 1).double()[:, kept]
     bias = model.backbone.layers[0].mixer.out_proj.bias.detach()
     target = (dense["block"][1] - after["block"][0] - bias).flatten(0, 1).double()
-    direct = lstsq(read.numpy(), target.numpy(), ridge_of(read))
+    old = weight[:, kept].double()
+    direct = lstsq(read.numpy(), (target - read @ old.t()).numpy(), ridge_of(read)) + old.numpy()
     fitted = pruned.backbone.layers[0].mixer.out_proj.weight[:, kept].detach()
     np.testing.assert_allclose(fitted, direct, rtol=1e-2, atol=1e-4)
     error = ((target - read @ fitted.double().t()) ** 2).sum() / (target**2).sum()
@@ -168,7 +169,8 @@ def test_later_layers_are_fitted_to_the_dense_models_stream(model, tokens, remov
     read = after["out_proj"][0].flatten(0, 1).double()[:, kept]
     bias = model.backbone.layers[2].mixer.out_proj.bias.detach()
     target = (dense["block"][1] - after["block"][0] - bias).flatten(0, 1).double()
-    direct = lstsq(read.numpy(), target.numpy(), ridge_of(read))
+    old = model.backbone.layers[2].mixer.out_proj.weight.detach()[:, kept].double()
+    direct = lstsq(read.numpy(), (target - read @ old.t()).numpy(), ridge_of(read)) + old.numpy()
     fitted = pruned.backbone.layers[2].mixer.out_proj.weight[:, kept].detach()
     np.testing.assert_allclose(fitted, direct, rtol=1e-2, atol=1e-4)
     for layer in removed:
@@ -253,3 +255,26 @@ def test_widths_and_states_of_their_own_for_each_layer(model, tokens):
 def test_the_same_run_gives_the_same_bits(model, tokens):
     first, second = (prune(model, tokens, pattern="column+channel")[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_text_than_tells_the_moments_is_left_out(monkeypatch):
+    """The choice looks at the first samples that hold enough tokens, and at no others."""
+    model = use_fast_scan(random_model())
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(4, 16, model.config.hidden_size, generator=generator)
+    hidden[2:] *= torch.logspace(0, 1, 16)[:, None]  # other text, which would decide otherwise
+    d_inner = model.config.intermediate_size
+    monkeypatch.setattr(widths, "TOKENS_PER_CHANNEL", 0)
+
+    def pruned(samples, tokens):
+        monkeypatch.setattr(widths, "TOKENS", tokens)
+        block = copy.deepcopy(model.backbone.layers[0])
+        with torch.no_grad():
+            kept = widths.prune_channels(ARCHITECTURE, block, samples, Score.obs, d_inner // 2, True, 0)
+        return kept, block.mixer.x_proj.weight
+
+    kept, x_proj = pruned(hidden, tokens=2 * 16)
+    first, refitted = pruned(hidden[:2], tokens=10**6)
+    everything, _ = pruned(hidden, tokens=10**6)
+    assert kept == first != everything
+    assert torch.equal(x_proj, refitted)

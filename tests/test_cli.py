@@ -101,8 +101,8 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("ssmc ", {"compress", "export", "bench", "eval", "generate"}),
-        ("ssmc compress ti", {"tiny"}),
+        ("ssmc ", {"compress", "export", "bench", "eval", "generate", "inspect"}),
+        ("ssmc compress ti", {"tiny", "tiny-mamba2"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
         ("ssmc compress tiny --pattern column+", {"column+channel", "column+layer"}),

@@ -123,7 +123,8 @@ def test_targets_run_in_order_whatever_the_order_asked():
         ({"pattern": "channel", "score": "magnitude", "repair": False}, False),
         ({"pattern": "column+channel", "score": "channel=random,column=random", "repair": False}, False),
         ({"pattern": "column+channel", "score": "channel=random", "repair": False}, True),
-        ({"pattern": "layer", "score": "random"}, False),
+        ({"pattern": "layer", "score": "random"}, True),  # for the repair
+        ({"pattern": "layer", "score": "random", "repair": False}, False),
     ],
 )
 def test_text_is_read_only_when_something_is_decided_by_it(options, needs):

@@ -15,6 +15,7 @@ from ssmc.exporters import export
 from ssmc.runtime.bench import benchmark, findings, summary_rows
 from ssmc.runtime.bench.memory import MemoryProcessError
 from ssmc.runtime.bench.sources import find_sources, runnable
+from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.evaluation import evaluate_models
 from ssmc.runtime.fast import use_fast_scan
@@ -101,6 +102,11 @@ def test_the_command_runs_an_export(capsys, tiny_onnx):
     outcome = run(capsys, "generate", tiny_onnx, PROMPTS[0], "--max-new-tokens", 6)
     assert outcome.out == PROMPTS[0] + text + "\n"
     assert "tiny-onnx, onnx: read 4 tokens" in outcome.err
+
+
+def test_what_only_torch_reads_says_so(tiny_onnx):
+    with pytest.raises(CheckpointError, match="export to ONNX"):
+        load_checkpoint(tiny_onnx)
 
 
 def test_of_an_artefact_the_export_for_torch_is_opened(artefact):

@@ -76,6 +76,19 @@ def test_padded_prompts_are_what_each_is_alone(session):
         np.testing.assert_allclose(then[row], wanted[-1], **CLOSE)
 
 
+def test_a_long_prompt_is_read_in_pieces_where_all_logits_would_be_too_many(session, monkeypatch):
+    monkeypatch.setattr("ssmc.runtime.generation.onnx_session.LOGITS_AT_ONCE", 2 * 3 * graphs.V)  # two tokens of three
+    lengths = []
+    read = session._read
+    monkeypatch.setattr(session, "_read", lambda tokens, mask: (lengths.append(tokens.shape[1]), read(tokens, mask))[1])
+    prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :1].tolist(), TOKENS[2, :4].tolist()]
+    session.reset()
+    got = session.prefill(*pad_left(prompts))
+    assert lengths == ([2, 2, 1] if session.graph.all_logits else [5])
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_allclose(got[row], graphs.naive_logits(np.array([prompt]))[0, -1], **CLOSE)
+
+
 def test_greedy_generation_follows_the_recurrence(session):
     tokens = [4, 9]
     for _ in range(12):

@@ -155,6 +155,13 @@ def test_scores_of_parts_that_stay_whole_are_left_out():
     assert found.judge_of("column").value == "energy"
 
 
+def test_trials_and_whole_layers_are_not_refined():
+    config = configure(model="m", pattern="layer+column", refine=5)
+    assert configured(config, {"layer": 0.5, "column": 0.5}).refine == 5
+    assert configured(config, {"layer": 0.5, "column": 0.5}, trial=True).refine == 0
+    assert configured(config, {"layer": 0.5}).refine == 0
+
+
 def test_without_a_goal_options_are_left_alone():
     assert split_target({"model": "m", "sparsity": 0.5}) == (None, {"model": "m", "sparsity": 0.5})
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ssmc.compressor import compress, read_recipe
-from ssmc.compressor.find import Samples
 from ssmc.compressor.patterns import COMBINABLE
+from ssmc.compressor.samples import Samples
 from ssmc.exporters import export
 from ssmc.runtime.architectures import Dimensions
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table

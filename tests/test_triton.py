@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.models.mamba import modeling_mamba
 
@@ -42,7 +43,7 @@ def moved(inputs: ScanInputs, **changes: torch.Tensor | None) -> ScanInputs:
 def scanned(inputs: ScanInputs, state: torch.Tensor | None = None, plan: gpu.Plan | None = SHORT_CHUNKS):
     """Output and final state on the CPU, as the kernels compute them."""
     state = None if state is None else state.to(DEVICE)
-    return [t.cpu() for t in gpu.selective_scan(moved(inputs), state, plan)]
+    return [t.cpu() for t in gpu.selective_scan(moved(inputs), state, plan=plan)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -92,7 +93,7 @@ def test_pieces_equal_the_whole_and_leave_the_state_given_alone():
     whole, end = scanned(inputs)
     first, middle = scanned(tokens(inputs, slice(0, 5)))
     state = middle.to(DEVICE)
-    second, last = gpu.selective_scan(moved(tokens(inputs, slice(5, None))), state, SHORT_CHUNKS)
+    second, last = gpu.selective_scan(moved(tokens(inputs, slice(5, None))), state, plan=SHORT_CHUNKS)
     assert torch.equal(state.cpu(), middle)
     assert difference(torch.cat([first, second.cpu()], dim=1), whole) < EXACT
     assert difference(last.cpu(), end) < EXACT
@@ -232,7 +233,7 @@ except UsageError as error:
 def compiled(kernel, **constants):
     names = kernel.arg_names
     types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names}
-    types |= {n: "*bf16" for n in ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr") if n in names}
+    types |= {n: "*bf16" for n in ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr") if n in names}
     aligned = [n for n in names if n.endswith(("_ptr", "_batch", "_token")) or n == "channels"]
     source = ASTSource(
         kernel,
@@ -246,6 +247,11 @@ for kernel, more in ((kernels.chunk_ends_kernel, {}), (kernels.scan_kernel, dict
     loops = re.findall(r"(\$L__BB\S+):(.*?)bra(?:\.uni)? +\t*\1;", compiled(kernel, **options, **more), re.S)
     loop = max((body for _, body in loops), key=len)
     print(len(re.findall("ex2.approx.ftz.f32", loop)), len(re.findall("bar.sync|shfl|shared", loop)))
+whole = dict(BLOCK=64, SOFTPLUS=False)
+compiled(kernels.states_kernel, PARTS=(8, 4), LANE=2, TOKENS=1, WHOLE=False, CONTINUES=False, **whole)
+compiled(kernels.token_kernel, PARTS=(8, 4), STATES=12, WHOLE=False, GATED=False, **whole)
+compiled(kernels.moments_kernel, PART=16, GATED=True, CONTINUES=True, **whole)
+compiled(kernels.conv_kernel, WIDTH=4, TOKENS=16, BLOCK=128, BIASED=True, CONTINUES=True)
 """
 
 
@@ -379,3 +385,24 @@ def test_statistics_of_a_layer_are_the_same_from_sums_as_from_states(monkeypatch
     monkeypatch.setattr(pipeline, "scan_states", None)  # nobody asks for states
     for got, value in zip(collected("triton", DEVICE), wanted, strict=True):
         assert difference(got, value) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "length", "channels", "width"), [(2, 1, 130, 4), (2, 19, 128, 4), (1, 2, 5, 3)])
+@pytest.mark.parametrize("continues", [True, False])
+def test_the_convolution_equals_torch(dtype, batch, length, channels, width, continues):
+    generator = torch.Generator().manual_seed(0)
+    projected = torch.randn(batch, length, 2 * channels, generator=generator).to(dtype)
+    x = projected[..., :channels]  # as in_proj puts it out
+    weight = torch.randn(channels, 1, width, generator=generator).to(dtype)
+    bias = torch.randn(channels, generator=generator).to(dtype) if batch > 1 else None
+    window = torch.randn(batch, channels, width, generator=generator).to(dtype)  # as transformers' cache holds it
+    history = window[..., 1:].transpose(1, 2) if continues else None
+    before = torch.zeros(batch, width - 1, channels) if history is None else history.float()
+    padded = torch.cat([before, x.float()], dim=1).transpose(1, 2).double()
+    wanted = F.conv1d(padded, weight.double(), None if bias is None else bias.double(), groups=channels)
+    wanted = F.silu(wanted).transpose(1, 2)
+    given = [None if t is None else t.to(DEVICE) for t in (x, weight, bias, history)]
+    got = gpu.causal_conv_silu(*given).cpu()
+    assert got.dtype == dtype
+    assert difference(got.float(), wanted) < (EXACT if dtype == torch.float32 else torch.finfo(dtype).eps)

@@ -22,7 +22,7 @@ from ssmc.runtime.versions import versions
 from ..runs_where import Runtime
 from ..shrink import Shrunk, shrink
 from ..verify import Comparison, sample_tokens
-from .graph import DTYPES, LAYERS, LOGITS, Settings, build
+from .graph import DTYPES, LAYERS, LOGITS, Settings, build, require_family
 from .quality import Quality, measure
 from .quantize import quantize_int8
 from .running import open_written
@@ -118,6 +118,7 @@ def export_onnx(
     """
     progress("reading the model", 0, 4)
     source = read_source(directory)
+    require_family(source.shrunk.config)
     if out is None:
         name = Path(directory).name
         out = Path(f"{name}-onnx") if source.manifest is None else Path(directory).expanduser() / FORMAT

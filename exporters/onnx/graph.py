@@ -53,6 +53,19 @@ class Built:
     layers: tuple[dict[str, int], ...]  # sizes of every layer, as its module names them
 
 
+def require_family(config: Any) -> None:
+    """Refuse a family that has no graph.
+
+    Raises:
+        CheckpointError: naming those that have.
+    """
+    if config.model_type not in LAYERS:
+        raise CheckpointError(
+            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS)}. "
+            "Export to another format."
+        )
+
+
 def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) -> Built:
     """Write a model as a graph.
 
@@ -68,11 +81,7 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     Raises:
         CheckpointError: there is no graph for this family.
     """
-    if config.model_type not in LAYERS:
-        raise CheckpointError(
-            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS)}. "
-            "Export to another format."
-        )
+    require_family(config)
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(
             f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
-from .base import Architecture, Cut, Dimensions
+from .base import Architecture, Cut, Dimensions, Readers
 from .mamba import MambaArchitecture
 from .mamba2 import Mamba2Architecture
 
-__all__ = ["ARCHITECTURES", "Architecture", "Cut", "Dimensions", "architecture_for"]
+__all__ = ["ARCHITECTURES", "Architecture", "Cut", "Dimensions", "Readers", "architecture_for"]
 
 ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (MambaArchitecture(), Mamba2Architecture())}
 

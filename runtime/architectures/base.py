@@ -24,6 +24,16 @@ class Dimensions:
     d_conv: int
     vocab_size: int  # rows of the embedding, padding rows included
 
+    @property
+    def groups(self) -> int:
+        """Groups of channels with a B and C of their own, each with `d_state` states."""
+        return 1
+
+    @property
+    def heads(self) -> int | None:
+        """Heads of channels that share a decay rate; None where every channel has its own, for every state."""
+        return None
+
     def as_dict(self) -> dict[str, int]:
         """The sizes by name, for manifests and reports."""
         return asdict(self)
@@ -40,6 +50,16 @@ class Cut:
     name: str  # "backbone.layers.0.mixer.x_proj"
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What makes C = silu(conv1d(in_proj(x))) of one group of a Mamba-2: views into the mixer's parameters."""
+
+    weight: torch.Tensor  # (N, d_model) of in_proj
+    in_bias: torch.Tensor | None  # (N,)
+    taps: torch.Tensor  # (N, d_conv) of conv1d
+    bias: torch.Tensor | None  # (N,)
 
 
 class Architecture(Protocol):
@@ -86,13 +106,29 @@ class Architecture(Protocol):
     ) -> ScanInputs | SsdInputs:
         """Everything between in_proj and the scan; `history` holds the d_conv - 1 inputs before x.
 
-        With `has_gpu_scan`, `fuse=True` leaves bias and softplus of dt to the scan (`ScanInputs.dt_bias`).
+        With `has_gpu_scan`, `fuse=True` uses kernels for a GPU and leaves softplus to the scan (`ScanInputs.dt_bias`).
         """
 
     def scan(
         self, mixer: nn.Module, inputs: Any, state: torch.Tensor | None = None, backend: str = "auto"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), from what `scan_inputs` returns, and the state after the last token."""
+
+    def scan_groups(self, mixer: nn.Module, inputs: Any) -> list[ScanInputs]:
+        """The scan as independent scans of Mamba-1's form, one for each group of channels with a B and C of its own."""
+
+    def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
+        """A_log as each of these groups has it, (D, N)."""
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
+        """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
+        (B, L, N, D); None: by the gate silu(z)."""
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """What makes C of a group; only for families with heads."""
+
+    def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
+        """Add to the skip D of a group's heads, in place; only for families with heads."""
 
     def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
@@ -122,6 +158,12 @@ class Architecture(Protocol):
 
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept` in place."""
+
+    def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        """A copy of a block with some of its channels only: what the block computes when the others are silent."""
+
+    def widen(self, block: nn.Module, narrow: nn.Module, kept: Sequence[int]) -> None:
+        """Write the weights of a block made by `narrowed` back to their places in `block`, and silence the rest."""
 
     def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
         """Whether every channel outside `kept` is silent, so that cutting it changes nothing."""

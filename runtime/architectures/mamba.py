@@ -16,7 +16,7 @@ from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
 from .backbone import BackboneArchitecture, causal_conv, cut_tensors
-from .base import Cut, Dimensions
+from .base import Cut, Dimensions, Readers
 
 # Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
 _CHANNEL_AXES = {"in_proj.weight": 0, "in_proj.bias": 0, "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1}
@@ -69,9 +69,9 @@ class MambaArchitecture(BackboneArchitecture):
             z: (B, L, D) the gate before silu.
             history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
-            fuse: leave bias and softplus of dt to the scan, which then reads it as dt_proj puts it out.
+            fuse: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan.
         """
-        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        u = _convolved(mixer, x, history, fuse)
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
@@ -91,6 +91,25 @@ class MambaArchitecture(BackboneArchitecture):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
         return selective_scan(inputs, state, backend, in_place)
+
+    def scan_groups(self, mixer: nn.Module, inputs: ScanInputs) -> list[ScanInputs]:
+        """All channels read the same B and C."""
+        return [inputs]
+
+    def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
+        """A_log itself, (D, N)."""
+        return [mixer.A_log]
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:
+        """The gate alone stands between the scan and out_proj."""
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """C of a Mamba-1 comes straight from x_proj."""
+        raise ValueError("a Mamba-1 has no heads")
+
+    def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
+        """The repair of a Mamba-1 folds into x_proj and leaves D alone."""
+        raise ValueError("a Mamba-1 has no heads")
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""
@@ -176,15 +195,33 @@ class MambaArchitecture(BackboneArchitecture):
             mixer: a MambaMixer.
             kept: the channels that stay, of D.
         """
-        parameters = dict(mixer.named_parameters())
-        dropped = torch.ones(mixer.intermediate_size, dtype=torch.bool, device=mixer.D.device)
-        dropped[torch.as_tensor(list(kept), dtype=torch.long)] = False
+        dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
         with torch.no_grad():
-            for name, axis in _CHANNEL_AXES.items():
-                if name in parameters and name != "A_log":
-                    halves = len(parameters[name]) // len(dropped) if name.startswith("in_proj") else 1
-                    index = (slice(None),) * axis + (dropped.repeat(halves),)
-                    parameters[name][index] = 0
+            for name, (axis, index) in _channel_indices(mixer, dropped).items():
+                if name != "A_log":
+                    mixer.get_parameter(name).index_fill_(axis, index, 0)
+
+    def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        """A copy of a block with some of its channels only, for `normed`, `scanned` and a forward with the fast scan.
+
+        Args:
+            block: a MambaBlock.
+            kept: the channels the copy has, of D.
+        """
+        narrow = copy.deepcopy(block)
+        for name, (axis, index) in _channel_indices(narrow.mixer, kept).items():
+            parent, _, leaf = name.rpartition(".")
+            tensor = narrow.mixer.get_parameter(name).detach().index_select(axis, index)
+            setattr(narrow.mixer.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+        narrow.mixer.intermediate_size = len(kept)
+        return narrow
+
+    def widen(self, block: nn.Module, narrow: nn.Module, kept: Sequence[int]) -> None:
+        """Write the weights of a block made by `narrowed` back to their places in `block`, and silence the rest."""
+        with torch.no_grad():
+            for name, (axis, index) in _channel_indices(block.mixer, kept).items():
+                block.mixer.get_parameter(name).index_copy_(axis, index, narrow.mixer.get_parameter(name))
+        self.mask_channels(block.mixer, kept)
 
     def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
         """Whether every channel outside `kept` has zero columns in x_proj and out_proj: nobody reads it."""
@@ -219,3 +256,21 @@ class MambaArchitecture(BackboneArchitecture):
         """The B rows and the C rows of x_proj."""
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         return slice(r, r + n), slice(r + n, r + 2 * n)
+
+
+def _convolved(mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None, fuse: bool) -> torch.Tensor:
+    """The activated convolution, (B, L, D)."""
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    if fuse and mixer.activation in ("silu", "swish"):
+        from ..scan.gpu import causal_conv_silu  # imports triton, which is there when the scan runs on a GPU
+
+        return causal_conv_silu(x, weight, bias, history)
+    return mixer.act(causal_conv(x, weight, bias, history))
+
+
+def _channel_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tuple[int, torch.Tensor]]:
+    """Where a mixer's parameters have some channels: name -> axis, indices. Biases are optional."""
+    index = torch.as_tensor(list(channels), dtype=torch.long, device=mixer.D.device)
+    twice = torch.cat([index, mixer.intermediate_size + index])
+    names = [name for name, _ in mixer.named_parameters() if name in _CHANNEL_AXES]
+    return {name: (_CHANNEL_AXES[name], twice if name.startswith("in_proj") else index) for name in names}

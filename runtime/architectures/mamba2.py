@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Mamba2Config
 
-from ..scan import SsdInputs, ssd_scan
+from ..scan import ScanInputs, SsdInputs, ssd_scan
 from .backbone import BackboneArchitecture, causal_conv, cut_tensors
-from .base import Cut, Dimensions
+from .base import Cut, Dimensions, Readers
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class Mamba2Dimensions(Dimensions):
 
     head_dim: int
     n_groups: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads, each with B and C of its own."""
+        return self.n_groups
+
+    @property
+    def heads(self) -> int:
+        """Heads of head_dim channels."""
+        return self.dt_rank
 
     def state_bytes(self, itemsize: int = 4) -> int:
         """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
@@ -108,6 +118,56 @@ class Mamba2Architecture(BackboneArchitecture):
         """What out_proj reads, (B, L, D), and the state after the last token, (B, H, P, N)."""
         y, state = ssd_scan(inputs, state, backend)
         return mixer.norm(y, inputs.z), state
+
+    def scan_groups(self, mixer: nn.Module, inputs: SsdInputs) -> list[ScanInputs]:
+        """The groups of heads; a head is a Mamba-1 whose channels have one time step and one rate between them."""
+        by_channel = inputs.dt.repeat_interleave(inputs.head_dim, dim=2)
+        skip = inputs.D.repeat_interleave(inputs.head_dim)
+        width, groups = inputs.d_inner // inputs.groups, []
+        for group, A_log in enumerate(self.rates(mixer)):
+            channels = slice(group * width, (group + 1) * width)
+            groups.append(
+                ScanInputs(
+                    u=inputs.u[..., channels],
+                    dt=by_channel[..., channels],
+                    A=-torch.exp(A_log.float()),
+                    B=inputs.B[:, :, group],
+                    C=inputs.C[:, :, group],
+                    D=skip[channels],
+                    z=None if inputs.z is None else inputs.z[..., channels],
+                )
+            )
+        return groups
+
+    def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
+        """A_log of each group, (D / G, N): a head's one number for all of its channels and states."""
+        by_channel = mixer.A_log.repeat_interleave(mixer.head_dim)[:, None]  # (D, 1)
+        return list(by_channel.expand(-1, mixer.ssm_state_size).chunk(mixer.n_groups))
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor:
+        """Gate and gated norm; the norm's factor is that of the whole read-out, with all states there."""
+        gate = F.silu(inputs.z.float())  # (B, L, D)
+        y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
+        scale = torch.rsqrt((y * gate).square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+        return gate * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
+
+    def readers(self, mixer: nn.Module, group: int) -> Readers:
+        """The C rows of in_proj and the C channels of conv1d of a group."""
+        n, first = mixer.ssm_state_size, mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size
+        channels = slice(first + group * n, first + (group + 1) * n)
+        rows = slice(mixer.intermediate_size + channels.start, mixer.intermediate_size + channels.stop)  # z comes first
+        in_bias, bias = mixer.in_proj.bias, mixer.conv1d.bias
+        return Readers(
+            weight=mixer.in_proj.weight.data[rows],
+            in_bias=None if in_bias is None else in_bias.data[rows],
+            taps=mixer.conv1d.weight.data[channels, 0],
+            bias=None if bias is None else bias.data[channels],
+        )
+
+    def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
+        """Add to the skip D of a group's heads, in place; `change` is (H / G,)."""
+        with torch.no_grad():
+            mixer.D.view(mixer.n_groups, -1)[group] += change.to(mixer.D)
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D + 2 G N, K); views."""

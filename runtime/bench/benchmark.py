@@ -100,7 +100,7 @@ def benchmark(
     in_torch = [subject for subject in subjects if subject.runtime == "torch"]
     checkpoints = [subject.checkpoint for subject in subjects]
     tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
-    require_same_tokens(in_torch, tokenizer)
+    require_same_tokens(subjects, tokenizer)
     load_before = load_average()
     notes += left_out + busy_note(load_before) + dtypes_note(subjects)
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]

@@ -65,7 +65,7 @@ def record(step: Decoding, device: torch.device) -> Callable[[], torch.Tensor]:
     if device.type != "cuda":
         raise NotRecordable("CUDA graphs need a CUDA device")
     try:
-        replay = _capture(step.run, device)
+        replay = capture(step.run, device)
         difference = _difference(step, replay)
     except RuntimeError as error:
         raise NotRecordable(first_line(error)) from error
@@ -85,8 +85,12 @@ def states_stay(step: Decoding) -> bool:
     return changed and before == [state.data_ptr() for state in after]
 
 
-def _capture(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """Record one call, after a few on a stream of their own so that everything is allocated and chosen."""
+def capture(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    """Record one call as a CUDA graph, after a few on a stream of their own so that everything is allocated and chosen.
+
+    Raises:
+        RuntimeError: it does something a graph cannot hold.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -148,10 +149,14 @@ def _perplexity_note(report: Report) -> str:
 def _recipe(model: Model) -> str:
     if not model.recipe:
         return ""
-    text = ", ".join(
-        f"{key} {'yes' if value is True else 'no' if value is False else value}" for key, value in model.recipe.items()
-    )
-    return f"{model.name}: {text}"
+    return f"{model.name}: {', '.join(f'{key} {_value(value)}' for key, value in model.recipe.items())}"
+
+
+def _value(value: Any) -> str:
+    """A value of a recipe in words; a combined pattern has one for each part."""
+    if isinstance(value, dict):
+        return " and ".join(f"{content} of {part}" for part, content in value.items())
+    return str(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
 def _settings(report: Report) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ..checkpoints import Checkpoint
 from ..errors import CheckpointError, SsmcError
 from ..generation import OnnxExport, load_onnx_export
@@ -56,7 +57,7 @@ def read_tokens(
     if settings.max_windows is not None:
         tokens = tokens[: settings.max_windows * settings.window]
     notes = []
-    if source is None and dense.source != "tiny":
+    if source is None and dense.source not in EMBEDDED_MODELS:
         notes.append(
             "Perplexity was measured on the embedded sample of simple stories, a fair text only for the embedded model "
             "`tiny`. For any other model name held-out text like what it will read."
@@ -70,11 +71,12 @@ def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> N
     Raises:
         CheckpointError: one cuts text into other tokens.
     """
-    dense = subjects[0].checkpoint
-    texts = read_texts(heldout_path())
-    for subject in subjects:
-        own = tokenizer_directory(subject.checkpoint, None) if subject.source.smaller else None
-        if own is None or tokenizer_directory(dense, tokenizer) is None:
+    smaller = [subject for subject in subjects if subject.source.smaller]
+    if not smaller:
+        return
+    dense, texts = subjects[0].checkpoint, read_texts(heldout_path())
+    for subject in smaller:
+        if None in (tokenizer_directory(subject.checkpoint, None), tokenizer_directory(dense, tokenizer)):
             continue
         theirs, ours = (
             tokenize(texts, load_tokenizer(c, t)) for c, t in ((subject.checkpoint, None), (dense, tokenizer))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, load_checkpoint
+from ..checkpoints.packed_format import FILE as PACKED_FILE
 from ..checkpoints.reading import SINGLE_FILES, read_json
 from ..errors import CheckpointError, UsageError
 from ..generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
@@ -158,7 +159,7 @@ def weight_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
     if isinstance(checkpoint, OnnxExport):
         return checkpoint.weight_bytes
     directory = checkpoint.directory
-    for single in SINGLE_FILES:
+    for single in (*SINGLE_FILES, PACKED_FILE):
         index = directory / f"{single}.index.json"
         if (directory / single).is_file():
             return (directory / single).stat().st_size

@@ -12,7 +12,7 @@ from torch import nn
 from ..architectures import Architecture
 from ..generation import OnnxSession
 from ..losses import vocab_size
-from ..scan import ScanInputs, SsdInputs
+from ..scan import ScanInputs, SsdInputs, accelerator
 
 if TYPE_CHECKING:
     from ..losses import LanguageModel
@@ -102,9 +102,12 @@ def _afresh(session: OnnxSession, tokens: torch.Tensor) -> torch.Tensor:
 def scan(
     model: nn.Module, architecture: Architecture, batch: int, length: int, backend: str
 ) -> Callable[[], torch.Tensor]:
-    """The scan of the first layer with its gate, alone, on what that layer computes from (B, L) tokens."""
+    """The scan of the first layer with its gate, alone, on what that layer computes from (B, L) tokens.
+
+    Kernels for a GPU have the bias and the softplus of the time steps in them, as when the model runs.
+    """
     mixer = architecture.mixer(architecture.blocks(model)[0])
-    inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length))
+    inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length), backend)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
@@ -114,9 +117,12 @@ def scan(
 
 
 @torch.inference_mode()
-def first_scan_inputs(model: nn.Module, architecture: Architecture, tokens: torch.Tensor) -> ScanInputs | SsdInputs:
-    """What the scan of the first layer reads for (B, L) tokens."""
+def first_scan_inputs(
+    model: nn.Module, architecture: Architecture, tokens: torch.Tensor, backend: str = "auto"
+) -> ScanInputs | SsdInputs:
+    """What the scan of the first layer reads for (B, L) tokens, by that backend."""
     block = architecture.blocks(model)[0]
     mixer = architecture.mixer(block)
     x, z = architecture.expand(mixer, architecture.normed(block, model.get_input_embeddings()(tokens)))
-    return architecture.scan_inputs(mixer, x, z)
+    on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None
+    return architecture.scan_inputs(mixer, x, z, **({"fuse": True} if on_gpu else {}))

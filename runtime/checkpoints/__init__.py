@@ -19,8 +19,10 @@ from .checkpoint import (
 )
 from .mamba_ssm_format import unpadded_vocab_size
 from .model import parameter_counter
+from .sources import EMBEDDED
 
 __all__ = [
+    "EMBEDDED",
     "FORMATS",
     "Checkpoint",
     "load_checkpoint",

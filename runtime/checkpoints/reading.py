@@ -73,6 +73,11 @@ def read_tensors(
             return _read_shards([directory / single], progress)
         if os.path.lexists(index):
             return _read_indexed(index, Path(single).suffix, progress)
+    if (directory / "model.onnx").is_file():
+        raise CheckpointError(
+            f"{directory} is an export to ONNX, which torch cannot read: `ssmc generate`, `ssmc eval` "
+            "and `ssmc bench` take it. Name the model it was made from."
+        )
     raise CheckpointError(
         f"{directory} holds no weights: none of {', '.join(files)} or their .index.json is in it. "
         "Download or copy the model again."

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..tiny import TINY_DIRECTORY
+from ..tiny2 import TINY2_DIRECTORY
 
 TINY = "tiny"
+EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY}
+"""The models that come with ssmc, by name; both have the tokenizer and the texts of `tiny`."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DESCRIPTIONS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json")
@@ -19,14 +22,15 @@ def find_directory(source: str | Path) -> Path:
     """The directory of a model, downloaded first if it is a hub id.
 
     Args:
-        source: "tiny" for the embedded model (a folder of that name is "./tiny"), a directory, or `owner/name` on the
-            hub. What exists here, starts with `.`, `/` or `~` or is not of the form owner/name never goes to the hub.
+        source: "tiny" or "tiny-mamba2" for an embedded model (a folder of that name is "./tiny"), a directory, or
+            `owner/name` on the hub. What exists here, starts with `.`, `/` or `~` or is not of the form owner/name
+            never goes to the hub.
 
     Raises:
         CheckpointError: there is no such directory, or it cannot be downloaded.
     """
-    if source == TINY:
-        return TINY_DIRECTORY
+    if source in EMBEDDED:
+        return EMBEDDED[source]
     try:
         path = Path(source).expanduser()
         if path.is_dir() and source != "":  # which Path takes for the current folder
@@ -41,7 +45,7 @@ def find_directory(source: str | Path) -> Path:
         return download(source)
     raise CheckpointError(
         f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging "
-        f"Face hub as owner/name, or {TINY}, the embedded model."
+        f"Face hub as owner/name, or an embedded model, {' or '.join(EMBEDDED)}."
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from ..losses import LOGITS_AT_ONCE
 from .onnx_graph import IDS, LOGITS, MASK, Graph, Slot, reason
 from .session import Tokens, as_tokens, check_batch, check_mask
 
@@ -47,7 +48,11 @@ class OnnxSession:
         if not self._fresh:
             check_batch(tokens, self._batch)
         mask = torch.ones_like(tokens) if mask is None else check_mask(mask, tokens, fresh=self._fresh)
-        return self._read(tokens, mask)[:, -1]
+        # a graph that gives all logits would hold (B, L, V) of them for the last one's sake
+        most = max(1, LOGITS_AT_ONCE // (self.vocab_size * len(tokens))) if self.graph.all_logits else tokens.shape[1]
+        for piece in zip(tokens.split(most, dim=1), mask.split(most, dim=1), strict=True):
+            logits = self._read(*piece)
+        return logits[:, -1]
 
     def step(self, tokens: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Read one more token (B,) of every sequence and score what follows, (B, V)."""

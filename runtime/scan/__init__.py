@@ -59,7 +59,7 @@ def selective_scan(
     """
     module = _choose(backend, inputs, state, "cpu_backward")
     if accelerates(module):
-        return module.selective_scan(inputs, state, in_place)
+        return module.selective_scan(inputs, state, in_place=in_place)
     return module.selective_scan(inputs.with_time_steps(), state)
 
 

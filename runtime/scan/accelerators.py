@@ -43,11 +43,6 @@ def accelerates(module: ModuleType) -> bool:
     return module.__name__ in {f"{__package__}{name}" for name in _MODULES.values()}
 
 
-def triton_obstacle() -> str | None:
-    """Why our Triton kernels cannot run on this machine's GPU, or None."""
-    return _missing(TRITON) or (None if torch.cuda.is_available() else "torch sees no CUDA device")
-
-
 def _needs_gradients(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

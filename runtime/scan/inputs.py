@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -73,6 +74,11 @@ class ScanInputs(_Sequences):
         if self.dt_bias is None:
             return self
         return replace(self, dt=F.softplus(self.dt.float() + self.dt_bias.float()), dt_bias=None)
+
+    def some_states(self, kept: Sequence[int]) -> ScanInputs:
+        """The same inputs with some of the N states only; nothing else changes if the others are silent."""
+        index = torch.as_tensor(list(kept), device=self.A.device)
+        return replace(self, A=self.A[:, index], B=self.B[..., index], C=self.C[..., index])
 
     @property
     def d_state(self) -> int:

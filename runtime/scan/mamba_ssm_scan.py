@@ -45,7 +45,7 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False
+    inputs: ScanInputs, state: torch.Tensor | None = None, *, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `gpu.selective_scan`."""
     scan, update = kernels()

@@ -195,7 +195,7 @@ def compare(
     refused, wanted = dict(refused or {}), module(x)
     ways: dict[str, Callable[[], Any]] = {DENSE: lambda: module(x)}
     for backend, candidate in candidates.items():
-        if why := _fault(candidate, x, wanted):
+        if why := fault(candidate, x, wanted):
             refused[backend] = why
         else:
             ways[backend] = lambda candidate=candidate: candidate(x)
@@ -222,7 +222,7 @@ def choose(name: str, shape: tuple[int, ...], timings: Mapping[str, Timing]) -> 
     return ModuleReport(name, shape, best, dense, timings[best], ratios[best], kept, reason)
 
 
-def _fault(candidate: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wanted: torch.Tensor) -> str | None:
+def fault(candidate: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wanted: torch.Tensor) -> str | None:
     """Why a candidate cannot stand in for the dense module: it does not run, or computes something else."""
     try:
         got = candidate(x)

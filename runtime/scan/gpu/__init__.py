@@ -13,16 +13,26 @@ from .. import reference
 from ..inputs import ScanInputs
 from ..moments import Moments
 from . import kernels, moments, prefill
+from .conv import causal_conv_silu
 from .decode import scan_token
 from .prefill import Plan, parts_of, plan_for
 
-__all__ = ["INTERPRETED", "Plan", "parts_of", "plan_for", "scan_moments", "scan_states", "selective_scan"]
+__all__ = [
+    "INTERPRETED",
+    "Plan",
+    "causal_conv_silu",
+    "parts_of",
+    "plan_for",
+    "scan_moments",
+    "scan_states",
+    "selective_scan",
+]
 
 INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, in_place: bool = False, plan: Plan | None = None
+    inputs: ScanInputs, state: torch.Tensor | None = None, *, in_place: bool = False, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU.
 

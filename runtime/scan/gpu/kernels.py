@@ -696,3 +696,50 @@ def moments_kernel(
     store_padded(readouts_ptr + at, d, channels, channels, 1, states, readouts, PART)
     if part == tl.num_programs(1) - 1:
         store_padded(final_ptr + row * size, d, channels, 1, states, states, h, PART)
+
+
+@triton.jit(do_not_specialize=["length"])
+def conv_kernel(
+    x_ptr,
+    x_batch,
+    x_token,
+    history_ptr,
+    history_batch,
+    history_token,
+    history_channel,
+    weight_ptr,
+    bias_ptr,
+    u_ptr,
+    length,
+    channels,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIASED: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """u_t = silu(bias + sum_k w_k x_{t-WIDTH+1+k}) for a block of tokens and channels; inputs before x in `history`.
+
+    Grid (blocks of channels, blocks of tokens, sequences). `weight` (D, WIDTH) contiguous; `u` (B, L, D) contiguous.
+    """
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(2).to(tl.int64)
+    x_ptr += row * x_batch
+    history_ptr += row * history_batch
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    if BIASED:
+        total += tl.load(bias_ptr + d, mask=d < channels, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(WIDTH):
+        tap = tl.load(weight_ptr + d * WIDTH + k, mask=d < channels, other=0.0).to(tl.float32)
+        at = t - (WIDTH - 1) + k
+        wanted = ((at >= 0) & (at < length))[:, None] & (d < channels)[None, :]
+        x = tl.load(x_ptr + at.to(tl.int64)[:, None] * x_token + d[None, :], mask=wanted, other=0.0).to(tl.float32)
+        if CONTINUES and k < WIDTH - 1:
+            before = (at < 0)[:, None] & (d < channels)[None, :]
+            where = (at + WIDTH - 1)[:, None] * history_token + d[None, :] * history_channel
+            x += tl.load(history_ptr + where, mask=before, other=0.0).to(tl.float32)
+        total += tap[None, :] * x
+    at = (row * length + t)[:, None] * channels + d[None, :]
+    value = silu(total).to(u_ptr.dtype.element_ty)
+    tl.store(u_ptr + at, value, mask=(t < length)[:, None] & (d < channels)[None, :])

@@ -1,0 +1,114 @@
+"""`ssmc inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .compress import MODEL_HELP
+from .options import OUTPUT, Quiet, Verbose, complete_model
+from .terminal import Terminal, size, table
+
+if TYPE_CHECKING:
+    from ssmc.compressor.families import Prospect
+    from ssmc.exporters import Runtime
+    from ssmc.runtime.inspection import Inspection
+
+
+def inspect(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)],
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the same as JSON, too.", rich_help_panel=OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.", rich_help_panel=OUTPUT)] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a model is, where its parameters, state and time sit, what can be pruned, and who would run the result.
+
+    Nothing is computed: all of it follows from the sizes of the tensors.
+
+    **Examples**
+
+        ssmc inspect tiny
+
+        ssmc inspect state-spaces/mamba2-130m --json mamba2.json
+    """
+    terminal = context.ensure_object(Terminal)
+    from dataclasses import asdict
+
+    from ssmc.compressor.families import prospects
+    from ssmc.exporters import runs_where
+    from ssmc.runtime.checkpoints import load_checkpoint
+    from ssmc.runtime.errors import OutputError
+    from ssmc.runtime.inspection import inspect as run
+
+    terminal.hush_libraries()
+    if json_file is not None and json_file.exists() and not force:
+        raise OutputError(f"{json_file} exists already. Use --force to overwrite it, or another name.")
+    with terminal.progress() as progress:
+        checkpoint = load_checkpoint(model, progress=progress)
+        found = run(checkpoint)
+    able = prospects(checkpoint)
+    after = checkpoint.architecture.resized(
+        checkpoint.config,
+        n_layer=checkpoint.dimensions.n_layer,
+        d_inner=checkpoint.dimensions.d_inner,
+        d_state=max(1, checkpoint.dimensions.d_state // 2),
+    )
+    halved = checkpoint.architecture.dimensions(after)
+    runtimes = runs_where(halved, checkpoint.dimensions.d_state)
+    _report(terminal, found, able, runtimes, halved.d_state)
+    if json_file is not None:
+        record = asdict(found) | {"prunable": [asdict(p) for p in able], "runs_where": [asdict(r) for r in runtimes]}
+        try:
+            json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"{json_file} cannot be written: {error.strerror or error}. Name another file."
+            ) from error
+        terminal.say(f"Wrote {json_file}.")
+
+
+def _report(terminal: Terminal, found: Inspection, able: list[Prospect], runtimes: list[Runtime], halved: int) -> None:
+    terminal.say(
+        f"{found.source}: {found.model_type} in the layout of {found.format}, {found.parameters:,} parameters, "
+        f"{size(found.weight_bytes)} of {' and '.join(found.dtypes)}."
+    )
+    terminal.say(", ".join(f"{name} {value}" for name, value in _sizes(found.dimensions).items()))
+    parts = table("Where it sits", "part", "parameters", "share", "multiply-adds a token", "share")
+    for part in sorted(found.parts, key=lambda part: -part.multiply_adds):
+        parts.add_row(
+            part.name,
+            f"{part.parameters:,}",
+            f"{part.parameters / found.parameters:.1%}",
+            f"{part.multiply_adds:,}",
+            f"{part.multiply_adds / found.multiply_adds:.1%}",
+        )
+    terminal.show(parts)
+    terminal.say(
+        f"State of one sequence: {size(found.ssm_state_bytes)} of the SSM and {size(found.conv_state_bytes)} of the "
+        "convolution, in float32. Long texts and large batches take time by multiply-adds, the scan less well than "
+        "matrix products; decoding one sequence goes by the bytes of the weights.",
+        style="dim",
+    )
+    prunable = table("What can be pruned", "pattern", "what goes", "default score", "half of it gone")
+    for prospect in able:
+        prunable.add_row(prospect.pattern, prospect.what, prospect.score, prospect.gain)
+    terminal.show(prunable)
+    where = table(f"Runs where, with {halved} states", "runtime", "from", "runs", "remark")
+    for runtime in runtimes:
+        where.add_row(runtime.name, runtime.reads, "yes" if runtime.runs else "no", runtime.remark)
+    terminal.show(where)
+
+
+def _sizes(dimensions: dict[str, Any]) -> dict[str, Any]:
+    """The sizes as they are shown; a Mamba-2 has heads where a Mamba-1 has dt_rank."""
+    if "head_dim" not in dimensions:
+        return dimensions
+    return {("heads" if name == "dt_rank" else name): value for name, value in dimensions.items()}
