@@ -122,10 +122,22 @@ def test_padding_with_the_last_logits_only(last):
             assert_close(logits[row, 0], stock(model, alone)[0, -1])
 
 
-def test_a_row_of_padding_keeps_its_states_bit_by_bit(last):
+def test_one_token_of_padding(pair):
+    """A sequence that has ended is given padding while the others go on."""
+    model, session = pair
+    tokens = random_tokens((2, 7))
+    _, states = read(session, tokens[:, :5])
+    _, states = read(session, tokens[:, 5:6], states, [[1], [0]])
+    logits, _ = read(session, tokens[:, 6:], states)
+    assert_close(logits[0], stock(model, tokens[:1])[0, -1:])
+    assert_close(logits[1], stock(model, tokens[1:, [0, 1, 2, 3, 4, 6]])[0, -1:])
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_row_of_padding_keeps_its_states_bit_by_bit(last, length):
     _, session, _ = last
     _, states = read(session, random_tokens((2, 5)))
-    _, after = read(session, random_tokens((2, 4)), states, [[0, 0, 0, 0], [1, 1, 1, 1]])
+    _, after = read(session, random_tokens((2, length)), states, [[0] * length, [1] * length])
     for name, state in after.items():
         np.testing.assert_array_equal(state[0], states[name][0])
         assert np.abs(state[1] - states[name][1]).max() > 1e-3
@@ -199,9 +211,11 @@ def test_the_graph_says_everything_about_itself(last):
     assert outputs["present_ssm_1"] == ["batch", 6, 48]
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
-    kinds = {node.op_type for node in model.graph.node}
-    assert {"Scan", "Conv", "RMSNormalization"} <= kinds
-    assert "Softplus" not in kinds
+    (branches,) = {tuple(a.name for a in node.attribute) for node in model.graph.node if node.op_type == "If"}
+    assert sorted(branches) == ["else_branch", "then_branch"]
+    many = next(a.g for node in model.graph.node for a in node.attribute if a.name == "else_branch")
+    assert [node.op_type for node in many.node].count("Scan") == 1
+    assert sum(node.op_type == "RMSNormalization" for node in model.graph.node) == 3 + 1
 
 
 def test_every_weight_is_stored_once(last):

@@ -27,7 +27,9 @@ class Tokens:
         place: (L, B) int64, where the token that was given at (t, b) stands now.
         count: (B,) int64, real tokens of each row.
         moving: (L, B, 1) float32, 1 where there is a real token, 0 behind them.
-        length, batch: L and B, int64, one element each.
+        real: (B, L, 1) bool, whether a token is a real one, where it was given.
+        batch: B, int64, one element.
+        single: whether L is 1, bool.
         row: (B,) int64, 0 to B - 1.
     """
 
@@ -35,8 +37,9 @@ class Tokens:
     place: ir.Value
     count: ir.Value
     moving: ir.Value
-    length: ir.Value
+    real: ir.Value
     batch: ir.Value
+    single: ir.Value
     row: ir.Value
 
 
@@ -65,8 +68,9 @@ def real_first(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> 
         place=place,
         count=count,
         moving=op.Unsqueeze(moving, [2]),
-        length=length,
+        real=op.Unsqueeze(op.Cast(attention_mask, to=ir.DataType.BOOL), [2]),
         batch=batch,
+        single=op.Equal(op.Squeeze(length, [0]), 1),
         row=row,
     )
 

@@ -48,6 +48,7 @@ def quantize_int8(source: Path, target: Path, weight_type: QuantType = QuantType
             use_external_data_format=True,
         )
     model = ir.load(target / GRAPH)
+    model.graph.sort()  # onnxruntime's own order forgets what the branches of an If read
     _share_table(model.graph)
     return model
 

@@ -51,18 +51,12 @@ class Weights:
         table = self._initializer(name, name, _unchanged, self._dtype)
         return self._to_float32(op, op.Gather(table, ids, axis=0))
 
-    def linear(self, op: OpBuilder, name: str, x: ir.Value, rows: slice | None = None) -> ir.Value:
-        """A linear layer, or some rows of it, applied to (..., in): (..., out) float32.
-
-        Parts are matrices of their own: cutting a product of (L, B, out) apart would copy it.
-        """
-        weight, bias, part = name + ".weight", name + ".bias", rows or slice(None)
-        suffix = "" if rows is None else f".{rows.start}"
-        matrix = self._initializer(f"{weight}{suffix}", weight, lambda w: w[part].t(), self._dtype)
+    def linear(self, op: OpBuilder, name: str, x: ir.Value) -> ir.Value:
+        """A linear layer applied to (..., in): (..., out) float32."""
+        weight, bias = name + ".weight", name + ".bias"
+        matrix = self._initializer(weight, weight, torch.t, self._dtype)
         y = self._to_float32(op, op.MatMul(self._from_float32(op, x), matrix))
-        if bias not in self._tensors:
-            return y
-        return op.Add(y, self._initializer(f"{bias}{suffix}", bias, lambda b: b[part], ir.DataType.FLOAT))
+        return op.Add(y, self.float32(bias)) if bias in self else y
 
     def head(self, op: OpBuilder, name: str, x: ir.Value, shared: bool) -> ir.Value:
         """Products (B, T, V) of (B, T, d) with all rows of a matrix (V, d), float32.

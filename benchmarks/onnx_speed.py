@@ -1,0 +1,188 @@
+"""ONNX on a CPU beside torch: speed at Mamba-130M shapes, and size, speed and perplexity of a trained model.
+
+    python benchmarks/onnx_speed.py --json docs/onnx_speed.json
+    python benchmarks/onnx_speed.py --model MODEL --json docs/onnx_quality.json    # and text with --text
+
+Without --model: random weights, which cost the same time as trained ones. "stock" is transformers' loop over tokens,
+"torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime; all take turns, with as many
+threads as torch has. With --model: a trained model, dense and pruned (--pattern, --sparsity), each in float32 and int8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from reporting import as_json, print_conditions, print_timings, write_json
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.utils import logging
+
+from ssmc.compressor import compress
+from ssmc.exporters import export
+from ssmc.exporters.onnx import Settings, build
+from ssmc.exporters.onnx.quality import measure
+from ssmc.exporters.onnx.quantize import quantize_int8
+from ssmc.exporters.onnx.running import fresh_states
+from ssmc.exporters.onnx.write import GRAPH, write_graph
+from ssmc.runtime.bench.timing import interleave, paired_ratio
+from ssmc.runtime.checkpoints import load_checkpoint
+from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.progress import silent
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import heldout_path
+from ssmc.runtime.tokenizers import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def build_model(args: argparse.Namespace) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=50280, hidden_size=args.d_model, num_hidden_layers=args.layers, state_size=args.d_state
+    )
+    return MambaForCausalLM(config).eval()
+
+
+def write_graphs(model: MambaForCausalLM, folder: Path) -> dict[str, Path]:
+    """Graphs of a model in float32 and int8; those an earlier run left in the folder are taken as they are."""
+    if (folder / "int8" / GRAPH).is_file():
+        return {name: folder / name for name in ("onnx", "int8")}
+    tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    folders = {name: folder / name for name in ("onnx", "float", "quantised", "int8")}
+    for each in folders.values():
+        each.mkdir(parents=True)
+    write_graph(folders["onnx"], build(model.config, tensors, Settings()).model)
+    write_graph(folders["float"], build(model.config, tensors, Settings(own_head=True)).model)
+    write_graph(folders["int8"], quantize_int8(folders["float"], folders["quantised"]))
+    return {name: folders[name] for name in ("onnx", "int8")}
+
+
+def open_graph(folder: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # else its threads spin while the other contenders' turn is on
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+
+
+def runner(session: onnxruntime.InferenceSession, ids: np.ndarray) -> Callable[[], object]:
+    """One call of a graph; the states are any, since time does not depend on them."""
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **fresh_states(session, len(ids))}
+    return lambda: session.run(None, feed)
+
+
+def speed(args: argparse.Namespace) -> dict[str, dict]:
+    """Prefill and decode of all contenders."""
+    model = build_model(args)
+    ids = torch.randint(0, 50280, (1, args.length), generator=torch.Generator().manual_seed(0))
+    results = {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        paths = write_graphs(model, args.graphs or Path(folder))
+        if args.only_graphs:
+            return {}
+        sizes = {name: (path / "model.onnx.data").stat().st_size for name, path in paths.items()}
+        sessions = {name: open_graph(path) for name, path in paths.items()}
+        cache = use_fast_scan(model)(ids, use_cache=True).cache_params
+        switch = {"stock": use_stock_scan, "torch": use_fast_scan}
+        for title, tokens, cached, repeats in (
+            (f"Prefill of {args.length} tokens", ids, None, args.repeats),
+            ("Decode, per token", ids[:, :1], cache, 4 * args.repeats),
+        ):
+            calls: dict[str, Callable[[], object]] = {
+                name: lambda use=use, tokens=tokens, cached=cached: use(model)(
+                    tokens, cache_params=cached, use_cache=True, logits_to_keep=1
+                )
+                for name, use in switch.items()
+            }
+            calls |= {name: runner(session, tokens.numpy()) for name, session in sessions.items()}
+            timings = interleave(calls, CPU, repeats, budget=args.budget)
+            print_timings(title, timings, "stock")
+            ratio = paired_ratio(timings["onnx"], timings["int8"])
+            print(f"int8 is {ratio.median:.2f} times as fast as float32 ONNX ({ratio.low:.2f} .. {ratio.high:.2f})\n")
+            results[title.split()[0].lower()] = as_json(timings, "stock")
+    for name, nbytes in sizes.items():
+        print(f"weights of {name}: {nbytes / 1e6:.0f} MB")
+    return results | {"weight_bytes": sizes}
+
+
+def trained(args: argparse.Namespace) -> dict[str, dict]:
+    """A trained model: dense float32, then pruned, then int8 as well."""
+    dense = load_checkpoint(args.model, dtype=torch.float32)
+    source = heldout_path() if args.text is None else args.text
+    stream = tokenize(read_texts(source), load_tokenizer(dense))
+    rows, sessions = {}, {}
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        folder = Path(name)
+        parts = dict(zip(args.pattern.split("+"), map(float, args.sparsity.split("+")), strict=True))
+        compress(
+            args.model,
+            out=folder / "pruned",
+            pattern=args.pattern,
+            sparsity=parts,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+        )
+        plan = {"dense": (args.model, {}), "dense int8": (args.model, {"quantize": "int8"})}
+        plan |= {"pruned": (folder / "pruned", {}), "pruned int8": (folder / "pruned", {"quantize": "int8"})}
+        for number, (title, (origin, options)) in enumerate(plan.items()):
+            out = folder / str(number)
+            result = export(origin, format="onnx", out=out, text=str(source) if options else None, **options)
+            model = dense if "dense" in title else load_checkpoint(folder / "pruned", dtype=torch.float32)
+            found = measure(model.model, out, stream, str(source), silent)
+            rows[title] = {
+                "bytes": result.weight_bytes[1],
+                "ppl": found.ppl_after,
+                "ppl_torch_float32": found.ppl_before,
+                "tokens": found.tokens,
+            }
+            sessions[title] = open_graph(out)
+        ids = stream[None, : args.length].numpy()
+        timings = {
+            "prefill": interleave({k: runner(s, ids) for k, s in sessions.items()}, CPU, args.repeats, args.budget),
+            "decode": interleave(
+                {k: runner(s, ids[:, :1]) for k, s in sessions.items()}, CPU, args.repeats, args.budget
+            ),
+        }
+    for kind, timing in timings.items():
+        print_timings(kind, timing, "dense")
+        for title, row in rows.items():
+            row[kind] = as_json(timing, "dense")[title]
+    for title, row in rows.items():
+        ppl = f"perplexity {row['ppl']:.4f} (torch, float32: {row['ppl_torch_float32']:.4f})"
+        print(f"{title:<12} {row['bytes'] / 1e6:6.2f} MB   {ppl}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a trained model instead of random weights")
+    parser.add_argument("--text", help="held-out text for --model; the embedded stories unless given")
+    parser.add_argument("--pattern", default="column+channel", help="of --model")
+    parser.add_argument("--sparsity", default="0.75+0.25", help="of --model, one for each part of the pattern")
+    parser.add_argument("--nsamples", type=int, default=64, help="of the calibration of --model")
+    parser.add_argument("--seqlen", type=int, default=2048, help="of the calibration of --model")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--budget", type=float, default=150, help="seconds for each table")
+    parser.add_argument("--graphs", type=Path, help="where to keep the graphs, so that the next run finds them")
+    parser.add_argument("--only-graphs", action="store_true", help="write them and time nothing")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.set_verbosity_error()  # transformers recommends CUDA kernels
+    now = print_conditions()
+    print(f"onnxruntime {onnxruntime.__version__}\n")
+    results = trained(args) if args.model else speed(args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "graphs")}
+    write_json(args.json, now, settings | {"onnxruntime": onnxruntime.__version__}, results)
+
+
+if __name__ == "__main__":
+    main()
