@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from .modules import ModuleResult, module_targets, prune_modules
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .readers import fit_readers
-from .refinement import Refinement, check_samples, refine
+from .refinement import Refinement, check_samples, refine, stepped_on
 from .repair import evaluate
 from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
 from .statistics import STRETCH, Chunk, Statistic
@@ -155,16 +156,27 @@ def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[L
             architecture.mask_states(mixer, result.kept)  # an update may have woken a silent row
         result = replace(result, modules=tuple(modules))
     if config.refine:
-        zeros, steps = result.a_log_zeros is not None, f"{label}: refining"
-        refined = refine(
-            architecture, work, run.hidden, run.stream, config.refine, seed, result.kept, zeros, progress, steps
-        )
+        refined = _refine(run, work, result, seed, f"{label}: refining")
         result = replace(result, refined=refined)
     _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
     if channels is not None:
         architecture.widen(block, work, channels)
         result = replace(result, channels=tuple(channels))
     return result, work
+
+
+def _refine(run: _Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
+    """Take gradient steps on a layer; one that they do not make better stays as it is."""
+    architecture, zeros = run.architecture, result.a_log_zeros is not None
+    before = copy.deepcopy(block.state_dict())
+    if run.fits:  # what judges must not have been seen: a fit on all samples would look better than any step
+        seen = stepped_on(len(run.hidden))
+        fit_out_proj(architecture, block, run.hidden[:seen], run.stream[:seen], run.progress, f"{label}, out_proj")
+    steps, progress = run.config.refine, run.progress
+    refined = refine(architecture, block, run.hidden, run.stream, steps, seed, result.kept, zeros, progress, label)
+    if refined.best_step == 0:
+        block.load_state_dict(before)
+    return refined
 
 
 def _prune_states(

@@ -1,10 +1,10 @@
 """Refinement: gradient steps on one pruned layer alone, without labels, towards the dense model's output there.
 
-The closed-form repairs move one linear map at a time and leave the states as they are. Here everything behind in_proj
-moves together: how fast states decay, what drives and reads them, the convolution, the skip and out_proj. The layer
-reads what it reads in the pruned model and is pulled to the dense model's residual stream behind it, as the last repair
-of channel pruning is, so it also makes up for what the layers before it lost. Three things stay as they are: in_proj,
-every weight that is zero (what was pruned stays silent), and a layer that some held-out samples do not find better.
+The closed-form repairs move one linear map at a time and leave the states as they are. Here everything in a mixer moves
+together: what it reads, how fast states decay, what drives and reads them, the convolution, the skip and out_proj. The
+layer reads what it reads in the pruned model and is pulled to the dense model's residual stream behind it, as the last
+repair of channel pruning is, so it also makes up for what the layers before it lost. Two things stay as they are: every
+weight that is zero (what was pruned stays silent), and a layer that some held-out samples do not find better.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENS = 2048  # of a step, in whole samples: the states then are those the mode
 HELD_OUT = 8  # one sample in so many only judges the steps
 CHECKS = 12  # how often they judge, at most
 PATIENCE = 6  # judgements without a better layer after which the steps end; the first steps are the largest
-RATE = 0.03  # of a tensor's root mean square: how far an entry moves a step at the height of the schedule
+RATE = 0.01  # of a tensor's root mean square: how far an entry moves a step at the height of the schedule
 WARM_UP = 0.1  # part of the steps
 
 
@@ -43,6 +43,11 @@ class Refinement:
     best_step: int  # whose weights the layer has now; 0: those it had before
     error: float
     error_before: float
+
+
+def stepped_on(samples: int) -> int:
+    """How many of the samples, the first ones, steps are taken on; the others judge them."""
+    return samples - max(1, samples // HELD_OUT)
 
 
 def refine(
@@ -102,9 +107,9 @@ def _descend(
     label: str,
 ) -> Refinement:
     """Adam with a schedule; the parameters end as the best of those that were judged."""
-    held_out = max(1, layer.samples // HELD_OUT)
-    judges = range(layer.samples - held_out, layer.samples)
-    batches = _batches(layer.samples - held_out, max(1, TOKENS // layer.length), seed)
+    seen = stepped_on(layer.samples)
+    judges = range(seen, layer.samples)
+    batches = _batches(seen, max(1, TOKENS // layer.length), seed)
     groups = [{"params": [p], "peak": RATE * _root_mean_square(p)} for p in parameters.values()]
     optimiser = torch.optim.Adam(groups, lr=0.0)
     best, best_step, step = _copies(parameters), 0, 0
@@ -150,9 +155,9 @@ class _Layer:
 
     @contextmanager
     def trained(self) -> Iterator[dict[str, nn.Parameter]]:
-        """The parameters behind in_proj, which alone get gradients inside the block."""
+        """The mixer's parameters, with gradients inside the block; those of the rest of the layer have none."""
         flags = {p: p.requires_grad for p in self._block.parameters()}
-        moving = {n: p for n, p in self._mixer.named_parameters() if not n.startswith("in_proj")}
+        moving = dict(self._mixer.named_parameters())
         try:
             for parameter in flags:
                 parameter.requires_grad_(any(parameter is p for p in moving.values()))

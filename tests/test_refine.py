@@ -73,14 +73,25 @@ def spoiled(model, tokens):
     return block, stream(model, tokens, 0), stream(model, tokens, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"pattern": "channel", "round_channels": 4, "repair": False}])
+@pytest.mark.parametrize("options", [{}, {"pattern": "channel", "round_channels": 4}])
 def test_the_errors_are_those_of_the_layer_on_samples_no_step_saw(model, tokens, options):
     refined, results = prune(model, tokens, refine=20, **options)
-    for layer, result in enumerate(results):
-        assert result.refined.error < result.refined.error_before
-        assert 1 <= result.refined.best_step <= result.refined.steps <= 20
-        measured = relative_error(model, refined, tokens[-HELD_OUT:], layer)
-        assert result.refined.error == pytest.approx(measured, rel=1e-3)
+    better = [layer for layer, result in enumerate(results) if result.refined.best_step]
+    assert better  # layers behind the first can be beyond help: the text is random
+    for layer in better:
+        result = results[layer].refined
+        assert result.error < result.error_before
+        assert result.best_step <= result.steps <= 20
+        assert result.error == pytest.approx(relative_error(model, refined, tokens[-HELD_OUT:], layer), rel=1e-3)
+
+
+def test_a_layer_that_no_step_makes_better_keeps_the_repair_on_all_samples(model, tokens, monkeypatch):
+    monkeypatch.setattr("ssmc.compressor.refinement.RATE", 1e6)
+    options = {"pattern": "channel", "round_channels": 4}
+    plain, _ = prune(model, tokens, **options)
+    refined, results = prune(model, tokens, refine=12, **options)
+    assert [r.refined.best_step for r in results] == [0] * LAYERS
+    assert all(torch.equal(tensor, refined.state_dict()[name]) for name, tensor in plain.state_dict().items())
 
 
 def test_held_out_samples_are_kept_from_the_steps(spoiled):
@@ -102,15 +113,11 @@ def test_one_step_is_that_of_adam_on_the_formula(spoiled):
     block = block.double()
     mixer, rest = block.mixer, slice(0, SAMPLES - HELD_OUT)
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
-    with torch.no_grad():
-        x, z = mixer.in_proj(block.norm(hidden[rest].double())).chunk(2, -1)
+    x, z = mixer.in_proj(block.norm(hidden[rest].double())).chunk(2, -1)
     target = (wanted - hidden)[rest].double()
     ((scanned(mixer, x, z) - target).square().sum() / target.square().sum()).backward()
     after = dict(moved.mixer.named_parameters())
     for name, p in mixer.named_parameters():
-        if name.startswith("in_proj"):
-            assert torch.equal(after[name].double(), before[name])
-            continue
         step = RATE * before[name].square().mean().sqrt() * p.grad / (p.grad.abs() + 1e-8)
         sure = p.grad.abs() > 1e-5  # elsewhere rounding in float32 decides
         assert sure.float().mean() > 0.5, name
@@ -137,7 +144,7 @@ def scanned(mixer, x, z):
     "options",
     [
         {"pattern": "column"},
-        {"pattern": "column+channel", "round_channels": 4, "repair": False},
+        {"pattern": "column+channel", "round_channels": 4},
         {"pattern": "unstructured", "target": "all"},
         {"pattern": "2:4", "target": "in_proj,out_proj"},
     ],
@@ -151,7 +158,7 @@ def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
     for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         if name != "A_log" or options["pattern"] == "unstructured":
             assert not new[old == 0].any(), name
-        assert torch.equal(old, new) is name.startswith("in_proj"), name
+        assert not torch.equal(old, new), name
     if layer.channels is not None:
         assert ARCHITECTURE.are_channels_masked(after, layer.channels)
     assert ARCHITECTURE.is_masked(after, layer.kept)
@@ -160,7 +167,7 @@ def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
 def test_the_states_of_a_mamba2_stay_silent_too(tokens):
     model, architecture = random_mamba2(), architecture_for("mamba2")
     pruned = use_fast_scan(copy.deepcopy(model))
-    config = configure(model="test", refine=4, repair=False)
+    config = configure(model="test", refine=4)
     results = prune_layers(pruned, architecture, tokens, config, dtypes(model))
     assert any(r.refined.best_step > 0 for r in results)
     for block, result in zip(pruned.backbone.layers, results, strict=True):
