@@ -4,20 +4,26 @@
     python benchmarks/onnx_speed.py --model MODEL --json docs/onnx_quality.json    # and text with --text
 
 Without --model: random weights, which cost the same time as trained ones. "stock" is transformers' loop over tokens,
-"torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime; all take turns, with as many
-threads as torch has. With --model: a trained model, dense and pruned (--pattern, --sparsity), each in float32 and int8.
+"torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime, "products" a graph of the float32
+matrix products of one token and nothing else; all take turns, with as many
+threads as torch has. With --cpu-time each has one thread, and its processor time counts: other work on the machine
+disturbs that less than time on the clock. With --model: a trained model, dense and pruned (--pattern, --sparsity), each
+in float32 and int8.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
+from onnxscript import GraphBuilder
 from reporting import as_json, print_conditions, print_timings, write_json
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
@@ -29,7 +35,7 @@ from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.exporters.onnx.running import fresh_states
 from ssmc.exporters.onnx.write import GRAPH, write_graph
-from ssmc.runtime.bench.timing import interleave, paired_ratio
+from ssmc.runtime.bench.timing import Timing, interleave, paired_ratio
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.progress import silent
@@ -62,12 +68,43 @@ def write_graphs(model: MambaForCausalLM, folder: Path) -> dict[str, Path]:
     return {name: folders[name] for name in ("onnx", "int8")}
 
 
+def write_products(model: MambaForCausalLM, folder: Path) -> Path:
+    """A graph of nothing but one token's products with all matrices of a model: what no decoding can be faster than."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="products")
+    builder = GraphBuilder(graph)
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    read = {
+        width: builder.input(f"x_{width}", ir.DataType.FLOAT, [1, width]) for width in {w.shape[1] for w in matrices}
+    }
+    for number, weight in enumerate(matrices):
+        matrix = ir.tensor(weight.detach().t().contiguous().numpy(), name=f"w_{number}")
+        y = builder.op.MatMul(read[weight.shape[1]], builder.initializer(matrix))
+        builder.add_output(y, f"y_{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_graph(folder, ir.Model(graph, ir_version=11))
+    return folder
+
+
 def open_graph(folder: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # else its threads spin while the other contenders' turn is on
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+
+
+def take_turns(args: argparse.Namespace, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Interleaved timings, on the clock or in processor time."""
+    if not args.cpu_time:
+        return interleave(calls, CPU, repeats, budget=args.budget)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            if number:  # the first warms up
+                samples[name].append(time.process_time() - begin)
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
 def runner(session: onnxruntime.InferenceSession, ids: np.ndarray) -> Callable[[], object]:
@@ -87,6 +124,8 @@ def speed(args: argparse.Namespace) -> dict[str, dict]:
             return {}
         sizes = {name: (path / "model.onnx.data").stat().st_size for name, path in paths.items()}
         sessions = {name: open_graph(path) for name, path in paths.items()}
+        products = open_graph(write_products(model, Path(folder) / "products"))
+        vectors = {value.name: np.ones(value.shape, np.float32) for value in products.get_inputs()}
         cache = use_fast_scan(model)(ids, use_cache=True).cache_params
         switch = {"stock": use_stock_scan, "torch": use_fast_scan}
         for title, tokens, cached, repeats in (
@@ -100,7 +139,9 @@ def speed(args: argparse.Namespace) -> dict[str, dict]:
                 for name, use in switch.items()
             }
             calls |= {name: runner(session, tokens.numpy()) for name, session in sessions.items()}
-            timings = interleave(calls, CPU, repeats, budget=args.budget)
+            if cached is not None:
+                calls["products"] = lambda: products.run(None, vectors)
+            timings = take_turns(args, calls, repeats)
             print_timings(title, timings, "stock")
             ratio = paired_ratio(timings["onnx"], timings["int8"])
             print(f"int8 is {ratio.median:.2f} times as fast as float32 ONNX ({ratio.low:.2f} .. {ratio.high:.2f})\n")
@@ -143,10 +184,8 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
             sessions[title] = open_graph(out)
         ids = stream[None, : args.length].numpy()
         timings = {
-            "prefill": interleave({k: runner(s, ids) for k, s in sessions.items()}, CPU, args.repeats, args.budget),
-            "decode": interleave(
-                {k: runner(s, ids[:, :1]) for k, s in sessions.items()}, CPU, args.repeats, args.budget
-            ),
+            "prefill": take_turns(args, {k: runner(s, ids) for k, s in sessions.items()}, args.repeats),
+            "decode": take_turns(args, {k: runner(s, ids[:, :1]) for k, s in sessions.items()}, 4 * args.repeats),
         }
     for kind, timing in timings.items():
         print_timings(kind, timing, "dense")
@@ -172,12 +211,16 @@ def main() -> None:
     parser.add_argument("--d-state", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--budget", type=float, default=150, help="seconds for each table")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread each, processor time")
     parser.add_argument("--graphs", type=Path, help="where to keep the graphs, so that the next run finds them")
     parser.add_argument("--only-graphs", action="store_true", help="write them and time nothing")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
+    if args.cpu_time:
+        torch.set_num_threads(1)
     now = print_conditions()
+    print("processor time of one thread" if args.cpu_time else "time on the clock")
     print(f"onnxruntime {onnxruntime.__version__}\n")
     results = trained(args) if args.model else speed(args)
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "graphs")}

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OUTPUT, CompressedDirectory, Dtype, ExportFormat, Force, Logits, Quantize, Quiet, Verbose
+from .options import (
+    OUTPUT,
+    CompressedDirectory,
+    Dtype,
+    ExportFormat,
+    Force,
+    Logits,
+    OnnxTarget,
+    Quantize,
+    Quiet,
+    Verbose,
+)
 from .terminal import Terminal, size, table
 
 if TYPE_CHECKING:
@@ -64,6 +75,10 @@ def export(
             help="Of onnx: int8 weights for in_proj, out_proj and the head, for CPUs.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    target: Annotated[
+        OnnxTarget | None,
+        typer.Option(help="Of onnx: standard operators only.", show_default="portable", rich_help_panel=OUTPUT),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +123,7 @@ def export(
             packed=packed,
             logits=logits,
             quantize=quantize,
+            target=target,
             text=text,
             force=force,
             progress=progress,

@@ -59,6 +59,7 @@ def export(
     packed: bool = False,
     logits: str | None = None,
     quantize: str | None = None,
+    target: str | None = None,
     text: str | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -77,6 +78,7 @@ def export(
         packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
         logits: of onnx: those of the "last" token (default) or of "all".
         quantize: of onnx: "int8" for the large matrices, None for none.
+        target: of onnx: "portable" (default), standard operators only.
         text: of onnx: held-out text for the perplexity before and after float16 or int8.
         force: replace an earlier export.
         progress: told what is being done.
@@ -86,7 +88,7 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"There is no export format {format!r}; there are {', '.join(FORMATS)}.")
-    onnx = {"logits": logits, "quantize": quantize, "text": text}
+    onnx = {"logits": logits, "quantize": quantize, "target": target, "text": text}
     if format == ONNX:
         return _export_onnx(directory, out, onnx | {"dtype": dtype}, packed, force, progress)
     if any(value is not None for value in onnx.values()):
