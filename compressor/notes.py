@@ -36,7 +36,7 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
     if len(set(counts.channels)) > 1 or len(set(counts.states)) > 1:
         notes.append(
             "Layers keep numbers of their own. Stock loaders have one for all, so `ssmc export` fills the narrower "
-            "ones up with zeros to the widest: nothing is gained there."
+            "ones up with zeros to the widest: nothing is gained there. `--format onnx` takes each layer as it is."
         )
     if COLUMN not in config.parts and SSM in config.targets:
         notes.append(
