@@ -40,7 +40,8 @@ def kept(config: CompressConfig, sizes: Dimensions) -> Kept:
     everything = Kept.everywhere(sizes)
     states, channels = everything.states, everything.channels
     if config.nm and SSM in config.targets:
-        check_groups(sizes.d_state, config.nm)
+        # groups lie along the states of a channel; a Mamba-2 has one number a head, there they are neighbouring heads
+        check_groups(sizes.d_state if sizes.heads is None else sizes.heads // sizes.groups, config.nm)
     if COLUMN in config.parts and SSM in config.targets:
         if sizes.heads is None:  # a Mamba-2 needs N^2
             _check_repairable(config, sizes.d_state)

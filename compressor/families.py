@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.errors import UsageError
 
-from .config import CompressConfig
+from .config import SSM, CompressConfig
 from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
 
-_PARTS = {"mamba": PATTERNS, "mamba2": (COLUMN, LAYER)}  # N:M counts as unstructured
+_PARTS = {"mamba": PATTERNS, "mamba2": (COLUMN, LAYER, UNSTRUCTURED, SSM_MODULE)}  # N:M counts as unstructured
+_LACKS = {"mamba2": ("x_proj", "dt_proj")}  # in_proj makes B, C and dt itself
 _WHAT = {
     COLUMN: "whole states",
     CHANNEL: "channels of d_inner",
@@ -37,16 +38,27 @@ def check_family(config: CompressConfig, model_type: str) -> None:
         raise UsageError(
             f"The pattern {wrong[0]} is not carried out for {model_type} yet; {', '.join(able)} can be used."
         )
-    if model_type != "mamba" and COLUMN in config.parts:
-        if config.judge_of(COLUMN) is Score.magnitude:
-            raise UsageError(
-                f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of "
-                "them. Use another score."
-            )
-        if config.modules:
-            raise UsageError(
-                f"The projections of {model_type} are not pruned together with its states yet. Use target ssm."
-            )
+    if lacking := [name for name in _LACKS.get(model_type, ()) if name in (config.target or "").split(",")]:
+        raise UsageError(
+            f"The target {lacking[0]} does not exist in {model_type}, whose in_proj makes B, C and dt itself. "
+            "Use in_proj, conv1d, out_proj or ffn."
+        )
+    if model_type == "mamba2":
+        _check_heads(config)
+
+
+def _check_heads(config: CompressConfig) -> None:
+    """Refuse scores that have nothing to judge where a head has one A_log for all of its states and channels."""
+    if COLUMN in config.parts and config.judge_of(COLUMN) is Score.magnitude:
+        raise UsageError(
+            "The score magnitude cannot tell the states of mamba2 apart: a head has one A_log for all of them. "
+            "Use another score."
+        )
+    if COLUMN not in config.parts and SSM in config.targets and config.judge is Score.sparsegpt:
+        raise UsageError(
+            "SparseGPT on A_log lets a channel's other states make up for one that goes; a head of mamba2 has one "
+            "A_log, so nothing is left to do so. Use another score."
+        )
 
 
 @dataclass(frozen=True)
