@@ -10,6 +10,7 @@ import torch
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.device import choose_device
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
@@ -25,6 +26,7 @@ from .counts import kept
 from .families import able_parts, check_family
 from .meet import meet
 from .notes import notes_for
+from .patterns import CHANNEL
 from .pipeline import LayerResult
 from .prune import prune
 from .samples import HELD_OUT, Samples
@@ -78,6 +80,11 @@ def compress(
     elif "pattern" not in options:
         config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
     check_family(config, family)
+    if target is not None and CHANNEL in config.parts and sizes.heads is not None:
+        raise UsageError(
+            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
+            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
+        )
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)

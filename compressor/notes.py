@@ -63,6 +63,11 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
 
 def _width(config: CompressConfig, sizes: Dimensions, counts: Kept) -> str:
     width = max(counts.channels)
+    if sizes.heads is not None:
+        return (
+            f"{width // sizes.head_dim} of {sizes.heads} heads stay in each layer. In the export the gated norm's "
+            "weight makes up for its mean over fewer channels, in float32 even where the model is in half precision."
+        )
     if config.widths is not None:
         return f"At most {width} of {sizes.d_inner} channels stay, as --widths says."
     multiple = config.round_channels or default_multiple(sizes.d_inner)

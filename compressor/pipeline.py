@@ -23,7 +23,7 @@ from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .readers import fit_readers
 from .refinement import Refinement, check_samples, refine, stepped_on
 from .repair import evaluate
-from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
+from .scores import Layer, choose_states, layer_seed, prune_entries, prune_heads, statistics_for
 from .statistics import STRETCH, Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
@@ -283,11 +283,17 @@ def _prune_entries(
     label: str,
 ) -> LayerResult:
     """Prune the entries of A_log of one layer."""
-    A_log = architecture.mixer(block).A_log
-    layer = _judged(architecture, block, hidden, index, 0, config, keep, progress, label)
-    A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
+    mixer, target = architecture.mixer(block), config.nm or config.sparsity
+    A_log, rates = mixer.A_log, architecture.rates(mixer)
+    groups = [
+        _judged(architecture, block, hidden, index, group, config, keep, progress, label) for group in range(len(rates))
+    ]
+    if A_log.dim() == 1:
+        A_log.copy_(prune_heads(config.judge, groups, A_log, target, config.seed))
+    else:
+        A_log.copy_(prune_entries(config.judge, groups[0], target, config.seed))
     zeros = float((A_log == 0).sum()) / A_log.numel()
-    return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
+    return LayerResult(kept=tuple(range(len(rates) * rates[0].shape[1])), a_log_zeros=zeros)
 
 
 def _judged(
