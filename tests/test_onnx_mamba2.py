@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 
+import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build, mamba2, ssd
@@ -262,6 +263,15 @@ def test_the_command_line(artefact, text, tmp_path, capsys):
     done = ssmc(capsys, "export", model, "--format", "onnx", "--target", "ort", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert "LinearAttention" in done.out + done.err
+
+
+def test_an_onnxruntime_that_lacks_the_operator(tmp_path, monkeypatch):
+    for module in (ssd, graph_module):
+        monkeypatch.setattr(module, "MICROSOFT", "com.microsoft.nowhere")
+    model = save_transformers(random_mamba2(), tmp_path / "random")
+    with pytest.raises(VerificationError, match=r"cannot load the graph.*nothing was written.*target portable"):
+        export(model, format="onnx", target="ort", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals(tmp_path):
