@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,7 +80,7 @@ def prune_layers(
         check_samples(tokens)
     hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
     fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
-    run = _Run(
+    run = Run(
         architecture,
         config,
         sizes,
@@ -102,7 +102,7 @@ def prune_layers(
             architecture.remove_block(block)
             results.append(LayerResult(kept=tuple(range(run.states))))
             continue
-        result, work = _prune_layer(run, block, index, label)
+        result, work = prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
             propagate(work, hidden, progress, f"{label}: outputs")
         results.append(result)
@@ -137,7 +137,7 @@ def each_alone(
     for index, block in enumerate(blocks):
         stream = hidden.clone()
         propagate(block, stream)
-        run = _Run(
+        run = Run(
             architecture,
             config,
             sizes,
@@ -151,21 +151,22 @@ def each_alone(
         )
         progress(f"{config.pattern} of each layer alone", index, len(blocks))
         blocks[index] = copy.deepcopy(block)
-        _prune_layer(run, blocks[index], index, "")
+        prune_layer(run, blocks[index], index, "")
         yield index
         blocks[index], hidden = block, stream
     progress(f"{config.pattern} of each layer alone", len(blocks), len(blocks))
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What the layers of one run have in common."""
 
     architecture: Architecture
     config: CompressConfig
     sizes: Dimensions  # of the dense model
     counts: Kept
-    hidden: torch.Tensor | None  # (nsamples, L, d_model) what the next layer reads in the pruned model
+    # (nsamples, L, d_model) what the next layer reads in the pruned model, or pieces of it, see `collect`
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None
     # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size
     stream: torch.Tensor | None
     fits: bool  # whether out_proj is fitted to it
@@ -179,7 +180,7 @@ class _Run:
         return self.sizes.groups * self.sizes.d_state
 
 
-def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
+def prune_layer(run: Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
     """Prune one layer in place: channels, states, out_proj, the weights of modules, gradient steps, in this order.
 
     Where a layer keeps all of its channels or states, that step is left out.
@@ -221,7 +222,7 @@ def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[L
     return result, work
 
 
-def _refine(run: _Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
+def _refine(run: Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
     """Take gradient steps on a layer; one that they do not make better stays as it is."""
     architecture, zeros = run.architecture, result.a_log_zeros is not None
     before = copy.deepcopy(block.state_dict())
@@ -238,7 +239,7 @@ def _refine(run: _Run, block: nn.Module, result: LayerResult, seed: int, label: 
 def _prune_states(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     config: CompressConfig,
     keep: int,
@@ -275,7 +276,7 @@ def _prune_states(
 def _prune_entries(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     config: CompressConfig,
     keep: int,
@@ -299,7 +300,7 @@ def _prune_entries(
 def _judged(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     group: int,
     config: CompressConfig,
@@ -311,8 +312,7 @@ def _judged(
     mixer = architecture.mixer(block)
     rates = architecture.rates(mixer)
     heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
-    length = 0 if hidden is None else hidden.shape[1]
-    count = 0 if hidden is None else len(hidden)
+    count, length = hidden.shape[:2] if isinstance(hidden, torch.Tensor) else (0, 0)
     statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
         collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
@@ -342,7 +342,7 @@ def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silen
 def collect(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | Iterable[torch.Tensor],
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
@@ -357,7 +357,8 @@ def collect(
     Args:
         architecture: adapter of the model.
         block: the layer.
-        hidden: (nsamples, L, d_model) what the layer reads.
+        hidden: (nsamples, L, d_model) what the layer reads. Pieces of it, of any lengths, serve for statistics that do
+            not need all samples of a time step together.
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
@@ -365,6 +366,10 @@ def collect(
         backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
+        return
+    if not isinstance(hidden, torch.Tensor):
+        for piece in hidden:
+            collect(architecture, block, piece, statistics, silent, label, group, backend)
         return
     if _sums_suffice(architecture, block, statistics, backend):
         _collect_sums(architecture, block, hidden, statistics, progress, label, backend)
