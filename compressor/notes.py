@@ -11,8 +11,8 @@ from .counts import Kept, default_multiple
 from .patterns import CHANNEL, COLUMN, SSM_MODULE
 
 FIT_TOKENS_PER_CHANNEL = 8
-"""Calibration tokens below which a fit is worth a warning: `tiny` with half of its channels has perplexity 57 without and 835
-with repair at one token a kept channel, 41 and 37 at four, 40 and 30 at eight."""
+"""Calibration tokens below which a fit is worth a warning: half of the channels of `tiny` gone, its perplexity is 57
+without and 835 with repair at one token a kept channel, 41 and 37 at four, 40 and 30 at eight."""
 
 
 def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Dimensions, counts: Kept) -> list[str]:
@@ -31,8 +31,8 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
         tokens, channels = calibration.tokens.numel(), max(counts.channels)
         if tokens < FIT_TOKENS_PER_CHANNEL * channels:
             notes.append(
-                f"out_proj was fitted on {tokens} tokens of text, few for {channels} channels: it may know that text by "
-                "heart and lose on any other. Give more with --nsamples or --seqlen, or use --no-repair."
+                f"out_proj was fitted on {tokens} tokens of text, few for {channels} channels: it may know that text "
+                "by heart and lose on any other. Give more with --nsamples or --seqlen, or use --no-repair."
             )
     if calibration and config.calib is None and config.model not in EMBEDDED:
         notes.append(
