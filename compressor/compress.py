@@ -29,6 +29,7 @@ from .families import able_parts, check_family
 from .meet import meet
 from .module import CompressedModule, compress_module
 from .notes import notes_for
+from .patterns import CHANNEL
 from .pipeline import LayerResult
 from .prune import prune
 from .samples import HELD_OUT, Samples
@@ -111,6 +112,11 @@ def compress(
     elif "pattern" not in options:
         config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
     check_family(config, family)
+    if target is not None and CHANNEL in config.parts and sizes.heads is not None:
+        raise UsageError(
+            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
+            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
+        )
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)

@@ -221,8 +221,8 @@ class _Pruner:
         run = Run(
             architecture,
             config,
+            sizes,
             counts=self.counts,
-            states=sizes.groups * sizes.d_state,
             hidden=hidden,
             stream=stream,
             fits=fits,
