@@ -217,6 +217,7 @@ class _Pruner:
             if fits or config.refine or not self._streams(mixer):
                 hidden = hidden.together()
         if fits or config.refine:
+            _check_sequences(config, hidden)
             stream = _stream(mixer, block, hidden)
         run = Run(
             architecture,
@@ -285,6 +286,18 @@ class _Inputs:
                 f"one length, or use the pattern column on a Mamba-1 with one of {', '.join(STREAMED)}."
             )
         return torch.cat(pieces).float()
+
+
+def _check_sequences(config: CompressConfig, hidden: torch.Tensor) -> None:
+    """Make sure that some sequences can judge the refinement on the others.
+
+    Raises:
+        CalibrationError: there is only one.
+    """
+    if config.refine and len(hidden) < 2:
+        raise CalibrationError(
+            "Refining needs at least 2 sequences, as some judge the steps on the others; the batches have one."
+        )
 
 
 def _stream(mixer: Mixer, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -305,6 +305,16 @@ def test_padding_is_not_counted():
         assert a.layer.error == pytest.approx(b.layer.error, rel=1e-3)
 
 
+def test_half_precision():
+    model, batches = stock(random_model()), series()
+    half = ssmc.compress(copy.deepcopy(model).bfloat16(), [batch.bfloat16() for batch in batches], repair=False)
+    assert all(mixer.states == (6, 3) for mixer in half.mixers)
+    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}
+    whole = ssmc.compress(model, batches, repair=False)
+    for a, b in zip(half.mixers[:1], whole.mixers[:1], strict=True):
+        assert a.layer.error == pytest.approx(b.layer.error, rel=0.1)
+
+
 # --- what a user may rely on ------------------------------------------------------------------------------------------
 
 
@@ -410,5 +420,7 @@ def test_more_refusals():
         ssmc.compress(model_of("mamba_ssm-2"), series(), pattern="channel")
     with pytest.raises(CalibrationError, match="several lengths"):
         ssmc.compress(model_of("minimal"), [series()[0], series(length=8)[0]], score="sparsessm")
+    with pytest.raises(CalibrationError, match="Refining needs at least 2 sequences"):
+        ssmc.compress(stock(random_model()), series(count=1, batch=1), refine=2)
     with pytest.raises(CheckpointError, match="There is no Mamba or Mamba-2 mixer in this Linear"):
         ssmc.compress(nn.Linear(2, 2), series())
