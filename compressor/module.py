@@ -7,7 +7,7 @@ reads is found by running the whole module on the user's batches up to it, the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -268,7 +268,7 @@ class _Inputs:
     calls: int
     label: str
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return self.runs.inputs(self.mixer, self.calls, self.label)
 
     def together(self) -> torch.Tensor:
