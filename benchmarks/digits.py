@@ -141,7 +141,13 @@ def main() -> None:
         work = partial(one_model, epochs=args.epochs, sparsities=args.sparsities)
         parts = list(pool.map(work, args.seeds))
     rows = [row for part in parts for row in part["rows"]]
-    settings = {"seeds": args.seeds, "epochs": args.epochs, "train": TRAIN, "calibration": CALIBRATION}
+    settings = {
+        "seeds": args.seeds,
+        "epochs": args.epochs,
+        "train": TRAIN,
+        "calibration": CALIBRATION,
+        "processes": args.processes,
+    }
     settings |= {"training_s": [part["training_s"] for part in parts]}
     settings |= {name: parts[0][name] for name in ("parameters", "unseen")}
     report = {"conditions": asdict(now), "settings": settings, "rows": rows}
