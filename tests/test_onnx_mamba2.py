@@ -240,6 +240,8 @@ def test_int8_is_smaller_and_near(artefact):
     assert size["int8"] < 0.35 * size["onnx"]
     measured = json.loads((artefact / "int8" / "ssmc.json").read_text())["perplexity"]
     assert 1e-4 < abs(measured["excess_nats"]) < 0.1
+    ways = json.loads((artefact / "int8" / "ssmc.json").read_text())["rounding"]
+    assert [way["name"] for way in ways] == ["prefill", "split prefill", "64 decode steps", "padded"]
 
 
 def test_the_command_line(artefact, text, tmp_path, capsys):
