@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from . import sparse24
 from .runs_where import Runtime, runs_where
 from .shrink import Shrunk, shrink
 from .sparse24 import Half, Rounding, Sparse24Module
-from .verify import Comparison, compare, sample_tokens
+from .verify import Comparison, compare, cut_epsilons, sample_tokens
 
 if TYPE_CHECKING:
     from .onnx import OnnxReport
@@ -170,9 +170,11 @@ def _compare(
         stream = tokenize(read_texts(heldout_path()), load_tokenizer(masked))
     shrunk = load_checkpoint(written, dtype=torch.float32)
     tokens = sample_tokens(stream, masked.dimensions.vocab_size)
+    moved = cut_epsilons(masked, shrunk, tokens)
     if half is not None:
         return sparse24.compare_half(masked, shrunk, half, tokens, real_text=stream is not None)
-    return compare(masked.model, shrunk.model, tokens, real_text=stream is not None), None
+    comparison = compare(masked.model, shrunk.model, tokens, real_text=stream is not None)
+    return replace(comparison, epsilon_difference=moved), None
 
 
 def _with_provenance(config: Any, manifest: dict[str, Any]) -> Any:
@@ -204,6 +206,7 @@ def _manifest(
             "largest_logit": comparison.scale,
             "tokens": comparison.tokens,
             "real_text": comparison.real_text,
+            "epsilon_difference": comparison.epsilon_difference,
         },
         "parameters": parameter_count(shrunk.tensors),
         "files": file_records(files),

@@ -58,6 +58,8 @@ def _mamba2(sizes: Dimensions, decode: str) -> list[Runtime]:
     n, channels = sizes.d_state, sizes.d_inner + 2 * sizes.groups * sizes.d_state
     strides = channels % 8 == 0
     conv = "" if strides else f"; causal_conv1d wants a multiple of 8 channels, here are {channels}"
+    twice = sizes.d_inner == 2 * sizes.d_model
+    needs_twice = "" if twice else f"; d_inner must be 2 x d_model, here it is {sizes.d_inner}"
     prefill = ("any d_state, time falls with it" if n >= 16 else "any d_state, no gain below 16") + conv
     return [
         Runtime("transformers", "safetensors", True, "any d_state"),
@@ -66,7 +68,7 @@ def _mamba2(sizes: Dimensions, decode: str) -> list[Runtime]:
         Runtime("mamba_ssm, prefill (Triton)", "mamba-ssm", strides, prefill),
         Runtime("mamba_ssm, decode (Triton)", "mamba-ssm", strides, decode + conv),
         Runtime("vLLM", "safetensors", strides, f"decode {decode}{conv}"),
-        Runtime("llama.cpp, CPU", "safetensors", True, "any d_state, after its own conversion"),
-        Runtime("llama.cpp, CUDA", "safetensors", n in (128, 256), "takes d_state 128 or 256 only"),
+        Runtime("llama.cpp, CPU", "safetensors", twice, "any d_state, after its own conversion" + needs_twice),
+        Runtime("llama.cpp, CUDA", "safetensors", twice and n in (128, 256), "d_state 128 or 256 only" + needs_twice),
         Runtime("mlx-lm", "safetensors", n % 32 == 0, "multiples of 32; of others it silently loses states"),
     ]

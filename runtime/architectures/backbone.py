@@ -49,6 +49,9 @@ class BackboneArchitecture:
             for parameter in block.mixer.out_proj.parameters():
                 parameter.zero_()
 
+    def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
+        """Nothing to do where no norm is taken over channels."""
+
     def is_removed(self, block: nn.Module) -> bool:
         """Whether a block hands on what it reads: its out_proj is zero."""
         return not any(bool(parameter.any()) for parameter in block.mixer.out_proj.parameters())
