@@ -6,11 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import Mamba2ForCausalLM
 
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build, mamba2, ssd
+from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.checkpoints import load_checkpoint
@@ -233,6 +235,23 @@ def test_text_and_perplexity_are_those_of_torch(name, artefact, text):
     wanted = perplexity(use_fast_scan(masked.model), stream, 256)
     got = perplexity(OnnxSession(open_graph(artefact / name, "cpu", all_logits=True)), stream, 256)
     assert got.window_nll == pytest.approx(wanted.window_nll, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", TARGETS)
+def test_heads_and_states_pruned_together(target, tmp_path):
+    """The graph computes what stock transformers computes with the same cuts, the epsilon of the norms included."""
+    model = save_transformers(random_mamba2(state_size=8), tmp_path / "model")
+    out, scores = tmp_path / "out", {"column": "random", "channel": "random"}
+    compress(model, out=out, pattern="column+channel", sparsity=0.5, score=scores, repair=False, nsamples=2, seqlen=64)
+    export(out)
+    result = export(out, format="onnx", target=target, logits="all")
+    assert result.comparison.max_difference <= result.comparison.tolerance
+    assert result.comparison.epsilon_difference > 0
+    cut = Mamba2ForCausalLM.from_pretrained(out / "safetensors", dtype=torch.float32).eval()
+    session, tokens = open_written(result.directory), random_tokens((2, 9))
+    assert {tuple(v.shape[1:]) for v in session.get_inputs() if v.name.startswith("past_ssm")} == {(6, 4, 4)}
+    assert_close(read(session, tokens)[0], stock(cut, tokens))
 
 
 def test_int8_is_smaller_and_near(artefact):
