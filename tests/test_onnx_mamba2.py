@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from transformers import Mamba2ForCausalLM
 
 import ssmc.exporters.onnx.graph as graph_module
@@ -112,6 +113,12 @@ def test_limits_of_the_time_step(limit, tmp_path):
     padded = torch.cat([tokens[:, :3], torch.zeros(1, 4, dtype=torch.long), tokens[:, 3:]], dim=1)
     logits, _ = read(session, padded, mask=[[1] * 3 + [0] * 4 + [1] * 3])
     assert_close(logits[:, [0, 1, 2, 7, 8, 9]], wanted)
+
+
+def test_no_tokens_are_an_error_of_onnxruntime_and_not_the_end_of_the_process(tmp_path):
+    """A division by zero tokens would be: as in Mamba-1, the scan refuses them."""
+    with pytest.raises(InvalidArgument, match="Scan"):
+        read(graph(random_mamba2(num_hidden_layers=1), tmp_path), torch.zeros(1, 0, dtype=torch.long))
 
 
 @pytest.mark.parametrize("target", TARGETS)
