@@ -5,6 +5,9 @@
     python benchmarks/scores.py MODEL --calib train.jsonl --text valid.jsonl
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
+Where it is small it also says whether the changes happen to suit this text: a model is no optimum, so a change of first
+order may gain or lose. --divergence measures the Kullback-Leibler divergence from the dense model's predictions as
+well, which only grows with what is lost.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -27,7 +32,7 @@ from ssmc.compressor.calibration import draw_samples
 from ssmc.compressor.patterns import COLUMN, Score, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.perplexity import excess_loss, perplexity
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 from ssmc.runtime.tokenizers import load_tokenizer
@@ -47,6 +52,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
+    parser.add_argument(
+        "--divergence", type=int, default=0, help="windows to measure the divergence on, from the start"
+    )
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer, where there is a repair")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/scores"), help="writes OUT.json and OUT.svg")
     return parser.parse_args()
@@ -66,11 +75,17 @@ def main() -> None:
     cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities]
     rows = []
     for score, repair, sparsity in track(cells, "scores"):
-        config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
+        refine = args.refine if repair else 0
+        config = configure(
+            model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed, refine=refine
+        )
+        begun = time.process_time()
         model = copy.deepcopy(checkpoint.model)
         tokens = calibration.tokens
         layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
+        seconds = time.process_time() - begun
         result = perplexity(model, text, args.window)
+        excess = excess_loss(result, dense)
         rows.append(
             {
                 "score": score.value,
@@ -78,7 +93,10 @@ def main() -> None:
                 "sparsity": sparsity,
                 "kept": kept_states(checkpoint.dimensions.d_state, sparsity),
                 "perplexity": result.ppl,
-                "excess_nats": result.nll_per_token - dense.nll_per_token,
+                "excess_nats": excess.nats,
+                "stderr": excess.stderr,  # over paired windows
+                "divergence": divergence(checkpoint.model, model, text.view(-1, args.window)[: args.divergence]),
+                "cpu_seconds": seconds,
                 "layer_errors": [layer.error for layer in layers],
             }
         )
@@ -86,7 +104,9 @@ def main() -> None:
         "model": str(args.model),
         "dense_perplexity": dense.ppl,
         "calibration": {"nsamples": len(calibration.tokens), "seqlen": args.seqlen, "seed": args.seed},
+        "refine": args.refine,
         "heldout_tokens": dense.tokens,
+        "divergence_tokens": args.divergence * (args.window - 1),
         "conditions": asdict(now),
         "rows": rows,
     }
@@ -96,8 +116,20 @@ def main() -> None:
     print_table(report, args.sparsities, able)
 
 
+@torch.no_grad()
+def divergence(dense: Any, model: Any, windows: torch.Tensor) -> float | None:
+    """Mean Kullback-Leibler divergence of `model`'s predictions from `dense`'s, in nats a token."""
+    found = []
+    for window in windows:
+        p, q = (m(window[None]).logits[0, :-1].float().log_softmax(-1) for m in (dense, model))
+        found.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
+    return sum(found) / len(found) if found else None
+
+
 def print_table(report: dict, sparsities: list[float], able: list[Score]) -> None:
-    table = Table(title=f"{report['model']}: perplexity (excess nats); dense {report['dense_perplexity']:.3f}")
+    table = Table(
+        title=f"{report['model']}: perplexity (excess nats) divergence; dense {report['dense_perplexity']:.3f}"
+    )
     table.add_column("score")
     for sparsity in sparsities:
         table.add_column(f"{sparsity:.0%}", justify="right")
@@ -105,8 +137,13 @@ def print_table(report: dict, sparsities: list[float], able: list[Score]) -> Non
     by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
     for score in able:
         cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
-        table.add_row(score.value, *(f"{c['perplexity']:.3f} ({c['excess_nats']:.4f})" for c in cells))
+        table.add_row(score.value, *(_cell(c) for c in cells))
     Console(width=200).print(table)
+
+
+def _cell(row: dict) -> str:
+    text = f"{row['perplexity']:.3f} ({row['excess_nats']:.4f})"
+    return text if row["divergence"] is None else f"{text} {row['divergence']:.4f}"
 
 
 def plot(report: dict, path: Path, able: list[Score]) -> None:
