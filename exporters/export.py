@@ -78,7 +78,7 @@ def export(
         packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
         logits: of onnx: those of the "last" token (default) or of "all".
         quantize: of onnx: "int8" for the large matrices, None for none.
-        target: of onnx: "portable" (default), standard operators only.
+        target: of onnx: "portable" (default), standard operators only, or "ort", onnxruntime's own too (Mamba-2 only).
         text: of onnx: held-out text for the perplexity before and after float16 or int8.
         force: replace an earlier export.
         progress: told what is being done.

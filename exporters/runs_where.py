@@ -39,6 +39,7 @@ def _mamba(sizes: Dimensions, decode: str) -> list[Runtime]:
     return [
         Runtime("transformers", "safetensors", True, "any d_state and d_inner"),
         Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state and d_inner, time falls with them"),
+        Runtime("onnxruntime, CPU", "onnx", True, "any d_state and d_inner, also different ones in each layer"),
         Runtime(
             "mamba_ssm, prefill (CUDA)",
             "mamba-ssm",
@@ -63,6 +64,7 @@ def _mamba2(sizes: Dimensions, decode: str) -> list[Runtime]:
     return [
         Runtime("transformers", "safetensors", True, "any d_state"),
         Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
+        Runtime("onnxruntime, CPU", "onnx", True, "any d_state, also different ones in each layer"),
         Runtime("mamba_ssm, prefill (Triton)", "mamba-ssm", strides, prefill),
         Runtime("mamba_ssm, decode (Triton)", "mamba-ssm", strides, decode + conv),
         Runtime("vLLM", "safetensors", strides, f"decode {decode}{conv}"),

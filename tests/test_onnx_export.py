@@ -28,14 +28,6 @@ from .models import random_model, save_transformers
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Two windows of held-out text and a little."""
-    path = tmp_path_factory.mktemp("text") / "held-out.txt"
-    path.write_text(read_texts(heldout_path()).joined()[:5000])
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def artefact(tmp_path_factory, text):
     """A compressed model and its graphs: float32 in onnx/, int8 in int8/."""
     out = tmp_path_factory.mktemp("artefact") / "out"
@@ -228,7 +220,7 @@ def test_refusals(artefact, random_directory, tmp_path, monkeypatch):
 def test_a_graph_that_fails_its_proof_is_not_written(random_directory, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ssmc.exporters.onnx.mamba._silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
+        patch.setattr("ssmc.exporters.onnx.mamba.silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
         with pytest.raises(VerificationError, match="nothing was written"):
             export(random_directory, format="onnx", out=out)
     assert not out.exists()
