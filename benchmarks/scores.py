@@ -47,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
     parser.add_argument("--tokenizer")
     parser.add_argument("--scores", nargs="+", help="those to compare; by default all that judge this family's states")
+    parser.add_argument("--repaired", nargs="*", help="those to show with repair too; by default all")
+    parser.add_argument("--merge", nargs="+", type=Path, help="do not run: put these JSON files of parts together")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -63,6 +65,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.merge:
+        show(merged([json.loads(path.read_text()) for path in args.merge]), args.out)
+        return
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
@@ -72,7 +77,8 @@ def main() -> None:
     able = [score for score in scores_of(COLUMN) if score.value in (args.scores or [*map(str, Score)])]
     if checkpoint.dimensions.heads is not None:
         able = [score for score in able if score is not Score.magnitude]  # all states of a head have one A_log
-    cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities]
+    repaired = able if args.repaired is None else args.repaired
+    cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities if not r or s in repaired]
     rows = []
     for score, repair, sparsity in track(cells, "scores"):
         refine = args.refine if repair else 0
@@ -110,10 +116,25 @@ def main() -> None:
         "conditions": asdict(now),
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, args.out.with_suffix(".svg"), able)
-    print_table(report, args.sparsities, able)
+    show(report, args.out)
+
+
+def merged(parts: list[dict]) -> dict:
+    """One report of runs that differ in their scores and sparsities only."""
+    different = dict.fromkeys(("conditions", "rows"))
+    if any(part | different != parts[0] | different for part in parts):
+        raise SystemExit("these are parts of different runs")
+    rows = [row for part in parts for row in part["rows"]]
+    return parts[0] | {"conditions": [part["conditions"] for part in parts], "rows": rows}
+
+
+def show(report: dict, out: Path) -> None:
+    """Write a report and its plot, and print it as a table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    scores = list(dict.fromkeys(row["score"] for row in report["rows"]))
+    plot(report, out.with_suffix(".svg"), scores)
+    print_table(report, sorted({row["sparsity"] for row in report["rows"]}), scores)
 
 
 @torch.no_grad()
@@ -126,7 +147,7 @@ def divergence(dense: Any, model: Any, windows: torch.Tensor) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def print_table(report: dict, sparsities: list[float], able: list[Score]) -> None:
+def print_table(report: dict, sparsities: list[float], able: list[str]) -> None:
     table = Table(
         title=f"{report['model']}: perplexity (excess nats) divergence; dense {report['dense_perplexity']:.3f}"
     )
@@ -136,25 +157,28 @@ def print_table(report: dict, sparsities: list[float], able: list[Score]) -> Non
         table.add_column(f"{sparsity:.0%} + repair", justify="right")
     by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
     for score in able:
-        cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
-        table.add_row(score.value, *(_cell(c) for c in cells))
+        cells = [by_cell.get((score, s, repair)) for s in sparsities for repair in (False, True)]
+        table.add_row(score, *(_cell(c) for c in cells))
     Console(width=200).print(table)
 
 
-def _cell(row: dict) -> str:
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
     text = f"{row['perplexity']:.3f} ({row['excess_nats']:.4f})"
     return text if row["divergence"] is None else f"{text} {row['divergence']:.4f}"
 
 
-def plot(report: dict, path: Path, able: list[Score]) -> None:
+def plot(report: dict, path: Path, able: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "ssmc"
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for i, score in enumerate(able):
         for repair, style in ((False, "--"), (True, "-")):
-            rows = [r for r in report["rows"] if r["score"] == score.value and r["repair"] is repair]
-            label = score.value if repair else None
+            rows = [r for r in report["rows"] if r["score"] == score and r["repair"] is repair]
+            rows.sort(key=lambda r: r["sparsity"])
+            label = None if repair else score
             excess = [max(r["excess_nats"], 1e-5) for r in rows]
             axes.plot([r["sparsity"] for r in rows], excess, style, color=f"C{i}", marker=".", label=label)
     axes.set(yscale="log", xlabel="states removed", ylabel="excess loss (nats a token)")
