@@ -194,9 +194,7 @@ def read_source(directory: str | Path) -> Source:
         raise UsageError(f"{directory} is an export already. Name the folder that `ssmc compress` wrote.")
     require_keys(manifest, ("versions", "config", "dimensions", "layers", "removed"), path)
     masked = load_checkpoint(path, dtype=torch.float32)
-    shrunk = shrink(masked, manifest, path, uneven=True)
-    masked.architecture.with_epsilons_of(masked.model, shrunk.config)  # what the graph is compared with
-    return Source(masked, shrunk, manifest)
+    return Source(masked, shrink(masked, manifest, path, uneven=True), manifest)
 
 
 def runs_where(options: OnnxOptions) -> tuple[Runtime, ...]:
