@@ -77,7 +77,7 @@ def compress(
         kept(config, sizes)  # what cannot be met is said before minutes of work
     elif "pattern" not in options:
         config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
-    check_family(config, family)
+    check_family(config, family, target is not None)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)
@@ -101,7 +101,8 @@ def compress(
         command=command,
         force=force,
     )
-    notes = notes_for(config, calibration, sizes, kept(config, sizes))
+    spreads = [layer.norm_spread for layer in pruned.layers if layer.norm_spread is not None]
+    notes = notes_for(config, calibration, sizes, kept(config, sizes), checkpoint.architecture, spreads)
     notes += [] if met is None else met.notes
     return CompressResult(out, config, manifest, pruned.layers, pruned.removals, tuple(notes))
 

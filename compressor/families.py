@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.errors import UsageError
@@ -10,7 +10,41 @@ from ssmc.runtime.errors import UsageError
 from .config import CompressConfig
 from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
 
-_PARTS = {"mamba": PATTERNS, "mamba2": (COLUMN, LAYER)}  # N:M counts as unstructured
+_TARGETS = "--target-latency, --target-params, --max-ppl-increase"
+_PLACED = "which blocks are of which kind follows from their number, so none can go"
+_WIDE = "d_inner is a whole multiple of hidden_size in its configuration"
+_MANY = "widths and depths of a hybrid are not tried"
+_ALIKE = "it is there to compare with, for models with one kind of block"
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What can be done with a family."""
+
+    parts: tuple[str, ...]  # N:M counts as unstructured
+    limits: dict[str, str] = field(default_factory=dict)  # option -> why it is refused
+    heads: bool = False  # a head has one A_log for all of its states
+
+
+def _hybrid(parts: tuple[str, ...], heads: bool = False, **reasons: str) -> _Family:
+    """A family with other layers beside those with a mixer."""
+    why = {LAYER: _PLACED, CHANNEL: _WIDE, SSM_MODULE: _ALIKE, UNSTRUCTURED: _HEADS_ENTRIES} | reasons
+    limits = {f"--pattern {part}": why[part] for part in PATTERNS if part not in parts}
+    return _Family(parts, limits | {_TARGETS: _MANY}, heads)
+
+
+_HEADS_ENTRIES = "a head has one A_log for all of its states"
+_FAMILIES = {
+    "mamba": _Family(PATTERNS),
+    "mamba2": _Family((COLUMN, LAYER), heads=True),
+    "falcon_mamba": _Family(PATTERNS),
+    "jamba": _hybrid((COLUMN, UNSTRUCTURED)),
+    "bamba": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "granitemoehybrid": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "falcon_h1": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "nemotron_h": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "zamba2": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+}
 _WHAT = {
     COLUMN: "whole states",
     CHANNEL: "channels of d_inner",
@@ -22,22 +56,33 @@ _WHAT = {
 
 def able_parts(config: CompressConfig, model_type: str) -> list[str]:
     """Those parts of a pattern that are carried out for a family."""
-    return [part for part in config.parts if part in _PARTS[model_type]]
+    return [part for part in config.parts if part in _FAMILIES[model_type].parts]
 
 
-def check_family(config: CompressConfig, model_type: str) -> None:
+def check_family(config: CompressConfig, model_type: str, aims: bool = False) -> None:
     """Refuse what is not carried out, or makes no sense, for this family.
+
+    Args:
+        config: the run.
+        model_type: as in a transformers config.json.
+        aims: whether it has a target in place of a sparsity.
 
     Raises:
         UsageError: naming what can be used.
     """
-    able = _PARTS[model_type]
+    family = _FAMILIES[model_type]
+    able = family.parts
+    if aims and _TARGETS in family.limits:
+        raise UsageError(f"There is no search for a target for {model_type}: {_MANY}. Give a sparsity.")
     wrong = [part for part in config.parts if part not in able and not (config.nm and UNSTRUCTURED in able)]
     if wrong:
+        pattern = UNSTRUCTURED if config.nm else wrong[0]
+        reason = family.limits.get(f"--pattern {pattern}")
         raise UsageError(
-            f"The pattern {wrong[0]} is not carried out for {model_type} yet; {', '.join(able)} can be used."
+            f"The pattern {wrong[0]} is not carried out for {model_type}{f': {reason}' if reason else ' yet'}; "
+            f"{', '.join(able)} can be used."
         )
-    if model_type != "mamba" and COLUMN in config.parts:
+    if family.heads and COLUMN in config.parts:
         if config.judge_of(COLUMN) is Score.magnitude:
             raise UsageError(
                 f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of "
@@ -47,6 +92,11 @@ def check_family(config: CompressConfig, model_type: str) -> None:
             raise UsageError(
                 f"The projections of {model_type} are not pruned together with its states yet. Use target ssm."
             )
+
+
+def limits(model_type: str) -> dict[str, str]:
+    """What is refused for a family, option by option, with the reason."""
+    return dict(_FAMILIES[model_type].limits)
 
 
 @dataclass(frozen=True)
@@ -61,7 +111,7 @@ class Prospect:
 
 def prospects(checkpoint: Checkpoint) -> list[Prospect]:
     """What a model can be pruned by and what that makes smaller, from its sizes alone."""
-    sizes, able = checkpoint.dimensions, _PARTS[checkpoint.architecture.model_type]
+    sizes, able = checkpoint.dimensions, _FAMILIES[checkpoint.architecture.model_type].parts
     count = parameter_counter(checkpoint.config)
     whole = count(sizes.n_layer, sizes.d_inner, sizes.d_state)
 
