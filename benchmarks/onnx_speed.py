@@ -1,12 +1,13 @@
 """ONNX on a CPU beside torch: speed at Mamba-130M shapes, and size, speed and perplexity of a trained model.
 
     python benchmarks/onnx_speed.py --json docs/onnx_speed.json
+    python benchmarks/onnx_speed.py --family mamba2 --json docs/onnx_speed_mamba2.json
     python benchmarks/onnx_speed.py --model MODEL --json docs/onnx_quality.json    # and text with --text
 
 Without --model: random weights, which cost the same time as trained ones. "stock" is transformers' loop over tokens,
-"torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime, "products" a graph of the float32
-matrix products of one token and nothing else; all take turns, with as many
-threads as torch has. With --cpu-time each has one thread, and its processor time counts: other work on the machine
+"torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime, for Mamba-2 also with --target ort,
+"products" a graph of the float32 matrix products of one token and nothing else; all take turns, with as many threads as
+torch has. With --cpu-time each has one thread, and its processor time counts: other work on the machine
 disturbs that less than time on the clock. With --model: a trained model, dense and pruned (--pattern, --sparsity), each
 in float32 and int8.
 """
@@ -14,6 +15,7 @@ in float32 and int8.
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,12 +27,13 @@ import onnxruntime
 import torch
 from onnxscript import GraphBuilder
 from reporting import as_json, print_conditions, print_timings, write_json
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build
+from ssmc.exporters.onnx.graph import LAYERS
 from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.exporters.onnx.running import fresh_states
@@ -46,29 +49,37 @@ from ssmc.runtime.tokenizers import load_tokenizer
 CPU = torch.device("cpu")
 
 
-def build_model(args: argparse.Namespace) -> MambaForCausalLM:
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=50280, hidden_size=args.d_model, num_hidden_layers=args.layers, state_size=args.d_state
-    )
-    return MambaForCausalLM(config).eval()
+    sizes = {"vocab_size": 50280, "hidden_size": args.d_model, "num_hidden_layers": args.layers}
+    if args.family == "mamba":
+        return MambaForCausalLM(MambaConfig(**sizes, state_size=args.d_state or 16)).eval()
+    heads = {"head_dim": 64, "num_heads": 2 * args.d_model // 64, "n_groups": 1, "tie_word_embeddings": True}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads, state_size=args.d_state or 128)).eval()
 
 
-def write_graphs(model: MambaForCausalLM, folder: Path) -> dict[str, Path]:
-    """Graphs of a model in float32 and int8; those an earlier run left in the folder are taken as they are."""
-    if (folder / "int8" / GRAPH).is_file():
-        return {name: folder / name for name in ("onnx", "int8")}
+def write_graphs(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    """Graphs of a model in float32 and int8 for every target; those an earlier run left there are taken as they are."""
     tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    folders = {name: folder / name for name in ("onnx", "float", "quantised", "int8")}
-    for each in folders.values():
-        each.mkdir(parents=True)
-    write_graph(folders["onnx"], build(model.config, tensors, Settings()).model)
-    write_graph(folders["float"], build(model.config, tensors, Settings(own_head=True)).model)
-    write_graph(folders["int8"], quantize_int8(folders["float"], folders["quantised"]))
-    return {name: folders[name] for name in ("onnx", "int8")}
+    found = {}
+    for target in LAYERS[model.config.model_type].TARGETS:
+        first, second = ("onnx", "int8") if target == "portable" else (target, f"{target} int8")
+        found |= {name: folder / name for name in (first, second)}
+        if (folder / second / GRAPH).is_file():
+            continue
+        folders = [folder / name for name in (first, second, f"{target} float", f"{target} quantised")]
+        for each in folders:
+            each.mkdir(parents=True)
+        plain, int8, own_head, quantised = folders
+        write_graph(plain, build(model.config, tensors, Settings(target=target)).model)
+        write_graph(own_head, build(model.config, tensors, Settings(own_head=True, target=target)).model)
+        write_graph(int8, quantize_int8(own_head, quantised))
+        shutil.rmtree(own_head)
+        shutil.rmtree(quantised)
+    return found
 
 
-def write_products(model: MambaForCausalLM, folder: Path) -> Path:
+def write_products(model: PreTrainedModel, folder: Path) -> Path:
     """A graph of nothing but one token's products with all matrices of a model: what no decoding can be faster than."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="products")
     builder = GraphBuilder(graph)
@@ -172,7 +183,9 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
         plan |= {"pruned": (folder / "pruned", {}), "pruned int8": (folder / "pruned", {"quantize": "int8"})}
         for number, (title, (origin, options)) in enumerate(plan.items()):
             out = folder / str(number)
-            result = export(origin, format="onnx", out=out, text=str(source) if options else None, **options)
+            result = export(
+                origin, format="onnx", out=out, text=str(source) if options else None, target=args.target, **options
+            )
             model = dense if "dense" in title else load_checkpoint(folder / "pruned", dtype=torch.float32)
             found = measure(model.model, out, stream, str(source), silent)
             rows[title] = {
@@ -199,16 +212,18 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba", help="of the random weights")
     parser.add_argument("--model", help="a trained model instead of random weights")
     parser.add_argument("--text", help="held-out text for --model; the embedded stories unless given")
     parser.add_argument("--pattern", default="column+channel", help="of --model")
     parser.add_argument("--sparsity", default="0.75+0.25", help="of --model, one for each part of the pattern")
+    parser.add_argument("--target", default="portable", help="of the graphs of --model")
     parser.add_argument("--nsamples", type=int, default=64, help="of the calibration of --model")
     parser.add_argument("--seqlen", type=int, default=2048, help="of the calibration of --model")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--d-state", type=int, default=16)
+    parser.add_argument("--d-state", type=int, help="16 for mamba, 128 for mamba2 unless given")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--budget", type=float, default=150, help="seconds for each table")
     parser.add_argument("--cpu-time", action="store_true", help="one thread each, processor time")

@@ -123,6 +123,15 @@ def compress(
     ] = "prefill",
     batch: Annotated[int, typer.Option(help="Sequences at once.", rich_help_panel=TARGET)] = 1,
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", rich_help_panel=TARGET)] = 512,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="Let layers have sizes of their own where that loses less. Only ONNX gains by it: stock loaders fill "
+            "all layers up to the widest.",
+            rich_help_panel=TARGET,
+        ),
+    ] = False,
     latency_table: Annotated[
         Path | None,
         typer.Option(

@@ -38,7 +38,7 @@ ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
 Logits = Literal["last", "all"]
 Quantize = Literal["int8"]
-OnnxTarget = Literal["portable"]
+OnnxTarget = Literal["portable", "ort"]
 
 METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"

@@ -1,11 +1,13 @@
 """One-shot pruning: scores, repair, weight pruning, and the layer-by-layer pipeline.
 
-`compress` is the whole run; the other names are its parts, for those who build on them.
+`compress` is the whole run, of a checkpoint or of a torch module; the other names are its parts, for those who build
+on them.
 """
 
 from .compress import CompressResult, compress
 from .config import CompressConfig, FfnScore, Weighting, configure
 from .counts import Kept, kept, kept_channels, kept_states
+from .module import CompressedModule, MixerResult, compress_module
 from .modules import ModuleResult, prune_modules
 from .patterns import Score
 from .pipeline import LayerResult, collect, propagate, prune_layers
@@ -18,9 +20,11 @@ from .target import Target, split_target
 __all__ = [
     "CompressConfig",
     "CompressResult",
+    "CompressedModule",
     "FfnScore",
     "Kept",
     "LayerResult",
+    "MixerResult",
     "ModuleResult",
     "Refinement",
     "Removal",
@@ -31,6 +35,7 @@ __all__ = [
     "choose_removals",
     "collect",
     "compress",
+    "compress_module",
     "configure",
     "eliminate",
     "evaluate",

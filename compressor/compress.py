@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import nn
 
 from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.device import choose_device
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
@@ -24,7 +27,9 @@ from .config import CompressConfig, configure
 from .counts import kept
 from .families import able_parts, check_family
 from .meet import meet
+from .module import CompressedModule, compress_module
 from .notes import notes_for
+from .patterns import CHANNEL
 from .pipeline import LayerResult
 from .prune import prune
 from .samples import HELD_OUT, Samples
@@ -44,28 +49,57 @@ class CompressResult:
     notes: tuple[str, ...]  # what the user should know about this choice
 
 
+OUT = "ssmc-out"
+
+
+@overload
+def compress(model: str | Path, **options: Any) -> CompressResult: ...
+
+
+@overload
+def compress(model: nn.Module, batches: Iterable[Any], **options: Any) -> CompressedModule: ...
+
+
 def compress(
-    model: str | Path,
+    model: str | Path | nn.Module,
+    batches: Iterable[Any] | None = None,
     *,
-    out: str | Path = "ssmc-out",
+    out: str | Path = OUT,
     force: bool = False,
     progress: Progress = silent,
     command: str | None = None,
     **options: Any,
-) -> CompressResult:
-    """Prune a model in one shot and write it, masked, to a folder.
+) -> CompressResult | CompressedModule:
+    """Prune a model in one shot and write it, masked, to a folder; or prune the mixers of a torch module in memory.
 
     Args:
-        model: a transformers or mamba_ssm directory, a hub id, or "tiny".
-        out: folder to write; it must not exist unless `force`.
+        model: a transformers or mamba_ssm directory, a hub id, or "tiny"; or any torch module with Mamba or Mamba-2
+            mixers in it, a language model or not.
+        batches: what a torch module is run on, see `compress_module`; a checkpoint is calibrated on text (`calib`).
+        out: folder to write; it must not exist unless `force`. Not for a torch module, which is returned.
         force: replace an earlier result of ssmc.
         progress: told what is being done.
         command: recorded in the manifest.
-        options: fields of `CompressConfig` and `Target`, or those a recipe names (`read_recipe`).
+        options: fields of `CompressConfig` and `Target`, or those a recipe names (`read_recipe`); of a torch module
+            those of `compress_module`.
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
+    if isinstance(model, nn.Module):
+        if (out, force, command) != (OUT, False, None):
+            raise UsageError(
+                "out, force and command go with a checkpoint; a torch module is returned, save it yourself."
+            )
+        if batches is None:
+            raise UsageError(
+                "A torch module is calibrated by running it: give batches, as in compress(module, batches)."
+            )
+        return compress_module(model, batches, progress=progress, **options)
+    if batches is not None:
+        raise UsageError(
+            f"batches go with a torch module; {model} is read from disk and calibrated on text: use calib."
+        )
     target, ordinary = split_target({"model": str(model), **options})
     config = configure(**ordinary)
     out = Path(out).expanduser()
@@ -73,11 +107,16 @@ def compress(
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
     sizes, family = checkpoint.dimensions, checkpoint.architecture.model_type
-    if target is None:
-        kept(config, sizes)  # what cannot be met is said before minutes of work
-    elif "pattern" not in options:
+    if target is not None and "pattern" not in options:
         config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
     check_family(config, family, target is not None)
+    if target is None:
+        kept(config, sizes)  # what cannot be met is said before minutes of work
+    if target is not None and CHANNEL in config.parts and sizes.heads is not None:
+        raise UsageError(
+            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
+            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
+        )
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)

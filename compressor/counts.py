@@ -40,7 +40,8 @@ def kept(config: CompressConfig, sizes: Dimensions) -> Kept:
     everything = Kept.everywhere(sizes)
     states, channels = everything.states, everything.channels
     if config.nm and SSM in config.targets:
-        check_groups(sizes.d_state, config.nm)
+        # groups lie along the states of a channel; a Mamba-2 has one number a head, there they are neighbouring heads
+        check_groups(sizes.d_state if sizes.heads is None else sizes.heads // sizes.groups, config.nm)
     if COLUMN in config.parts and SSM in config.targets:
         if sizes.heads is None:  # a Mamba-2 needs N^2
             _check_repairable(config, sizes.d_state)
@@ -49,8 +50,10 @@ def kept(config: CompressConfig, sizes: Dimensions) -> Kept:
         )
     if CHANNEL in config.parts:
         channels = _listed("widths", config.widths, sizes.d_inner, sizes.n_layer) or (
-            (kept_channels(sizes.d_inner, config.sparsity_of(CHANNEL), config.round_channels),) * sizes.n_layer
+            (_kept_width(config, sizes),) * sizes.n_layer
         )
+        if sizes.heads is not None:
+            _check_heads(config, sizes, channels)
     return Kept(states, channels)
 
 
@@ -106,6 +109,46 @@ def kept_channels(d_inner: int, sparsity: float, multiple: int | None = None) ->
             f"use a higher one{f', or --round-channels with a smaller number ({smaller})' if smaller else ''}."
         )
     return nearest
+
+
+def widths_of_heads(sizes: Dimensions) -> list[int]:
+    """The widths below its own that a Mamba-2 can have in a stock loader, rising.
+
+    transformers and mamba_ssm have one width for all layers, `expand` times d_model with a whole `expand` (a fraction
+    is refused by Mamba2Config, and gives a layer of fractional size in mamba_ssm), and whole heads in every group.
+    """
+    unit = sizes.groups * sizes.head_dim
+    return [width for width in range(sizes.d_model, sizes.d_inner, sizes.d_model) if width % unit == 0]
+
+
+def _kept_width(config: CompressConfig, sizes: Dimensions) -> int:
+    sparsity = config.sparsity_of(CHANNEL)
+    if sizes.heads is None:
+        return kept_channels(sizes.d_inner, sparsity, config.round_channels)
+    wanted = sizes.d_inner * (1 - sparsity)
+    return _nearest([*widths_of_heads(sizes), sizes.d_inner], wanted)
+
+
+def _check_heads(config: CompressConfig, sizes: Dimensions, widths: Sequence[int]) -> None:
+    """Refuse widths that no stock loader takes, rather than remove far more or less than was asked for."""
+    able = widths_of_heads(sizes)
+    why = (
+        f"stock loaders want a whole `expand`, that is a width of whole heads that is a multiple of d_model "
+        f"{sizes.d_model}, in every layer"
+    )
+    if not able:
+        raise UsageError(f"No heads can be removed from this model of {sizes.d_inner} channels: {why}.")
+    P = sizes.head_dim
+    choices = ", ".join(f"{width} ({width // P} heads, sparsity {1 - width / sizes.d_inner:.4g})" for width in able)
+    if config.round_channels is not None:
+        raise UsageError(f"round_channels does not go with the heads of a Mamba-2, as {why}: {choices}.")
+    asked = config.widths is not None or abs(widths[0] - sizes.d_inner * (1 - config.sparsity_of(CHANNEL))) <= P / 2
+    if not asked or any(width not in able for width in widths) or len(set(widths)) > 1:
+        what = "widths" if config.widths is not None else f"sparsity {config.sparsity_of(CHANNEL):g}"
+        raise UsageError(
+            f"The {what} of {sizes.d_inner} channels ({sizes.heads} heads) cannot be exported: {why}. "
+            f"What can be: {choices}."
+        )
 
 
 def default_multiple(d_inner: int) -> int:

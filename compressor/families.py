@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ssmc.runtime.architectures import Dimensions
 from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.errors import UsageError
 
-from .config import CompressConfig
+from .config import SSM, CompressConfig
+from .counts import widths_of_heads
 from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
 
 _TARGETS = "--target-latency, --target-params, --max-ppl-increase"
@@ -26,17 +29,16 @@ class _Family:
     heads: bool = False  # a head has one A_log for all of its states
 
 
-def _hybrid(parts: tuple[str, ...], heads: bool = False, **reasons: str) -> _Family:
+def _hybrid(parts: tuple[str, ...], heads: bool = False) -> _Family:
     """A family with other layers beside those with a mixer."""
-    why = {LAYER: _PLACED, CHANNEL: _WIDE, SSM_MODULE: _ALIKE, UNSTRUCTURED: _HEADS_ENTRIES} | reasons
+    why = {LAYER: _PLACED, CHANNEL: _WIDE, SSM_MODULE: _ALIKE}
     limits = {f"--pattern {part}": why[part] for part in PATTERNS if part not in parts}
     return _Family(parts, limits | {_TARGETS: _MANY}, heads)
 
 
-_HEADS_ENTRIES = "a head has one A_log for all of its states"
 _FAMILIES = {
     "mamba": _Family(PATTERNS),
-    "mamba2": _Family((COLUMN, LAYER), heads=True),
+    "mamba2": _Family(PATTERNS, heads=True),
     "falcon_mamba": _Family(PATTERNS),
     "jamba": _hybrid((COLUMN, UNSTRUCTURED)),
     "bamba": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
@@ -45,6 +47,7 @@ _FAMILIES = {
     "nemotron_h": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
     "zamba2": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
 }
+_LACKS = ("x_proj", "dt_proj")  # of families with heads, whose in_proj makes B, C and dt itself
 _WHAT = {
     COLUMN: "whole states",
     CHANNEL: "channels of d_inner",
@@ -55,8 +58,9 @@ _WHAT = {
 
 
 def able_parts(config: CompressConfig, model_type: str) -> list[str]:
-    """Those parts of a pattern that are carried out for a family."""
-    return [part for part in config.parts if part in _FAMILIES[model_type].parts]
+    """Those parts of a pattern that a search for a target tries: heads of a Mamba-2 go by halves, or not at all."""
+    never = (CHANNEL,) if model_type == "mamba2" else ()
+    return [part for part in config.parts if part in _FAMILIES[model_type].parts and part not in never]
 
 
 def check_family(config: CompressConfig, model_type: str, aims: bool = False) -> None:
@@ -82,16 +86,28 @@ def check_family(config: CompressConfig, model_type: str, aims: bool = False) ->
             f"The pattern {wrong[0]} is not carried out for {model_type}{f': {reason}' if reason else ' yet'}; "
             f"{', '.join(able)} can be used."
         )
-    if family.heads and COLUMN in config.parts:
-        if config.judge_of(COLUMN) is Score.magnitude:
-            raise UsageError(
-                f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of "
-                "them. Use another score."
-            )
-        if config.modules:
-            raise UsageError(
-                f"The projections of {model_type} are not pruned together with its states yet. Use target ssm."
-            )
+    if not family.heads:
+        return
+    if lacking := [name for name in _LACKS if name in (config.target or "").split(",")]:
+        raise UsageError(
+            f"The target {lacking[0]} does not exist in {model_type}, whose in_proj makes B, C and dt itself. "
+            "Use in_proj, conv1d, out_proj or ffn."
+        )
+    _check_heads(config, model_type)
+
+
+def _check_heads(config: CompressConfig, model_type: str) -> None:
+    """Refuse scores that have nothing to judge where a head has one A_log for all of its states and channels."""
+    if COLUMN in config.parts and config.judge_of(COLUMN) is Score.magnitude:
+        raise UsageError(
+            f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of them. "
+            "Use another score."
+        )
+    if COLUMN not in config.parts and SSM in config.targets and config.judge is Score.sparsegpt:
+        raise UsageError(
+            f"SparseGPT on A_log lets a channel's other states make up for one that goes; a head of {model_type} has "
+            "one A_log, so nothing is left to do so. Use another score."
+        )
 
 
 def limits(model_type: str) -> dict[str, str]:
@@ -125,9 +141,21 @@ def prospects(checkpoint: Checkpoint) -> list[Prospect]:
         if pattern == COLUMN:
             gain = f"half of the SSM state and its scan, {smaller(d_state=max(1, sizes.d_state // 2))}"
         elif pattern == CHANNEL:
+            if sizes.heads is not None:
+                found += _heads(sizes, smaller)
+                continue
             gain = smaller(d_inner=max(1, sizes.d_inner // 2))
         elif pattern == LAYER:
             gain = smaller(n_layer=max(1, sizes.n_layer // 2))
         name = f"{pattern}, N:M" if pattern == UNSTRUCTURED else pattern
         found.append(Prospect(name, _WHAT[pattern], scores_of(pattern)[0].value, gain))
     return found
+
+
+def _heads(sizes: Dimensions, smaller: Callable[..., str]) -> list[Prospect]:
+    """Whole heads, down to the narrowest width a stock loader takes; nothing if there is none."""
+    widths = widths_of_heads(sizes)
+    if not widths:
+        return []
+    what = f"{sizes.heads - widths[0] // sizes.head_dim} of {sizes.heads} heads"
+    return [Prospect(CHANNEL, what, scores_of(CHANNEL)[0].value, smaller(d_inner=widths[0]))]

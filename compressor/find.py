@@ -23,11 +23,13 @@ from ssmc.runtime.progress import Progress, silent
 
 from .config import POWER_OF_TWO, CompressConfig
 from .counts import default_multiple
+from .find_layerwise import find_layerwise
+from .layerwise import LayerLosses, Layerwise
 from .patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
 from .prune import prune
 from .samples import Samples
 from .search import Curve, Limit, LossModel, Sizes, cheapest_within, enumerate_sizes, frontier, shortlist
-from .target import Target, configured, removable_layers
+from .target import Target, configured, configured_layerwise, removable_layers
 
 TRIALS = 3  # combinations that are tried for real
 SWEEP = {COLUMN: (0.5, 0.75, 0.875), CHANNEL: (0.25, 0.5)}  # where the parts' curves are measured, roughly
@@ -40,7 +42,7 @@ TOLERANCE = 0.10  # how far the time may miss its target
 class Found:
     """What the search decided."""
 
-    sizes: Sizes
+    sizes: Sizes | Layerwise
     config: CompressConfig
     expected: dict[str, float]
     record: dict[str, Any]  # for the manifest: everything it was decided on
@@ -65,8 +67,8 @@ class Search:
     progress: Progress = silent
     table: LatencyTable | None = None
     base: Perplexity | None = None  # of the dense model
-    trials: dict[Sizes, float] = field(default_factory=dict)  # excess loss on held-out text, nats a token
-    clocked: dict[Sizes, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
+    trials: dict[Sizes | Layerwise, float] = field(default_factory=dict)  # excess loss on held-out text, nats a token
+    clocked: dict[Sizes | Layerwise, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
 
     @property
     def correction(self) -> float:
@@ -77,7 +79,8 @@ class Search:
     def __post_init__(self) -> None:
         self.dense = self.checkpoint.dimensions
         self._count = parameter_counter(self.checkpoint.config)
-        self._parameters = self._count(*asdict(Sizes.of(self.dense)).values())
+        self.parameters = self._count(*asdict(Sizes.of(self.dense)).values())
+        self.parameters_outside = self._count(0, self.dense.d_inner, self.dense.d_state)
 
     def run(self) -> Found:
         """Find the sizes that meet the target with the least loss.
@@ -99,13 +102,21 @@ class Search:
             best = self._fastest(candidates, model)
         else:
             best = self._least_loss(candidates, limits, model)
-        return self._found(best, model)
+        losses = None
+        if self.target.per_layer:
+            best, losses = find_layerwise(self, best, limits, model)
+        return self._found(best, model, losses)
 
-    def share_of_parameters(self, sizes: Sizes) -> float:
+    def share_of_parameters(self, sizes: Sizes | Layerwise) -> float:
         """Parameters over the dense model's, exactly."""
-        return self._count(sizes.n_layer, sizes.d_inner, sizes.d_state) / self._parameters
+        blocks = sizes.blocks()
+        return (self.parameters_outside + sum(self.parameters_of(*block) for block in blocks)) / self.parameters
 
-    def share_of_time(self, sizes: Sizes) -> float:
+    def parameters_of(self, d_inner: int, d_state: int) -> int:
+        """Of one block."""
+        return self._count(1, d_inner, d_state) - self.parameters_outside
+
+    def share_of_time(self, sizes: Sizes | Layerwise) -> float:
         """Expected time over the dense model's: by the table, set right by what was clocked so far.
 
         Where the model itself was clocked, the expectation stays within the confidence interval of that: on a quiet
@@ -118,10 +129,10 @@ class Search:
         clocked = self.clocked.get(sizes)
         return expected if clocked is None else min(max(expected, clocked.low), clocked.high)
 
-    def try_out(self, sizes: Sizes) -> float:
+    def try_out(self, sizes: Sizes | Layerwise) -> float:
         """Prune a copy of the model on a few samples and measure its excess loss on held-out ones, nats a token."""
         if sizes not in self.trials:
-            config = configured(self.config, sizes.removed(self.dense), trial=True)
+            config = self._configured(sizes, trial=True)
             name = f"trial {len(self.trials) + 1}"
             self.trials[sizes] = self._excess(config, lambda _, done, total: self.progress(name, done, total))
         return self.trials[sizes]
@@ -138,7 +149,7 @@ class Search:
         }
         self.trials[found.sizes] = loss.nats  # should the search go on, it knows better than from a trial
         if self.table is not None:
-            ratio = self._clock([found.sizes])[found.sizes]
+            ratio = self.clock([found.sizes])[found.sizes]
             result |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
         return result
 
@@ -181,8 +192,14 @@ class Search:
                 )
         return table
 
-    def _candidates(self) -> list[Sizes]:
-        """Every combination of what the pattern may remove, the dense model left out."""
+    def _configured(self, sizes: Sizes | Layerwise, *, trial: bool = False) -> CompressConfig:
+        """The ordinary run that leaves these sizes."""
+        if isinstance(sizes, Layerwise):
+            return configured_layerwise(self.config, sizes, self.dense, trial=trial)
+        return configured(self.config, sizes.removed(self.dense), trial=trial)
+
+    def allowed(self) -> tuple[list[int], list[int]]:
+        """The widths and the numbers of states that the pattern may leave, rising, the dense model's last."""
         config, dense = self.config, self.dense
         states, widths = [dense.d_state], [dense.d_inner]
         if COLUMN in config.parts:
@@ -195,6 +212,12 @@ class Search:
             step = config.round_channels or default_multiple(dense.d_inner)
             least = self.table.widths[0] if self.table else dense.d_inner // 4
             widths = sorted({*(w for w in range(step, dense.d_inner, step) if w >= least), dense.d_inner})
+        return widths, states
+
+    def _candidates(self) -> list[Sizes]:
+        """Every combination of what the pattern may remove, the dense model left out."""
+        config, dense = self.config, self.dense
+        widths, states = self.allowed()
         every = enumerate_sizes(removable_layers(dense.n_layer, config.parts), widths, states)
         return [sizes for sizes in every if sizes != Sizes.of(dense)]
 
@@ -258,7 +281,7 @@ class Search:
             new = [sizes for sizes in chosen if sizes not in self.clocked]
             if not new:
                 break
-            self._clock(new)
+            self.clock(new)
             chosen = shortlist(candidates, limits, model, TRIALS)
             if not chosen:
                 raise UsageError(
@@ -283,7 +306,7 @@ class Search:
             )
         return best
 
-    def _found(self, sizes: Sizes, model: LossModel) -> Found:
+    def _found(self, sizes: Sizes | Layerwise, model: LossModel, losses: LayerLosses | None) -> Found:
         expected = {"parameters": self.share_of_parameters(sizes), "excess_nats": self.try_out(sizes)}
         if self.table is not None:
             expected["time"] = self.share_of_time(sizes)
@@ -293,23 +316,26 @@ class Search:
             "expected": expected,
             "curves": {part: asdict(curve) for part, curve in model.curves.items()},
             "trials": [
-                {**asdict(s), "added_up_nats": model(s), "excess_nats": loss} for s, loss in self.trials.items()
+                {**asdict(s), "added_up_nats": (model if isinstance(s, Sizes) else losses)(s), "excess_nats": loss}
+                for s, loss in self.trials.items()
             ],
             "clocked": [{**asdict(s), "time": asdict(ratio)} for s, ratio in self.clocked.items()],
             "correction": self.correction,
             "held_out_seen": self.samples.seen,
             "latency_table": None if self.table is None else self.table.to_json(),
         }
-        return Found(sizes, configured(self.config, sizes.removed(self.dense)), expected, record)
+        if losses is not None:
+            record["layer_weights"] = losses.weights
+        return Found(sizes, self._configured(sizes), expected, record)
 
-    def _clock(self, several: Sequence[Sizes]) -> dict[Sizes, Ratio]:
+    def clock(self, several: Sequence[Sizes | Layerwise]) -> dict[Sizes | Layerwise, Ratio]:
         """Time over the dense model's, measured in turns with it."""
         checkpoint = self.checkpoint
-        keys = {sizes: (sizes.n_layer, sizes.d_inner, sizes.d_state) for sizes in several}
+        blocks = [sizes.blocks() for sizes in several]
         ratios = time_sizes(
-            checkpoint.model, checkpoint.architecture, [*keys.values()], self.target.workload, progress=self.progress
+            checkpoint.model, checkpoint.architecture, blocks, self.target.workload, progress=self.progress
         )
-        found = {sizes: ratios[key] for sizes, key in keys.items()}
+        found = dict(zip(several, ratios, strict=True))
         self.clocked |= found
         return found
 

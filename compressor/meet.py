@@ -16,6 +16,7 @@ from ssmc.runtime.progress import Progress, silent
 
 from .config import CompressConfig
 from .find import Search
+from .layerwise import Layerwise
 from .prune import Pruned, prune
 from .samples import Samples
 from .search import Sizes
@@ -61,7 +62,7 @@ def meet(
     """
     checkpoint.model.to(device)
     search = Search(checkpoint, config, target, samples, progress)
-    done: set[Sizes] = set()
+    done: set[Sizes | Layerwise] = set()
     for _ in range(ATTEMPTS):
         found = search.run()
         if found.sizes in done:

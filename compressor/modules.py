@@ -124,7 +124,7 @@ def prune_modules(
         label: what to call the work.
     """
     weights = architecture.module_weights(architecture.mixer(block))
-    targets = {name: target for name, target in targets.items() if name in weights}
+    targets = {name: target for name, target in targets.items() if name in weights}  # a Mamba-2 has no x_proj
     moments: Moments = {}
     if hidden is not None and score is not FfnScore.magnitude:
         moments = _moments(architecture, block, hidden, {n: weights[n] for n in targets}, progress, label)

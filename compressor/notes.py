@@ -55,7 +55,7 @@ def notes_for(
     if len(set(counts.channels)) > 1 or len(set(counts.states)) > 1:
         notes.append(
             "Layers keep numbers of their own. Stock loaders have one for all, so `ssmc export` fills the narrower "
-            "ones up with zeros to the widest: nothing is gained there."
+            "ones up with zeros to the widest: nothing is gained there. `--format onnx` takes each layer as it is."
         )
     if COLUMN not in config.parts and SSM in config.targets:
         notes.append(
@@ -84,6 +84,11 @@ def notes_for(
 
 def _width(config: CompressConfig, sizes: Dimensions, counts: Kept) -> str:
     width = max(counts.channels)
+    if sizes.heads is not None:
+        return (
+            f"{width // sizes.head_dim} of {sizes.heads} heads stay in each layer. In the export the gated norm's "
+            "weight makes up for its mean over fewer channels, in float32 even where the model is in half precision."
+        )
     if config.widths is not None:
         return f"At most {width} of {sizes.d_inner} channels stay, as --widths says."
     multiple = config.round_channels or default_multiple(sizes.d_inner)

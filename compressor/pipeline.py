@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from ssmc.runtime.architectures import Architecture
+from ssmc.runtime.architectures import Architecture, Dimensions
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator, scan_moments, scan_states
 
@@ -24,7 +24,7 @@ from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .readers import fit_readers
 from .refinement import Refinement, check_samples, refine, stepped_on
 from .repair import evaluate
-from .scores import Layer, choose_states, layer_seed, prune_entries, statistics_for
+from .scores import Layer, choose_states, layer_seed, prune_entries, prune_heads, statistics_for
 from .statistics import STRETCH, Chunk, Statistic
 from .widths import Fitted, fit_out_proj, prune_channels
 
@@ -84,12 +84,12 @@ def prune_layers(
     if tokens is not None:
         architecture.record_arguments(model, tokens[:1])
         hidden = stage.place(_embed(architecture, model, tokens))  # (nsamples, L, d_model)
-    fits = hidden is not None and config.fits_out_proj(sizes.heads is None and not architecture.has_normed_readers)
-    run = _Run(
+    fits = hidden is not None and config.fits_out_proj(_mixes_readers(architecture, sizes))
+    run = Run(
         architecture,
         config,
+        sizes,
         counts=kept(config, sizes),
-        states=sizes.groups * sizes.d_state,
         hidden=hidden,
         stream=stage.place(hidden.clone()) if fits or config.refine else None,
         fits=fits,
@@ -112,22 +112,76 @@ def prune_layers(
         if architecture.mixer(block) is None:
             result, work = _prune_other(run, block, index, label), block
         else:
-            result, work = _prune_layer(run, block, index, label)
+            result, work = prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
             propagate(work, hidden, progress, f"{label}: outputs", architecture.run)
         results.append(result)
     return results
 
 
+def _mixes_readers(architecture: Architecture, sizes: Dimensions) -> bool:
+    """Whether the repair of removed states folds into their C rows, exactly."""
+    return sizes.heads is None and not architecture.has_normed_readers
+
+
+@torch.no_grad()
+def each_alone(
+    model: nn.Module,
+    architecture: Architecture,
+    tokens: torch.Tensor,
+    config: CompressConfig,
+    stored_dtypes: Mapping[str, torch.dtype],
+    progress: Progress = silent,
+) -> Iterator[int]:
+    """Prune one layer after the other, each alone in a model that is dense else.
+
+    Args:
+        model: with the fast scan in use, in float32; a layer is pruned during its turn, and as before after it.
+        architecture: its adapter.
+        tokens: (nsamples, seqlen) calibration samples.
+        config: what is pruned and how: states, channels or both.
+        stored_dtypes: as `prune_layers` takes them.
+        progress: told about layers and samples.
+
+    Yields:
+        The number of the layer that is pruned just now.
+    """
+    sizes = architecture.dimensions(model.config)
+    hidden, blocks = _embed(architecture, model, tokens), architecture.blocks(model)
+    fits = config.fits_out_proj(_mixes_readers(architecture, sizes))
+    for index, block in enumerate(blocks):
+        stream = hidden.clone()
+        propagate(block, stream)
+        run = Run(
+            architecture,
+            config,
+            sizes,
+            counts=kept(config, sizes),
+            hidden=hidden,
+            stream=stream if fits else None,
+            fits=fits,
+            targets=[],
+            stored_dtypes=stored_dtypes,
+            progress=silent,
+        )
+        progress(f"{config.pattern} of each layer alone", index, len(blocks))
+        blocks[index] = copy.deepcopy(block)
+        prune_layer(run, blocks[index], index, "")
+        yield index
+        blocks[index], hidden = block, stream
+    progress(f"{config.pattern} of each layer alone", len(blocks), len(blocks))
+
+
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What the layers of one run have in common."""
 
     architecture: Architecture
     config: CompressConfig
+    sizes: Dimensions  # of the dense model
     counts: Kept
-    states: int  # of a dense layer, all groups together
-    hidden: torch.Tensor | None  # (nsamples, L, d_model) what the next layer reads in the pruned model
+    # (nsamples, L, d_model) what the next layer reads in the pruned model, or pieces of it, see `collect`
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None
     # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size; in
     # a hybrid, where more than the mixer's output is added, what the layer reads and what its dense mixer adds
     stream: torch.Tensor | None
@@ -136,24 +190,32 @@ class _Run:
     stored_dtypes: Mapping[str, torch.dtype]
     progress: Progress
 
+    @property
+    def states(self) -> int:
+        """Of a dense layer, all groups together."""
+        return self.sizes.groups * self.sizes.d_state
 
-def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
+
+def prune_layer(run: Run, block: nn.Module, index: int, label: str) -> tuple[LayerResult, nn.Module]:
     """Prune one layer in place: channels, states, out_proj, the weights of modules, gradient steps, in this order.
+
+    Where a layer keeps all of its channels or states, that step is left out.
 
     Returns:
         What happened, and a block that computes what `block` now does, faster if channels went.
     """
     architecture, config, progress = run.architecture, run.config, run.progress
     channels, work, seed = None, block, layer_seed(config.seed, index)
-    if CHANNEL in config.parts:
+    if CHANNEL in config.parts and run.counts.channels[index] < run.sizes.d_inner:
         keep, score = run.counts.channels[index], config.judge_of(CHANNEL)
         channels = prune_channels(
             architecture, block, run.hidden, score, keep, config.repair, seed, progress, f"{label}: channels"
         )
         work = architecture.narrowed(block, channels)  # what follows costs only what is left
     mixer, result = architecture.mixer(work), LayerResult(kept=tuple(range(run.states)))
-    if SSM in config.targets:
-        prune, keep = (_prune_states if COLUMN in config.parts else _prune_entries), run.counts.states[index]
+    keep = run.counts.states[index]
+    if SSM in config.targets and (COLUMN not in config.parts or keep < run.sizes.d_state):
+        prune = _prune_states if COLUMN in config.parts else _prune_entries
         result = prune(architecture, work, run.hidden, index, config, keep, progress, label)
     if run.fits:
         fitted = fit_out_proj(architecture, work, run.hidden, run.stream, progress, f"{label}: out_proj")
@@ -181,7 +243,7 @@ def _prune_layer(run: _Run, block: nn.Module, index: int, label: str) -> tuple[L
     return result, work
 
 
-def _next_target(run: _Run, block: nn.Module, label: str) -> None:
+def _next_target(run: Run, block: nn.Module, label: str) -> None:
     """Take `run.stream` to what the next layer is fitted to; `block` is dense."""
     if not run.architecture.is_hybrid:
         propagate(block, run.stream, run.progress, label)
@@ -190,14 +252,14 @@ def _next_target(run: _Run, block: nn.Module, label: str) -> None:
         propagate(block, run.stream, run.progress, label, run.architecture.mixed)
 
 
-def _prune_other(run: _Run, block: nn.Module, index: int, label: str) -> LayerResult:
+def _prune_other(run: Run, block: nn.Module, index: int, label: str) -> LayerResult:
     """Prune the weights of a layer without a mixer, if weights are pruned at all."""
     modules = prune_linears(run.architecture, block, run.hidden, run.config, run.progress, f"{label}: Hessians")
     _round(block, run.stored_dtypes, run.architecture.block_prefix(index))
     return LayerResult(kept=(), modules=tuple(modules))
 
 
-def _refine(run: _Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
+def _refine(run: Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
     """Take gradient steps on a layer; one that they do not make better stays as it is."""
     architecture, zeros = run.architecture, result.a_log_zeros is not None
     mixer = architecture.mixer(block)
@@ -215,7 +277,7 @@ def _refine(run: _Run, block: nn.Module, result: LayerResult, seed: int, label: 
 def _prune_states(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     config: CompressConfig,
     keep: int,
@@ -255,7 +317,7 @@ def _prune_states(
 def _prune_entries(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     config: CompressConfig,
     keep: int,
@@ -263,17 +325,23 @@ def _prune_entries(
     label: str,
 ) -> LayerResult:
     """Prune the entries of A_log of one layer."""
-    A_log = architecture.mixer(block).A_log
-    layer = _judged(architecture, block, hidden, index, 0, config, keep, progress, label)
-    A_log.copy_(prune_entries(config.judge, layer, config.nm or config.sparsity, config.seed))
+    mixer, target = architecture.mixer(block), config.nm or config.sparsity
+    A_log, rates = mixer.A_log, architecture.rates(mixer)
+    groups = [
+        _judged(architecture, block, hidden, index, group, config, keep, progress, label) for group in range(len(rates))
+    ]
+    if A_log.dim() == 1:
+        A_log.copy_(prune_heads(config.judge, groups, A_log, target, config.seed))
+    else:
+        A_log.copy_(prune_entries(config.judge, groups[0], target, config.seed))
     zeros = float((A_log == 0).sum()) / A_log.numel()
-    return LayerResult(kept=tuple(range(A_log.shape[1])), a_log_zeros=zeros)
+    return LayerResult(kept=tuple(range(len(rates) * rates[0].shape[1])), a_log_zeros=zeros)
 
 
 def _judged(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor | None,
+    hidden: torch.Tensor | Iterable[torch.Tensor] | None,
     index: int,
     group: int,
     config: CompressConfig,
@@ -285,8 +353,7 @@ def _judged(
     mixer = architecture.mixer(block)
     rates = architecture.rates(mixer)
     heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
-    length = 0 if hidden is None else hidden.shape[1]
-    count = 0 if hidden is None else len(hidden)
+    count, length = hidden.shape[:2] if isinstance(hidden, torch.Tensor) else (0, 0)
     statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
         collect(architecture, block, hidden, statistics.wanted(), progress, f"{label}: statistics", group)
@@ -322,7 +389,7 @@ def propagate(
 def collect(
     architecture: Architecture,
     block: nn.Module,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | Iterable[torch.Tensor],
     statistics: Sequence[Statistic],
     progress: Progress = silent,
     label: str = "statistics",
@@ -337,7 +404,8 @@ def collect(
     Args:
         architecture: adapter of the model.
         block: the layer.
-        hidden: (nsamples, L, d_model) what the layer reads.
+        hidden: (nsamples, L, d_model) what the layer reads. Pieces of it, of any lengths, serve for statistics that do
+            not need all samples of a time step together.
         statistics: sums to fill; nothing runs when there are none.
         progress: told about tokens.
         label: what to call the work.
@@ -345,6 +413,10 @@ def collect(
         backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
     """
     if not statistics:
+        return
+    if not isinstance(hidden, torch.Tensor):
+        for piece in hidden:
+            collect(architecture, block, piece, statistics, silent, label, group, backend)
         return
     if _sums_suffice(architecture, block, statistics, backend):
         _collect_sums(architecture, block, hidden, statistics, progress, label, backend)

@@ -75,7 +75,7 @@ def statistics_for(
         squares=SquaredStates() if score is Score.sparsessm_l2 else None,
         readout=SquaredReadout() if score in (Score.energy, Score.ghost) else None,
         weighted=TimeWeighted(time_weights(config.weighting, length)) if score is Score.sparsessm else None,
-        vote=Vote(A_log, _nominate(config, A_log.shape[1] - keep), column) if score is Score.sparsessm_vote else None,
+        vote=_vote(config, A_log, keep, heads) if score is Score.sparsessm_vote else None,
         normal=NormalMatrix() if exact and heads is None else None,
         contributions=Contributions(heads) if exact and heads is not None else None,
         readouts=_readouts(A_log, length * samples, heads) if column and config.repair and heads is not None else None,
@@ -85,6 +85,18 @@ def statistics_for(
 
 def _readouts(A_log: torch.Tensor, tokens: int, heads: int) -> ReadoutGrams:
     return ReadoutGrams(heads, stretches_apart(tokens, STRETCH, A_log.shape[1], heads))
+
+
+def _vote(config: CompressConfig, A_log: torch.Tensor, keep: int, heads: int | None) -> Vote:
+    nominate = _nominate(config, A_log.shape[1] - keep)
+    if COLUMN in config.parts or heads is None:
+        return Vote(A_log, nominate, COLUMN in config.parts)
+    return Vote(A_log, lambda importance: nominate(_by_head(importance, heads)[..., None, :])[..., 0, :], False)
+
+
+def _by_head(importance: torch.Tensor, heads: int) -> torch.Tensor:
+    """(..., D, N) summed over the channels and states of each head, (..., H)."""
+    return importance.unflatten(-2, (heads, -1)).sum((-2, -1))
 
 
 def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -170,6 +182,28 @@ def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int
     return sorted(importance.argsort(descending=True, stable=True)[:keep].tolist())
 
 
+def prune_heads(score: Score, groups: Sequence[Layer], A_log: torch.Tensor, target: Target, seed: int) -> torch.Tensor:
+    """A Mamba-2's A_log (H,) with entries set to 0, that is A = -1, one number for all channels and states of a head.
+
+    A head is judged by the sum over them of what the score says of an entry.
+
+    Args:
+        score: how to judge; not sparsegpt, which has no other entry of a head to move.
+        groups: what to judge the heads of each group by.
+        A_log: (H,) of the layer.
+        target: sparsity over all heads, or N:M along neighbouring ones.
+        seed: for `random`.
+    """
+    heads = len(A_log) // len(groups)
+    if score is Score.random:
+        importance = _random(A_log.shape, groups[0].index, seed)
+    elif score is Score.sparsessm_vote:
+        importance = torch.cat([-group.statistics.vote.value.double() for group in groups])
+    else:
+        importance = torch.cat([_by_head(entry_importance(score, group), heads) for group in groups])
+    return A_log * _mask(importance.to(A_log.device), target)
+
+
 def prune_entries(score: Score, layer: Layer, target: Target, seed: int) -> torch.Tensor:
     """A_log (D, N) with entries set to 0, that is A = -1; SparseGPT also moves the entries that stay.
 
@@ -181,6 +215,8 @@ def prune_entries(score: Score, layer: Layer, target: Target, seed: int) -> torc
     """
     if score is Score.sparsegpt:
         return sparsegpt_a_log(layer.A_log, layer.statistics.states.moment.total, target).weight
-    importance = entry_importance(score, layer, seed).to(layer.A_log.device)
-    mask = nm_mask(importance, target.n, target.m) if isinstance(target, NM) else unstructured_mask(importance, target)
-    return layer.A_log * mask
+    return layer.A_log * _mask(entry_importance(score, layer, seed).to(layer.A_log.device), target)
+
+
+def _mask(importance: torch.Tensor, target: Target) -> torch.Tensor:
+    return nm_mask(importance, target.n, target.m) if isinstance(target, NM) else unstructured_mask(importance, target)

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ssmc.runtime.architectures import Dimensions
 from ssmc.runtime.bench import Workload
 from ssmc.runtime.errors import UsageError
 
 from .config import CompressConfig, configure, sentences
-from .patterns import COMBINABLE, LAYER
+from .layerwise import Layerwise
+from .patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
 
 GOALS = ("target_params", "target_latency", "max_ppl_increase")
 
@@ -29,6 +31,7 @@ class Target(BaseModel):
     batch: Annotated[int, Field(ge=1)] = 1
     length: Annotated[int, Field(ge=1)] = 512
     latency_table: str | None = None  # a file of an earlier run; None: measure
+    per_layer: bool = False  # whether layers may have sizes of their own, which stock loaders cannot use
 
     @field_validator("target_params", "target_latency")
     @classmethod
@@ -79,7 +82,11 @@ def split_target(options: dict[str, Any]) -> tuple[Target | None, dict[str, Any]
     Raises:
         UsageError: the goal makes no sense, or does not go with the other options.
     """
-    own = {name: value for name, value in options.items() if name in Target.model_fields and value is not None}
+    own = {
+        name: value
+        for name, value in options.items()
+        if name in Target.model_fields and value is not None and value is not False
+    }
     rest = {name: value for name, value in options.items() if name not in Target.model_fields}
     if not own:
         return None, rest
@@ -120,6 +127,15 @@ def configured(config: CompressConfig, removed: dict[str, float], *, trial: bool
     elif config.score is not None:
         options["score"] = {part: config.judge_of(part).value for part in parts}
     return configure(**options)
+
+
+def configured_layerwise(config: CompressConfig, sizes: Layerwise, dense: Dimensions, *, trial: bool) -> CompressConfig:
+    """As `configured`, with the sizes of each layer by itself."""
+    parts = sizes.parts(dense)
+    options = configured(config, dict.fromkeys(parts, 0.5), trial=trial).model_dump(exclude_unset=True)
+    del options["sparsity"]
+    listed = {COLUMN: ("states", sizes.states), CHANNEL: ("widths", sizes.widths)}
+    return configure(**options, **dict(listed[part] for part in parts))
 
 
 def removable_layers(n_layer: int, parts: tuple[str, ...]) -> range:

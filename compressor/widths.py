@@ -12,6 +12,7 @@ from ssmc.runtime.architectures import Architecture
 from ssmc.runtime.progress import Progress, silent
 
 from .channels import choose_channels, fit, refit
+from .heads import channels_of, choose_heads
 from .hessian import SecondMoment
 from .patterns import BLIND, Score
 from .placement import device_of, samples
@@ -42,6 +43,8 @@ def prune_channels(
 ) -> list[int]:
     """Choose the channels of a layer, refit x_proj on those that stay, and silence the others, in place.
 
+    A Mamba-2 has no x_proj, and its channels go head by head.
+
     Args:
         architecture: adapter of the model.
         block: the layer.
@@ -60,7 +63,8 @@ def prune_channels(
     weights = architecture.module_weights(mixer)
     d_inner = weights["out_proj"].shape[1]
     read_by_x, read_by_out = (
-        SecondMoment(d_inner, mixer.D.device) if wanted else None for wanted in (repair, score not in BLIND)
+        SecondMoment(d_inner, mixer.D.device) if wanted else None
+        for wanted in (repair and "x_proj" in weights, score not in BLIND)
     )
     if read_by_x or read_by_out:
         hidden = hidden[: _enough(hidden.shape[1], d_inner)]  # samples come in random order
@@ -74,7 +78,12 @@ def prune_channels(
         progress(label, len(hidden), len(hidden))
     generator = torch.Generator().manual_seed(seed)
     moment = read_by_out.total if read_by_out else None
-    kept = choose_channels(score, weights["out_proj"], moment, keep, generator)
+    if mixer.A_log.dim() == 1:  # a head's channels have one rate between them and go together
+        P, groups = mixer.head_dim, len(architecture.rates(mixer))
+        heads = choose_heads(score, weights["out_proj"], moment, keep // P, d_inner // P, groups, generator)
+        kept = channels_of(heads, P)
+    else:
+        kept = choose_channels(score, weights["out_proj"], moment, keep, generator)
     if read_by_x:
         x_proj = weights["x_proj"]
         x_proj[:, kept] = refit(x_proj, read_by_x.total, kept).to(x_proj)

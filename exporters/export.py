@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from .formats import check_format
 from .runs_where import Runtime, runs_where
 from .shrink import Shrunk, shrink
 from .sparse24 import Half, Rounding, Sparse24Module
-from .verify import Comparison, compare, sample_tokens
+from .verify import Comparison, compare, cut_epsilons, sample_tokens
 
 if TYPE_CHECKING:
     from .onnx import OnnxReport
@@ -79,7 +79,7 @@ def export(
         packed: of sparse24: store 2:4 matrices in 9/16 of their space, which only ssmc reads.
         logits: of onnx: those of the "last" token (default) or of "all".
         quantize: of onnx: "int8" for the large matrices, None for none.
-        target: of onnx: "portable" (default), standard operators only.
+        target: of onnx: "portable" (default), standard operators only, or "ort", onnxruntime's own too (Mamba-2 only).
         text: of onnx: held-out text for the perplexity before and after float16 or int8.
         force: replace an earlier export.
         progress: told what is being done.
@@ -173,9 +173,11 @@ def _compare(
         stream = tokenize(read_texts(heldout_path()), load_tokenizer(masked))
     shrunk = load_checkpoint(written, dtype=torch.float32)
     tokens = sample_tokens(stream, masked.dimensions.vocab_size)
+    moved = cut_epsilons(masked, shrunk, tokens)
     if half is not None:
         return sparse24.compare_half(masked, shrunk, half, tokens, real_text=stream is not None)
-    return compare(masked.model, shrunk.model, tokens, real_text=stream is not None), None
+    comparison = compare(masked.model, shrunk.model, tokens, real_text=stream is not None)
+    return replace(comparison, epsilon_difference=moved), None
 
 
 def _with_provenance(config: Any, manifest: dict[str, Any]) -> Any:
@@ -207,6 +209,7 @@ def _manifest(
             "largest_logit": comparison.scale,
             "tokens": comparison.tokens,
             "real_text": comparison.real_text,
+            "epsilon_difference": comparison.epsilon_difference,
         },
         "parameters": parameter_count(shrunk.tensors),
         "files": file_records(files),

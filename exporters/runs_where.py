@@ -45,6 +45,7 @@ def _mamba(sizes: Dimensions, decode: str) -> list[Runtime]:
     return [
         Runtime("transformers", "safetensors", True, "any d_state and d_inner"),
         Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state and d_inner, time falls with them"),
+        Runtime("onnxruntime, CPU", "onnx", True, "any d_state and d_inner, also different ones in each layer"),
         Runtime(
             "mamba_ssm, prefill (CUDA)",
             "mamba-ssm",
@@ -63,14 +64,17 @@ def _mamba2(sizes: Dimensions, decode: str) -> list[Runtime]:
     n, channels = sizes.d_state, sizes.d_inner + 2 * sizes.groups * sizes.d_state
     strides = channels % 8 == 0
     conv = "" if strides else f"; causal_conv1d wants a multiple of 8 channels, here are {channels}"
+    twice = sizes.d_inner == 2 * sizes.d_model
+    needs_twice = "" if twice else f"; d_inner must be 2 x d_model, here it is {sizes.d_inner}"
     prefill = ("any d_state, time falls with it" if n >= 16 else "any d_state, no gain below 16") + conv
     return [
         Runtime("transformers", "safetensors", True, "any d_state"),
         Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
+        Runtime("onnxruntime, CPU", "onnx", True, "any d_state, also different ones in each layer"),
         Runtime("mamba_ssm, prefill (Triton)", "mamba-ssm", strides, prefill),
         Runtime("mamba_ssm, decode (Triton)", "mamba-ssm", strides, decode + conv),
         Runtime("vLLM", "safetensors", strides, f"decode {decode}{conv}"),
-        Runtime("llama.cpp, CPU", "safetensors", True, "any d_state, after its own conversion"),
-        Runtime("llama.cpp, CUDA", "safetensors", n in (128, 256), "takes d_state 128 or 256 only"),
+        Runtime("llama.cpp, CPU", "safetensors", twice, "any d_state, after its own conversion" + needs_twice),
+        Runtime("llama.cpp, CUDA", "safetensors", twice and n in (128, 256), "d_state 128 or 256 only" + needs_twice),
         Runtime("mlx-lm", "safetensors", n % 32 == 0, "multiples of 32; of others it silently loses states"),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 
@@ -24,6 +25,8 @@ class Comparison:
     scale: float  # largest logit
     tokens: int
     real_text: bool  # False: no tokenizer, so the tokens were drawn at random
+    # what the epsilon of norms over fewer channels moves a logit by, not in `max_difference`; None: there are none
+    epsilon_difference: float | None = None
 
 
 def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
@@ -31,6 +34,25 @@ def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
     if stream is not None and len(stream) >= BATCH * LENGTH:
         return stream[: BATCH * LENGTH].view(BATCH, LENGTH)
     return torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def cut_epsilons(masked: Checkpoint, shrunk: Checkpoint, tokens: torch.Tensor) -> float | None:
+    """Give the masked model's norms the epsilon that cutting channels out of them left, in effect, in the shrunk one.
+
+    Args:
+        masked: changed in place.
+        shrunk: as read back.
+        tokens: (B, L) to measure on.
+
+    Returns:
+        How far a logit moves by it; None where there is no such norm.
+    """
+    if masked.dimensions.heads is None or shrunk.dimensions.d_inner == masked.dimensions.d_inner:
+        return None
+    before = use_fast_scan(masked.model)(tokens).logits
+    masked.architecture.with_epsilons_of(masked.model, shrunk.config)
+    return float((masked.model(tokens).logits - before).abs().max())
 
 
 @torch.no_grad()

@@ -70,6 +70,31 @@ def token_losses(
     return losses, likeliest
 
 
+@torch.inference_mode()
+def divergence(dense: torch.Tensor, model: nn.Module, inputs: torch.Tensor) -> float:
+    """How far a model's predictions are from another's: the mean of KL(other || model) over tokens, in nats.
+
+    Args:
+        dense: (B, L, d_model) what the other model's last norm put out, see `last_hidden`.
+        model: with the same output embedding.
+        inputs: (B, L) token ids, read from a fresh state.
+    """
+    head, total = model.get_output_embeddings(), 0.0
+    step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    pairs = zip(dense.flatten(0, 1).split(step), last_hidden(model, inputs).flatten(0, 1).split(step), strict=True)
+    for wanted, found in pairs:
+        p, q = (F.log_softmax(head(part.to(head.weight)).float(), dim=-1) for part in (wanted, found))
+        total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    return total / inputs.numel()
+
+
+@torch.inference_mode()
+def last_hidden(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """(B, L, d_model): what the output embedding of a transformers model reads, row by row from a fresh state."""
+    device = model.get_output_embeddings().weight.device
+    return torch.cat([model.base_model(row[None].to(device), use_cache=False)[0] for row in inputs])
+
+
 def _of_torch(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

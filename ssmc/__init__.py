@@ -2,7 +2,7 @@
 
 The whole public Python interface; importing it costs nothing, torch is loaded when a name is first used.
 
-    compress       prune a model in one shot and write it, masked, to a folder
+    compress       prune a model in one shot and write it, masked, to a folder; or the mixers of a torch module
     export         write a compressed model in a format others load, physically smaller
     benchmark      measure the dense model beside the compressed one
     generate       let a model continue a text, piece by piece

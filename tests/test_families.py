@@ -184,9 +184,8 @@ def test_blocks_run_alone_as_they_do_in_the_model(models, family, length):
 @torch.no_grad()
 def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, folder, tmp_path):
     pattern = "2:4" if family in ("jamba", "bamba") else "unstructured"
-    result = compress(
-        folder, out=tmp_path / "out", pattern=pattern, target="ffn", sparsity=0.4, alpha=0, **short(folder)
-    )
+    options = {"pattern": pattern, "target": "ffn" if pattern == "2:4" else "all", "sparsity": 0.4, "alpha": 0}
+    result = compress(folder, out=tmp_path / "out", **options, **short(folder))
     dense, pruned = (AutoModelForCausalLM.from_pretrained(d) for d in (folder, tmp_path / "out"))
     shared = {n for n, _ in dense.named_modules() if "shared_transformer" in n or n.endswith(".linear")}
     wanted = 0.5 if pattern == "2:4" else 0.4
@@ -202,6 +201,8 @@ def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, fol
     assert all(torch.equal(pruned.get_parameter(name), dense.get_parameter(name)) for name in untouched)
     assert any("stay dense" in note for note in result.notes) == architecture_for(family).is_hybrid
     done = [module.name for layer in result.layers for module in layer.modules]
+    for layer in (layer for layer in result.layers if layer.kept and pattern != "2:4"):
+        assert 0 < layer.a_log_zeros < 0.6
     convolutions = sum(1 for layer in result.layers if layer.kept)
     assert len(done) == len([name for name in linears if name != "lm_head" and name not in shared]) + convolutions
 

@@ -234,10 +234,6 @@ def test_an_export_loads_in_the_stock_loader_and_generates(tmp_path, layout):
     ("options", "named"),
     [
         ({"score": "magnitude"}, "one A_log for all"),
-        ({"pattern": "channel"}, "channel is not carried out for mamba2"),
-        ({"pattern": "unstructured"}, "unstructured is not carried out for mamba2"),
-        ({"pattern": "2:4"}, "2:4 is not carried out for mamba2"),
-        ({"target": "all"}, "Use target ssm"),
     ],
 )
 def test_what_is_not_carried_out_is_refused(tmp_path, options, named):

@@ -7,47 +7,28 @@ import torch
 
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.exporters.onnx import Settings, build, mamba
-from ssmc.exporters.onnx.running import fresh_states, open_written, run
+from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
-from ssmc.exporters.onnx.write import write_graph
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.errors import CheckpointError, VerificationError
 
-from .models import PADDED, random_model, random_tokens
+from .models import PADDED, random_mamba2, random_model, random_tokens
+from .onnx_runs import MASKS, assert_close, graph, read, stock, tensors_of
+
+PAIRS = {f"{n} states": (random_model, {"state_size": n}, "portable") for n in (16, 8, 5, 1)} | {
+    "Mamba-2, 2 groups": (random_mamba2, {}, "portable"),
+    "Mamba-2, 1 group": (random_mamba2, {"n_groups": 1, "num_heads": 6, "head_dim": 8, "state_size": 16}, "portable"),
+    "Mamba-2, 2 groups, ort": (random_mamba2, {}, "ort"),
+    "Mamba-2, 1 group, ort": (random_mamba2, {"n_groups": 1, "num_heads": 3, "head_dim": 16, "state_size": 1}, "ort"),
+}
 
 
-def tensors_of(model):
-    tied = model.lm_head.weight is model.backbone.embeddings.weight
-    return {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
-
-
-def graph(model, folder, tensors=None, **settings):
-    """A session of the graph of a model, from files."""
-    folder.mkdir(exist_ok=True)
-    write_graph(folder, build(model.config, tensors or tensors_of(model), Settings(**settings)).model)
-    return open_written(folder)
-
-
-@torch.no_grad()
-def stock(model, tokens):
-    """Logits of all tokens by transformers' own loop."""
-    return model(tokens, use_cache=False).logits.numpy()
-
-
-def read(session, tokens, states=None, mask=None):
-    states = fresh_states(session, len(tokens)) if states is None else states
-    return run(session, tokens.numpy(), states, None if mask is None else np.array(mask))
-
-
-def assert_close(found, wanted):
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
-
-
-@pytest.fixture(scope="module", params=[16, 8, 5, 1])
+@pytest.fixture(scope="module", params=PAIRS.values(), ids=PAIRS)
 def pair(request, tmp_path_factory):
-    """A random model with N states and its graph, which gives all logits."""
-    model = random_model(state_size=request.param)
-    return model, graph(model, tmp_path_factory.mktemp("graph"), logits="all")
+    """A random model and its graph, which gives all logits."""
+    make, changes, target = request.param
+    model = make(**changes)
+    return model, graph(model, tmp_path_factory.mktemp("graph"), logits="all", target=target)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +39,7 @@ def last(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("length", [1, 2, 3, 64])
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 150])
 def test_logits_are_those_of_stock_transformers(pair, batch, length):
     model, session = pair
     tokens = random_tokens((batch, length))
@@ -87,13 +68,6 @@ def test_a_long_sequence(tmp_path):
 def test_the_trained_model(tiny, tmp_path):
     tokens = random_tokens((2, 40))
     assert_close(read(graph(tiny.model, tmp_path, logits="all"), tokens)[0], stock(tiny.model, tokens))
-
-
-MASKS = {
-    "left": [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],
-    "right": [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]],
-    "mixed": [[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1]],
-}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -263,8 +237,8 @@ def test_what_there_is_no_graph_for():
 def forget_inputs(convolve):
     """A convolution that starts every piece from zeros."""
 
-    def wrong(op, weights, name, x, past, tokens):
-        return convolve(op, weights, name, x, op.Mul(past, 0.0), tokens)
+    def wrong(op, weights, name, x, past, tokens, *tail):
+        return convolve(op, weights, name, x, op.Mul(past, 0.0), tokens, *tail)
 
     return wrong
 
@@ -281,9 +255,9 @@ def see_padding(real_first):
 @pytest.mark.parametrize(
     ("module", "name", "fault", "way"),
     [
-        (mamba, "_convolve", forget_inputs, "split prefill|decode"),
+        (mamba, "convolve", forget_inputs, "split prefill|decode"),
         (graph_module, "real_first", see_padding, "padded"),
-        (mamba, "_softplus", lambda _: lambda op, x: op.Log(op.Add(op.Exp(x), 1.001)), "prefill|decode|padded"),
+        (mamba, "softplus", lambda _: lambda op, x: op.Log(op.Add(op.Exp(x), 1.001)), "prefill|decode|padded"),
     ],
 )
 def test_the_proof_notices(module, name, fault, way, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_refusals(artefact, random_directory, tmp_path, monkeypatch):
 def test_a_graph_that_fails_its_proof_is_not_written(random_directory, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ssmc.exporters.onnx.mamba._silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
+        patch.setattr("ssmc.exporters.onnx.mamba.silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
         with pytest.raises(VerificationError, match="nothing was written"):
             export(random_directory, format="onnx", out=out)
     assert not out.exists()

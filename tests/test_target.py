@@ -13,6 +13,7 @@ from ssmc.compressor import compress, read_recipe
 from ssmc.compressor.patterns import COMBINABLE
 from ssmc.compressor.samples import Samples
 from ssmc.exporters import export
+from ssmc.exporters.shrink import shrink
 from ssmc.runtime.architectures import Dimensions
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
 from ssmc.runtime.checkpoints import load_checkpoint
@@ -68,6 +69,30 @@ def test_a_target_of_parameters_is_met_exactly_as_counted(dense, tmp_path):
     assert smaller.dimensions.as_dict() | target["sizes"] == smaller.dimensions.as_dict()
     assert target["latency_table"] is None
     assert "time" not in target["outcome"]
+
+
+def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):
+    """tiny's first layer matters most for its channels; the ONNX export, which pads nothing, has what was counted."""
+    options = {"target_params": 0.85, "pattern": "channel", "nsamples": 4, "seqlen": 256}
+    alike = compress("tiny", out=tmp_path / "alike", **options)
+    own = compress("tiny", out=tmp_path / "own", per_layer=True, **options)
+    widths = own.config.widths
+    assert alike.config.widths is None
+    assert len(set(widths)) > 1
+    assert max(widths) == widths[0]
+    before, after = (result.manifest["target"]["outcome"] for result in (alike, own))
+    assert after["parameters"] <= 0.85
+    assert after["excess_nats"] < before["excess_nats"]
+    weights = own.manifest["target"]["layer_weights"]["channel"]
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] == max(weights)
+    again = compress(out=tmp_path / "again", **read_recipe(tmp_path / "own" / "recipe.yaml"))
+    assert again.config.widths == widths
+    masked = load_checkpoint(tmp_path / "own")
+    manifest = json.loads((tmp_path / "own" / "ssmc.json").read_text())
+    smaller = shrink(masked, manifest, tmp_path / "own", uneven=True).tensors
+    dense = sum(p.numel() for p in load_checkpoint("tiny").model.parameters())
+    assert sum(tensor.numel() for tensor in smaller.values()) == pytest.approx(after["parameters"] * dense)
 
 
 def test_a_target_of_time_takes_the_least_loss_that_was_tried(dense, table, tmp_path):

@@ -31,7 +31,7 @@ from .write import DATA, metadata, write_companions, write_graph
 
 FORMAT = "onnx"
 QUANTIZE = ("int8",)
-TARGETS = ("portable",)
+TARGETS = ("portable", "ort")
 RANDOM = 4096  # tokens that stand for text where there is no tokenizer
 _FLOAT, _INT8 = ".float32", ".int8"  # folders for graphs on the way, gone before the result appears
 
@@ -44,8 +44,8 @@ class OnnxOptions:
         dtype: of embedding and matrix products, "float32" or "float16" (meant for GPUs).
         quantize: "int8" or None.
         logits: "last" or "all".
-        target: "portable": standard operators only. onnxruntime fuses what it can when it loads them; operators of its
-            own were not measured to help, so there is no other target.
+        target: "portable": standard operators only, of which onnxruntime fuses what it can when it loads them; "ort":
+            operators of its own too, for families that they were measured to help.
         text: held-out text for the perplexity before and after float16 or int8, as `read_texts` takes it; None: the
             embedded stories.
     """
@@ -122,7 +122,7 @@ def export_onnx(
     """
     progress("reading the model", 0, 4)
     source = read_source(directory)
-    require_family(source.shrunk.config)
+    require_family(source.shrunk.config, options.target)
     if out is None:
         name = Path(directory).name
         out = Path(f"{name}-onnx") if source.manifest is None else Path(directory).expanduser() / FORMAT
@@ -155,7 +155,7 @@ def _write_proven(
     first = folder / _FLOAT if options.lossy else folder
     first.mkdir(exist_ok=True)
     progress("writing the graph", 1, 4)
-    built = build(config, tensors, Settings(logits=options.logits, own_head=options.quantize is not None))
+    built = build(config, tensors, _settings(options, own_head=options.quantize is not None))
     built.model.metadata_props.update(metadata(built.model, about))
     files = write_graph(first, built.model)
     progress("running the graph beside the model", 2, 4)
@@ -165,12 +165,16 @@ def _write_proven(
             (folder / _INT8).mkdir()
             final = quantize_int8(first, folder / _INT8)
         else:
-            final = build(config, tensors, Settings(options.dtype, options.logits)).model
+            final = build(config, tensors, _settings(options, dtype=options.dtype)).model
         final.metadata_props.update(metadata(built.model, about))
         files = write_graph(folder, final)
         for name in (_FLOAT, _INT8):
             shutil.rmtree(folder / name, ignore_errors=True)
     return comparison, ways, files
+
+
+def _settings(options: OnnxOptions, **changes: Any) -> Settings:
+    return Settings(logits=options.logits, target=options.target, **changes)
 
 
 def read_source(directory: str | Path) -> Source:
@@ -195,9 +199,13 @@ def runs_where(options: OnnxOptions) -> tuple[Runtime, ...]:
     """Which runtimes take the graph."""
     half = options.dtype == "float16"
     cpu = "any sizes; computed in float32, float16 saves no time here" if half else "any sizes"
+    operators = "standard operators only"
+    if options.target == "ort":
+        operators = "needs its own LinearAttention, tested with 1.32"
+        cpu += "; " + operators
     return (
         Runtime("onnxruntime, CPU", FORMAT, True, cpu),
-        Runtime("onnxruntime, CUDA", FORMAT, True, "standard operators only; not measured"),
+        Runtime("onnxruntime, CUDA", FORMAT, True, operators + "; not measured"),
     )
 
 
@@ -227,7 +235,10 @@ def _about(source: Source, options: OnnxOptions) -> dict[str, Any]:
     """What is known of the export before it is written, for the manifest and the graph."""
     checkpoint, shrunk, of = source.checkpoint, source.shrunk, source.manifest or {}
     dense = {"model": checkpoint.source, "format": checkpoint.format, "relative": None}
-    layers = [LAYERS[shrunk.config.model_type].sizes(shrunk.tensors, i) for i in range(shrunk.config.num_hidden_layers)]
+    layers = [
+        LAYERS[shrunk.config.model_type].sizes(shrunk.config, shrunk.tensors, i)
+        for i in range(shrunk.config.num_hidden_layers)
+    ]
     return {
         "kind": "export",
         "format": FORMAT,

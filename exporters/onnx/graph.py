@@ -16,16 +16,17 @@ from onnxscript import GraphBuilder, OpBuilder
 
 from ssmc.runtime.errors import CheckpointError
 
-from . import mamba
+from . import mamba, mamba2
 from .padding import Tokens, chosen_rows, real_first
+from .ssd import MICROSOFT
 from .weights import Weights
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 LOGITS = ("last", "all")
-LAYERS = {"mamba": mamba}
-"""model_type -> the module that writes one of its layers: `sizes`, `past` and `mixer`."""
+LAYERS = {"mamba": mamba, "mamba2": mamba2}
+"""model_type -> the module that writes one of its layers: `sizes`, `states`, `mixer` and the `TARGETS` it knows."""
 
 EMBEDDING, FINAL_NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
@@ -37,11 +38,13 @@ class Settings:
     Attributes:
         dtype: of embedding and matrix products, "float32" or "float16"; everything between them is float32.
         logits: "last": of the last real token of every row, (B, 1, V); "all": of every token, (B, L, V).
+        target: "portable": standard operators only; "ort": those of onnxruntime too, where a family has a use for them.
         own_head: store the head (d_model, V) on its own even where it is tied to the embedding, as quantisation needs.
     """
 
     dtype: str = "float32"
     logits: str = "last"
+    target: str = "portable"
     own_head: bool = False
 
 
@@ -53,16 +56,22 @@ class Built:
     layers: tuple[dict[str, int], ...]  # sizes of every layer, as its module names them
 
 
-def require_family(config: Any) -> None:
-    """Refuse a family that has no graph.
+def require_family(config: Any, target: str = "portable") -> None:
+    """Refuse a family that has no graph, or none of this target.
 
     Raises:
-        CheckpointError: naming those that have.
+        CheckpointError: naming what there is.
     """
     if config.model_type not in LAYERS:
         raise CheckpointError(
             f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS)}. "
             "Export to another format."
+        )
+    known = LAYERS[config.model_type].TARGETS
+    if target not in known:
+        raise CheckpointError(
+            f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: operators of "
+            f"onnxruntime's own were not measured to help there. Use the target {' or '.join(known)}."
         )
 
 
@@ -79,20 +88,21 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         settings: see there.
 
     Raises:
-        CheckpointError: there is no graph for this family.
+        CheckpointError: there is no graph for this family and target.
     """
-    require_family(config)
+    require_family(config, settings.target)
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(
             f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."
         )
     family = LAYERS[config.model_type]
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=config.model_type)
+    imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == "ort" else {})
+    graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=config.model_type)
     builder = GraphBuilder(graph)
     op, weights = builder.op, Weights(builder, tensors, DTYPES[settings.dtype])
     input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "length"])
     attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "length"])
-    layers = tuple(family.sizes(tensors, layer) for layer in range(config.num_hidden_layers))
+    layers = tuple(family.sizes(config, tensors, layer) for layer in range(config.num_hidden_layers))
     pasts = [
         {
             name: builder.input(f"past_{name}_{layer}", ir.DataType.FLOAT, ["batch", *shape])
@@ -107,7 +117,7 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         builder.push_module(f"layer_{layer}")
         prefix = f"backbone.layers.{layer}."
         normed = _norm(op, weights, prefix + "norm.weight", hidden, config)
-        change, present = family.mixer(op, weights, prefix + "mixer.", normed, past, tokens)
+        change, present = family.mixer(op, weights, prefix + "mixer.", normed, past, tokens, config, settings.target)
         hidden = op.Add(hidden, change)
         presents.append(present)
         builder.pop_module()

@@ -1,7 +1,8 @@
 """int8 weights by onnxruntime's own dynamic quantisation, and one int8 table for a tied embedding and head.
 
 Only the large products are quantised: in_proj, out_proj and the head, one scale per output. Their inputs are quantised
-at run time. x_proj, dt_proj, the convolution and the scan are a small part of the weights and stay float32.
+at run time. x_proj and dt_proj (Mamba-1's), the convolution and the scan are a small part of the weights: they stay
+float32.
 """
 
 from __future__ import annotations

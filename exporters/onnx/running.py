@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from ssmc.runtime.errors import VerificationError
+from ssmc.runtime.generation.onnx_graph import reason
 from ssmc.runtime.generation.onnx_logits import give_all_logits
 
 from .write import GRAPH
@@ -17,14 +19,28 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_written(folder: Path, *, all_logits: bool = False) -> onnxruntime.InferenceSession:
-    """Load a graph from its folder; with `all_logits`, let it give those of every token, whatever it was made for."""
+    """Load a graph from its folder; with `all_logits`, let it give those of every token, whatever it was made for.
+
+    Raises:
+        VerificationError: this onnxruntime does not take the graph, for want of an operator perhaps.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes as an exception
     if not all_logits:
-        return onnxruntime.InferenceSession(folder / GRAPH, options, providers=PROVIDERS)
+        return _open(folder / GRAPH, options)
     options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
     model = give_all_logits(onnx.load(folder / GRAPH, load_external_data=False))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)
+    return _open(model.SerializeToString(), options)
+
+
+def _open(graph: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime has a dozen classes of its own, all direct children of Exception
+        raise VerificationError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the graph ({reason(error)}), so nothing was written. "
+            "Take a newer onnxruntime, or the target portable."
+        ) from error
 
 
 def fresh_states(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ class BackboneArchitecture:
     shares_blocks = False
     embedding = "backbone.embeddings.weight"
     mixer_name = "mixer"
+    state_field = "state_size"  # of the configuration
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run."""
@@ -87,6 +88,9 @@ class BackboneArchitecture:
             for parameter in block.mixer.out_proj.parameters():
                 parameter.zero_()
 
+    def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
+        """Nothing to do where no norm is taken over channels."""
+
     def is_removed(self, block: nn.Module) -> bool:
         """Whether a block hands on what it reads: its out_proj is zero."""
         return not any(bool(parameter.any()) for parameter in block.mixer.out_proj.parameters())
@@ -106,6 +110,12 @@ class BackboneArchitecture:
     def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the names they are stored under from those by the model's names."""
         return tensors
+
+    def with_states(self, config: Any, d_state: int) -> Any:
+        """A configuration with another number of states and all else the same."""
+        other = copy.deepcopy(config)
+        setattr(other, self.state_field, d_state)
+        return other
 
     def cut_blocks(
         self, tensors: Mapping[str, torch.Tensor], config: Any, removed: Sequence[int]

@@ -242,6 +242,9 @@ class Architecture(Protocol):
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
         """Remove all channels but `kept[layer]` from a whole state dict and its configuration, which gets the most."""
 
+    def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
+        """Give norms over channels the epsilon they have, in effect, where `cut_channels` took silent ones out."""
+
     def is_removed(self, block: nn.Module) -> bool:
         """Whether a block hands on what it reads, so that cutting it changes nothing."""
 

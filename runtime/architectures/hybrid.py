@@ -7,7 +7,6 @@ alone. They depend on the length of the samples, not on their tokens.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -67,9 +66,7 @@ class HybridArchitecture:
         sizes = self.dimensions(config)
         if (n_layer, d_inner) != (sizes.n_layer, sizes.d_inner):
             raise ValueError("a hybrid of other layers or another d_inner cannot be loaded by transformers")
-        other = copy.deepcopy(config)
-        setattr(other, self.state_field, d_state)
-        return other
+        return self.with_states(config, d_state)
 
     def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """What the first block reads, (B, L, d_model), of (B, L) tokens."""

@@ -72,7 +72,7 @@ class MambaArchitecture(BackboneArchitecture):
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
             fuse: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan.
         """
-        u = _convolved(mixer, x, history, fuse)
+        u = convolved(mixer, x, history, fuse)
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
@@ -193,7 +193,7 @@ class MambaArchitecture(BackboneArchitecture):
             plan = {"A_log": (1, keep), "x_proj.weight": (0, rows), **dict.fromkeys(self.by_state, (0, keep))}
             cut_tensors(out, cuts, {prefix + name: how for name, how in plan.items()})
         most = max(map(len, kept))
-        return out, self.resized(config, n_layer=sizes.n_layer, d_inner=sizes.d_inner, d_state=most), cuts
+        return out, self.with_states(config, most), cuts
 
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept` in place.
@@ -268,8 +268,10 @@ class MambaArchitecture(BackboneArchitecture):
         return slice(r, r + n), slice(r + n, r + 2 * n)
 
 
-def _convolved(mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None, fuse: bool) -> torch.Tensor:
-    """The activated convolution, (B, L, D)."""
+def convolved(
+    mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fuse: bool = False
+) -> torch.Tensor:
+    """The activated convolution of (B, L, D) behind `history` (B, d_conv - 1, D), on a GPU in one kernel if `fuse`."""
     weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
     if fuse and mixer.activation in ("silu", "swish"):
         from ..scan.gpu import causal_conv_silu  # imports triton, which is there when the scan runs on a GPU

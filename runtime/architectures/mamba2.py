@@ -65,14 +65,15 @@ class Mamba2Architecture(BackboneArchitecture):
         )
 
     def resized(self, config: Mamba2Config, *, n_layer: int, d_inner: int, d_state: int) -> Mamba2Config:
-        """A configuration of the same family with other sizes; d_inner is fixed by expand, heads and head_dim.
+        """A configuration of the same family with other sizes; d_inner is whole heads and a whole `expand`.
 
         Raises:
-            ValueError: another d_inner.
+            ValueError: a d_inner that transformers cannot load.
         """
-        if d_inner != self.dimensions(config).d_inner:
-            raise ValueError("a Mamba-2 of another d_inner cannot be loaded by transformers")
+        if d_inner % config.hidden_size or d_inner % (config.head_dim * config.n_groups):
+            raise ValueError("a Mamba-2 of this d_inner cannot be loaded by transformers")
         other = copy.deepcopy(config)
+        other.expand, other.num_heads = d_inner // config.hidden_size, d_inner // config.head_dim
         other.num_hidden_layers, other.state_size = n_layer, d_state
         return other
 
@@ -243,7 +244,92 @@ class Mamba2Architecture(BackboneArchitecture):
             plan = {prefix + name: (0, index) for name, index in plan.items() if prefix + name in tensors}
             cut_tensors(out, cuts, plan)
         most = max(map(len, kept)) // sizes.n_groups
-        return out, self.resized(config, n_layer=sizes.n_layer, d_inner=sizes.d_inner, d_state=most), cuts
+        return out, self.with_states(config, most), cuts
+
+    def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
+        """Silence all channels but `kept`, which are whole heads, in place.
+
+        A silent channel's u and z are zero, so the gated norm's sum of squares does not feel it. A_log stays.
+
+        Args:
+            mixer: a Mamba2Mixer.
+            kept: the channels that stay, of D.
+        """
+        dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
+        with torch.no_grad():
+            for name, (axis, index) in _own_indices(mixer, dropped).items():
+                if name != "A_log":
+                    mixer.get_parameter(name).index_fill_(axis, index, 0)
+
+    def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        """A copy of a block with some of its heads only, as `cut_channels` makes it.
+
+        Its gated norm takes the mean over fewer channels, for which its weight makes up; see `_norm_factor`.
+
+        Args:
+            block: a Mamba2Block.
+            kept: the channels of these heads, as many in each group.
+        """
+        narrow = copy.deepcopy(block)
+        mixer = narrow.mixer
+        for name, (axis, index) in _kept_indices(mixer, kept).items():
+            parent, _, leaf = name.rpartition(".")
+            tensor = mixer.get_parameter(name).detach().index_select(axis, index)
+            setattr(mixer.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+        mixer.norm.weight.data *= _norm_factor(mixer.intermediate_size, len(kept))
+        mixer.intermediate_size, mixer.num_heads = len(kept), len(kept) // mixer.head_dim
+        mixer.conv_dim = len(kept) + 2 * mixer.n_groups * mixer.ssm_state_size
+        mixer.norm.group_size = len(kept) // mixer.n_groups
+        return narrow
+
+    def widen(self, block: nn.Module, narrow: nn.Module, kept: Sequence[int]) -> None:
+        """Write the weights of a block made by `narrowed` back to their places in `block`, and silence the rest."""
+        with torch.no_grad():
+            for name, (axis, index) in _kept_indices(block.mixer, kept).items():
+                tensor = narrow.mixer.get_parameter(name)
+                if name == "norm.weight":
+                    tensor = tensor / _norm_factor(block.mixer.intermediate_size, len(kept))
+                block.mixer.get_parameter(name).index_copy_(axis, index, tensor)
+        self.mask_channels(block.mixer, kept)
+
+    def are_channels_masked(self, mixer: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether the channels outside `kept` put nothing into the gated norm and nobody reads them."""
+        dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
+        conv = mixer.conv1d  # without it u is zero, and so are the states and the skip of these heads
+        silent = [conv.weight[dropped], mixer.out_proj.weight[:, dropped]]
+        silent += [] if conv.bias is None else [conv.bias[dropped]]
+        return not any(bool(tensor.any()) for tensor in silent)
+
+    def cut_channels(
+        self, tensors: Mapping[str, torch.Tensor], config: Mamba2Config, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Mamba2Config, list[Cut]]:
+        """Remove all heads but those of `kept[layer]` from a whole state dict and its configuration.
+
+        The weight of the gated norm makes up for its mean over fewer channels, in float32 whatever it was: the factor
+        is no number of half precision.
+        """
+        sizes = self.dimensions(config)
+        out, cuts, width = dict(tensors), [], max(map(len, kept))
+        for layer, channels in enumerate(kept):
+            prefix = self.mixer_prefix(layer)
+            rest = 2 * sizes.n_groups * sizes.d_state  # rows of B and C
+            plan = _indices(sizes.d_inner, sizes.head_dim, rest, channels)
+            cut_tensors(out, cuts, {prefix + name: where for name, where in plan.items() if prefix + name in tensors})
+            norm = prefix + "norm.weight"
+            out[norm] = out[norm].float() * _norm_factor(sizes.d_inner, width)
+        smaller = copy.deepcopy(config)
+        smaller.expand, smaller.num_heads = width // sizes.d_model, width // sizes.head_dim
+        return out, smaller, cuts
+
+    def with_epsilons_of(self, model: nn.Module, config: Mamba2Config) -> None:
+        """Make gated norms over all channels, some silent, compute what those of a cut model compute.
+
+        w f y / sqrt(S / D' + eps) with f = sqrt(D / D') is w y / sqrt(S / D + eps D' / D), S the sum of squares. The
+        difference that is left is of the order of eps, 1e-5; no loader has an epsilon for these norms alone.
+        """
+        whole, width = self.dimensions(model.config).d_inner, self.dimensions(config).d_inner
+        for block in self.blocks(model):
+            block.mixer.norm.variance_epsilon *= width / whole
 
     @staticmethod
     def _dropped(mixer: nn.Module, kept: Sequence[int]) -> torch.Tensor:
@@ -260,3 +346,49 @@ class Mamba2Architecture(BackboneArchitecture):
         parts = [(mixer.in_proj.weight, d + channels), (mixer.in_proj.bias, d + channels)]  # z comes first
         parts += [(mixer.conv1d.weight, channels), (mixer.conv1d.bias, channels)]
         return [(tensor.data, rows) for tensor, rows in parts if tensor is not None]
+
+
+def _norm_factor(whole: int, width: int) -> float:
+    """What the gated norm's weight is multiplied by when its mean is over `width` channels and the rest are silent."""
+    return (whole / width) ** 0.5
+
+
+def _own_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tuple[int, torch.Tensor]]:
+    """Where a mixer's parameters have some channels, whole heads, and nothing else: name -> axis, indices."""
+    return _present(mixer, _indices(mixer.intermediate_size, mixer.head_dim, 0, channels, mixer.conv_dim))
+
+
+def _kept_indices(mixer: nn.Module, channels: Sequence[int]) -> dict[str, tuple[int, torch.Tensor]]:
+    """The same, with the rows of B and C, which all heads of a group share."""
+    rest = 2 * mixer.n_groups * mixer.ssm_state_size
+    return _present(mixer, _indices(mixer.intermediate_size, mixer.head_dim, rest, channels))
+
+
+def _present(mixer: nn.Module, plan: Mapping[str, tuple[int, torch.Tensor]]) -> dict[str, tuple[int, torch.Tensor]]:
+    """Of the parameters there are (biases are optional), on their device."""
+    names = {name for name, _ in mixer.named_parameters()}
+    return {name: (axis, index.to(mixer.D.device)) for name, (axis, index) in plan.items() if name in names}
+
+
+def _indices(
+    d_inner: int, head_dim: int, rest: int, channels: Sequence[int], conv_dim: int | None = None
+) -> dict[str, tuple[int, torch.Tensor]]:
+    """Which entries of every tensor of a mixer belong to some channels: name -> axis, indices, ascending.
+
+    Args:
+        d_inner: D of the mixer.
+        head_dim: P; the channels are whole heads.
+        rest: how many rows of B and C follow the channels and are listed too, 0 for none.
+        channels: of D.
+        conv_dim: channels of conv1d, D + 2 G N; None: D + `rest`.
+    """
+    own = torch.as_tensor(list(channels), dtype=torch.long)
+    heads = own[::head_dim] // head_dim
+    convolved = torch.cat([own, d_inner + torch.arange(rest)])  # x, B, C
+    rows = torch.cat(
+        [own, d_inner + convolved, d_inner + (conv_dim or d_inner + rest) + heads]
+    )  # z, then these, then dt
+    by_channel, by_head = (0, own), (0, heads)
+    plan = {"in_proj.weight": (0, rows), "in_proj.bias": (0, rows), "conv1d.weight": (0, convolved)}
+    plan |= {"conv1d.bias": (0, convolved), "norm.weight": by_channel, "out_proj.weight": (1, own)}
+    return plan | {"A_log": by_head, "D": by_head, "dt_bias": by_head}

@@ -227,49 +227,69 @@ def measure_latency(
 def time_sizes(
     model: nn.Module,
     architecture: Architecture,
-    sizes: Sequence[tuple[int, int, int]],
+    sizes: Sequence[Sequence[tuple[int, int]]],
     workload: Workload,
     *,
     repeats: int = 15,
     budget: float = 30.0,
     progress: Progress = silent,
-) -> dict[tuple[int, int, int], Ratio]:
+) -> list[Ratio]:
     """What whole models of other sizes really take, over the dense model's time, all in turns: below 1 is faster.
 
     Args:
         model: the dense model, on the device and in the dtype to measure; it is not changed.
         architecture: its adapter.
-        sizes: (n_layer, d_inner, d_state) of each.
+        sizes: (d_inner, d_state) of every block of each.
         workload: what to time.
         repeats: rounds at most.
         budget: seconds for all rounds together, a guide.
         progress: told about rounds.
     """
     dense = architecture.dimensions(model.config)
-    wanted = dict.fromkeys([(dense.n_layer, dense.d_inner, dense.d_state), *sizes])
-    runs = {size: workload.on(cut_to_size(model, architecture, *size)) for size in wanted}
+    whole = [(dense.d_inner, dense.d_state)] * dense.n_layer
+    wanted = dict.fromkeys([tuple(whole), *map(tuple, sizes)])
+    runs = {blocks: workload.on(cut_to_blocks(model, architecture, blocks)) for blocks in wanted}
     device = model.get_input_embeddings().weight.device
     prepare = runs if workload.phase == "decode" else None
     watched = _watched(runs, progress, repeats)
     timings = interleave(watched, device, repeats, budget, calls=workload.calls, prepare=prepare)
     reference = timings[next(iter(wanted))]
-    return {size: paired_ratio(timings[size], reference) for size in sizes}
+    return [paired_ratio(timings[tuple(blocks)], reference) for blocks in sizes]
 
 
 def cut_to_size(model: nn.Module, architecture: Architecture, n_layer: int, d_inner: int, d_state: int) -> nn.Module:
     """A model of smaller sizes around the leading numbers of every tensor of `model`, with our scan: right for timing
     and for nothing else. What keeps its size is shared, not copied."""
-    config = architecture.resized(model.config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
+    smaller = _empty(model, architecture, n_layer, d_inner, d_state)
+    _fill(smaller, model)
+    smaller.tie_weights()
+    return use_fast_scan(smaller.eval())
+
+
+def cut_to_blocks(model: nn.Module, architecture: Architecture, sizes: Sequence[tuple[int, int]]) -> nn.Module:
+    """As `cut_to_size`, with (d_inner, d_state) of each block by itself."""
+    cut, dense = cut_to_size(model, architecture, len(sizes), *max(sizes)), architecture.blocks(model)
+    for size in set(sizes) - {max(sizes)}:
+        other = architecture.blocks(_empty(model, architecture, len(sizes), *size).eval())
+        for index in (i for i, own in enumerate(sizes) if own == size):
+            _fill(other[index], dense[index])
+            architecture.blocks(cut)[index] = other[index]
+    return use_fast_scan(cut)
+
+
+def _empty(model: nn.Module, architecture: Architecture, n_layer: int, d_inner: int, d_state: int) -> nn.Module:
+    """A model of other sizes without memory for its weights."""
     with torch.device("meta"):
-        smaller = type(model)(config)
-    numbers = model.state_dict()
-    state = {}
+        return type(model)(architecture.resized(model.config, n_layer=n_layer, d_inner=d_inner, d_state=d_state))
+
+
+def _fill(smaller: nn.Module, module: nn.Module) -> None:
+    """Give `smaller` the leading numbers of the tensors of `module`."""
+    numbers, state = module.state_dict(), {}
     for name, tensor in smaller.state_dict().items():
         part = numbers[name][tuple(slice(0, size) for size in tensor.shape)]
         state[name] = part if part.is_contiguous() else part.contiguous()
     smaller.load_state_dict(state, assign=True)
-    smaller.tie_weights()
-    return use_fast_scan(smaller.eval())
 
 
 def grid_widths(d_inner: int) -> tuple[int, ...]:
@@ -330,8 +350,8 @@ def _counted(part: _Parts, workload: Workload) -> Callable[[], None]:
 
 
 def _watched(
-    runs: dict[tuple[int, ...], Callable[[], object]], progress: Progress, repeats: int
-) -> dict[tuple[int, ...], Callable[[], object]]:
+    runs: dict[tuple[Any, ...], Callable[[], object]], progress: Progress, repeats: int
+) -> dict[tuple[Any, ...], Callable[[], object]]:
     """The same callables, the first of which reports about how many rounds have begun."""
     first = next(iter(runs))
     calls = 0

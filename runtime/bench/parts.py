@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..architectures import Architecture
-from ..architectures.mamba import causal_conv
+from ..architectures.mamba import convolved
 from ..progress import Progress, silent
+from ..scan import accelerator
 from . import workloads
 from .report import Measurement
 from .settings import Settings
@@ -58,9 +59,10 @@ def parts(model: nn.Module, architecture: Architecture, batch: int, length: int,
     hidden = architecture.embed(model, workloads.random_tokens(model, batch, length))  # (B, L, d_model)
     normed = architecture.normed(block, hidden)
     x = architecture.expand(mixer, normed)[0]
+    on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None
 
     def convolve() -> torch.Tensor:
-        return mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias))
+        return convolved(mixer, x, fuse=on_gpu)
 
     scan = workloads.scan(model, architecture, batch, length, backend)
     found: dict[str, Run] = {"in_proj": lambda: mixer.in_proj(normed), "conv1d": convolve}

@@ -3,6 +3,7 @@
     input_ids (B, L) int64, attention_mask (B, L) int64, and per layer past_conv_i (B, d_conv - 1, d_inner) and
     past_ssm_i (B, d_state, d_inner)  ->  logits (B, 1 or L, V), present_conv_i, present_ssm_i
 
+A Mamba-2 has past_conv_i (B, d_conv - 1, d_inner + 2 n_groups d_state) and past_ssm_i (B, heads, d_state, head_dim).
 Only B and L are free; everything else is read from the graph, so layers may be of different sizes.
 """
 
