@@ -31,6 +31,7 @@ from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 from ssmc.runtime.tokenizers import load_tokenizer
 
+RATE = 2e-4
 FALCON = architecture_for("falcon_mamba")
 
 
@@ -71,8 +72,8 @@ def with_norms(tiny: nn.Module, tokens: torch.Tensor) -> FalconMambaForCausalLM:
 def train(model: nn.Module, stream: torch.Tensor, steps: int, batch: int, length: int) -> None:
     """Adam on the next token, with a falling rate."""
     generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         starts = torch.randint(len(stream) - length, (batch,), generator=generator)
         ids = torch.stack([stream[start : start + length] for start in starts])

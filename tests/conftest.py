@@ -1,9 +1,11 @@
-"""Models that several test files read; nobody may change them."""
+"""Models and texts that several test files read; nobody may change them."""
 
 import pytest
 import torch
 
 from ssmc.runtime.checkpoints import load_checkpoint
+from ssmc.runtime.text import read_texts
+from ssmc.runtime.tiny import heldout_path
 
 from .models import random_model, save_mamba_ssm, save_transformers
 
@@ -31,3 +33,11 @@ def model_directory(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Two windows of held-out text and a little."""
+    path = tmp_path_factory.mktemp("text") / "held-out.txt"
+    path.write_text(read_texts(heldout_path()).joined()[:5000])
+    return str(path)

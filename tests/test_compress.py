@@ -137,6 +137,9 @@ def test_little_text_is_a_note_and_none_is_an_error(tmp_path):
     few = compress("tiny", out=tmp_path / "few", calib=text, nsamples=64, seqlen=128)
     assert any("64 were asked for" in note for note in few.notes)
     assert few.manifest["calibration"]["nsamples"] < 64
+    assert not any("by heart" in note for note in few.notes)  # nothing is fitted to the text
+    fitted = compress("tiny", out=tmp_path / "fitted", pattern="channel", nsamples=1, seqlen=128)
+    assert any("fitted on 128 tokens of text, few for 256 channels" in note for note in fitted.notes)
     with pytest.raises(CalibrationError, match="one calibration sample needs 4096"):
         compress("tiny", out=tmp_path / "none", calib=text, seqlen=4096)
     assert not (tmp_path / "none").exists()

@@ -28,14 +28,6 @@ from .models import random_model, save_transformers
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Two windows of held-out text and a little."""
-    path = tmp_path_factory.mktemp("text") / "held-out.txt"
-    path.write_text(read_texts(heldout_path()).joined()[:5000])
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def artefact(tmp_path_factory, text):
     """A compressed model and its graphs: float32 in onnx/, int8 in int8/."""
     out = tmp_path_factory.mktemp("artefact") / "out"

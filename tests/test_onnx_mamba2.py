@@ -20,7 +20,6 @@ from ssmc.runtime.generation import OnnxSession, generate, open_session
 from ssmc.runtime.generation.onnx_graph import open_graph
 from ssmc.runtime.perplexity import perplexity
 from ssmc.runtime.text import read_texts, tokenize
-from ssmc.runtime.tiny import heldout_path
 from ssmc.runtime.tokenizers import load_tokenizer
 
 from .commandline import run as ssmc
@@ -28,14 +27,6 @@ from .models import random_mamba2, random_model, random_tokens, save_transformer
 from .onnx_runs import assert_close, graph, read, stock, tensors_of
 
 TARGETS = ("portable", "ort")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Two windows of held-out text and a little."""
-    path = tmp_path_factory.mktemp("text") / "held-out.txt"
-    path.write_text(read_texts(heldout_path()).joined()[:5000])
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +158,10 @@ def test_the_operators_of_a_graph(target, tmp_path):
 def ungrouped(norm):
     """One norm over all channels, as there is for one group."""
 
-    def wrong(op, this, y, z):
-        weight = this.weights.float32(this.prefix + "norm.weight")
+    def wrong(op, layer, y, z):
+        weight = layer.weights.float32(layer.prefix + "norm.weight")
         y = op.Mul(y, mamba2.silu(op, z))
-        return op.RMSNormalization(y, weight, axis=-1, epsilon=float(this.config.layer_norm_epsilon))
+        return op.RMSNormalization(y, weight, axis=-1, epsilon=float(layer.config.layer_norm_epsilon))
 
     return wrong
 

@@ -18,6 +18,7 @@ from ssmc.runtime.errors import CheckpointError
 
 from . import mamba, mamba2
 from .padding import Tokens, chosen_rows, real_first
+from .parts import Layer
 from .ssd import MICROSOFT
 from .weights import Weights
 
@@ -117,7 +118,8 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         builder.push_module(f"layer_{layer}")
         prefix = f"backbone.layers.{layer}."
         normed = _norm(op, weights, prefix + "norm.weight", hidden, config)
-        change, present = family.mixer(op, weights, prefix + "mixer.", normed, past, tokens, config, settings.target)
+        this = Layer(weights, prefix + "mixer.", past, tokens, config, settings.target)
+        change, present = family.mixer(op, this, normed)
         hidden = op.Add(hidden, change)
         presents.append(present)
         builder.pop_module()

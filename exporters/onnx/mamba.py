@@ -14,7 +14,7 @@ import torch
 from onnxscript import OpBuilder
 
 from .padding import Tokens
-from .parts import convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
+from .parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
 from .weights import Weights
 
 TARGETS = ("portable",)
@@ -40,30 +40,12 @@ def states(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     }
 
 
-def mixer(
-    op: OpBuilder,
-    weights: Weights,
-    prefix: str,
-    hidden: ir.Value,
-    past: Mapping[str, ir.Value],
-    tokens: Tokens,
-    config: Any,
-    target: str,
-) -> tuple[ir.Value, dict[str, ir.Value]]:
-    """What a mixer makes of (L, B, d_model), and its states behind the last real token.
+def mixer(op: OpBuilder, layer: Layer, hidden: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """What a mixer makes of (L, B, d_model), normed, and its states behind the last real token.
 
     Between in_proj and the gate there are two ways, for one token of every sequence and for any number of them.
-
-    Args:
-        op: of the graph.
-        weights: of the model.
-        prefix: how the names of the mixer's tensors start.
-        hidden: (L, B, d_model), normed.
-        past: states by name, as `states` lays them out.
-        tokens: which of them are real.
-        config: transformers' configuration; all that is needed of it is in the sizes of the tensors.
-        target: of `TARGETS`.
     """
+    weights, prefix, past, tokens = layer.weights, layer.prefix, layer.past, layer.tokens
     x, z = op.Split(weights.linear(op, prefix + "in_proj", hidden), axis=-1, num_outputs=2, _outputs=2)  # (L, B, D)
     d_inner, n = weights.shape(prefix + "A_log")
     width = weights.shape(prefix + "conv1d.weight")[2]

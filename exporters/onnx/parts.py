@@ -6,6 +6,8 @@ Time comes first, (L, B, ...).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -15,6 +17,27 @@ from .weights import Weights
 
 END = 2**63 - 1  # of a slice that goes to the end
 SMALLEST = 1e-30  # for w - 1 where e is below the resolution of 1 + e: log(w) is 0 there, and so is the time step
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the mixer of a layer is written from.
+
+    Attributes:
+        weights: of the model.
+        prefix: how the names of the mixer's tensors start.
+        past: its states before the tokens by name, laid out as `states` of its module says.
+        tokens: which of them are real.
+        config: transformers' configuration.
+        target: of the module's `TARGETS`.
+    """
+
+    weights: Weights
+    prefix: str
+    past: Mapping[str, ir.Value]
+    tokens: Tokens
+    config: Any
+    target: str
 
 
 def convolve(
