@@ -107,6 +107,8 @@ def _report(
         "matrix products; decoding one sequence goes by the bytes of the weights.",
         style="dim",
     )
+    if "mamba_layers" in found.dimensions:
+        terminal.say("Attention keeps keys and values besides, which grow with the text.", style="dim")
     prunable = table("What can be pruned", "pattern", "what goes", "default score", "half of it gone")
     for prospect in able:
         prunable.add_row(prospect.pattern, prospect.what, prospect.score, prospect.gain)
