@@ -5,6 +5,9 @@
     python benchmarks/scores.py MODEL --calib train.jsonl --text valid.jsonl
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
+Where it is small it also says whether the changes happen to suit this text: a model is no optimum, so a change of first
+order may gain or lose. --divergence measures the Kullback-Leibler divergence from the dense model's predictions as
+well, which only grows with what is lost.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -27,7 +32,7 @@ from ssmc.compressor.calibration import draw_samples
 from ssmc.compressor.patterns import COLUMN, Score, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.perplexity import excess_loss, perplexity
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 from ssmc.runtime.tokenizers import load_tokenizer
@@ -42,11 +47,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
     parser.add_argument("--tokenizer")
     parser.add_argument("--scores", nargs="+", help="those to compare; by default all that judge this family's states")
+    parser.add_argument("--repaired", nargs="*", help="those to show with repair too; by default all")
+    parser.add_argument("--merge", nargs="+", type=Path, help="do not run: put these JSON files of parts together")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
+    parser.add_argument(
+        "--divergence", type=int, default=0, help="windows to measure the divergence on, from the start"
+    )
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer, where there is a repair")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/scores"), help="writes OUT.json and OUT.svg")
     return parser.parse_args()
@@ -54,6 +65,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.merge:
+        show(merged([json.loads(path.read_text()) for path in args.merge]), args.out)
+        return
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
@@ -63,14 +77,21 @@ def main() -> None:
     able = [score for score in scores_of(COLUMN) if score.value in (args.scores or [*map(str, Score)])]
     if checkpoint.dimensions.heads is not None:
         able = [score for score in able if score is not Score.magnitude]  # all states of a head have one A_log
-    cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities]
+    repaired = able if args.repaired is None else args.repaired
+    cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities if not r or s in repaired]
     rows = []
     for score, repair, sparsity in track(cells, "scores"):
-        config = configure(model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed)
+        refine = args.refine if repair else 0
+        config = configure(
+            model=args.model, score=score, repair=repair, sparsity=sparsity, seed=args.seed, refine=refine
+        )
+        begun = time.process_time()
         model = copy.deepcopy(checkpoint.model)
         tokens = calibration.tokens
         layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
+        seconds = time.process_time() - begun
         result = perplexity(model, text, args.window)
+        excess = excess_loss(result, dense)
         rows.append(
             {
                 "score": score.value,
@@ -78,7 +99,10 @@ def main() -> None:
                 "sparsity": sparsity,
                 "kept": kept_states(checkpoint.dimensions.d_state, sparsity),
                 "perplexity": result.ppl,
-                "excess_nats": result.nll_per_token - dense.nll_per_token,
+                "excess_nats": excess.nats,
+                "stderr": excess.stderr,  # over paired windows
+                "divergence": divergence(checkpoint.model, model, text.view(-1, args.window)[: args.divergence]),
+                "cpu_seconds": seconds,
                 "layer_errors": [layer.error for layer in layers],
             }
         )
@@ -86,38 +110,75 @@ def main() -> None:
         "model": str(args.model),
         "dense_perplexity": dense.ppl,
         "calibration": {"nsamples": len(calibration.tokens), "seqlen": args.seqlen, "seed": args.seed},
+        "refine": args.refine,
         "heldout_tokens": dense.tokens,
+        "divergence_tokens": args.divergence * (args.window - 1),
         "conditions": asdict(now),
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, args.out.with_suffix(".svg"), able)
-    print_table(report, args.sparsities, able)
+    show(report, args.out)
 
 
-def print_table(report: dict, sparsities: list[float], able: list[Score]) -> None:
-    table = Table(title=f"{report['model']}: perplexity (excess nats); dense {report['dense_perplexity']:.3f}")
+def merged(parts: list[dict]) -> dict:
+    """One report of runs that differ in their scores and sparsities only."""
+    different = dict.fromkeys(("conditions", "rows"))
+    if any(part | different != parts[0] | different for part in parts):
+        raise SystemExit("these are parts of different runs")
+    rows = [row for part in parts for row in part["rows"]]
+    return parts[0] | {"conditions": [part["conditions"] for part in parts], "rows": rows}
+
+
+def show(report: dict, out: Path) -> None:
+    """Write a report and its plot, and print it as a table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    scores = list(dict.fromkeys(row["score"] for row in report["rows"]))
+    plot(report, out.with_suffix(".svg"), scores)
+    print_table(report, sorted({row["sparsity"] for row in report["rows"]}), scores)
+
+
+@torch.no_grad()
+def divergence(dense: Any, model: Any, windows: torch.Tensor) -> float | None:
+    """Mean Kullback-Leibler divergence of `model`'s predictions from `dense`'s, in nats a token."""
+    found = []
+    for window in windows:
+        p, q = (m(window[None]).logits[0, :-1].float().log_softmax(-1) for m in (dense, model))
+        found.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
+    return sum(found) / len(found) if found else None
+
+
+def print_table(report: dict, sparsities: list[float], able: list[str]) -> None:
+    table = Table(
+        title=f"{report['model']}: perplexity (excess nats) divergence; dense {report['dense_perplexity']:.3f}"
+    )
     table.add_column("score")
     for sparsity in sparsities:
         table.add_column(f"{sparsity:.0%}", justify="right")
         table.add_column(f"{sparsity:.0%} + repair", justify="right")
     by_cell = {(r["score"], r["sparsity"], r["repair"]): r for r in report["rows"]}
     for score in able:
-        cells = [by_cell[score.value, s, repair] for s in sparsities for repair in (False, True)]
-        table.add_row(score.value, *(f"{c['perplexity']:.3f} ({c['excess_nats']:.4f})" for c in cells))
+        cells = [by_cell.get((score, s, repair)) for s in sparsities for repair in (False, True)]
+        table.add_row(score, *(_cell(c) for c in cells))
     Console(width=200).print(table)
 
 
-def plot(report: dict, path: Path, able: list[Score]) -> None:
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    text = f"{row['perplexity']:.3f} ({row['excess_nats']:.4f})"
+    return text if row["divergence"] is None else f"{text} {row['divergence']:.4f}"
+
+
+def plot(report: dict, path: Path, able: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "ssmc"
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for i, score in enumerate(able):
         for repair, style in ((False, "--"), (True, "-")):
-            rows = [r for r in report["rows"] if r["score"] == score.value and r["repair"] is repair]
-            label = score.value if repair else None
+            rows = [r for r in report["rows"] if r["score"] == score and r["repair"] is repair]
+            rows.sort(key=lambda r: r["sparsity"])
+            label = None if repair else score
             excess = [max(r["excess_nats"], 1e-5) for r in rows]
             axes.plot([r["sparsity"] for r in rows], excess, style, color=f"C{i}", marker=".", label=label)
     axes.set(yscale="log", xlabel="states removed", ylabel="excess loss (nats a token)")

@@ -108,11 +108,10 @@ def methods_cells(sparsities: Iterable[float]) -> list[Cell]:
         for s in sparsities:
             options = {"pattern": COLUMN, "sparsity": s, "score": score, "repair": repair}
             cells.append(Cell("columns", row, f"{COLUMN} {per_cent(s)}", options, seeds=seeds))
-    for pattern, repair in ((LAYER, False), (LAYER, True), (SSM_MODULE, False)):  # the baseline fits nothing
-        row = pattern + (" + repair" if repair else "")
+    for pattern in (LAYER, SSM_MODULE):
         for s in sparsities:
-            options = {"pattern": pattern, "sparsity": s, "repair": repair}
-            cells.append(Cell("shedder", row, per_cent(s), options))
+            options = {"pattern": pattern, "sparsity": s, "repair": False}  # the baseline fits nothing
+            cells.append(Cell("shedder", pattern, per_cent(s), options))
     return cells + _whole_cells()
 
 

@@ -7,7 +7,7 @@ reads is found by running the whole module on the user's batches up to it, the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,6 +217,7 @@ class _Pruner:
             if fits or config.refine or not self._streams(mixer):
                 hidden = hidden.together()
         if fits or config.refine:
+            _check_sequences(config, hidden)
             stream = _stream(mixer, block, hidden)
         run = Run(
             architecture,
@@ -267,7 +268,7 @@ class _Inputs:
     calls: int
     label: str
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return self.runs.inputs(self.mixer, self.calls, self.label)
 
     def together(self) -> torch.Tensor:
@@ -285,6 +286,18 @@ class _Inputs:
                 f"one length, or use the pattern column on a Mamba-1 with one of {', '.join(STREAMED)}."
             )
         return torch.cat(pieces).float()
+
+
+def _check_sequences(config: CompressConfig, hidden: torch.Tensor) -> None:
+    """Make sure that some sequences can judge the refinement on the others.
+
+    Raises:
+        CalibrationError: there is only one.
+    """
+    if config.refine and len(hidden) < 2:
+        raise CalibrationError(
+            "Refining needs at least 2 sequences, as some judge the steps on the others; the batches have one."
+        )
 
 
 def _stream(mixer: Mixer, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ class _Task:
         with torch.no_grad():
             C = self.read(slice(None), list(vars(readers).values()))  # (S, T, N)
             self.wanted = F.pad(C, (0, grams.shape[2] - C.shape[2]))
-            self.energy = self._square(self.wanted, grams)  # (S,)
+            self.energy = self._square(self.wanted, range(len(grams)))  # (S,)
 
     def read(self, rows: torch.Tensor | slice, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """C of some stretches, (S, T, K): silu(conv1d(in_proj(x))), nothing before the first token."""
@@ -166,17 +166,22 @@ class _Task:
         wrong = (-self.wanted[rows]).index_add(2, self.kept, C)  # C' - C, where C' of the removed states is 0
         wrong = torch.cat([wrong[..., : -len(skip)], skip.expand(*wrong.shape[:2], -1)], dim=2)
         energy = self.energy[rows].sum()
-        return self._square(wrong, self.grams[rows]).sum() / energy if energy > 0 else 0 * wrong.sum()
+        return self._square(wrong, rows.tolist()).sum() / energy if energy > 0 else 0 * wrong.sum()
 
     @torch.no_grad()
     def error(self, rows: torch.Tensor, tensors: Sequence[torch.Tensor | None], skip: torch.Tensor) -> float:
         """The same as a number."""
         return float(self.loss(rows, tensors, skip))
 
-    @staticmethod
-    def _square(vectors: torch.Tensor, grams: torch.Tensor) -> torch.Tensor:
-        """sum over tokens of e' S e, (S,)."""
-        return (vectors * (grams @ vectors[..., None]).squeeze(-1)).sum((1, 2))
+    def _square(self, vectors: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """sum over the tokens of some stretches of e' S e, (S,), for e (S, T, N + H)."""
+        fixed = vectors.detach()
+        # one stretch after the other, as picking them out of all would copy more than is computed
+        products = torch.stack(
+            [(self.grams[row] @ e[..., None]).squeeze(-1) for row, e in zip(rows, fixed, strict=True)]
+        )
+        # S is symmetric, so the gradient is 2 S e: autograd need not multiply by S again
+        return (2 * vectors * products - fixed * products).sum((1, 2))
 
 
 @torch.no_grad()

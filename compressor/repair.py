@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 RIDGE = 1e-6  # times the mean diagonal of G; pulls M towards the identity where the data say nothing
+SCALED_RIDGE = 1e-4  # the same for one scale a state, where Q is a difference of sums in float32
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,33 @@ def eliminate_from(Q: torch.Tensor, keep: int) -> list[int]:
     return left
 
 
-def _ridged(G: torch.Tensor) -> torch.Tensor:
+def eliminate_scaled(Q: torch.Tensor, keep: int) -> list[int]:
+    """Greedy backward elimination where the states that stay may be scaled to make up for those that go.
+
+    With each state's read-out scaled by a[n] the error is r' Q r, r = a - 1 on the kept states and -1 on the removed
+    ones: one number a state in place of the N of a mixing matrix, and the same elimination with N x N matrices.
+
+    Args:
+        Q: (N, N) float64, symmetric: `contributions.Contributions.errors`.
+        keep: how many states stay.
+
+    Returns:
+        The kept states, ascending.
+    """
+    H, a, left = torch.linalg.inv(_ridged(Q, SCALED_RIDGE)), torch.ones(len(Q), dtype=Q.dtype), list(range(len(Q)))
+    while len(left) > keep:
+        costs = a[left].square() / H.diagonal()[left]
+        j = left.pop(int(costs.argmin()))
+        column = H[:, j] / H[j, j]
+        a = a - column * a[j]
+        H = H - torch.outer(column, H[j])
+    return left
+
+
+def _ridged(G: torch.Tensor, part: float = RIDGE) -> torch.Tensor:
     mean = G.diagonal().mean()
     # a layer that outputs nothing has G = 0: any positive ridge then leaves M at the identity
-    ridge = RIDGE * mean if mean > 0 else torch.ones((), dtype=G.dtype)
+    ridge = part * mean if mean > 0 else torch.ones((), dtype=G.dtype)
     return G + ridge * torch.eye(len(G), dtype=G.dtype)
 
 

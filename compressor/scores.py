@@ -13,7 +13,7 @@ from .hessian import StateMoment
 from .masks import NM, Target, nm_mask, pruned_count, unstructured_mask
 from .patterns import COLUMN, Score
 from .readers import ReadoutGrams, stretches_apart
-from .repair import eliminate, eliminate_from
+from .repair import eliminate, eliminate_from, eliminate_scaled
 from .sparsegpt import sparsegpt_a_log
 from .statistics import (
     STRETCH,
@@ -174,7 +174,9 @@ def choose_states(score: Score, layer: Layer, keep: int, repair: bool, seed: int
         seed: for `random`.
     """
     if score is Score.exact and layer.statistics.contributions:
-        return eliminate_from(layer.statistics.contributions.errors(repair), keep)
+        errors = layer.statistics.contributions.errors(repair)
+        # scales of what stays stand in for the refit of C rows, which is no least-squares problem
+        return eliminate_scaled(errors, keep) if repair else eliminate_from(errors, keep)
     if score is Score.exact:
         return eliminate(layer.statistics.normal.dense(), keep, repair)
     importance = state_importance(score, layer, seed).cpu()

@@ -173,7 +173,7 @@ def _compare(
         stream = tokenize(read_texts(heldout_path()), load_tokenizer(masked))
     shrunk = load_checkpoint(written, dtype=torch.float32)
     tokens = sample_tokens(stream, masked.dimensions.vocab_size)
-    moved = cut_epsilons(masked, shrunk, tokens)
+    moved = cut_epsilons(masked, shrunk.config, tokens)
     if half is not None:
         return sparse24.compare_half(masked, shrunk, half, tokens, real_text=stream is not None)
     comparison = compare(masked.model, shrunk.model, tokens, real_text=stream is not None)

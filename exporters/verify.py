@@ -37,21 +37,22 @@ def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cut_epsilons(masked: Checkpoint, shrunk: Checkpoint, tokens: torch.Tensor) -> float | None:
+def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float | None:
     """Give the masked model's norms the epsilon that cutting channels out of them left, in effect, in the shrunk one.
 
     Args:
         masked: changed in place.
-        shrunk: as read back.
+        config: of the shrunk model.
         tokens: (B, L) to measure on.
 
     Returns:
         How far a logit moves by it; None where there is no such norm.
     """
-    if masked.dimensions.heads is None or shrunk.dimensions.d_inner == masked.dimensions.d_inner:
+    d_inner = masked.architecture.dimensions(config).d_inner
+    if masked.dimensions.heads is None or d_inner == masked.dimensions.d_inner:
         return None
     before = use_fast_scan(masked.model)(tokens).logits
-    masked.architecture.with_epsilons_of(masked.model, shrunk.config)
+    masked.architecture.with_epsilons_of(masked.model, config)
     return float((masked.model(tokens).logits - before).abs().max())
 
 

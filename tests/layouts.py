@@ -123,9 +123,9 @@ class MambaSsm2(nn.Module):
 class Bidirectional(nn.Module):
     """Reads a series forwards and backwards with the same mixers and puts out one number a series."""
 
-    def __init__(self, mixers):
+    def __init__(self, mixers, width=WIDTH):
         super().__init__()
-        self.embed, self.head = nn.Linear(2, WIDTH), nn.Linear(WIDTH, 3)
+        self.embed, self.head = nn.Linear(2, width), nn.Linear(width, 3)
         self.blocks = nn.ModuleDict({f"stage{i}": nn.ModuleList([mixer]) for i, mixer in enumerate(mixers)})
 
     def forward(self, series):

@@ -60,6 +60,6 @@ def test_the_command_says_it_and_writes_it(tmp_path, capsys, model):
     found = json.loads(file.read_text())
     assert found["model_type"] == ("mamba" if model == "tiny" else "mamba2")
     assert {p["pattern"] for p in found["prunable"]} >= {"column", "layer"}
-    assert {r["name"] for r in found["runs_where"]} >= {"transformers", "llama.cpp, CUDA"}
+    assert {r["name"] for r in found["runs_where"]} >= {"transformers", "onnxruntime, CPU", "llama.cpp, CUDA"}
     again = run(capsys, "inspect", model, "--json", file)
     assert "exists already" in again.sentence(5)

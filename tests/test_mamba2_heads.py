@@ -157,6 +157,15 @@ def test_an_export_loads_in_the_stock_loader_and_generates(tmp_path, layout, dty
     assert stock.generate(ids, max_new_tokens=8, do_sample=False).shape == (2, 17)
 
 
+def test_an_onnx_graph_has_as_few_heads(tmp_path):
+    pytest.importorskip("onnxruntime", reason="graphs need the extra `onnx`")
+    source = save_transformers(random_mamba2(), tmp_path / "model")
+    compress(source, out=tmp_path / "out", pattern="channel", score="random", repair=False)
+    result = export(tmp_path / "out", format="onnx", out=tmp_path / "onnx")
+    assert result.comparison.max_difference <= result.comparison.tolerance
+    assert result.parameters[1] < 0.7 * result.parameters[0]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -15,7 +15,7 @@ from ssmc.compressor.calibration import draw_samples
 from ssmc.compressor.contributions import Contributions, loss_of
 from ssmc.compressor.pipeline import collect
 from ssmc.compressor.readers import ReadoutGrams, _Task, _windows, fit_readers
-from ssmc.compressor.repair import eliminate_from
+from ssmc.compressor.repair import SCALED_RIDGE, eliminate_from, eliminate_scaled
 from ssmc.exporters import export
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.checkpoints import load_checkpoint
@@ -116,6 +116,23 @@ def test_elimination_takes_the_cheapest_state_each_time(layer):
         assert eliminate_from(Q, keep) == sorted(set(range(7)) - set(removed))
     best = min(itertools.combinations(range(7), 1), key=lambda R: float(Q[list(R)][:, list(R)].sum()))
     assert eliminate_from(Q, 6) == sorted(set(range(7)) - set(best))
+
+
+def test_elimination_with_scales_takes_the_state_whose_loss_scales_mend_best(layer):
+    """Against least squares from scratch for every candidate: r' Q r least over r on what stays, r = -1 on the rest."""
+    Q = layer[0][0].errors(True).numpy()
+    Q = Q + SCALED_RIDGE * Q.diagonal().mean() * np.eye(7)
+
+    def cost(removed):
+        stay = [n for n in range(7) if n not in removed]
+        r = -np.ones(7)
+        r[stay] = np.linalg.solve(Q[np.ix_(stay, stay)], Q[np.ix_(stay, removed)].sum(1))
+        return r @ Q @ r
+
+    removed = []
+    for keep in (6, 5, 4, 3, 2, 1):
+        removed.append(min(set(range(7)) - set(removed), key=lambda n: cost([*removed, n])))
+        assert eliminate_scaled(layer[0][0].errors(True), keep) == sorted(set(range(7)) - set(removed))
 
 
 def test_the_fit_of_the_readers_minimises_the_error_that_is_measured():

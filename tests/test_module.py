@@ -8,9 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import FalconMambaConfig, Mamba2Model, MambaModel, Qwen3NextConfig
+from transformers import (
+    BambaConfig,
+    FalconMambaConfig,
+    GraniteMoeHybridConfig,
+    Mamba2Model,
+    MambaModel,
+    NemotronHConfig,
+    Qwen3NextConfig,
+    Zamba2Config,
+)
+from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
 
 import ssmc
 from ssmc.compressor import MixerResult
@@ -61,20 +74,16 @@ def outputs(model, batches):
     return torch.cat([model(batch) for batch in batches])
 
 
-def silence(mixer, kept, groups=1):
+def silence(mixer, kept):
     """What the cut mixer should compute, in the dense shape: B and C of all other states are zero."""
-    total = groups * (
-        mixer.A_log.shape[1]
-        if mixer.A_log.dim() == 2
-        else (len(mixer.conv1d.weight) - mixer.D.numel() * 4) // 2 // groups
-    )
+    mamba2, d_inner = mixer.A_log.dim() == 1, mixer.out_proj.in_features
+    total = (len(mixer.conv1d.weight) - d_inner) // 2 if mamba2 else mixer.A_log.shape[1]  # states, all groups together
     gone = torch.tensor(sorted(set(range(total)) - set(kept)))
     with torch.no_grad():
-        if mixer.A_log.dim() == 2:
-            rank = mixer.dt_proj.weight.shape[1]
+        if not mamba2:
+            rank = mixer.dt_proj.in_features
             mixer.x_proj.weight[torch.cat([rank + gone, rank + total + gone])] = 0
             return
-        d_inner = mixer.out_proj.weight.shape[1]
         channels = torch.cat([d_inner + gone, d_inner + total + gone])
         mixer.in_proj.weight[d_inner + channels] = 0
         mixer.conv1d.weight[channels] = 0
@@ -146,12 +155,35 @@ def test_the_smaller_module_computes_what_the_masked_one_does(kind):
         assert isinstance(done, MixerResult)
         assert done.note is None
         assert done.states[1] == len(done.layer.kept) // (2 if kind.endswith("2") else 1) < done.states[0]
-        silence(mixer, done.layer.kept, groups=2 if kind.endswith("2") else 1)
+        silence(mixer, done.layer.kept)
     wanted = outputs(masked, batches)
     assert torch.allclose(outputs(result.module, batches), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
     assert not torch.allclose(outputs(model, batches), wanted, rtol=1e-2)
     before, after = result.parameters
     assert after == sum(p.numel() for p in result.module.parameters()) < before
+
+
+HYBRIDS = {
+    "bamba": (BambaMixer, BambaConfig, {"mamba_n_heads": 4, "mamba_d_head": 12, "mamba_n_groups": 2}),
+    "zamba2": (Zamba2MambaMixer, Zamba2Config, {"n_mamba_heads": 4, "mamba_headdim": 12, "mamba_ngroups": 2}),
+    "nemotron_h": (NemotronHMamba2Mixer, NemotronHConfig, {"mamba_num_heads": 4, "mamba_head_dim": 12, "n_groups": 2}),
+    "granite": (GraniteMoeHybridMambaLayer, GraniteMoeHybridConfig, {"mamba_n_heads": 4, "mamba_d_head": 12}),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_mixers_of_hybrids_are_those_of_a_mamba2(name):
+    cls, configuration, sizes = HYBRIDS[name]
+    field = "ssm_state_size" if name == "nemotron_h" else "mamba_d_state"
+    config = configuration(hidden_size=24, **sizes, **{field: 8})
+    model, batches = Bidirectional([randomised(cls(config, layer_idx=0)).eval()], width=24), series()
+    result = ssmc.compress(model, batches, score="ghost", repair=False)
+    assert [mixer.states for mixer in result.mixers] == [(8, 4)]
+    masked = copy.deepcopy(model)
+    silence(mixers_of(masked)[0], result.mixers[0].layer.kept)
+    wanted = outputs(masked, batches)
+    assert torch.allclose(outputs(result.module, batches), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
+    assert not torch.allclose(outputs(model, batches), wanted, rtol=1e-2)
 
 
 def test_sizes_are_told_by_the_names_the_mixer_knows():
@@ -305,6 +337,16 @@ def test_padding_is_not_counted():
         assert a.layer.error == pytest.approx(b.layer.error, rel=1e-3)
 
 
+def test_half_precision():
+    model, batches = stock(random_model()), series()
+    half = ssmc.compress(copy.deepcopy(model).bfloat16(), [batch.bfloat16() for batch in batches], repair=False)
+    assert all(mixer.states == (6, 3) for mixer in half.mixers)
+    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}
+    whole = ssmc.compress(model, batches, repair=False)
+    for a, b in zip(half.mixers[:1], whole.mixers[:1], strict=True):
+        assert a.layer.error == pytest.approx(b.layer.error, rel=0.1)
+
+
 # --- what a user may rely on ------------------------------------------------------------------------------------------
 
 
@@ -410,5 +452,7 @@ def test_more_refusals():
         ssmc.compress(model_of("mamba_ssm-2"), series(), pattern="channel")
     with pytest.raises(CalibrationError, match="several lengths"):
         ssmc.compress(model_of("minimal"), [series()[0], series(length=8)[0]], score="sparsessm")
+    with pytest.raises(CalibrationError, match="Refining needs at least 2 sequences"):
+        ssmc.compress(stock(random_model()), series(count=1, batch=1), refine=2)
     with pytest.raises(CheckpointError, match="There is no Mamba or Mamba-2 mixer in this Linear"):
         ssmc.compress(nn.Linear(2, 2), series())

@@ -6,11 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from transformers import Mamba2ForCausalLM
 
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build, mamba2, ssd
+from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.checkpoints import load_checkpoint
@@ -110,6 +113,12 @@ def test_limits_of_the_time_step(limit, tmp_path):
     padded = torch.cat([tokens[:, :3], torch.zeros(1, 4, dtype=torch.long), tokens[:, 3:]], dim=1)
     logits, _ = read(session, padded, mask=[[1] * 3 + [0] * 4 + [1] * 3])
     assert_close(logits[:, [0, 1, 2, 7, 8, 9]], wanted)
+
+
+def test_no_tokens_are_an_error_of_onnxruntime_and_not_the_end_of_the_process(tmp_path):
+    """A division by zero tokens would be: as in Mamba-1, the scan refuses them."""
+    with pytest.raises(InvalidArgument, match="Scan"):
+        read(graph(random_mamba2(num_hidden_layers=1), tmp_path), torch.zeros(1, 0, dtype=torch.long))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -235,11 +244,30 @@ def test_text_and_perplexity_are_those_of_torch(name, artefact, text):
     assert got.window_nll == pytest.approx(wanted.window_nll, abs=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("target", TARGETS)
+def test_heads_and_states_pruned_together(target, tmp_path):
+    """The graph computes what stock transformers computes with the same cuts, the epsilon of the norms included."""
+    model = save_transformers(random_mamba2(state_size=8), tmp_path / "model")
+    out, scores = tmp_path / "out", {"column": "random", "channel": "random"}
+    compress(model, out=out, pattern="column+channel", sparsity=0.5, score=scores, repair=False, nsamples=2, seqlen=64)
+    export(out)
+    result = export(out, format="onnx", target=target, logits="all")
+    assert result.comparison.max_difference <= result.comparison.tolerance
+    assert result.comparison.epsilon_difference > 0
+    cut = Mamba2ForCausalLM.from_pretrained(out / "safetensors", dtype=torch.float32).eval()
+    session, tokens = open_written(result.directory), random_tokens((2, 9))
+    assert {tuple(v.shape[1:]) for v in session.get_inputs() if v.name.startswith("past_ssm")} == {(6, 4, 4)}
+    assert_close(read(session, tokens)[0], stock(cut, tokens))
+
+
 def test_int8_is_smaller_and_near(artefact):
     size = {name: (artefact / name / "model.onnx.data").stat().st_size for name in ("onnx", "int8")}
     assert size["int8"] < 0.35 * size["onnx"]
     measured = json.loads((artefact / "int8" / "ssmc.json").read_text())["perplexity"]
     assert 1e-4 < abs(measured["excess_nats"]) < 0.1
+    ways = json.loads((artefact / "int8" / "ssmc.json").read_text())["rounding"]
+    assert [way["name"] for way in ways] == ["prefill", "split prefill", "64 decode steps", "padded"]
 
 
 def test_the_command_line(artefact, text, tmp_path, capsys):

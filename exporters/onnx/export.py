@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ssmc.runtime.versions import versions
 
 from ..runs_where import Runtime
 from ..shrink import Shrunk, shrink
-from ..verify import Comparison, sample_tokens
+from ..verify import Comparison, cut_epsilons, sample_tokens
 from .graph import DTYPES, LAYERS, LOGITS, Settings, build, require_family
 from .quality import Quality, measure
 from .quantize import quantize_int8
@@ -132,7 +132,9 @@ def export_onnx(
     require_space(out, parameter_count(source.shrunk.tensors) * (9 if options.lossy else 4))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         about = _about(source, options)
+        moved = cut_epsilons(source.checkpoint, source.shrunk.config, tokens.sample)
         comparison, ways, files = _write_proven(source, folder, options, tokens, about, progress)
+        comparison = replace(comparison, epsilon_difference=moved)
         rounding, quality = [], None
         if options.lossy:
             progress("measuring what rounding changes", 2, 4)
@@ -270,6 +272,7 @@ def _results(comparison: Comparison, ways: list[Way], rounding: list[Way], quali
             "largest_logit": comparison.scale,
             "tokens": comparison.tokens,
             "real_text": comparison.real_text,
+            "epsilon_difference": comparison.epsilon_difference,
             "ways": [asdict(way) for way in ways],
         },
         "rounding": [asdict(way) for way in rounding],

@@ -78,7 +78,7 @@ class Chunks:
 def chunks_of(op: OpBuilder, x: ir.Value) -> Chunks:
     """Divide (L, B, ...) into equal chunks of CHUNK tokens at most, so that few are missing in the last one."""
     tokens = op.Shape(x, start=0, end=1)
-    number = op.Div(op.Add(tokens, [CHUNK - 1]), [CHUNK])
+    number = op.Max(op.Div(op.Add(tokens, [CHUNK - 1]), [CHUNK]), [1])  # no tokens must not divide by 0
     length = op.Div(op.Add(tokens, op.Sub(number, [1])), number)
     return Chunks(number, length, op.Sub(op.Mul(number, length), tokens), tokens)
 
