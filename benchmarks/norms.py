@@ -131,7 +131,7 @@ def main() -> None:
             )
         results[f"{sparsity:g}"] = row
         print(f"{sparsity:.0%} of the states gone: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
-    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+    settings = {name: value for name, value in vars(args).items() if name != "json"} | {"train": Path(args.train).name}
     write_json(args.json, now, settings, results)
 
 

@@ -22,6 +22,7 @@ from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.generation import open_session
 from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.scan import scan_states
 from ssmc.runtime.tiny import TINY_DIRECTORY, heldout_path
 
 from .commandline import run
@@ -224,6 +225,45 @@ def test_formats_a_family_lacks_are_refused_in_one_sentence(artefact, capsys):
         done = run(capsys, "export", result.directory, "--format", format)
         assert "of type" in done.sentence(done.code)
     assert not (result.directory / "mamba-ssm").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_norm_before_gate": False}], ids=str)
+@torch.no_grad()
+def test_falcon_h1_with_a_gated_norm(changes):
+    stock = FAMILIES["falcon_h1"](mamba_rms_norm=True, **changes)
+    fast, ids = use_fast_scan(copy.deepcopy(stock)), random_ids(2, 40)
+    assert difference(fast(ids).logits, stock(ids).logits) < NOISE
+    check_readers_and_gains(stock, architecture_for("falcon_h1"))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NORMED])
+@torch.no_grad()
+def test_what_calibration_takes_for_readers_and_gains_is_what_the_mixer_does(name):
+    check_readers_and_gains(FAMILIES[name](), architecture_for(name))
+
+
+def check_readers_and_gains(model, architecture):
+    """C from the rows that are fitted, and the output from read-outs times gains, are those of the mixer itself."""
+    block = next(block for block in architecture.blocks(model) if architecture.mixer(block) is not None)
+    mixer = architecture.mixer(block)
+    width = 3 if architecture.shares_blocks else 1
+    hidden = torch.randn(1, 30, 24 * width, generator=torch.Generator().manual_seed(2))
+    inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, hidden)))
+    wanted, parts = architecture.scan(mixer, inputs)[0], []
+    for group, own in enumerate(architecture.scan_groups(mixer, inputs)):
+        readers = architecture.readers(mixer, group)
+        drive = architecture.read_by_in_proj(block, hidden) @ readers.weight.t()
+        assert readers.in_bias is None
+        padded = torch.nn.functional.pad(drive, (0, 0, readers.taps.shape[1] - 1, 0))
+        windows = padded.unfold(1, readers.taps.shape[1], 1)  # (1, L, N, d_conv)
+        C = torch.nn.functional.silu((windows * readers.taps).sum(-1) + readers.bias)
+        assert difference(C, own.C) < 1e-5
+        states = scan_states(own, own.initial_state())[:, 1:]  # (1, L, N, D)
+        gains = architecture.gains(mixer, group, own, states)
+        gains = torch.nn.functional.silu(own.z) if gains is None else gains
+        read = (own.C[:, :, None] @ states).squeeze(2) + own.D * own.u
+        parts.append(read * gains)
+    assert difference(torch.cat(parts, dim=-1), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("name", NORMED)
