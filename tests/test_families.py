@@ -113,6 +113,30 @@ def test_decoding_and_pieces_continue_from_the_states(models, folder):
 
 
 @torch.no_grad()
+def test_padding_on_the_left_changes_nothing(folder):
+    """A prompt of 9 tokens beside one of 14: each as if it were alone, in prefill and in the steps after it."""
+    session, alone = open_session(folder).session, load_checkpoint(folder).model
+    ids, mask = random_ids(2, 18), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :5] = 0
+    last = session.prefill(ids[:, :14], mask)
+    for t in range(14, 18):
+        for row, first in ((0, 5), (1, 0)):
+            wanted = alone(ids[row : row + 1, first:t]).logits[0, -1]
+            assert difference(last[row], wanted) < 1e-4
+        last = session.step(ids[:, t])
+
+
+def test_other_ways_to_prune_states(family, folder, tmp_path):
+    steps = family in ("falcon_mamba", "jamba", "falcon_h1", "zamba2")
+    options = {"refine": 3} if steps else {"score": "energy", "repair": False}
+    result = compress(folder, out=tmp_path / "out", **options, **short(folder))
+    for layer in (layer for layer in result.layers if layer.kept and "refine" in options):
+        assert layer.refined.error <= layer.refined.error_before
+    exported = export(tmp_path / "out")
+    assert load_checkpoint(exported.directory).dimensions.d_state == 4
+
+
+@torch.no_grad()
 def test_checkpoints_are_read_and_written_as_stock_does(folder, tmp_path):
     checkpoint = load_checkpoint(folder)
     stock, _ = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
