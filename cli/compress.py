@@ -335,7 +335,8 @@ def _report(terminal: Terminal, result: CompressResult, config: CompressConfig) 
     if calibration:
         terminal.say(f"Calibrated on {calibration['nsamples']} samples of {calibration['seqlen']} tokens.")
     if "column" in config.parts and "A_log" in config.targets:
-        terminal.show(_states(result, manifest["dimensions"]["d_state"]))
+        sizes = manifest["dimensions"]
+        terminal.show(_states(result, sizes["d_state"] * sizes.get("n_groups", 1)))
         terminal.say("error: squared difference of the layer's gated output, relative to the output.", style="dim")
     if config.fits_out_proj() or "channel" in config.parts:
         terminal.show(_channels(result, manifest["dimensions"]["d_inner"]))
@@ -388,6 +389,9 @@ def _number(value: float | None) -> str:
 def _states(result: CompressResult, dense: int) -> Table:
     layers = table("Layers", "layer", f"kept of {dense}", "states that stay", "error", "without repair")
     for index, layer in enumerate(result.layers):
+        if not layer.kept:
+            layers.add_row(str(index), "", "no state-space mixer")
+            continue
         layers.add_row(
             str(index),
             str(len(layer.kept)),
@@ -421,12 +425,21 @@ def _refinement(result: CompressResult) -> Table:
 
 def _modules(result: CompressResult) -> Table:
     """Sparsity of every module in every layer: Eq. 7 shows in the columns of in_proj and out_proj."""
-    names = [module.name for module in result.layers[0].modules]
+    first = next((layer.modules for layer in result.layers if layer.kept), ())
+    names = [module.name for module in first if "." not in module.name]
     modules = table("Modules", "layer", *names)
+    others: list[Any] = []
     for index, layer in enumerate(result.layers):
-        cells = [f"{m.zeros:.1%}" + ("" if m.error is None else f" ({m.error:.1e})") for m in layer.modules]
-        modules.add_row(str(index), *cells)
-    for row in result.layers[0].modules:
+        cells = {m.name: f"{m.zeros:.1%}" + ("" if m.error is None else f" ({m.error:.1e})") for m in layer.modules}
+        modules.add_row(str(index), *(cells.get(name, "") for name in names))
+        others += [m for m in layer.modules if m.name not in names]
+    if others:
+        errors = [m.error for m in others if m.error is not None]
+        modules.caption = (
+            f"and {len(others)} linear maps of attention and MLP: {sum(m.zeros for m in others) / len(others):.1%}"
+            + (f" (at most {max(errors):.1e})" if errors else "")
+        )
+    for row in first:
         if row.target.startswith("left out"):
             modules.caption = f"{row.name} {row.target}"
     return modules

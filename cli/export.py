@@ -219,8 +219,8 @@ def _cuts(terminal: Terminal, result: ExportResult) -> None:
         if not cut.after:  # a whole block went
             layers[cut.name.split(".")[2]] = ["removed"]
             continue
-        layer, _, tensor = cut.name.rpartition(".mixer.")
-        layers.setdefault(layer.rpartition(".")[2], []).append(_change(tensor, cut.before, cut.after))
+        layer, tensor = cut.name.split(".", 4)[2::2]  # "backbone.layers.0.mixer.x_proj.weight"
+        layers.setdefault(layer, []).append(_change(tensor, cut.before, cut.after))
     cuts = table("Cuts", "layer", "what got smaller")
     cuts.columns[1].justify = "left"
     for group in _alike(layers):

@@ -42,8 +42,8 @@ def inspect(
     terminal = context.ensure_object(Terminal)
     from dataclasses import asdict
 
-    from ssmc.compressor.families import prospects
-    from ssmc.exporters import runs_where
+    from ssmc.compressor.families import limits, prospects
+    from ssmc.exporters import missing_formats, runs_where
     from ssmc.runtime.checkpoints import load_checkpoint
     from ssmc.runtime.errors import OutputError
     from ssmc.runtime.inspection import inspect as run
@@ -62,10 +62,13 @@ def inspect(
         d_state=max(1, checkpoint.dimensions.d_state // 2),
     )
     halved = checkpoint.architecture.dimensions(after)
-    runtimes = runs_where(halved, checkpoint.dimensions.d_state)
-    _report(terminal, found, able, runtimes, halved.d_state)
+    runtimes = runs_where(halved, checkpoint.dimensions.d_state, found.model_type)
+    missing = missing_formats(found.model_type, checkpoint.architecture.is_hybrid)
+    lacks = {**limits(found.model_type), **{f"--format {name}": reason for name, reason in missing.items()}}
+    _report(terminal, found, able, lacks, runtimes, halved.d_state)
     if json_file is not None:
         record = asdict(found) | {"prunable": [asdict(p) for p in able], "runs_where": [asdict(r) for r in runtimes]}
+        record["not_for_this_family"] = lacks
         try:
             json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -75,7 +78,14 @@ def inspect(
         terminal.say(f"Wrote {json_file}.")
 
 
-def _report(terminal: Terminal, found: Inspection, able: list[Prospect], runtimes: list[Runtime], halved: int) -> None:
+def _report(
+    terminal: Terminal,
+    found: Inspection,
+    able: list[Prospect],
+    lacks: dict[str, str],
+    runtimes: list[Runtime],
+    halved: int,
+) -> None:
     terminal.say(
         f"{found.source}: {found.model_type} in the layout of {found.format}, {found.parameters:,} parameters, "
         f"{size(found.weight_bytes)} of {' and '.join(found.dtypes)}."
@@ -97,10 +107,18 @@ def _report(terminal: Terminal, found: Inspection, able: list[Prospect], runtime
         "matrix products; decoding one sequence goes by the bytes of the weights.",
         style="dim",
     )
+    if "mamba_layers" in found.dimensions:
+        terminal.say("Attention keeps keys and values besides, which grow with the text.", style="dim")
     prunable = table("What can be pruned", "pattern", "what goes", "default score", "half of it gone")
     for prospect in able:
         prunable.add_row(prospect.pattern, prospect.what, prospect.score, prospect.gain)
     terminal.show(prunable)
+    if lacks:
+        left_out = table(f"Not for {found.model_type}", "option", "why")
+        left_out.columns[1].justify = "left"
+        for option, reason in lacks.items():
+            left_out.add_row(option, reason)
+        terminal.show(left_out)
     where = table(f"Runs where, with {halved} states", "runtime", "from", "runs", "remark")
     for runtime in runtimes:
         where.add_row(runtime.name, runtime.reads, "yes" if runtime.runs else "no", runtime.remark)

@@ -106,6 +106,7 @@ def _layer(layer: LayerResult) -> dict[str, Any]:
         "repaired": layer.repaired,
         "error": layer.error,
         "error_unrepaired": layer.error_unrepaired,
+        **({} if layer.norm_spread is None else {"norm_spread": layer.norm_spread}),
         "a_log_zeros": layer.a_log_zeros,
         "modules": [asdict(module) for module in layer.modules],
         "refined": None if layer.refined is None else asdict(layer.refined),

@@ -107,11 +107,11 @@ def compress(
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
     sizes, family = checkpoint.dimensions, checkpoint.architecture.model_type
+    if target is not None and "pattern" not in options:
+        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
+    check_family(config, family, target is not None)
     if target is None:
         kept(config, sizes)  # what cannot be met is said before minutes of work
-    elif "pattern" not in options:
-        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
-    check_family(config, family)
     if target is not None and CHANNEL in config.parts and sizes.heads is not None:
         raise UsageError(
             "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
@@ -140,7 +140,8 @@ def compress(
         command=command,
         force=force,
     )
-    notes = notes_for(config, calibration, sizes, kept(config, sizes))
+    spreads = [layer.norm_spread for layer in pruned.layers if layer.norm_spread is not None]
+    notes = notes_for(config, calibration, sizes, kept(config, sizes), checkpoint.architecture, spreads)
     notes += [] if met is None else met.notes
     return CompressResult(out, config, manifest, pruned.layers, pruned.removals, tuple(notes))
 

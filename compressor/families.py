@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ssmc.runtime.architectures import Dimensions
 from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
@@ -13,8 +13,41 @@ from .config import SSM, CompressConfig
 from .counts import widths_of_heads
 from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
 
-_PARTS = {"mamba": PATTERNS, "mamba2": PATTERNS}  # N:M counts as unstructured
-_LACKS = {"mamba2": ("x_proj", "dt_proj")}  # in_proj makes B, C and dt itself
+_TARGETS = "--target-latency, --target-params, --max-ppl-increase"
+_PLACED = "which blocks are of which kind follows from their number, so none can go"
+_WIDE = "d_inner is a whole multiple of hidden_size in its configuration"
+_MANY = "widths and depths of a hybrid are not tried"
+_ALIKE = "it is there to compare with, for models with one kind of block"
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What can be done with a family."""
+
+    parts: tuple[str, ...]  # N:M counts as unstructured
+    limits: dict[str, str] = field(default_factory=dict)  # option -> why it is refused
+    heads: bool = False  # a head has one A_log for all of its states
+
+
+def _hybrid(parts: tuple[str, ...], heads: bool = False) -> _Family:
+    """A family with other layers beside those with a mixer."""
+    why = {LAYER: _PLACED, CHANNEL: _WIDE, SSM_MODULE: _ALIKE}
+    limits = {f"--pattern {part}": why[part] for part in PATTERNS if part not in parts}
+    return _Family(parts, limits | {_TARGETS: _MANY}, heads)
+
+
+_FAMILIES = {
+    "mamba": _Family(PATTERNS),
+    "mamba2": _Family(PATTERNS, heads=True),
+    "falcon_mamba": _Family(PATTERNS),
+    "jamba": _hybrid((COLUMN, UNSTRUCTURED)),
+    "bamba": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "granitemoehybrid": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "falcon_h1": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "nemotron_h": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+    "zamba2": _hybrid((COLUMN, UNSTRUCTURED), heads=True),
+}
+_LACKS = ("x_proj", "dt_proj")  # of families with heads, whose in_proj makes B, C and dt itself
 _WHAT = {
     COLUMN: "whole states",
     CHANNEL: "channels of d_inner",
@@ -27,42 +60,59 @@ _WHAT = {
 def able_parts(config: CompressConfig, model_type: str) -> list[str]:
     """Those parts of a pattern that a search for a target tries: heads of a Mamba-2 go by halves, or not at all."""
     never = (CHANNEL,) if model_type == "mamba2" else ()
-    return [part for part in config.parts if part in _PARTS[model_type] and part not in never]
+    return [part for part in config.parts if part in _FAMILIES[model_type].parts and part not in never]
 
 
-def check_family(config: CompressConfig, model_type: str) -> None:
+def check_family(config: CompressConfig, model_type: str, aims: bool = False) -> None:
     """Refuse what is not carried out, or makes no sense, for this family.
+
+    Args:
+        config: the run.
+        model_type: as in a transformers config.json.
+        aims: whether it has a target in place of a sparsity.
 
     Raises:
         UsageError: naming what can be used.
     """
-    able = _PARTS[model_type]
+    family = _FAMILIES[model_type]
+    able = family.parts
+    if aims and _TARGETS in family.limits:
+        raise UsageError(f"There is no search for a target for {model_type}: {_MANY}. Give a sparsity.")
     wrong = [part for part in config.parts if part not in able and not (config.nm and UNSTRUCTURED in able)]
     if wrong:
+        pattern = UNSTRUCTURED if config.nm else wrong[0]
+        reason = family.limits.get(f"--pattern {pattern}")
         raise UsageError(
-            f"The pattern {wrong[0]} is not carried out for {model_type} yet; {', '.join(able)} can be used."
+            f"The pattern {wrong[0]} is not carried out for {model_type}{f': {reason}' if reason else ' yet'}; "
+            f"{', '.join(able)} can be used."
         )
-    if lacking := [name for name in _LACKS.get(model_type, ()) if name in (config.target or "").split(",")]:
+    if not family.heads:
+        return
+    if lacking := [name for name in _LACKS if name in (config.target or "").split(",")]:
         raise UsageError(
             f"The target {lacking[0]} does not exist in {model_type}, whose in_proj makes B, C and dt itself. "
             "Use in_proj, conv1d, out_proj or ffn."
         )
-    if model_type == "mamba2":
-        _check_heads(config)
+    _check_heads(config, model_type)
 
 
-def _check_heads(config: CompressConfig) -> None:
+def _check_heads(config: CompressConfig, model_type: str) -> None:
     """Refuse scores that have nothing to judge where a head has one A_log for all of its states and channels."""
     if COLUMN in config.parts and config.judge_of(COLUMN) is Score.magnitude:
         raise UsageError(
-            "The score magnitude cannot tell the states of mamba2 apart: a head has one A_log for all of them. "
+            f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of them. "
             "Use another score."
         )
     if COLUMN not in config.parts and SSM in config.targets and config.judge is Score.sparsegpt:
         raise UsageError(
-            "SparseGPT on A_log lets a channel's other states make up for one that goes; a head of mamba2 has one "
-            "A_log, so nothing is left to do so. Use another score."
+            f"SparseGPT on A_log lets a channel's other states make up for one that goes; a head of {model_type} has "
+            "one A_log, so nothing is left to do so. Use another score."
         )
+
+
+def limits(model_type: str) -> dict[str, str]:
+    """What is refused for a family, option by option, with the reason."""
+    return dict(_FAMILIES[model_type].limits)
 
 
 @dataclass(frozen=True)
@@ -77,7 +127,7 @@ class Prospect:
 
 def prospects(checkpoint: Checkpoint) -> list[Prospect]:
     """What a model can be pruned by and what that makes smaller, from its sizes alone."""
-    sizes, able = checkpoint.dimensions, _PARTS[checkpoint.architecture.model_type]
+    sizes, able = checkpoint.dimensions, _FAMILIES[checkpoint.architecture.model_type].parts
     count = parameter_counter(checkpoint.config)
     whole = count(sizes.n_layer, sizes.d_inner, sizes.d_state)
 

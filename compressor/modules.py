@@ -52,7 +52,8 @@ def module_targets(
         progress: told about layers.
         stage: where each layer is while it runs.
     """
-    layers = len(architecture.blocks(model))
+    blocks = architecture.blocks(model)
+    layers = len(blocks)
     if config.nm:
         return [dict.fromkeys(config.modules, config.nm) for _ in range(layers)]
     names = [name for name in config.modules if name in RANKED]
@@ -60,10 +61,12 @@ def module_targets(
         return [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
     sensitivities = _sensitivities(architecture, model, stage.place(hidden.clone()), names, progress, stage)
     ranked = allocate(sensitivities, config.sparsity, config.alpha)
-    return [
-        {name: ranked[name][layer] if name in ranked else config.sparsity for name in config.modules}
-        for layer in range(layers)
-    ]
+    mixers = [layer for layer, block in enumerate(blocks) if architecture.mixer(block) is not None]
+    targets = [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
+    for name, sparsities in ranked.items():
+        for layer, sparsity in zip(mixers, sparsities, strict=True):
+            targets[layer][name] = sparsity
+    return targets
 
 
 def _sensitivities(
@@ -79,6 +82,11 @@ def _sensitivities(
     blocks = architecture.blocks(model)
     for index, block in stage.each(blocks):
         progress("sensitivity of the layers (Eq. 7)", index, len(blocks))
+        if architecture.mixer(block) is None:
+            for i, sample in samples(hidden, device_of(block)):
+                put(hidden, i, architecture.run(block, sample))
+            settle(hidden, device_of(block))
+            continue
         weights = architecture.module_weights(architecture.mixer(block))
         device = device_of(block)
         sums = {name: SquaredInputs(weights[name].shape[1], device) for name in names}
@@ -120,15 +128,79 @@ def prune_modules(
     moments: Moments = {}
     if hidden is not None and score is not FfnScore.magnitude:
         moments = _moments(architecture, block, hidden, {n: weights[n] for n in targets}, progress, label)
+    targets = {name: targets[name] for name in FFN if name in targets}
+    return _prune_each(weights, targets, moments, score)
+
+
+def _prune_each(
+    weights: Mapping[str, torch.Tensor], targets: Mapping[str, Target], moments: Moments, score: FfnScore
+) -> list[ModuleResult]:
+    """Prune the weights that have a target, in place."""
     results = []
-    for name in (name for name in FFN if name in targets):
-        weight, target, error = weights[name], targets[name], None
+    for name, target in targets.items():
+        weight, error = weights[name], None
         if _takes(weight, target):
             pruned, error = _prune(name, weight, moments.get(name), target, score)
             weight.copy_(pruned)
         zeros = int((weight == 0).sum()) / weight.numel()
         results.append(ModuleResult(name, _text(target, weight), zeros, error))
     return results
+
+
+def prune_linears(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor | None,
+    config: CompressConfig,
+    progress: Progress = silent,
+    label: str = "Hessians",
+) -> list[ModuleResult]:
+    """Prune what a block of a hybrid has beside its mixer, the linear maps of attention and MLP, in place.
+
+    All Hessians come from one pass. Experts of a mixture are one tensor for all of them and stay dense.
+
+    Args:
+        architecture: adapter of the model.
+        block: the layer.
+        hidden: (nsamples, L, d_model) what the layer reads; None for magnitude, which looks at no data.
+        config: sparsity or N:M, and how to prune; nothing happens unless all modules are to be pruned.
+        progress: told about samples.
+        label: what to call the work.
+    """
+    linears = architecture.linears(block)
+    if not linears or set(config.modules) != set(FFN):
+        return []
+    moments: Moments = {}
+    if hidden is not None and config.ffn_score is not FfnScore.magnitude:
+        moments = _moments_of_linears(architecture, block, hidden, linears, progress, label)
+    weights = {name: linear.weight.data for name, linear in linears.items()}
+    return _prune_each(weights, dict.fromkeys(weights, config.nm or config.sparsity), moments, config.ffn_score)
+
+
+def _moments_of_linears(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    linears: Mapping[str, nn.Linear],
+    progress: Progress,
+    label: str,
+) -> Moments:
+    """Second moments of what linear maps read when the whole block runs."""
+    device = device_of(block)
+    moments: Moments = {name: SecondMoment(linear.in_features, device) for name, linear in linears.items()}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, moment=moments[name]: moment.add(args[0]))
+        for name, linear in linears.items()
+    ]
+    try:
+        for i, sample in samples(hidden, device):
+            progress(label, i, len(hidden))
+            architecture.run(block, sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    progress(label, len(hidden), len(hidden))
+    return moments
 
 
 def _takes(weight: torch.Tensor, target: Target) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from ssmc.runtime.architectures import Dimensions
+from collections.abc import Sequence
+
+from ssmc.runtime.architectures import Architecture, Dimensions
 from ssmc.runtime.checkpoints import EMBEDDED
 
 from .calibration import Calibration
-from .config import SSM, CompressConfig
+from .config import FFN, SSM, CompressConfig
 from .counts import Kept, default_multiple
 from .patterns import CHANNEL, COLUMN, SSM_MODULE
 
@@ -14,8 +16,21 @@ FIT_TOKENS_PER_CHANNEL = 8
 """Calibration tokens below which a fit is worth a warning: half of the channels of `tiny` gone, its perplexity is 57
 without and 835 with repair at one token a kept channel, 41 and 37 at four, 40 and 30 at eight."""
 
+_OTHERS = (
+    "The linear maps of attention and MLP were pruned in the same way. Experts of a mixture are one tensor for all of "
+    "them, and routers decide between them: these stay dense."
+)
+_SHARED = "The transformer blocks that layers share, and the maps behind them, stay dense: a layer at a time is pruned."
 
-def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Dimensions, counts: Kept) -> list[str]:
+
+def notes_for(
+    config: CompressConfig,
+    calibration: Calibration | None,
+    sizes: Dimensions,
+    counts: Kept,
+    architecture: Architecture | None = None,
+    spreads: Sequence[float] = (),
+) -> list[str]:
     """Sentences about a run.
 
     Args:
@@ -23,6 +38,8 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
         calibration: what it was calibrated on, None if it looked at no text.
         sizes: of the dense model.
         counts: what stays.
+        architecture: adapter of the model.
+        spreads: how far the factor of these norms varies from token to token, layer by layer.
     """
     notes = []
     if calibration and calibration.shortfall:
@@ -42,6 +59,8 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
     states = max(counts.states)
     if COLUMN in config.parts and states < sizes.d_state and states & (states - 1):
         notes.append(_padding(sizes.d_state, states))
+    if architecture and architecture.has_normed_readers and COLUMN in config.parts and SSM in config.targets:
+        notes.append(_norms(sizes.d_state, states, spreads, config.repair))
     if CHANNEL in config.parts:
         notes.append(_width(config, sizes, counts))
     if len(set(counts.channels)) > 1 or len(set(counts.states)) > 1:
@@ -59,6 +78,8 @@ def notes_for(config: CompressConfig, calibration: Calibration | None, sizes: Di
             "The SSM of the removed layers is silent but still computed: stock loaders have no layer without one, so "
             "this makes nothing smaller or faster. It is there to compare with."
         )
+    if architecture and architecture.is_hybrid and set(config.modules) == set(FFN):
+        notes.append(_SHARED if architecture.shares_blocks else _OTHERS)
     if config.modules and config.nm is None:
         notes.append(
             "Zeros spread over the projections make nothing smaller or faster by themselves: dense formats store them "
@@ -86,6 +107,25 @@ def _width(config: CompressConfig, sizes: Dimensions, counts: Kept) -> str:
         f"{width} of {sizes.d_inner} channels stay: the multiple of {multiple} nearest to sparsity "
         f"{config.sparsity_of(CHANNEL):g}. Hardware likes such widths; --round-channels takes another multiple."
     )
+
+
+def _norms(dense_states: int, keep: int, spreads: Sequence[float], repaired: bool) -> str:
+    """What the norms of B and C make of it."""
+    note = "B and C pass norms over the states, which are others when states are gone. "
+    if spreads:
+        folded = "its mean is folded into the weights" if repaired else "nothing is folded without repair"
+        note += (
+            f"What is read out is off by a factor that varies by {sum(spreads) / len(spreads):.1%} from token to token "
+            f"(standard deviation, mean of the layers; most in a layer: {max(spreads):.1%}); {folded}, the errors have "
+            "the rest in them. "
+        )
+    note += "The export computes what the masked model does."
+    if dense_states % keep or (dense_states // keep) & (dense_states // keep - 1):
+        note += (
+            f" The factor {dense_states}/{keep} this takes is not exact in half precision: if the model is stored so, "
+            "the tensors that take it are stored in float32. --round-to power-of-two avoids it."
+        )
+    return note
 
 
 def _padding(dense_states: int, keep: int) -> str:

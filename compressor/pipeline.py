@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,8 @@ from .config import SSM, CompressConfig
 from .contributions import Loss, loss_of
 from .counts import Kept, kept
 from .masks import Target
-from .modules import ModuleResult, module_targets, prune_modules
+from .modules import ModuleResult, module_targets, prune_linears, prune_modules
+from .norms import remove_states
 from .patterns import CHANNEL, COLUMN
 from .placement import HOST, Stage, ahead, device_of, put, samples, settle
 from .readers import fit_readers
@@ -40,6 +41,7 @@ class LayerResult:
     error: float | None = None  # relative squared error of the gated output; None when nothing was measured
     error_unrepaired: float | None = None
     repaired: bool = False
+    norm_spread: float | None = None  # how far the norms of B and C vary from token to token; None: there are none
     channels: tuple[int, ...] | None = None  # channels that stay; None: all
     fitted: Fitted | None = None  # what fitting out_proj to the dense model achieved; None: it was not
     a_log_zeros: float | None = None  # part of A_log set to 0 by an entry-wise pattern
@@ -78,8 +80,11 @@ def prune_layers(
     sizes = architecture.dimensions(model.config)
     if config.refine:
         check_samples(tokens)
-    hidden = None if tokens is None else stage.place(_embed(model, tokens))  # (nsamples, L, d_model)
-    fits = hidden is not None and config.fits_out_proj(sizes.heads is None)
+    hidden = None
+    if tokens is not None:
+        architecture.record_arguments(model, tokens[:1])
+        hidden = stage.place(_embed(architecture, model, tokens))  # (nsamples, L, d_model)
+    fits = hidden is not None and config.fits_out_proj(_mixes_readers(architecture, sizes))
     run = Run(
         architecture,
         config,
@@ -96,17 +101,27 @@ def prune_layers(
     results = []
     for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
+        if hidden is not None and architecture.shares_blocks:
+            propagate(block, hidden, progress, f"{label}: shared block", architecture.enter)
         if run.stream is not None:
-            propagate(block, run.stream, progress, f"{label}: dense outputs")
+            _next_target(run, block, f"{label}: dense outputs")
         if index in removed:
             architecture.remove_block(block)
             results.append(LayerResult(kept=tuple(range(run.states))))
             continue
-        result, work = prune_layer(run, block, index, label)
+        if architecture.mixer(block) is None:
+            result, work = _prune_other(run, block, index, label), block
+        else:
+            result, work = prune_layer(run, block, index, label)
         if hidden is not None and index + 1 < len(blocks):  # nobody reads the last layer's output
-            propagate(work, hidden, progress, f"{label}: outputs")
+            propagate(work, hidden, progress, f"{label}: outputs", architecture.run)
         results.append(result)
     return results
+
+
+def _mixes_readers(architecture: Architecture, sizes: Dimensions) -> bool:
+    """Whether the repair of removed states folds into their C rows, exactly."""
+    return sizes.heads is None and not architecture.has_normed_readers
 
 
 @torch.no_grad()
@@ -132,8 +147,8 @@ def each_alone(
         The number of the layer that is pruned just now.
     """
     sizes = architecture.dimensions(model.config)
-    hidden, blocks = _embed(model, tokens), architecture.blocks(model)
-    fits = config.fits_out_proj(sizes.heads is None)
+    hidden, blocks = _embed(architecture, model, tokens), architecture.blocks(model)
+    fits = config.fits_out_proj(_mixes_readers(architecture, sizes))
     for index, block in enumerate(blocks):
         stream = hidden.clone()
         propagate(block, stream)
@@ -167,7 +182,8 @@ class Run:
     counts: Kept
     # (nsamples, L, d_model) what the next layer reads in the pruned model, or pieces of it, see `collect`
     hidden: torch.Tensor | Iterable[torch.Tensor] | None
-    # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size
+    # what the last layer put out in the dense model, when layers are fitted to it: the one other copy of this size; in
+    # a hybrid, where more than the mixer's output is added, what the layer reads and what its dense mixer adds
     stream: torch.Tensor | None
     fits: bool  # whether out_proj is fitted to it
     targets: list[dict[str, Target]]  # of each layer's modules
@@ -215,24 +231,46 @@ def prune_layer(run: Run, block: nn.Module, index: int, label: str) -> tuple[Lay
     if config.refine:
         refined = _refine(run, work, result, seed, f"{label}: refining")
         result = replace(result, refined=refined)
-    _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
+    if architecture.is_hybrid:
+        others = prune_linears(architecture, work, run.hidden, config, progress, f"{label}: Hessians of the others")
+        result = replace(result, modules=(*result.modules, *others))
+        _round(work, run.stored_dtypes, architecture.block_prefix(index))
+    else:
+        _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
     if channels is not None:
         architecture.widen(block, work, channels)
         result = replace(result, channels=tuple(channels))
     return result, work
 
 
+def _next_target(run: Run, block: nn.Module, label: str) -> None:
+    """Take `run.stream` to what the next layer is fitted to; `block` is dense."""
+    if not run.architecture.is_hybrid:
+        propagate(block, run.stream, run.progress, label)
+    elif run.architecture.mixer(block) is not None:
+        run.stream.copy_(run.hidden)
+        propagate(block, run.stream, run.progress, label, run.architecture.mixed)
+
+
+def _prune_other(run: Run, block: nn.Module, index: int, label: str) -> LayerResult:
+    """Prune the weights of a layer without a mixer, if weights are pruned at all."""
+    modules = prune_linears(run.architecture, block, run.hidden, run.config, run.progress, f"{label}: Hessians")
+    _round(block, run.stored_dtypes, run.architecture.block_prefix(index))
+    return LayerResult(kept=(), modules=tuple(modules))
+
+
 def _refine(run: Run, block: nn.Module, result: LayerResult, seed: int, label: str) -> Refinement:
     """Take gradient steps on a layer; one that they do not make better stays as it is."""
     architecture, zeros = run.architecture, result.a_log_zeros is not None
-    before = copy.deepcopy(block.state_dict())
+    mixer = architecture.mixer(block)
+    before = copy.deepcopy(mixer.state_dict())
     if run.fits:  # what judges must not have been seen: a fit on all samples would look better than any step
         seen = stepped_on(len(run.hidden))
         fit_out_proj(architecture, block, run.hidden[:seen], run.stream[:seen], run.progress, f"{label}, out_proj")
     steps, progress = run.config.refine, run.progress
     refined = refine(architecture, block, run.hidden, run.stream, steps, seed, result.kept, zeros, progress, label)
     if refined.best_step == 0:
-        block.load_state_dict(before)
+        mixer.load_state_dict(before)
     return refined
 
 
@@ -269,6 +307,9 @@ def _prune_states(
                 part = Loss(fit.error * part.energy, fit.error_before * part.energy, part.energy)
             loss += part
             errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
+    if architecture.has_normed_readers and hidden is not None:
+        fit = remove_states(architecture, block, hidden, kept, mixing, config.repair)
+        return LayerResult(tuple(kept), fit.error, fit.error_unrepaired, config.repair, fit.spread)
     architecture.mask_states(mixer, kept, mixing)
     return LayerResult(tuple(kept), **errors, repaired=config.repair and bool(errors))
 
@@ -319,22 +360,28 @@ def _judged(
     return Layer(index, rates[group].detach().clone(), statistics)
 
 
-def _embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    embeddings = model.get_input_embeddings()
-    return torch.stack([embeddings(sample) for sample in tokens]).float()
+def _embed(architecture: Architecture, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.stack([architecture.embed(model, sample) for sample in tokens]).float()
 
 
 def _round(mixer: nn.Module, dtypes: Mapping[str, torch.dtype], prefix: str) -> None:
     for name, parameter in mixer.named_parameters():
-        parameter.copy_(parameter.to(dtypes[prefix + name]))
+        if prefix + name in dtypes:  # what layers share is stored once
+            parameter.copy_(parameter.to(dtypes[prefix + name]))
 
 
-def propagate(block: nn.Module, hidden: torch.Tensor, progress: Progress = silent, label: str = "outputs") -> None:
-    """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it."""
+def propagate(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    progress: Progress = silent,
+    label: str = "outputs",
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor] = nn.Module.__call__,
+) -> None:
+    """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` makes of it, run by `run`."""
     device = device_of(block)
     for i, sample in samples(hidden, device):
         progress(label, i, len(hidden))
-        put(hidden, i, block(sample))
+        put(hidden, i, run(block, sample))
     settle(hidden, device)
     progress(label, len(hidden), len(hidden))
 

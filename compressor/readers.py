@@ -198,7 +198,7 @@ def _windows(
     before, device, windows = readers.taps.shape[1] - 1, device_of(block), []
     for start in starts:
         first = max(0, start - before)
-        normed = architecture.normed(block, hidden[:, first : start + length].to(device)).float()
+        normed = architecture.read_by_in_proj(block, hidden[:, first : start + length].to(device)).float()
         normed = F.pad(normed, (0, 1), value=1.0)
         windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))
     return torch.cat(windows)

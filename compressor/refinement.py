@@ -192,8 +192,9 @@ class _Layer:
         if self._kept is not None and isinstance(inputs, ScanInputs):
             inputs = inputs.some_states(self._kept)
         y, _ = self._architecture.scan(self._mixer, inputs)
-        wanted = stream - hidden  # (B, L, d_model)
-        return (self._mixer.out_proj(y) - wanted).square().sum(), wanted.square().sum()
+        added = self._mixer.out_proj(y)  # (B, L, d_model)
+        wanted = (stream - hidden)[..., : added.shape[2]]
+        return (added - wanted).square().sum(), wanted.square().sum()
 
 
 def _pinned(parameters: Mapping[str, torch.Tensor], a_log_zeros: bool) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ def block_influences(
     cosines = [0.0] * len(blocks)
     for done, sample in enumerate(tokens.split(1)):
         progress("similarity of the layers", done, len(tokens))
-        hidden = model.get_input_embeddings()(sample).float()
+        hidden = architecture.embed(model, sample).float()
         for index, block in enumerate(blocks):
             after = block(hidden)  # (1, L, d_model)
             cosines[index] += float(F.cosine_similarity(hidden, after, dim=-1).double().mean()) / len(tokens)
@@ -132,7 +132,7 @@ def _greedy(
         losses = dict.fromkeys((i for i in range(len(blocks)) if i not in gone), 0.0)
         candidates = {i: _without(blocks[i], remove) for i in losses}
         for sample in tokens.split(1):
-            hidden = model.get_input_embeddings()(sample).float()
+            hidden = architecture.embed(model, sample).float()
             for i, block in enumerate(blocks):
                 if i in losses:
                     without = candidates[i](hidden)

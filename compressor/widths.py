@@ -126,7 +126,7 @@ def fit_out_proj(
     for (i, sample), (_, dense) in pairs:
         progress(label, i, len(hidden))
         y = architecture.scanned(block, sample)[1][0].float()  # (L, D)
-        target = (dense - sample)[0]  # (L, d_model)
+        target = (dense - sample)[0, :, : len(out_proj)]  # (L, d_model)
         target = target if bias is None else target - bias
         moment.add(y)
         cross += target.t() @ y

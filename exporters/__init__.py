@@ -1,6 +1,7 @@
 """Turn what `compress` wrote into checkpoints that others load, and prove that they compute the same."""
 
 from .export import FORMATS, ExportResult, export
+from .formats import missing_formats
 from .runs_where import Runtime, runs_where
 from .shrink import Shrunk, shrink
 from .verify import Comparison, compare
@@ -13,6 +14,7 @@ __all__ = [
     "Shrunk",
     "compare",
     "export",
+    "missing_formats",
     "runs_where",
     "shrink",
 ]

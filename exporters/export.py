@@ -20,6 +20,7 @@ from ssmc.runtime.tiny import heldout_path
 from ssmc.runtime.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
 
 from . import sparse24
+from .formats import check_format
 from .runs_where import Runtime, runs_where
 from .shrink import Shrunk, shrink
 from .sparse24 import Half, Rounding, Sparse24Module
@@ -103,6 +104,7 @@ def export(
     out = directory / (sparse24.PACKED if packed else format) if out is None else Path(out).expanduser()
     progress("reading the masked model", 0, 4)
     masked = load_checkpoint(directory, dtype=torch.float32)
+    check_format(format, masked.architecture.model_type, masked.architecture.is_hybrid)
     progress("cutting", 1, 4)
     shrunk, half = shrink(masked, manifest, directory), None
     if format == sparse24.FORMAT:
@@ -119,7 +121,8 @@ def export(
         write_manifest(folder, content | ({} if half is None else sparse24.section(half, rounding, packed)))
     progress("done", 4, 4)
     before = masked.tensors()
-    runtimes = runs_where(masked.architecture.dimensions(shrunk.config), manifest["dimensions"]["d_state"])
+    sizes, family = masked.architecture.dimensions(shrunk.config), masked.architecture.model_type
+    runtimes = runs_where(sizes, manifest["dimensions"]["d_state"], family)
     return ExportResult(
         directory=out,
         cuts=tuple(shrunk.cuts),

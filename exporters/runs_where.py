@@ -20,13 +20,19 @@ class Runtime:
     remark: str
 
 
-def runs_where(sizes: Dimensions, dense_d_state: int) -> list[Runtime]:
+def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str = "mamba") -> list[Runtime]:
     """The table for a model of these sizes.
 
     Args:
         sizes: of the exported model; a Mamba-2's have heads.
         dense_d_state: N before pruning, to say what is gained.
+        model_type: of its family. Beside Mamba and Mamba-2 only what was run is listed.
     """
+    if model_type not in ("mamba", "mamba2"):
+        return [
+            Runtime("transformers", "safetensors", True, "any d_state"),
+            Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
+        ]
     padded = 1 << (sizes.d_state - 1).bit_length()
     decode = "gains" if padded < dense_d_state else "no gain"
     decode += "" if padded == sizes.d_state else f": {sizes.d_state} states are padded to {padded}"

@@ -43,13 +43,15 @@ def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, une
     layers = manifest["layers"]  # none when only whole blocks or SSMs were removed
     _check(masked, removed, layers, directory)
     architecture, sizes = masked.architecture, masked.dimensions
+    blocks = architecture.blocks(masked.model)
+    aside = removed + [index for index, block in enumerate(blocks) if architecture.mixer(block) is None]
     shrunk = Shrunk(masked.tensors(), masked.config, [])
     for name, total, groups, cut in (
         ("kept", sizes.groups * sizes.d_state, sizes.groups, "cut_states"),
         ("kept_channels", sizes.d_inner, 1, "cut_channels"),
     ):
         kept = [layer.get(name) or list(range(total)) for layer in layers]
-        kept = _sized(kept, removed, total, uneven, groups)
+        kept = _sized(kept, aside, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
             shrunk = _then(shrunk, *getattr(architecture, cut)(shrunk.tensors, shrunk.config, kept))
     if removed and "layer" in manifest["config"]["pattern"].split("+"):  # no loader has a block without an SSM
@@ -67,7 +69,7 @@ def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str
     changed = "its weights were changed after compressing. Compress again."
     for index, layer in enumerate(layers):
         mixer = masked.architecture.mixer(blocks[index])
-        if index in removed:
+        if index in removed or mixer is None:
             continue
         if not masked.architecture.is_masked(mixer, layer["kept"]):
             raise CheckpointError(
@@ -87,7 +89,7 @@ def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str
 
 
 def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:
-    """The numbers that are cut out for good; those of removed layers do not matter and follow the others."""
+    """The numbers that are cut out for good; those of layers without a mixer do not matter and follow the others."""
     most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total) // groups
     whole, sized = total // groups, []
     for index, numbers in enumerate(kept):

@@ -85,7 +85,8 @@ def _mixers(model: nn.Module) -> tuple[Architecture, Sequence[nn.Module]]:
         raise CheckpointError(f"{name} has no config: give the transformers model itself, not something around it.")
     architecture = architecture_for(getattr(config, "model_type", None), where=f"This {name}")
     try:
-        return architecture, [architecture.mixer(block) for block in architecture.blocks(model)]
+        mixers = [architecture.mixer(block) for block in architecture.blocks(model)]
+        return architecture, [mixer for mixer in mixers if mixer is not None]
     except AttributeError as error:
         raise CheckpointError(
             f"{name} has no mixers where a {architecture.model_type} language model has them ({error}): "

@@ -12,6 +12,20 @@ from .checkpoints import Checkpoint, parameter_count, tensor_bytes
 
 SCAN = "scan"
 EMBEDDING, HEAD = "embedding", "head"
+# Parts of mixers of all kinds: Nemotron-H calls attention and MLP so, too.
+_OF_MIXERS = {"norm": "gated norm", "gate": "router"}
+_OF_MIXERS |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention")
+_OF_MIXERS |= dict.fromkeys(("up_proj", "down_proj", "shared_experts"), "MLP")
+# Words in the names of what is no part of a mixer, the first that fits.
+_OTHERS = {
+    "lm_head": HEAD,
+    "shared_transformer": "shared blocks",
+    "linear": "shared blocks",
+    "self_attn": "attention",
+    "experts": "experts",
+    "router": "router",
+}
+_OTHERS |= dict.fromkeys(("feed_forward", "mlp", "shared_mlp"), "MLP")
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     driven, and is read). On a CPU or GPU that decodes one sequence, time goes by the bytes of the weights instead.
     """
     sizes, tensors = checkpoint.dimensions, checkpoint.tensors()
-    states = sizes.n_layer * sizes.d_inner * sizes.d_state
+    states = sizes.mixers * sizes.d_inner * sizes.d_state
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()})
     return Inspection(
         source=checkpoint.source,
@@ -71,12 +85,13 @@ def _parts(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], scan: int) 
     """The modules in the order they first appear, then the scan; a tied head works without parameters of its own."""
     parameters: dict[str, int] = defaultdict(int)
     work: dict[str, int] = defaultdict(int)
+    architecture, config = checkpoint.architecture, checkpoint.config
     for name, tensor in tensors.items():
-        part = _part(name)
+        part = EMBEDDING if name == architecture.embedding else _part(name, architecture.mixer_name)
         parameters[part] += tensor.numel()
         if tensor.ndim > 1 and part not in (EMBEDDING, "A_log"):
-            work[part] += tensor.numel()
-    if checkpoint.config.tie_word_embeddings:
+            work[part] += round(tensor.numel() * architecture.uses(name, config))
+    if config.tie_word_embeddings:
         parameters[HEAD] += 0
         work[HEAD] += parameters[EMBEDDING]
     parameters[SCAN] += 0
@@ -84,10 +99,13 @@ def _parts(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], scan: int) 
     return [Part(name, count, work[name]) for name, count in parameters.items()]
 
 
-def _part(name: str) -> str:
+def _part(name: str, mixer: str) -> str:
     """ "in_proj" for backbone.layers.3.mixer.in_proj.weight."""
     words = name.split(".")
-    if "mixer" in words:
-        part = words[words.index("mixer") + 1]
-        return "gated norm" if part == "norm" else part
-    return {"embeddings": EMBEDDING, "lm_head": HEAD}.get(words[-2], "norms")
+    if mixer in words:
+        part = words[words.index(mixer) + 1]
+        return _OF_MIXERS.get(part, part)
+    for word, part in _OTHERS.items():
+        if word in words:
+            return part
+    return "norms"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from .generation import OnnxSession
@@ -96,12 +99,13 @@ def _of_torch(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and "is the likeliest", both (T,), of the wanted targets, row by row."""
-    head = model.get_output_embeddings()
+    head, known = model.get_output_embeddings(), ARCHITECTURES.get(getattr(model.config, "model_type", None))
+    scored = head if known is None else partial(known.logits, model)  # some families scale their logits
     hidden = model.base_model(inputs.to(head.weight.device), use_cache=False)[0]  # (B, L, d_model)
     rows = hidden[wanted.to(hidden.device)].to(head.weight.dtype)  # (T, d_model): what predicts the targets
     step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     parts = zip(rows.split(step), targets[wanted].split(step), strict=True)
-    losses, likeliest = zip(*(_losses(head(part), tokens) for part, tokens in parts), strict=True)
+    losses, likeliest = zip(*(_losses(scored(part), tokens) for part, tokens in parts), strict=True)
     return torch.cat(losses), torch.cat(likeliest)
 
 

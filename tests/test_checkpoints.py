@@ -754,7 +754,7 @@ def test_config_without_sizes(tmp_path, model_directory, layout, keys):
     refused(directory, "config.json", "does not say", *keys)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "zamba2", "falcon_mamba", "", 7, ["mamba"]])
+@pytest.mark.parametrize("model_type", ["llama", "zamba", "recurrent_gemma", "", 7, ["mamba"]])
 def test_another_architecture(tmp_path, model_directory, model_type):
     directory = shutil.copytree(model_directory(), tmp_path / "m")
     change_json(directory / "config.json", model_type=model_type)

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
+from .bamba import BambaArchitecture
 from .base import Architecture, Cut, Dimensions, Readers
+from .falcon_h1 import FalconH1Architecture
+from .falcon_mamba import FalconMambaArchitecture
+from .granitemoehybrid import GraniteMoeHybridArchitecture
+from .jamba import JambaArchitecture
 from .mamba import MambaArchitecture
 from .mamba2 import Mamba2Architecture
+from .nemotron_h import NemotronHArchitecture
+from .zamba2 import Zamba2Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture", "Cut", "Dimensions", "Readers", "architecture_for"]
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (MambaArchitecture(), Mamba2Architecture())}
+_ALL = (
+    MambaArchitecture(),
+    Mamba2Architecture(),
+    FalconMambaArchitecture(),
+    JambaArchitecture(),
+    BambaArchitecture(),
+    GraniteMoeHybridArchitecture(),
+    FalconH1Architecture(),
+    NemotronHArchitecture(),
+    Zamba2Architecture(),
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _ALL}
 
 
 def architecture_for(model_type: str | None, where: str = "this model") -> Architecture:

@@ -17,13 +17,39 @@ from .base import Cut
 class BackboneArchitecture:
     """The part of an adapter that is the same for MambaForCausalLM and Mamba2ForCausalLM."""
 
+    has_normed_readers = False
+    is_hybrid = False
+    shares_blocks = False
+    embedding = "backbone.embeddings.weight"
+    mixer_name = "mixer"
+    state_field = "state_size"  # of the configuration
+
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run."""
         return model.backbone.layers
 
     def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
-        return model.lm_head(model.backbone.norm_f(hidden).to(model.lm_head.weight.dtype)).float()
+        return self.logits(model, model.backbone.norm_f(hidden))
+
+    def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block reads, (B, L, d_model), of (B, L) tokens."""
+        return model.get_input_embeddings()(tokens)
+
+    def record_arguments(self, model: nn.Module, tokens: torch.Tensor) -> None:
+        """A block needs nothing but its input."""
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model) both."""
+        return block(hidden)
+
+    def mixed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` and what the mixer alone puts out for it, (B, L, d_model): all that a block does."""
+        return self.run(block, hidden)
+
+    def output(self, block: nn.Module, hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model), when what out_proj reads is known, (B, L, D)."""
+        return hidden + self.mixer(block).out_proj(y)
 
     def mixer(self, block: nn.Module) -> nn.Module:
         """The state-space mixer inside a block."""
@@ -33,14 +59,27 @@ class BackboneArchitecture:
         """How the names of a mixer's tensors start in the model's state dict."""
         return f"backbone.layers.{layer}.mixer."
 
+    def block_prefix(self, layer: int) -> str:
+        """How the names of a block's tensors start in the model's state dict."""
+        return f"backbone.layers.{layer}."
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """There is nothing in a block beside its mixer and the norm before it."""
+        return {}
+
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
         return block.norm(hidden.to(block.norm.weight.dtype))
 
+    def read_by_in_proj(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the C rows of in_proj multiply when the block reads `hidden`, multipliers of their output included."""
+        return self.normed(block, hidden)
+
     def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the scan and out_proj read when the block reads `hidden`: u, and y with its gate, each (B, L, D)."""
-        inputs = self.scan_inputs(block.mixer, *self.expand(block.mixer, self.normed(block, hidden)))
-        y, _ = self.scan(block.mixer, inputs)
+        mixer = self.mixer(block)
+        inputs = self.scan_inputs(mixer, *self.expand(mixer, self.normed(block, hidden)))
+        y, _ = self.scan(mixer, inputs)
         return inputs.u, y
 
     def remove_block(self, block: nn.Module) -> None:
@@ -55,6 +94,28 @@ class BackboneArchitecture:
     def is_removed(self, block: nn.Module) -> bool:
         """Whether a block hands on what it reads: its out_proj is zero."""
         return not any(bool(parameter.any()) for parameter in block.mixer.out_proj.parameters())
+
+    def logits(self, model: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from what the last norm puts out (B, L, d_model)."""
+        return model.lm_head(normed.to(model.lm_head.weight.dtype)).float()
+
+    def uses(self, name: str, config: Any) -> float:
+        """How often a token goes through a matrix of the model, on average."""
+        return 1.0
+
+    def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the model's names from those by the names they are stored under."""
+        return tensors
+
+    def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the names they are stored under from those by the model's names."""
+        return tensors
+
+    def with_states(self, config: Any, d_state: int) -> Any:
+        """A configuration with another number of states and all else the same."""
+        other = copy.deepcopy(config)
+        setattr(other, self.state_field, d_state)
+        return other
 
     def cut_blocks(
         self, tensors: Mapping[str, torch.Tensor], config: Any, removed: Sequence[int]

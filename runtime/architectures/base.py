@@ -38,9 +38,26 @@ class Dimensions:
         """The sizes by name, for manifests and reports."""
         return asdict(self)
 
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer: all of them, but in a hybrid."""
+        return self.n_layer
+
     def state_bytes(self, itemsize: int = 4) -> int:
         """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
-        return self.n_layer * self.d_inner * (self.d_state + self.d_conv) * itemsize
+        return self.mixers * self.d_inner * (self.d_state + self.d_conv) * itemsize
+
+
+@dataclass(frozen=True)
+class HybridDimensions(Dimensions):
+    """The sizes of a model in which some layers only have a state-space mixer."""
+
+    mamba_layers: int
+
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer."""
+        return self.mamba_layers
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,11 @@ class Architecture(Protocol):
 
     model_type: str
     has_gpu_scan: bool  # kernels for a GPU: then `scan_inputs` takes `fuse`, `scan` takes `in_place`
+    has_normed_readers: bool  # B and C pass a norm over the states: then there are `before_norm`, `scale_readers`
+    is_hybrid: bool  # blocks differ, have parts beside a mixer, and stay where they are
+    shares_blocks: bool  # something that layers share is to `enter` what they read before they run
+    mixer_name: str  # attribute of a block
+    embedding: str  # name of the embedding's weight, which a tied head shares
 
     def dimensions(self, config: Any) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -79,19 +101,58 @@ class Architecture(Protocol):
         """A configuration of the same family with other sizes, as a model cut to them would have."""
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The residual blocks in the order they run; each takes and returns (B, L, d_model)."""
+        """The residual blocks in the order they run; each takes and returns (B, L, d_model), see `run`."""
+
+    def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block reads, (B, L, d_model), of (B, L) tokens."""
+
+    def record_arguments(self, model: nn.Module, tokens: torch.Tensor) -> None:
+        """Find out, on tokens (1, L), what else the blocks of a hybrid are called with; before `run`, `output`."""
+
+    def enter(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block reads with all that is computed before it runs; where `shares_blocks`."""
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model) both, L that of `record_arguments`."""
+
+    def mixed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` and what the mixer alone puts out for it, (B, L, d_model)."""
+
+    def output(self, block: nn.Module, hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model), when what out_proj reads is known, (B, L, D)."""
 
     def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
 
-    def mixer(self, block: nn.Module) -> nn.Module:
-        """The state-space mixer inside a block."""
+    def logits(self, model: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from what the last norm puts out (B, L, d_model)."""
+
+    def uses(self, name: str, config: Any) -> float:
+        """How often a token goes through a matrix of the model, on average."""
+
+    def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the model's names from those by the names they are stored under."""
+
+    def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the names they are stored under from those by the model's names."""
+
+    def mixer(self, block: nn.Module) -> nn.Module | None:
+        """The state-space mixer inside a block; None in one of another kind."""
 
     def mixer_prefix(self, layer: int) -> str:
         """How the names of a mixer's tensors start in the model's state dict."""
 
+    def block_prefix(self, layer: int) -> str:
+        """How the names of a block's tensors start in the model's state dict."""
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """The linear maps of a block beside its mixer, by name within the block; none but in a hybrid."""
+
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
+
+    def read_by_in_proj(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the C rows of in_proj multiply when the block reads `hidden`, multipliers of their output included."""
 
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Apply in_proj: the convolution's input x, (B, L, ...), and what else `scan_inputs` needs of it."""
@@ -126,6 +187,14 @@ class Architecture(Protocol):
 
     def readers(self, mixer: nn.Module, group: int) -> Readers:
         """What makes C of a group; only for families with heads."""
+
+    def before_norm(self, mixer: nn.Module, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the norms of B and C read where the scan reads u (B, L, D), (B, L, N) each; with norms only."""
+
+    def scale_readers(
+        self, mixer: nn.Module, kept: Sequence[int], b: torch.Tensor, c: torch.Tensor, factor: float
+    ) -> None:
+        """Scale rows of B and C before their norms and undo it behind, and scale the read-out; with norms only."""
 
     def change_skip(self, mixer: nn.Module, group: int, change: torch.Tensor) -> None:
         """Add to the skip D of a group's heads, in place; only for families with heads."""

@@ -28,6 +28,7 @@ class MambaArchitecture(BackboneArchitecture):
 
     model_type = "mamba"
     has_gpu_scan = True
+    by_state: Sequence[str] = ()  # tensors of a mixer with one number a state, beside A_log and x_proj
 
     def dimensions(self, config: MambaConfig) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -75,11 +76,17 @@ class MambaArchitecture(BackboneArchitecture):
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
-        low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
+        low_rank, B, C = self.after_x_proj(mixer, *mixer.x_proj(u).split([r, n, n], dim=-1))
         dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
         if not fuse:  # transformers adds the bias in float32 whatever the weights' dtype
             dt, bias = F.softplus(dt.float().add_(bias.float())), None
         return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
+
+    def after_x_proj(
+        self, mixer: nn.Module, low_rank: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What dt_proj and the scan read of what x_proj puts out, (B, L, R) and twice (B, L, N): the same, here."""
+        return low_rank, B, C
 
     def scan(
         self,
@@ -126,17 +133,18 @@ class MambaArchitecture(BackboneArchitecture):
         Returns:
             Inputs by module name, (B, L, in) or (B, L, D) for conv1d; the block's output (B, L, d_model).
         """
-        mixer, normed = block.mixer, self.normed(block, hidden)
+        mixer, normed = self.mixer(block), self.normed(block, hidden)
         x, z = self.expand(mixer, normed)
         inputs = self.scan_inputs(mixer, x, z)
         y, _ = selective_scan(inputs)
-        low_rank = F.linear(inputs.u, mixer.x_proj.weight[: mixer.time_step_rank])
+        n, r = mixer.ssm_state_size, mixer.time_step_rank
+        low_rank, _, _ = self.after_x_proj(mixer, *mixer.x_proj(inputs.u).split([r, n, n], dim=-1))
         read = {"in_proj": normed, "conv1d": x, "x_proj": inputs.u, "dt_proj": low_rank, "out_proj": y}
-        return read, hidden + mixer.out_proj(y)
+        return read, self.output(block, hidden, y)
 
     def remove_ssm(self, block: nn.Module) -> None:
         """Silence the states of a block in place; the convolution, the skip D and the gate stay."""
-        self.mask_states(block.mixer, kept=[])
+        self.mask_states(self.mixer(block), kept=[])
 
     def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
         """Silence all states but `kept` in place.
@@ -174,16 +182,18 @@ class MambaArchitecture(BackboneArchitecture):
         transformers and mamba_ssm have one `d_state` for all layers: the configuration says the largest number, and
         only if all layers keep as many can they load the result.
         """
-        n, r = config.state_size, int(config.time_step_rank)
-        out, cuts = dict(tensors), []
+        sizes, out, cuts = self.dimensions(config), dict(tensors), []
+        n, r = sizes.d_state, sizes.dt_rank
         for layer, states in enumerate(kept):
+            prefix = self.mixer_prefix(layer)
+            if prefix + "A_log" not in tensors:  # a layer of another kind
+                continue
             keep = torch.as_tensor(list(states))
             rows = torch.cat([torch.arange(r), r + keep, r + n + keep])
-            prefix = self.mixer_prefix(layer)
-            cut_tensors(out, cuts, {prefix + "A_log": (1, keep), prefix + "x_proj.weight": (0, rows)})
-        smaller = copy.deepcopy(config)
-        smaller.state_size = max(map(len, kept))
-        return out, smaller, cuts
+            plan = {"A_log": (1, keep), "x_proj.weight": (0, rows), **dict.fromkeys(self.by_state, (0, keep))}
+            cut_tensors(out, cuts, {prefix + name: how for name, how in plan.items()})
+        most = max(map(len, kept))
+        return out, self.with_states(config, most), cuts
 
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept` in place.

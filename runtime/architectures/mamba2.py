@@ -41,7 +41,7 @@ class Mamba2Dimensions(Dimensions):
     def state_bytes(self, itemsize: int = 4) -> int:
         """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
         window = (self.d_inner + 2 * self.n_groups * self.d_state) * self.d_conv
-        return self.n_layer * (self.d_inner * self.d_state + window) * itemsize
+        return self.mixers * (self.d_inner * self.d_state + window) * itemsize
 
 
 class Mamba2Architecture(BackboneArchitecture):
@@ -118,7 +118,11 @@ class Mamba2Architecture(BackboneArchitecture):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, H, P, N)."""
         y, state = ssd_scan(inputs, state, backend)
-        return mixer.norm(y, inputs.z), state
+        return self.gated(mixer, y, inputs.z), state
+
+    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What out_proj reads of the scan's output and the gate before silu, (B, L, D) each."""
+        return mixer.norm(y, z)
 
     def scan_groups(self, mixer: nn.Module, inputs: SsdInputs) -> list[ScanInputs]:
         """The groups of heads; a head is a Mamba-1 whose channels have one time step and one rate between them."""
@@ -185,14 +189,14 @@ class Mamba2Architecture(BackboneArchitecture):
         Returns:
             Inputs by module name, (B, L, in) or (B, L, D + 2 G N) for conv1d; the block's output (B, L, d_model).
         """
-        mixer, normed = block.mixer, self.normed(block, hidden)
+        mixer, normed = self.mixer(block), self.normed(block, hidden)
         x, z = self.expand(mixer, normed)
         y, _ = self.scan(mixer, self.scan_inputs(mixer, x, z))
-        return {"in_proj": normed, "conv1d": x, "out_proj": y}, hidden + mixer.out_proj(y)
+        return {"in_proj": normed, "conv1d": x, "out_proj": y}, self.output(block, hidden, y)
 
     def remove_ssm(self, block: nn.Module) -> None:
         """Silence the states of a block in place; the convolution, the skip D, the gate and the norm stay."""
-        self.mask_states(block.mixer, kept=[])
+        self.mask_states(self.mixer(block), kept=[])
 
     def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
         """Silence all states but `kept` in place.
@@ -228,18 +232,19 @@ class Mamba2Architecture(BackboneArchitecture):
         total = sizes.n_groups * sizes.d_state
         out, cuts = dict(tensors), []
         for layer, states in enumerate(kept):
+            prefix = self.mixer_prefix(layer)
+            if prefix + "A_log" not in tensors:  # a layer of another kind
+                continue
             keep = torch.as_tensor(list(states))
             channels = torch.cat([torch.arange(sizes.d_inner), sizes.d_inner + keep, sizes.d_inner + total + keep])
             rows = torch.cat([torch.arange(sizes.d_inner), sizes.d_inner + channels])
-            steps = 2 * sizes.d_inner + 2 * total + torch.arange(config.num_heads)
+            steps = 2 * sizes.d_inner + 2 * total + torch.arange(sizes.heads)
             rows = torch.cat([rows, steps])
-            prefix = self.mixer_prefix(layer)
             plan = {"in_proj.weight": rows, "in_proj.bias": rows, "conv1d.weight": channels, "conv1d.bias": channels}
             plan = {prefix + name: (0, index) for name, index in plan.items() if prefix + name in tensors}
             cut_tensors(out, cuts, plan)
-        smaller = copy.deepcopy(config)
-        smaller.state_size = max(map(len, kept)) // sizes.n_groups
-        return out, smaller, cuts
+        most = max(map(len, kept)) // sizes.n_groups
+        return out, self.with_states(config, most), cuts
 
     def mask_channels(self, mixer: nn.Module, kept: Sequence[int]) -> None:
         """Silence all channels but `kept`, which are whole heads, in place.

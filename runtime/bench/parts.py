@@ -54,9 +54,9 @@ def parts(model: nn.Module, architecture: Architecture, batch: int, length: int,
     What a family does not have (Mamba-2 no x_proj, no dt_proj) is left out. `dt_proj` is the product alone, `conv1d`
     has its activation with it, `scan` its gate.
     """
-    block = architecture.blocks(model)[0]
+    block = workloads.first_block(model, architecture)
     mixer = architecture.mixer(block)
-    hidden = model.get_input_embeddings()(workloads.random_tokens(model, batch, length))  # (B, L, d_model)
+    hidden = architecture.embed(model, workloads.random_tokens(model, batch, length))  # (B, L, d_model)
     normed = architecture.normed(block, hidden)
     x = architecture.expand(mixer, normed)[0]
     on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None

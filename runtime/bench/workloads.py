@@ -11,6 +11,7 @@ from torch import nn
 
 from ..architectures import Architecture
 from ..generation import OnnxSession
+from ..generation.torch_session import cache_name
 from ..losses import vocab_size
 from ..scan import ScanInputs, SsdInputs, accelerator
 
@@ -68,19 +69,21 @@ class Decoding:
     def states(self) -> list[torch.Tensor]:
         """The tensors of all layers that a step changes: convolution windows and SSM states."""
         kinds = ("conv_states", "recurrent_states")
-        held = [state for layer in self.cache.layers for kind in kinds for state in getattr(layer, kind).values()]
+        held = [state for layer in self.cache.layers for kind in kinds for state in getattr(layer, kind, {}).values()]
         return [state for state in held if state is not None]
 
 
 def decoding(model: nn.Module, batch: int, prompt: int = PROMPT) -> Decoding:
     """B sequences that have read a prompt of so many tokens."""
     with torch.inference_mode():
-        cache = model(random_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1).cache_params
+        output = model(random_tokens(model, batch, prompt), use_cache=True, logits_to_keep=1)
+    name = cache_name(model)
+    cache = getattr(output, name)
     tokens = random_tokens(model, batch, 1)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return model(tokens, cache_params=cache, use_cache=True).logits  # (B, 1, V)
+        return model(tokens, **{name: cache}, use_cache=True).logits  # (B, 1, V)
 
     return Decoding(run, cache)
 
@@ -106,7 +109,7 @@ def scan(
 
     Kernels for a GPU have the bias and the softplus of the time steps in them, as when the model runs.
     """
-    mixer = architecture.mixer(architecture.blocks(model)[0])
+    mixer = architecture.mixer(first_block(model, architecture))
     inputs = first_scan_inputs(model, architecture, random_tokens(model, batch, length), backend)
 
     @torch.inference_mode()
@@ -116,13 +119,18 @@ def scan(
     return run
 
 
+def first_block(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """The first block with a state-space mixer: all of them in a model that is no hybrid."""
+    return next(block for block in architecture.blocks(model) if architecture.mixer(block) is not None)
+
+
 @torch.inference_mode()
 def first_scan_inputs(
     model: nn.Module, architecture: Architecture, tokens: torch.Tensor, backend: str = "auto"
 ) -> ScanInputs | SsdInputs:
     """What the scan of the first layer reads for (B, L) tokens, by that backend."""
-    block = architecture.blocks(model)[0]
+    block = first_block(model, architecture)
     mixer = architecture.mixer(block)
-    x, z = architecture.expand(mixer, architecture.normed(block, model.get_input_embeddings()(tokens)))
+    x, z = architecture.expand(mixer, architecture.normed(block, architecture.embed(model, tokens)))
     on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None
     return architecture.scan_inputs(mixer, x, z, **({"fuse": True} if on_gpu else {}))

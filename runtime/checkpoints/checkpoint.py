@@ -86,7 +86,7 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     directory = find_directory(source)
     layout, config = _read_config(directory, str(source))
     architecture = architecture_for(config.model_type, str(source))
-    tensors = check_tensors(layout.read(directory, progress), config, str(source))
+    tensors = check_tensors(architecture.from_stored(layout.read(directory, progress)), config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model = build_model(config, tensors, dtype, str(source))
@@ -132,8 +132,9 @@ def write_checkpoint(
     if format not in FORMATS:
         raise UsageError(f"There is no checkpoint format {format!r}; there are {', '.join(FORMATS)}.")
     checked = check_tensors(tensors, config, "the model to write")
+    stored = architecture_for(config.model_type).to_stored(checked)
     try:
-        return FORMATS[format].write(directory, {k: _own(v) for k, v in checked.items()}, config, max_shard_size)
+        return FORMATS[format].write(directory, {k: _own(v) for k, v in stored.items()}, config, max_shard_size)
     except (SafetensorError, RuntimeError) as error:
         raise _system_error(error) from error
 

@@ -193,7 +193,13 @@ def make_raw(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _kind_of(config: PretrainedConfig) -> _Kind:
-    return next(kind for kind in _KINDS.values() if kind.model_type == config.model_type)
+    for kind in _KINDS.values():
+        if kind.model_type == config.model_type:
+            return kind
+    known = ", ".join(kind.model_type for kind in _KINDS.values())
+    raise CheckpointError(
+        f"mamba_ssm has no models of type {config.model_type}, only {known}. Write the transformers layout instead."
+    )
 
 
 def _widths(kind: _Kind, d_inner: int, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -282,6 +288,7 @@ def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
 
 def _refuse_foreign_features(config: PretrainedConfig) -> None:
     """Everything transformers' models can say that mamba_ssm cannot."""
+    _kind_of(config)
     if config.layer_norm_epsilon != _NORM_EPSILON:
         raise CheckpointError(
             f"mamba_ssm's norms always use epsilon {_NORM_EPSILON}, this model uses {config.layer_norm_epsilon}; it "

@@ -14,9 +14,9 @@ from ..errors import CheckpointError
 from .reading import some_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
+HEAD = "lm_head.weight"
 
-_LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\w+\.layers\.(\d+)\.")
 
 
 def expected_shapes(config: PretrainedConfig, where: str) -> dict[str, torch.Size]:
@@ -25,10 +25,8 @@ def expected_shapes(config: PretrainedConfig, where: str) -> dict[str, torch.Siz
     Raises:
         CheckpointError: the sizes in `config` make no model.
     """
-    shapes = {name: tensor.shape for name, tensor in _empty_model(config, where).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
+    model = _empty_model(config, where)
+    return {name: t.shape for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int]:
@@ -44,6 +42,8 @@ def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int
         other = architecture.resized(config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
         return sum(shape.numel() for shape in expected_shapes(other, "the model").values())
 
+    if architecture.is_hybrid:
+        return count
     outside = 2 * count(1, sizes.d_inner, sizes.d_state) - count(2, sizes.d_inner, sizes.d_state)
     return lambda n_layer, d_inner, d_state: outside + n_layer * (count(1, d_inner, d_state) - outside)
 
@@ -67,7 +67,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig,
     expected = expected_shapes(config, where)
     tensors = dict(tensors)
     if config.tie_word_embeddings and HEAD in tensors:
-        _check_tied(tensors.pop(HEAD), tensors.get(EMBEDDING), where)
+        _check_tied(tensors.pop(HEAD), tensors.get(architecture_for(config.model_type).embedding), where)
     if missing := expected.keys() - tensors.keys():
         raise CheckpointError(f"{where} lacks the tensor{_s(missing)} {some_of(missing)}. Copy or download it again.")
     if extra := tensors.keys() - expected.keys():
@@ -93,12 +93,25 @@ def build_model(
         where: what to call the model in errors.
     """
     model = _empty_model(config, where)
+    _fill_buffers(model)
     state = {name: tensors.pop(name).to(dtype=dtype) for name in list(tensors)}
     model.load_state_dict(state, strict=False, assign=True)  # strict but for the tied head: checked before
     model.tie_weights()
     if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise AssertionError(f"never filled: {left}")
     return model.eval()
+
+
+@torch.no_grad()
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute what no file holds, as transformers does: multipliers, frequencies of positions."""
+    empty = False
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None and buffer.is_meta:
+                module._buffers[name], empty = torch.empty_like(buffer, device="cpu"), True
+    for module in model.modules() if empty else ():
+        model._init_weights(module)  # the parameters have no memory yet, so only the buffers are written
 
 
 def check_sizes(config: PretrainedConfig, where: str) -> None:

@@ -24,7 +24,9 @@ from ..progress import Progress, silent
 from .reading import read_tensors
 
 NAME = "transformers"
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
+LAYERS = "num_hidden_layers"
+REQUIRED = ("vocab_size", "hidden_size", LAYERS)
+LISTS = ("layers_block_type", "hybrid_override_pattern")  # name every layer, so that nobody needs to count
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and before
 _SPECIAL = ("Infinity", "-Infinity", "NaN")
 _MOST_LAYERS = 10_000  # transformers makes lists of this length before anything can be compared with the weights
@@ -44,7 +46,8 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: a size is missing or makes no sense.
     """
-    missing = [key for key in REQUIRED if key not in raw]
+    listed = any(name in raw for name in LISTS)
+    missing = [key for key in REQUIRED if key not in raw and not (key == LAYERS and listed)]
     if missing:
         raise CheckpointError(f"{path} does not say {', '.join(missing)}. Copy the model's own config.json.")
     return make_config(raw["model_type"], {k: _plain(v) for k, v in raw.items() if k not in _NOT_PASSED_ON}, path)
@@ -64,7 +67,7 @@ def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> Pretr
     Raises:
         CheckpointError: transformers refuses a value.
     """
-    layers = values["num_hidden_layers"]
+    layers = values.get(LAYERS)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise CheckpointError(f"{path} speaks of {layers} layers, which makes no sense. Mend it.")
     try:
