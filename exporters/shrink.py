@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ssmc.runtime.architectures import Cut
+from ssmc.runtime.architectures import Architecture, Cut
 from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import CheckpointError
 
@@ -41,7 +42,8 @@ def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, une
     """
     removed = [entry["layer"] for entry in manifest["removed"]]
     layers = manifest["layers"]  # none when only whole blocks or SSMs were removed
-    _check(masked, removed, layers, directory)
+    blocks_go = "layer" in manifest["config"]["pattern"].split("+")  # else only their SSM is silent
+    _check(masked, removed, blocks_go, layers, directory)
     architecture, sizes = masked.architecture, masked.dimensions
     blocks = architecture.blocks(masked.model)
     aside = removed + [index for index, block in enumerate(blocks) if architecture.mixer(block) is None]
@@ -54,12 +56,14 @@ def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, une
         kept = _sized(kept, aside, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
             shrunk = _then(shrunk, *getattr(architecture, cut)(shrunk.tensors, shrunk.config, kept))
-    if removed and "layer" in manifest["config"]["pattern"].split("+"):  # no loader has a block without an SSM
+    if removed and blocks_go:  # no loader has a block without an SSM
         shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, removed))
     return shrunk
 
 
-def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str, Any]], directory: Path) -> None:
+def _check(
+    masked: Checkpoint, removed: Sequence[int], blocks_go: bool, layers: Sequence[dict[str, Any]], directory: Path
+) -> None:
     """Ask the weights whether everything the manifest calls pruned is silent."""
     blocks = masked.architecture.blocks(masked.model)
     if layers and len(layers) != len(blocks):
@@ -81,11 +85,16 @@ def _check(masked: Checkpoint, removed: Sequence[int], layers: Sequence[dict[str
                 f"Layer {index} of the model in {directory} still uses channels the manifest calls pruned; {changed}"
             )
     for index in removed:
-        if index >= len(blocks) or not masked.architecture.is_removed(blocks[index]):
+        if index >= len(blocks) or not _is_silent(masked.architecture, blocks[index], blocks_go):
             raise CheckpointError(
                 f"Layer {index} of the model in {directory} is not silent although the manifest calls it removed; "
                 f"{changed}"
             )
+
+
+def _is_silent(architecture: Architecture, block: nn.Module, whole: bool) -> bool:
+    """Whether a block adds nothing, or at least its SSM does not."""
+    return architecture.is_removed(block) if whole else architecture.is_masked(architecture.mixer(block), [])
 
 
 def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:

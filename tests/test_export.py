@@ -135,6 +135,23 @@ def test_a_pattern_that_makes_nothing_smaller_is_exported_as_it_is(tmp_path):
     MambaForCausalLM.from_pretrained(tmp_path / "out" / "safetensors")
 
 
+def test_silent_ssms_keep_their_shape_and_are_asked_for(tmp_path):
+    out = tmp_path / "out"
+    result = compress("tiny", out=out, pattern="ssm-module", score="random", sparsity=0.34)
+    exported = export(out)
+    assert exported.cuts == ()
+    stock = MambaForCausalLM.from_pretrained(exported.directory, dtype=torch.float32)
+    masked = load_checkpoint(out, dtype=torch.float32).model
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=1e-4)
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"backbone.layers.{result.removals[0].layer}.mixer.x_proj.weight"][16:] = 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not silent although the manifest calls it removed"):
+        export(out, force=True)
+
+
 def test_weights_changed_after_compressing_are_noticed(copy):
     tensors = load_file(copy / "model.safetensors")
     name = "backbone.layers.2.mixer.x_proj.weight"
