@@ -104,17 +104,34 @@ def open_graph(folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
 
 
-def take_turns(args: argparse.Namespace, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Interleaved timings, on the clock or in processor time."""
+STEPS = 8  # of decoding in a sample
+
+
+def take_turns(
+    args: argparse.Namespace, calls: dict[str, Callable[[], object]], repeats: int, steps: int | None = None
+) -> dict[str, Timing]:
+    """Interleaved timings, on the clock or in processor time.
+
+    Args:
+        args: of the command line.
+        calls: by contender.
+        repeats: rounds.
+        steps: of decoding that a sample is the mean of, with one more before it: a text is written by one model, not by
+            all in turns. None: a sample is one call, or as many as it takes to be timed.
+    """
     if not args.cpu_time:
-        return interleave(calls, CPU, repeats, budget=args.budget)
+        warm = calls if steps else None
+        return interleave(calls, CPU, repeats, budget=args.budget, calls=steps, prepare=warm)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
+            if steps:
+                call()
             begin = time.process_time()
-            call()
+            for _ in range(steps or 1):
+                call()
             if number:  # the first warms up
-                samples[name].append(time.process_time() - begin)
+                samples[name].append((time.process_time() - begin) / (steps or 1))
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
@@ -152,7 +169,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict]:
             calls |= {name: runner(session, tokens.numpy()) for name, session in sessions.items()}
             if cached is not None:
                 calls["products"] = lambda: products.run(None, vectors)
-            timings = take_turns(args, calls, repeats)
+            timings = take_turns(args, calls, repeats, steps=None if cached is None else STEPS)
             print_timings(title, timings, "stock")
             ratio = paired_ratio(timings["onnx"], timings["int8"])
             print(f"int8 is {ratio.median:.2f} times as fast as float32 ONNX ({ratio.low:.2f} .. {ratio.high:.2f})\n")
@@ -198,7 +215,9 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
         ids = stream[None, : args.length].numpy()
         timings = {
             "prefill": take_turns(args, {k: runner(s, ids) for k, s in sessions.items()}, args.repeats),
-            "decode": take_turns(args, {k: runner(s, ids[:, :1]) for k, s in sessions.items()}, 4 * args.repeats),
+            "decode": take_turns(
+                args, {k: runner(s, ids[:, :1]) for k, s in sessions.items()}, 4 * args.repeats, steps=STEPS
+            ),
         }
     for kind, timing in timings.items():
         print_timings(kind, timing, "dense")

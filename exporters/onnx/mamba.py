@@ -46,13 +46,13 @@ def mixer(op: OpBuilder, layer: Layer, hidden: ir.Value) -> tuple[ir.Value, dict
     Between in_proj and the gate there are two ways, for one token of every sequence and for any number of them.
     """
     weights, prefix, past, tokens = layer.weights, layer.prefix, layer.past, layer.tokens
-    x, z = op.Split(weights.linear(op, prefix + "in_proj", hidden), axis=-1, num_outputs=2, _outputs=2)  # (L, B, D)
     d_inner, n = weights.shape(prefix + "A_log")
+    x, z = weights.linears(op, prefix + "in_proj", hidden, {"x": d_inner, "z": d_inner})  # (L, B, D)
     width = weights.shape(prefix + "conv1d.weight")[2]
     y, conv, ssm = one_or_many(
         op,
         tokens,
-        lambda op: _one_token(op, weights, prefix, x, past, tokens),
+        lambda op: _one_token(op, weights, prefix, x, past),
         lambda op: _many_tokens(op, weights, prefix, x, past, tokens),
         {"y": ("length", "batch", d_inner), "conv": ("batch", width - 1, d_inner), "ssm": ("batch", n, d_inner)},
     )
@@ -61,13 +61,12 @@ def mixer(op: OpBuilder, layer: Layer, hidden: ir.Value) -> tuple[ir.Value, dict
 
 
 def _one_token(
-    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: Mapping[str, ir.Value], tokens: Tokens
+    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: Mapping[str, ir.Value]
 ) -> list[ir.Value]:
     """Decoding, where every operator costs more to start than to compute: y (1, B, D), conv and ssm."""
-    u, conv = convolve_one(op, weights, prefix, x, past["conv"], tokens)  # (B, 1, D)
+    u, conv = convolve_one(op, weights, prefix, x, past["conv"])  # (B, 1, D)
     u = silu(op, u)
     dt, B, C = _selection(op, weights, prefix, u, op.Softplus)
-    dt = op.Where(tokens.real, dt, 0.0)  # a time step of 0: the state stays as it is
     h, y = _step(op, past["ssm"], dt, op.Mul(dt, u), op.Transpose(B, perm=[0, 2, 1]), C, _decay(weights, prefix))
     y = op.Add(y, op.Mul(u, weights.float32(prefix + "D")))
     return [op.Transpose(y, perm=[1, 0, 2]), conv, h]

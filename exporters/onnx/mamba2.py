@@ -95,7 +95,7 @@ def _time_step(op: OpBuilder, layer: Layer, dt: ir.Value) -> ir.Value:
 def _one_token(op: OpBuilder, layer: Layer, x: ir.Value, dt: ir.Value) -> list[ir.Value]:
     """Decoding, where every operator costs more to start than to compute: y (1, B, D), conv and ssm."""
     heads = _heads(layer)
-    u, conv = convolve_one(op, layer.weights, layer.prefix, x, layer.past["conv"], layer.tokens)  # (B, 1, D + 2 G N)
+    u, conv = convolve_one(op, layer.weights, layer.prefix, x, layer.past["conv"])  # (B, 1, D + 2 G N)
     u, B, C = op.Split(silu(op, u), heads.split, axis=-1, _outputs=3)
     inputs = Inputs(u, op.Transpose(dt, perm=[1, 0, 2]), B, C, *_rate_and_skip(layer))
     step = ssd.linear_attention if layer.target == "ort" else ssd.step

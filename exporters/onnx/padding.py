@@ -27,9 +27,8 @@ class Tokens:
         place: (L, B) int64, where the token that was given at (t, b) stands now.
         count: (B,) int64, real tokens of each row.
         moving: (L, B, 1) float32, 1 where there is a real token, 0 behind them.
-        real: (B, L, 1) bool, whether a token is a real one, where it was given.
         batch: B, int64, one element.
-        single: whether L is 1, bool.
+        single: whether this is one token of every sequence, all of them real, bool.
         row: (B,) int64, 0 to B - 1.
     """
 
@@ -37,7 +36,6 @@ class Tokens:
     place: ir.Value
     count: ir.Value
     moving: ir.Value
-    real: ir.Value
     batch: ir.Value
     single: ir.Value
     row: ir.Value
@@ -68,9 +66,8 @@ def real_first(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> 
         place=place,
         count=count,
         moving=op.Unsqueeze(moving, [2]),
-        real=op.Unsqueeze(op.Cast(attention_mask, to=ir.DataType.BOOL), [2]),
         batch=batch,
-        single=op.Equal(op.Squeeze(length, [0]), 1),
+        single=op.And(op.Equal(op.Squeeze(length, [0]), 1), op.Equal(op.ReduceMin(attention_mask, keepdims=0), 1)),
         row=row,
     )
 

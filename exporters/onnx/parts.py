@@ -76,11 +76,11 @@ def convolve(
 
 
 def convolve_one(
-    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: ir.Value, tokens: Tokens
+    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """The same of one token (1, B, D), in few operators: (B, 1, D), and the last inputs (B, K - 1, D)."""
+    """The same of one real token (1, B, D), in few operators: (B, 1, D), and the last inputs (B, K - 1, D)."""
     window = op.Concat(past, op.Transpose(x, perm=[1, 0, 2]), axis=1)  # (B, K, D)
-    present = op.Where(tokens.real, op.Slice(window, [1], [END], [1]), past)
+    present = op.Slice(window, [1], [END], [1])
     y = op.ReduceSum(op.Mul(window, conv_taps(weights, prefix)), [1], keepdims=1)
     return with_bias(op, weights, prefix, y), present
 
@@ -103,12 +103,12 @@ def one_or_many(
     many: Callable[[OpBuilder], Sequence[ir.Value]],
     outputs: Mapping[str, Sequence[int | str]],
 ) -> Sequence[ir.Value]:
-    """Two ways to the same values: for one token of every sequence, and for any number of them.
+    """Two ways to the same values: for one real token of every sequence, and for any tokens.
 
     Args:
         op: of the graph.
         tokens: of the batch.
-        one: makes the values when there is one token.
+        one: makes the values when there is one real token everywhere.
         many: makes them otherwise.
         outputs: their names and shapes.
     """

@@ -53,10 +53,28 @@ class Weights:
 
     def linear(self, op: OpBuilder, name: str, x: ir.Value) -> ir.Value:
         """A linear layer applied to (..., in): (..., out) float32."""
-        weight, bias = name + ".weight", name + ".bias"
-        matrix = self._initializer(weight, weight, torch.t, self._dtype)
-        y = self._to_float32(op, op.MatMul(self._from_float32(op, x), matrix))
-        return op.Add(y, self.float32(bias)) if bias in self else y
+        return self.linears(op, name, x, {"": self.shape(name + ".weight")[0]})[0]
+
+    def linears(self, op: OpBuilder, name: str, x: ir.Value, parts: Mapping[str, int]) -> list[ir.Value]:
+        """The outputs of a linear layer in parts, each a product of its own: none has to be copied out of the whole.
+
+        Args:
+            op: of the graph.
+            name: of the layer.
+            x: (..., in).
+            parts: name and size of each, in the order of the outputs; together they are all.
+        """
+        weight, bias, start, outputs = name + ".weight", name + ".bias", 0, []
+        x = self._from_float32(op, x)
+        for part, size in parts.items():
+            rows, end = slice(start, start + size), f".{part}" if part else ""
+            matrix = self._initializer(weight + end, weight, lambda w, rows=rows: w[rows].t(), self._dtype)
+            y = self._to_float32(op, op.MatMul(x, matrix))
+            if bias in self:
+                y = op.Add(y, self.float32(bias, lambda b, rows=rows: b[rows], name_as=bias + end))
+            outputs.append(y)
+            start += size
+        return outputs
 
     def head(self, op: OpBuilder, name: str, x: ir.Value, shared: bool) -> ir.Value:
         """Products (B, T, V) of (B, T, d) with all rows of a matrix (V, d), float32.
