@@ -44,7 +44,7 @@ class Target(BaseModel):
     def _has_a_goal(self) -> Target:
         if not any(getattr(self, goal) is not None for goal in GOALS):
             given = ", ".join(sorted(self.model_fields_set))
-            raise ValueError(f"{given} says how a target is met, but there is none: give one of {', '.join(GOALS)}")
+            raise ValueError(f"there is no target that {given} could belong to: give one of {', '.join(GOALS)}")
         return self
 
     @property

@@ -186,7 +186,7 @@ def test_a_bound_of_perplexity_is_one_of_loss():
         ({"max_ppl_increase": 0}, "max_ppl_increase 0 does not work"),
         ({"target_latency": 0.5, "batch": 0}, "batch 0 does not work"),
         ({"target_latency": 0.5, "phase": "training"}, "phase 'training' does not work"),
-        ({"phase": "decode"}, "Phase says how a target is met, but there is none: give one of target_params"),
+        ({"phase": "decode"}, "There is no target that phase could belong to: give one of target_params"),
         ({"target_latency": 0.5, "sparsity": 0.5}, "sparsity says what is removed, a target looks for it"),
         ({"target_params": 0.5, "states": "4,4,4"}, "states says what is removed"),
         ({"target_params": 0.5, "pattern": "unstructured"}, "not by unstructured"),
