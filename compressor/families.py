@@ -16,6 +16,8 @@ from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED
 _TARGETS = "--target-latency, --target-params, --max-ppl-increase"
 _PLACED = "which blocks are of which kind follows from their number, so none can go"
 _WIDE = "d_inner is a whole multiple of hidden_size in its configuration"
+_LISTED = "cutting the list of kinds of blocks in its configuration is not built yet"
+_NARROW = "heads of a hybrid's mixers are not cut yet"
 _MANY = "widths and depths of a hybrid are not tried"
 _ALIKE = "it is there to compare with, for models with one kind of block"
 
@@ -30,8 +32,8 @@ class _Family:
 
 
 def _hybrid(parts: tuple[str, ...], heads: bool = False) -> _Family:
-    """A family with other layers beside those with a mixer."""
-    why = {LAYER: _PLACED, CHANNEL: _WIDE, SSM_MODULE: _ALIKE}
+    """A family with other layers beside those with a mixer; those whose mixers have heads list the kinds of blocks."""
+    why = {LAYER: _LISTED if heads else _PLACED, CHANNEL: _NARROW if heads else _WIDE, SSM_MODULE: _ALIKE}
     limits = {f"--pattern {part}": why[part] for part in PATTERNS if part not in parts}
     return _Family(parts, limits | {_TARGETS: _MANY}, heads)
 
