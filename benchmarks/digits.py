@@ -1,7 +1,7 @@
 """Does the saliency hold where there is no language? A small vision Mamba on handwritten digits, pruned.
 
     python benchmarks/digits.py                     # needs scikit-learn, which comes with ssmc[eval]
-    python benchmarks/digits.py --seeds 0 --epochs 4 --out /tmp/digits.json
+    python benchmarks/digits.py --seeds 0 --epochs 4 --out digits.json
 
 scikit-learn's digits: 8 x 8 pixels, read two by two from top to bottom (32 tokens), forwards and backwards by the same
 layers: transformers' own Mamba mixers, each called twice a forward, then a mean over the tokens and a linear head. Each
