@@ -18,7 +18,6 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -32,6 +31,7 @@ from ssmc.compressor.calibration import draw_samples
 from ssmc.compressor.patterns import COLUMN, Score, scores_of
 from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.losses import divergence, last_hidden
 from ssmc.runtime.perplexity import excess_loss, perplexity
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
@@ -74,6 +74,9 @@ def main() -> None:
     calibration = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed)
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
+    if args.divergence:
+        windows = text.view(-1, args.window)[: args.divergence, :-1]
+        hidden = last_hidden(checkpoint.model, windows)
     able = [score for score in scores_of(COLUMN) if score.value in (args.scores or [*map(str, Score)])]
     if checkpoint.dimensions.heads is not None:
         able = [score for score in able if score is not Score.magnitude]  # all states of a head have one A_log
@@ -101,7 +104,7 @@ def main() -> None:
                 "perplexity": result.ppl,
                 "excess_nats": excess.nats,
                 "stderr": excess.stderr,  # over paired windows
-                "divergence": divergence(checkpoint.model, model, text.view(-1, args.window)[: args.divergence]),
+                "divergence": divergence(hidden, model, windows) if args.divergence else None,
                 "cpu_seconds": seconds,
                 "layer_errors": [layer.error for layer in layers],
             }
@@ -135,16 +138,6 @@ def show(report: dict, out: Path) -> None:
     scores = list(dict.fromkeys(row["score"] for row in report["rows"]))
     plot(report, out.with_suffix(".svg"), scores)
     print_table(report, sorted({row["sparsity"] for row in report["rows"]}), scores)
-
-
-@torch.no_grad()
-def divergence(dense: Any, model: Any, windows: torch.Tensor) -> float | None:
-    """Mean Kullback-Leibler divergence of `model`'s predictions from `dense`'s, in nats a token."""
-    found = []
-    for window in windows:
-        p, q = (m(window[None]).logits[0, :-1].float().log_softmax(-1) for m in (dense, model))
-        found.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
-    return sum(found) / len(found) if found else None
 
 
 def print_table(report: dict, sparsities: list[float], able: list[str]) -> None:

@@ -29,7 +29,6 @@ from .families import able_parts, check_family
 from .meet import meet
 from .module import CompressedModule, compress_module
 from .notes import notes_for
-from .patterns import CHANNEL
 from .pipeline import LayerResult
 from .prune import prune
 from .samples import HELD_OUT, Samples
@@ -112,11 +111,6 @@ def compress(
     check_family(config, family, target is not None)
     if target is None:
         kept(config, sizes)  # what cannot be met is said before minutes of work
-    if target is not None and CHANNEL in config.parts and sizes.heads is not None:
-        raise UsageError(
-            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
-            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
-        )
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration, samples = _calibration(config, checkpoint, target)
     device = choose_device(config.device)

@@ -96,6 +96,11 @@ def check_family(config: CompressConfig, model_type: str, aims: bool = False) ->
             "Use in_proj, conv1d, out_proj or ffn."
         )
     _check_heads(config, model_type)
+    if aims and CHANNEL in config.parts:
+        raise UsageError(
+            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
+            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
+        )
 
 
 def _check_heads(config: CompressConfig, model_type: str) -> None:

@@ -28,13 +28,12 @@ from .layerwise import LayerLosses, Layerwise
 from .patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
 from .prune import prune
 from .samples import Samples
-from .search import Curve, Limit, LossModel, Sizes, cheapest_within, enumerate_sizes, frontier, shortlist
+from .search import ROUNDS, Curve, Limit, LossModel, Sizes, cheapest_within, enumerate_sizes, frontier, shortlist
 from .target import Target, configured, configured_layerwise, removable_layers
 
 TRIALS = 3  # combinations that are tried for real
 SWEEP = {COLUMN: (0.5, 0.75, 0.875), CHANNEL: (0.25, 0.5)}  # where the parts' curves are measured, roughly
 LAYERS = 2  # and up to how many layers
-ROUNDS = 3  # of clocking what was chosen and choosing again
 TOLERANCE = 0.10  # how far the time may miss its target
 
 

@@ -11,7 +11,7 @@ from ssmc.runtime.losses import divergence, last_hidden
 from .layerwise import BlockLimit, LayerLosses, Layerwise, allocate, shared_out
 from .patterns import CHANNEL, COLUMN
 from .pipeline import each_alone
-from .search import Limit, LossModel, Sizes, cheapest_within
+from .search import ROUNDS, Limit, LossModel, Sizes, cheapest_within
 from .target import configured
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ FASTER = (
     0.95,
     1.0,
 )  # times the uniform model's time that are tried when as fast as can be is asked for
-ROUNDS = 3  # of clocking what was chosen and choosing again
 
 
 def find_layerwise(

@@ -305,7 +305,7 @@ def _stream(mixer: Mixer, block: nn.Module, hidden: torch.Tensor) -> torch.Tenso
     stream = torch.empty_like(hidden)
     for i, sample in samples(hidden, block.mixer.A_log.device):
         _, y = mixer.architecture.scanned(block, sample)
-        put(stream, i, sample + block.mixer.out_proj(y))
+        put(stream, i, mixer.architecture.output(block, sample, y))
     return stream
 
 

@@ -148,28 +148,28 @@ def each_alone(
     """
     sizes = architecture.dimensions(model.config)
     hidden, blocks = _embed(architecture, model, tokens), architecture.blocks(model)
-    fits = config.fits_out_proj(_mixes_readers(architecture, sizes))
+    run = Run(
+        architecture,
+        config,
+        sizes,
+        counts=kept(config, sizes),
+        hidden=hidden,
+        stream=hidden.clone(),
+        fits=config.fits_out_proj(_mixes_readers(architecture, sizes)),
+        targets=[],
+        stored_dtypes=stored_dtypes,
+        progress=silent,
+    )
+    label = f"{config.pattern} of each layer alone"
     for index, block in enumerate(blocks):
-        stream = hidden.clone()
-        propagate(block, stream)
-        run = Run(
-            architecture,
-            config,
-            sizes,
-            counts=kept(config, sizes),
-            hidden=hidden,
-            stream=stream if fits else None,
-            fits=fits,
-            targets=[],
-            stored_dtypes=stored_dtypes,
-            progress=silent,
-        )
-        progress(f"{config.pattern} of each layer alone", index, len(blocks))
+        progress(label, index, len(blocks))
+        _next_target(run, block, "")
         blocks[index] = copy.deepcopy(block)
         prune_layer(run, blocks[index], index, "")
         yield index
-        blocks[index], hidden = block, stream
-    progress(f"{config.pattern} of each layer alone", len(blocks), len(blocks))
+        blocks[index] = block
+        hidden.copy_(run.stream)  # the next layer reads what the dense one put out
+    progress(label, len(blocks), len(blocks))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .patterns import CHANNEL, COLUMN, LAYER
 
 SMALLEST = 1e-6  # nats a token: what a loss of zero, or below it by chance, is taken for
 EXPONENT = 2.0  # of the power law where only one point was measured
+ROUNDS = 3  # of clocking what was chosen and choosing again
 
 
 @dataclass(frozen=True, order=True)

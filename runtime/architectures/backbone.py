@@ -145,6 +145,14 @@ def cut_tensors(
         cuts.append(Cut(name, tuple(before.shape), tuple(tensors[name].shape)))
 
 
+@torch.no_grad()
+def silence(mixer: nn.Module, plan: Mapping[str, tuple[int, torch.Tensor]]) -> None:
+    """Zero some channels of a mixer's parameters in place, but for A_log. `plan`: name -> axis, indices to zero."""
+    for name, (axis, index) in plan.items():
+        if name != "A_log":
+            mixer.get_parameter(name).index_fill_(axis, index, 0)
+
+
 def causal_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MambaConfig
 
 from ..scan import ScanInputs, selective_scan
-from .backbone import BackboneArchitecture, causal_conv, cut_tensors
+from .backbone import BackboneArchitecture, causal_conv, cut_tensors, silence
 from .base import Cut, Dimensions, Readers
 
 # Where a mixer's tensors have their channels; in_proj has them twice, for x and for z.
@@ -206,10 +206,7 @@ class MambaArchitecture(BackboneArchitecture):
             kept: the channels that stay, of D.
         """
         dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
-        with torch.no_grad():
-            for name, (axis, index) in _channel_indices(mixer, dropped).items():
-                if name != "A_log":
-                    mixer.get_parameter(name).index_fill_(axis, index, 0)
+        silence(mixer, _channel_indices(mixer, dropped))
 
     def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
         """A copy of a block with some of its channels only, for `normed`, `scanned` and a forward with the fast scan.

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Mamba2Config
 
 from ..scan import ScanInputs, SsdInputs, ssd_scan
-from .backbone import BackboneArchitecture, causal_conv, cut_tensors
+from .backbone import BackboneArchitecture, causal_conv, cut_tensors, silence
 from .base import Cut, Dimensions, Readers
 
 
@@ -256,10 +256,7 @@ class Mamba2Architecture(BackboneArchitecture):
             kept: the channels that stay, of D.
         """
         dropped = sorted(set(range(mixer.intermediate_size)) - set(kept))
-        with torch.no_grad():
-            for name, (axis, index) in _own_indices(mixer, dropped).items():
-                if name != "A_log":
-                    mixer.get_parameter(name).index_fill_(axis, index, 0)
+        silence(mixer, _own_indices(mixer, dropped))
 
     def narrowed(self, block: nn.Module, kept: Sequence[int]) -> nn.Module:
         """A copy of a block with some of its heads only, as `cut_channels` makes it.

@@ -73,7 +73,7 @@ def _scan_heads(first, last, size, u, u_step, dt, dt_step, B, B_step, C, C_step,
                     read0, read1, read2, read3 = _four(h0, h1, h2, h3, B_t, C_t, decay[t], *drive)
                     y[at_y], y[at_y + 1] = read0 + D[head] * x0, read1 + D[head] * x1
                     y[at_y + 2], y[at_y + 3] = read2 + D[head] * x2, read3 + D[head] * x3
-            for p in range(P - P % 4, P):  # what is left over
+            for p in range(P - P % 4, P):  # what is left over; a branch in the loop above makes that a third slower
                 for t in range(tokens):
                     step = dt[b * dt_step[0] + (start + t) * dt_step[1] + head]
                     at_B = b * B_step[0] + (start + t) * B_step[1] + at_group
