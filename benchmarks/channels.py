@@ -24,15 +24,15 @@ from rich.progress import track
 from rich.table import Table
 
 from ssmc.compressor import configure
-from ssmc.compressor.calibration import draw_samples
-from ssmc.compressor.patterns import CHANNEL, COLUMN, LAYER, scores_of
+from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, scores_of
 from ssmc.compressor.prune import prune
-from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 ALONE, TOGETHER = "alone", "together"
 

@@ -30,11 +30,11 @@ from reporting import print_conditions
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssmc.compressor import collect, compress, configure, propagate, prune_layers
-from ssmc.compressor.repair import eliminate, evaluate
-from ssmc.compressor.scores import statistics_for
-from ssmc.runtime.architectures import architecture_for
-from ssmc.runtime.checkpoints import write_checkpoint
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.compressor.methods.states.elimination import eliminate, evaluate
+from ssmc.compressor.methods.states.scores import statistics_for
+from ssmc.runtime.models.checkpoints import write_checkpoint
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.fast import use_fast_scan
 
 ARCHITECTURE = architecture_for("mamba")
 

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import MambaConfig, MambaModel
 
 from ssmc import compress
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.models.fast import use_fast_scan
 
 SCORES = ("exact", "ghost", "energy", "sparsessm", "sparsessm-vote", "random", "magnitude")
 TRAIN, CALIBRATION = 1200, 128  # images; the others, 597, judge. Calibration images are training images.

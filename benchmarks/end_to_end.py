@@ -27,11 +27,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
-import ssmc.runtime.architectures.mamba as mamba
+import ssmc.runtime.models.families.mamba as mamba
 from ssmc import compress, export
 from ssmc.runtime.bench import Workload
-from ssmc.runtime.bench.timing import interleave
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.measure.timing import interleave
+from ssmc.runtime.models.fast import use_fast_scan
 
 CPU = torch.device("cpu")
 MODULES = {"embeddings": "embedding", "norm": "norms", "norm_f": "norms", "in_proj": "in_proj", "act": "silu (u)"}

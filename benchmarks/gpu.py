@@ -37,17 +37,17 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ssmc.compressor import compress
-from ssmc.runtime.architectures import architecture_for
 from ssmc.runtime.bench import benchmark, summary
-from ssmc.runtime.bench import workloads as work
-from ssmc.runtime.bench.conditions import conditions, load_average
 from ssmc.runtime.bench.graphs import capture
 from ssmc.runtime.bench.report import finite
-from ssmc.runtime.bench.timing import Timing, interleave, paired_ratio
-from ssmc.runtime.checkpoints import write_checkpoint
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.measure import workloads as work
+from ssmc.runtime.measure.conditions import conditions, load_average
+from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
+from ssmc.runtime.models.checkpoints import write_checkpoint
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.sparse24 import Sparse24Linear, use_sparse24
 from ssmc.runtime.sparse24.cuda import first_line, to_sparse, why_dense
 from ssmc.runtime.sparse24.use import fault

@@ -30,15 +30,15 @@ from transformers.utils import logging
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.runtime.bench import Workload
-from ssmc.runtime.bench.conditions import load_average
-from ssmc.runtime.bench.timing import interleave, paired_ratio
-from ssmc.runtime.checkpoints import load_checkpoint
 from ssmc.runtime.errors import SsmcError
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import excess_loss, perplexity
+from ssmc.runtime.measure.conditions import load_average
+from ssmc.runtime.measure.perplexity import excess_loss, perplexity
+from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 matplotlib.use("svg")
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.utils import logging
 
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.models.fast import use_fast_scan
 
 ROOT = Path(__file__).parent.parent
 BATCH, LENGTH = 4, 512

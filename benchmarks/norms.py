@@ -21,15 +21,15 @@ from torch import nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from ssmc.compressor import configure, prune_layers
-from ssmc.compressor.calibration import draw_samples
-from ssmc.runtime.architectures import architecture_for
-from ssmc.runtime.architectures.mamba import MambaArchitecture
-from ssmc.runtime.checkpoints import load_checkpoint
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import perplexity
+from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families.mamba import MambaArchitecture
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 RATE = 2e-4
 FALCON = architecture_for("falcon_mamba")

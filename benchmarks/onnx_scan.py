@@ -23,7 +23,7 @@ from reporting import as_json, print_conditions, print_timings, write_json
 
 from ssmc.exporters.onnx import ssd
 from ssmc.exporters.onnx.ssd import Heads, Inputs
-from ssmc.runtime.bench.timing import Timing
+from ssmc.runtime.measure.timing import Timing
 
 HEADS = Heads(heads=24, head_dim=64, d_state=128, groups=1)
 Scan = Callable[[OpBuilder, Inputs, ir.Value], tuple[ir.Value, ir.Value]]

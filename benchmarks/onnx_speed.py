@@ -38,13 +38,13 @@ from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.exporters.onnx.running import fresh_states
 from ssmc.exporters.onnx.write import GRAPH, write_graph
-from ssmc.runtime.bench.timing import Timing, interleave, paired_ratio
-from ssmc.runtime.checkpoints import load_checkpoint
-from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.progress import silent
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 CPU = torch.device("cpu")
 

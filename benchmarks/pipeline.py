@@ -24,9 +24,9 @@ from reporting import print_conditions, write_json
 from rich.progress import track
 
 from ssmc.compressor import compress
-from ssmc.runtime.checkpoints import load_checkpoint, write_checkpoint
+from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
+from ssmc.runtime.models.tokenizers import copy_tokenizer
 from ssmc.runtime.tiny import TINY_DIRECTORY
-from ssmc.runtime.tokenizers import copy_tokenizer
 
 RUNS = {
     "column": {"pattern": "column"},

@@ -20,8 +20,8 @@ from scan import contenders, layer_inputs, ssd_contenders, ssd_layer_inputs
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ssmc.runtime.bench.timing import interleave, paired_ratio
-from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 SWITCH = {"stock": use_stock_scan, "fast": use_fast_scan}
 CPU = torch.device("cpu")

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ssmc.compressor import configure, prune_layers
-from ssmc.compressor.calibration import draw_samples
-from ssmc.runtime.checkpoints import load_checkpoint
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import perplexity
+from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 CELLS = ("column:0.875", "column:0.75", "column:0.5", "channel:0.25", "channel:0.5", "column+channel:0.5")
 GHOST = {"pattern": "column", "sparsity": 0.5, "score": "ghost", "repair": False}

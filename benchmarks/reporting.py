@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ssmc.runtime.bench.conditions import Conditions, conditions, load_average
-from ssmc.runtime.bench.timing import Timing, paired_ratio
+from ssmc.runtime.measure.conditions import Conditions, conditions, load_average
+from ssmc.runtime.measure.timing import Timing, paired_ratio
 
 
 def print_conditions(dtype: torch.dtype = torch.float32) -> Conditions:

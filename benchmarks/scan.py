@@ -21,7 +21,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.utils import logging
 
-from ssmc.runtime.bench.timing import interleave
+from ssmc.runtime.measure.timing import interleave
 from ssmc.runtime.scan import ScanInputs, SsdInputs, selective_scan, ssd_scan
 
 

@@ -27,15 +27,15 @@ from rich.progress import track
 from rich.table import Table
 
 from ssmc.compressor import configure, kept_states, prune_layers
-from ssmc.compressor.calibration import draw_samples
-from ssmc.compressor.patterns import COLUMN, Score, scores_of
-from ssmc.runtime.checkpoints import load_checkpoint
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.losses import divergence, last_hidden
-from ssmc.runtime.perplexity import excess_loss, perplexity
+from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.compressor.options.patterns import COLUMN, Score, scores_of
+from ssmc.runtime.measure.losses import divergence, last_hidden
+from ssmc.runtime.measure.perplexity import excess_loss, perplexity
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 matplotlib.use("svg")
 

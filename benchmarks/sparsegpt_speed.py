@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from ssmc.compressor.depthwise import prune_depthwise
-from ssmc.compressor.hessian import DepthwiseSecondMoment, SecondMoment
-from ssmc.compressor.masks import NM
-from ssmc.compressor.sparsegpt import DAMPING, sparsegpt
-from ssmc.runtime.bench.conditions import conditions, load_average
+from ssmc.compressor.methods.weights.depthwise import prune_depthwise
+from ssmc.compressor.methods.weights.masks import NM
+from ssmc.compressor.methods.weights.second_moments import DepthwiseSecondMoment, SecondMoment
+from ssmc.compressor.methods.weights.sparsegpt import DAMPING, sparsegpt
+from ssmc.runtime.measure.conditions import conditions, load_average
 
 SHAPES = {
     "in_proj": (3072, 768),

@@ -33,18 +33,18 @@ from study_models import (
 )
 from study_pages import PAGES, rebuild
 
-from ssmc.compressor.calibration import draw_samples
-from ssmc.runtime.bench.conditions import conditions, load_average
-from ssmc.runtime.checkpoints import load_checkpoint
+from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
-from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import write_text
-from ssmc.runtime.perplexity import perplexity
+from ssmc.runtime.measure.conditions import conditions, load_average
+from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.progress import Progress as Report
 from ssmc.runtime.text import Texts, read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
-from ssmc.runtime.tokenizers import load_tokenizer
 
 STUDIES = tuple(PAGES)
 CONSTRUCTED = ("uniformity", "rare")

@@ -2,7 +2,7 @@
 
 Both studies make the inputs of a scan, let the scores of `ssmc.compressor` choose the states that stay, and hold the
 choice against the truth. The errors come from the normal matrix of the layer and are those of really running the scan
-without the removed states (tests/test_studies.py does that).
+without the removed states (tests/bench/test_studies.py does that).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ssmc.compressor import Score, configure, evaluate
-from ssmc.compressor.scores import Layer, choose_states, statistics_for
-from ssmc.compressor.statistics import Chunk, NormalMatrix
+from ssmc.compressor.methods.states.scores import Layer, choose_states, statistics_for
+from ssmc.compressor.methods.states.statistics import Chunk, NormalMatrix
 from ssmc.runtime.scan import ScanInputs, scan_states
 
 RARE = 0  # the state that matters now and then

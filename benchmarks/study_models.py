@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ssmc.compressor import Score, Weighting, configure, prune_layers, shed
-from ssmc.compressor.patterns import COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
-from ssmc.runtime.checkpoints import Checkpoint
+from ssmc.compressor.options.patterns import COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
 from ssmc.runtime.errors import SsmcError
-from ssmc.runtime.perplexity import Perplexity, excess_loss, perplexity
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
+from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.progress import Progress, silent
 
 HALF = 0.5

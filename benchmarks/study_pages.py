@@ -15,7 +15,7 @@ from study_models import DENSE, ENTRIES, FORGETFUL, OURS, PAPER, SIZES, WHOLE
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from ssmc.runtime.perplexity import mean_and_stderr
+from ssmc.runtime.measure.perplexity import mean_and_stderr
 
 FLOOR = 1e-5  # nats: the lowest excess a logarithmic plot shows
 Rows = list[dict[str, Any]]

@@ -3,6 +3,6 @@
 Nothing here imports torch at start-up, so that help and shell completion answer at once.
 """
 
-from .app import main
+from ssmc.cli.app import main
 
 __all__ = ["main"]

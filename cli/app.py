@@ -11,16 +11,15 @@ from typing import Annotated
 
 import typer
 
+from ssmc.cli.bench import bench
+from ssmc.cli.compress import compress
+from ssmc.cli.eval import evaluate
+from ssmc.cli.export import export
+from ssmc.cli.generate import generate
+from ssmc.cli.inspect import inspect
+from ssmc.cli.options import GENERAL, Quiet, Verbose
+from ssmc.cli.terminal import Terminal
 from ssmc.runtime.errors import OutputError, SsmcError
-
-from .bench import bench
-from .compress import compress
-from .eval import evaluate
-from .export import export
-from .generate import generate
-from .inspect import inspect
-from .options import GENERAL, Quiet, Verbose
-from .terminal import Terminal
 
 EPILOG = """\
 **Examples**

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from .options import (
+from ssmc.cli.options import (
     MODELS,
     OUTPUT,
     QUALITY,
@@ -28,7 +28,7 @@ from .options import (
     tokenizer_option,
     words,
 )
-from .terminal import COLOURS, Terminal, table
+from ssmc.cli.terminal import COLOURS, Terminal, table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import (
+from ssmc.cli.options import (
     CALIBRATION,
     METHOD,
     OUTPUT,
@@ -27,7 +27,7 @@ from .options import (
     complete_score,
     tokenizer_option,
 )
-from .terminal import Terminal, size, table
+from ssmc.cli.terminal import Terminal, size, table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from .options import (
+from ssmc.cli.options import (
     MODELS,
     OUTPUT,
     QUALITY,
@@ -26,7 +26,7 @@ from .options import (
     tokenizer_option,
     words,
 )
-from .terminal import COLOURS, Terminal, table
+from ssmc.cli.terminal import COLOURS, Terminal, table
 
 if TYPE_CHECKING:
     from ssmc.runtime.evaluation import EvalReport, Score

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import (
+from ssmc.cli.options import (
     OUTPUT,
     CompressedDirectory,
     Dtype,
@@ -21,7 +21,7 @@ from .options import (
     Quiet,
     Verbose,
 )
-from .terminal import Terminal, size, table
+from ssmc.cli.terminal import Terminal, size, table
 
 if TYPE_CHECKING:
     from ssmc.exporters import ExportResult

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmc.runtime.errors import UsageError
-
-from .options import (
+from ssmc.cli.options import (
     GENERAL,
     Device,
     Dtype,
@@ -21,10 +19,11 @@ from .options import (
     quiet_option,
     tokenizer_option,
 )
-from .terminal import Terminal
+from ssmc.cli.terminal import Terminal
+from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from ssmc.runtime.generation import Generation, LoadedSession
+    from ssmc.runtime.models.generation import Generation, LoadedSession
 
 CHOICE, SPEED = "How tokens are chosen", "Speed"
 QuietText = Annotated[bool, quiet_option("Print only the text that is written, not even the prompt.")]
@@ -109,7 +108,7 @@ def generate(
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-k and --top-p, or it.")
     import torch
 
-    from ssmc.runtime.generation import Generation, Sampling, open_session, warm_up
+    from ssmc.runtime.models.generation import Generation, Sampling, open_session, warm_up
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     terminal.hush_libraries()

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compress import MODEL_HELP
-from .options import OUTPUT, Quiet, Verbose, complete_model
-from .terminal import Terminal, size, table
+from ssmc.cli.compress import MODEL_HELP
+from ssmc.cli.options import OUTPUT, Quiet, Verbose, complete_model
+from ssmc.cli.terminal import Terminal, size, table
 
 if TYPE_CHECKING:
     from ssmc.compressor.families import Prospect
     from ssmc.exporters import Runtime
-    from ssmc.runtime.inspection import Inspection
+    from ssmc.runtime.models.inspection import Inspection
 
 
 def inspect(
@@ -44,9 +44,9 @@ def inspect(
 
     from ssmc.compressor.families import limits, prospects
     from ssmc.exporters import missing_formats, runs_where
-    from ssmc.runtime.checkpoints import load_checkpoint
     from ssmc.runtime.errors import OutputError
-    from ssmc.runtime.inspection import inspect as run
+    from ssmc.runtime.models.checkpoints import load_checkpoint
+    from ssmc.runtime.models.inspection import inspect as run
 
     terminal.hush_libraries()
     if json_file is not None and json_file.exists() and not force:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .terminal import Terminal
+from ssmc.cli.terminal import Terminal
 
 # The words are spelled out here and not taken from where they mean something, because that would import torch before
-# the shell gets its completion; tests/test_cli.py compares them.
+# the shell gets its completion; tests/cli/test_cli.py compares them.
 PATTERNS = ("column", "channel", "layer", "unstructured", "ssm-module", "2:4", "4:8")  # and any other N:M
 COMBINABLE = ("layer", "column", "channel")
 SCORES = (

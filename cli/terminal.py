@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from .progress import Bar
+from ssmc.cli.progress import Bar
 
 COLOURS = {"better": "green", "worse": "red"}  # of a comparison with the dense model
 

@@ -4,18 +4,18 @@
 on them.
 """
 
-from .compress import CompressResult, compress
-from .config import CompressConfig, FfnScore, Weighting, configure
-from .counts import Kept, kept, kept_channels, kept_states
-from .module import CompressedModule, MixerResult, compress_module
-from .modules import ModuleResult, prune_modules
-from .patterns import Score
-from .pipeline import LayerResult, collect, propagate, prune_layers
-from .recipe import read_recipe
-from .refinement import Refinement, refine
-from .repair import Repair, eliminate, evaluate
-from .shedder import Removal, choose_removals, shed
-from .target import Target, split_target
+from ssmc.compressor.compress import CompressResult, compress
+from ssmc.compressor.counts import Kept, kept, kept_channels, kept_states
+from ssmc.compressor.methods.layers import Removal, choose_removals, shed
+from ssmc.compressor.methods.refine import Refinement, refine
+from ssmc.compressor.methods.states.elimination import Repair, eliminate, evaluate
+from ssmc.compressor.methods.weights.projections import ModuleResult, prune_modules
+from ssmc.compressor.options.config import CompressConfig, FfnScore, Weighting, configure
+from ssmc.compressor.options.goal import Target, split_target
+from ssmc.compressor.options.patterns import Score
+from ssmc.compressor.options.recipe import read_recipe
+from ssmc.compressor.pipeline import LayerResult, collect, propagate, prune_layers
+from ssmc.compressor.torch_module.compress_module import CompressedModule, MixerResult, compress_module
 
 __all__ = [
     "CompressConfig",

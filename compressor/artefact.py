@@ -7,18 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssmc.runtime.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from ssmc.compressor.calibration.draw import Calibration
+from ssmc.compressor.methods.layers import Removal
+from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.recipe import write_recipe
+from ssmc.compressor.pipeline import LayerResult
+from ssmc.compressor.prune import Pruned
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import MANIFEST, file_records, write_manifest
-from ssmc.runtime.tokenizers import copy_tokenizer
+from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
+from ssmc.runtime.models.tokenizers import copy_tokenizer
 from ssmc.runtime.versions import versions
-
-from .calibration import Calibration
-from .config import CompressConfig
-from .pipeline import LayerResult
-from .prune import Pruned
-from .recipe import write_recipe
-from .shedder import Removal
 
 
 def write_artefact(

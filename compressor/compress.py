@@ -10,30 +10,29 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint
+from ssmc.compressor.artefact import write_artefact
+from ssmc.compressor.calibration.draw import Calibration, draw_samples
+from ssmc.compressor.calibration.split import HELD_OUT, Samples
+from ssmc.compressor.counts import kept
+from ssmc.compressor.families import able_parts, check_family
+from ssmc.compressor.methods.layers import Removal
+from ssmc.compressor.notes import notes_for
+from ssmc.compressor.options.config import CompressConfig, configure
+from ssmc.compressor.options.goal import Target, split_target
+from ssmc.compressor.pipeline import LayerResult
+from ssmc.compressor.prune import prune
+from ssmc.compressor.search.carry_out import meet
+from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.fast import use_fast_scan
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.text import read_texts
 from ssmc.runtime.tiny import calibration_path
-from ssmc.runtime.tokenizers import load_tokenizer, tokenizer_directory
-
-from .artefact import write_artefact
-from .calibration import Calibration, draw_samples
-from .config import CompressConfig, configure
-from .counts import kept
-from .families import able_parts, check_family
-from .meet import meet
-from .module import CompressedModule, compress_module
-from .notes import notes_for
-from .pipeline import LayerResult
-from .prune import prune
-from .samples import HELD_OUT, Samples
-from .shedder import Removal
-from .target import Target, split_target
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssmc.runtime.architectures import Dimensions
+from ssmc.compressor.methods.weights.masks import check_groups
+from ssmc.compressor.options.config import POWER_OF_TWO, SSM, CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, Score
 from ssmc.runtime.errors import UsageError
-
-from .config import POWER_OF_TWO, SSM, CompressConfig
-from .masks import check_groups
-from .patterns import CHANNEL, COLUMN, Score
+from ssmc.runtime.models.families import Dimensions
 
 LARGEST_REPAIRABLE = 64  # states; the normal matrix has N^4 numbers
 MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first

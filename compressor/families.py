@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ssmc.runtime.architectures import Dimensions
-from ssmc.runtime.checkpoints import Checkpoint, parameter_counter
+from ssmc.compressor.counts import widths_of_heads
+from ssmc.compressor.options.config import SSM, CompressConfig
+from ssmc.compressor.options.patterns import (
+    CHANNEL,
+    COLUMN,
+    LAYER,
+    PATTERNS,
+    SSM_MODULE,
+    UNSTRUCTURED,
+    Score,
+    scores_of,
+)
 from ssmc.runtime.errors import UsageError
-
-from .config import SSM, CompressConfig
-from .counts import widths_of_heads
-from .patterns import CHANNEL, COLUMN, LAYER, PATTERNS, SSM_MODULE, UNSTRUCTURED, Score, scores_of
+from ssmc.runtime.models.checkpoints import Checkpoint, parameter_counter
+from ssmc.runtime.models.families import Dimensions
 
 _TARGETS = "--target-latency, --target-params, --max-ppl-increase"
 _PLACED = "which blocks are of which kind follows from their number, so none can go"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssmc.runtime.architectures import Architecture, Dimensions
-from ssmc.runtime.checkpoints import EMBEDDED
-
-from .calibration import Calibration
-from .config import FFN, SSM, CompressConfig
-from .counts import Kept, default_multiple
-from .patterns import CHANNEL, COLUMN, SSM_MODULE
+from ssmc.compressor.calibration.draw import Calibration
+from ssmc.compressor.counts import Kept, default_multiple
+from ssmc.compressor.options.config import FFN, SSM, CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, SSM_MODULE
+from ssmc.runtime.models.checkpoints import EMBEDDED
+from ssmc.runtime.models.families import Architecture, Dimensions
 
 FIT_TOKENS_PER_CHANNEL = 8
 """Calibration tokens below which a fit is worth a warning: half of the channels of `tiny` gone, its perplexity is 57

@@ -9,24 +9,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ssmc.runtime.architectures import Architecture, Dimensions
+from ssmc.compressor.calibration.placement import HOST, Stage, ahead, device_of, put, samples, settle
+from ssmc.compressor.counts import Kept, kept
+from ssmc.compressor.methods.channels.prune import Fitted, fit_out_proj, prune_channels
+from ssmc.compressor.methods.refine import Refinement, check_samples, refine, stepped_on
+from ssmc.compressor.methods.states.contributions import Loss, loss_of
+from ssmc.compressor.methods.states.elimination import evaluate
+from ssmc.compressor.methods.states.normed import remove_states
+from ssmc.compressor.methods.states.readers import fit_readers
+from ssmc.compressor.methods.states.scores import (
+    Layer,
+    choose_states,
+    layer_seed,
+    prune_entries,
+    prune_heads,
+    statistics_for,
+)
+from ssmc.compressor.methods.states.statistics import STRETCH, Chunk, Statistic
+from ssmc.compressor.methods.weights.masks import Target
+from ssmc.compressor.methods.weights.projections import ModuleResult, module_targets, prune_linears, prune_modules
+from ssmc.compressor.options.config import SSM, CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN
+from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator, scan_moments, scan_states
-
-from .config import SSM, CompressConfig
-from .contributions import Loss, loss_of
-from .counts import Kept, kept
-from .masks import Target
-from .modules import ModuleResult, module_targets, prune_linears, prune_modules
-from .norms import remove_states
-from .patterns import CHANNEL, COLUMN
-from .placement import HOST, Stage, ahead, device_of, put, samples, settle
-from .readers import fit_readers
-from .refinement import Refinement, check_samples, refine, stepped_on
-from .repair import evaluate
-from .scores import Layer, choose_states, layer_seed, prune_entries, prune_heads, statistics_for
-from .statistics import STRETCH, Chunk, Statistic
-from .widths import Fitted, fit_out_proj, prune_channels
 
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them

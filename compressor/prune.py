@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ssmc.runtime.architectures import Architecture
+from ssmc.compressor.calibration.placement import Stage
+from ssmc.compressor.methods.layers import Removal, choose_removals, shed
+from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import LAYER, SSM_MODULE
+from ssmc.compressor.pipeline import LayerResult, prune_layers
+from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import Progress, silent
-
-from .config import CompressConfig
-from .patterns import LAYER, SSM_MODULE
-from .pipeline import LayerResult, prune_layers
-from .placement import Stage
-from .shedder import Removal, choose_removals, shed
 
 
 @dataclass(frozen=True)

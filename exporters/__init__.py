@@ -1,10 +1,10 @@
 """Turn what `compress` wrote into checkpoints that others load, and prove that they compute the same."""
 
-from .export import FORMATS, ExportResult, export
-from .formats import missing_formats
-from .runs_where import Runtime, runs_where
-from .shrink import Shrunk, shrink
-from .verify import Comparison, compare
+from ssmc.exporters.export import FORMATS, ExportResult, export
+from ssmc.exporters.formats import missing_formats
+from ssmc.exporters.runs_where import Runtime, runs_where
+from ssmc.exporters.shrink import Shrunk, shrink
+from ssmc.exporters.verify import Comparison, compare
 
 __all__ = [
     "FORMATS",

@@ -8,26 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssmc.runtime.architectures import Cut
-from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, parameter_count, tensor_bytes, write_checkpoint
-from ssmc.runtime.checkpoints.packed_format import pack_tensors
+from ssmc.exporters import sparse24
+from ssmc.exporters.formats import check_format
+from ssmc.exporters.runs_where import Runtime, runs_where
+from ssmc.exporters.shrink import Shrunk, shrink
+from ssmc.exporters.sparse24 import Half, Rounding, Sparse24Module
+from ssmc.exporters.verify import Comparison, compare, cut_epsilons, sample_tokens
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import MANIFEST, file_records, read_manifest, require_keys, write_manifest
+from ssmc.runtime.models.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    parameter_count,
+    tensor_bytes,
+    write_checkpoint,
+)
+from ssmc.runtime.models.checkpoints.packed_format import pack_tensors
+from ssmc.runtime.models.families import Cut
+from ssmc.runtime.models.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
-from ssmc.runtime.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
-
-from . import sparse24
-from .formats import check_format
-from .runs_where import Runtime, runs_where
-from .shrink import Shrunk, shrink
-from .sparse24 import Half, Rounding, Sparse24Module
-from .verify import Comparison, compare, cut_epsilons, sample_tokens
 
 if TYPE_CHECKING:
-    from .onnx import OnnxReport
+    from ssmc.exporters.onnx import OnnxReport
 
 CHECKPOINTS = {"safetensors": "transformers", "mamba-ssm": "mamba-ssm", sparse24.FORMAT: "transformers"}
 """Export format, as the user names it -> checkpoint format, as `write_checkpoint` names it."""
@@ -147,7 +152,7 @@ def _export_onnx(
     if packed:
         raise UsageError(f"packed is an option of the format {sparse24.FORMAT}.")
     try:
-        from .onnx import OnnxOptions, export_onnx, runs_where
+        from ssmc.exporters.onnx import OnnxOptions, export_onnx, runs_where
     except ImportError as error:
         raise UsageError(f"The format {ONNX} needs {error.name}: pip install 'ssmc[onnx]'.") from error
     chosen = OnnxOptions(**{name: value for name, value in options.items() if value is not None})

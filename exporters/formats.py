@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from ssmc.exporters.sparse24 import FORMAT as SPARSE24
 from ssmc.runtime.errors import UsageError
-
-from .sparse24 import FORMAT as SPARSE24
 
 _OF_MAMBA = ("mamba", "mamba2")  # families with a layout of mamba_ssm's own; their graphs are `onnx.graph.LAYERS`
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssmc.runtime.architectures import Dimensions
+from ssmc.runtime.models.families import Dimensions
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmc.runtime.architectures import Architecture, Cut
-from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.families import Architecture, Cut
 
 
 @dataclass(frozen=True)

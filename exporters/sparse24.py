@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from ssmc.runtime.checkpoints import Checkpoint
+from ssmc.exporters.runs_where import Runtime
+from ssmc.exporters.shrink import Shrunk
+from ssmc.exporters.verify import Comparison, compare
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError
-from ssmc.runtime.fast import use_fast_scan
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.sparse24 import HALF, backends_for, is_24, obstacle
-
-from .runs_where import Runtime
-from .shrink import Shrunk
-from .verify import Comparison, compare
 
 FORMAT, PACKED = "sparse24", "sparse24-packed"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 BATCH, LENGTH = 2, 96
 NOISE_MARGIN = 10  # how often the model's own rounding noise two equal models may differ

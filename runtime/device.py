@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import UsageError
+from ssmc.runtime.errors import UsageError
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OutputError
+from ssmc.runtime.errors import OutputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, UsageError
-from .files import sha256
+from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.files import sha256
 
 MANIFEST = "ssmc.json"
 SCHEMA = 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import CalibrationError
+from ssmc.runtime.errors import CalibrationError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 

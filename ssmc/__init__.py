@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ssmc.compressor import compress as compress
     from ssmc.exporters import export as export
     from ssmc.runtime.bench import benchmark as benchmark
-    from ssmc.runtime.generation import generate as generate
-    from ssmc.runtime.generation import open_session as open_session
+    from ssmc.runtime.models.generation import generate as generate
+    from ssmc.runtime.models.generation import open_session as open_session
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
@@ -35,8 +35,8 @@ _HOMES = {
     "benchmark": "ssmc.runtime.bench",
     "compress": "ssmc.compressor",
     "export": "ssmc.exporters",
-    "generate": "ssmc.runtime.generation",
-    "open_session": "ssmc.runtime.generation",
+    "generate": "ssmc.runtime.models.generation",
+    "open_session": "ssmc.runtime.models.generation",
 }
 
 
@@ -56,9 +56,9 @@ def load(
     Raises:
         CheckpointError: there is no model, it is not a Mamba, or its tokenizer is missing.
     """
-    from ssmc.runtime.checkpoints import load_checkpoint
-    from ssmc.runtime.fast import use_fast_scan
-    from ssmc.runtime.tokenizers import load_tokenizer
+    from ssmc.runtime.models.checkpoints import load_checkpoint
+    from ssmc.runtime.models.fast import use_fast_scan
+    from ssmc.runtime.models.tokenizers import load_tokenizer
 
     checkpoint = load_checkpoint(source, dtype=dtype)
     model = use_fast_scan(checkpoint.model) if fast else checkpoint.model

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from ssmc.runtime.checkpoints import load_checkpoint
+from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.text import read_texts
 from ssmc.runtime.tiny import heldout_path
-
-from .models import random_model, save_mamba_ssm, save_transformers
+from tests.support.models import random_model, save_mamba_ssm, save_transformers
 
 
 @pytest.fixture(scope="session")

@@ -9,25 +9,24 @@ from typing import Any
 
 import torch
 
-from ssmc.runtime.checkpoints import Checkpoint, load_checkpoint, parameter_count
+from ssmc.exporters.onnx.graph import DTYPES, LAYERS, LOGITS, Settings, build, require_family
+from ssmc.exporters.onnx.quality import Quality, measure
+from ssmc.exporters.onnx.quantize import quantize_int8
+from ssmc.exporters.onnx.running import open_written
+from ssmc.exporters.onnx.verify import Way, differences, prove
+from ssmc.exporters.onnx.write import DATA, metadata, write_companions, write_graph
+from ssmc.exporters.runs_where import Runtime
+from ssmc.exporters.shrink import Shrunk, shrink
+from ssmc.exporters.verify import Comparison, cut_epsilons, sample_tokens
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space
 from ssmc.runtime.manifest import MANIFEST, file_records, read_manifest, require_keys, write_manifest
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, parameter_count
+from ssmc.runtime.models.tokenizers import TOKENIZER_JSON, load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import Progress
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
-from ssmc.runtime.tokenizers import TOKENIZER_JSON, load_tokenizer, tokenizer_directory
 from ssmc.runtime.versions import versions
-
-from ..runs_where import Runtime
-from ..shrink import Shrunk, shrink
-from ..verify import Comparison, cut_epsilons, sample_tokens
-from .graph import DTYPES, LAYERS, LOGITS, Settings, build, require_family
-from .quality import Quality, measure
-from .quantize import quantize_int8
-from .running import open_written
-from .verify import Way, differences, prove
-from .write import DATA, metadata, write_companions, write_graph
 
 FORMAT = "onnx"
 QUANTIZE = ("int8",)

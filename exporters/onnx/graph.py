@@ -14,13 +14,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
+from ssmc.exporters.onnx import mamba, mamba2
+from ssmc.exporters.onnx.padding import Tokens, chosen_rows, real_first
+from ssmc.exporters.onnx.parts import Layer
+from ssmc.exporters.onnx.ssd import MICROSOFT
+from ssmc.exporters.onnx.weights import Weights
 from ssmc.runtime.errors import CheckpointError
-
-from . import mamba, mamba2
-from .padding import Tokens, chosen_rows, real_first
-from .parts import Layer
-from .ssd import MICROSOFT
-from .weights import Weights
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it

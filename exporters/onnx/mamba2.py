@@ -1,4 +1,4 @@
-"""One layer of Mamba-2 in an ONNX graph: the same steps as `runtime/architectures/mamba2.py` takes in torch.
+"""One layer of Mamba-2 in an ONNX graph: the same steps as `runtime/models/families/mamba2.py` takes in torch.
 
 Time comes first, (L, B, ...), until the scan; the SSM state lies as (B, H, N, P), a matrix for each head, because that
 is what products of matrices and onnxruntime's LinearAttention read.
@@ -14,9 +14,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from . import ssd
-from .parts import Layer, convolve, convolve_one, one_or_many, silu
-from .ssd import Heads, Inputs
+from ssmc.exporters.onnx import ssd
+from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu
+from ssmc.exporters.onnx.ssd import Heads, Inputs
 
 TARGETS = ("portable", "ort")  # ort: LinearAttention decodes
 

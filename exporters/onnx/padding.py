@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from ssmc.runtime.generation.onnx_logits import BATCH, CHOSEN_ROWS, PLACE, ROW
+from ssmc.runtime.models.generation.onnx_logits import BATCH, CHOSEN_ROWS, PLACE, ROW
 
 
 @dataclass(frozen=True)

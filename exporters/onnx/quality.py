@@ -10,12 +10,11 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 
+from ssmc.exporters.onnx.running import fresh_states, open_written, run
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.fast import use_fast_scan
-from ssmc.runtime.perplexity import mean_and_stderr, split_windows
+from ssmc.runtime.measure.perplexity import mean_and_stderr, split_windows
+from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import Progress
-
-from .running import fresh_states, open_written, run
 
 WINDOW, MAX_WINDOWS = 512, 16
 MOST_LOST = 0.5  # nats a token: a graph that loses more is broken, not rounded

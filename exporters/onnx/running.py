@@ -1,4 +1,4 @@
-"""Run a graph that was just written, with plain arrays; `ssmc.runtime.generation` has the sessions for users."""
+"""Run a graph that was just written, with plain arrays; `ssmc.runtime.models.generation` has the sessions for users."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from ssmc.exporters.onnx.write import GRAPH
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.generation.onnx_graph import reason
-from ssmc.runtime.generation.onnx_logits import give_all_logits
-
-from .write import GRAPH
+from ssmc.runtime.models.generation.onnx_graph import reason
+from ssmc.runtime.models.generation.onnx_logits import give_all_logits
 
 PROVIDERS = ("CPUExecutionProvider",)
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -11,11 +11,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from ssmc.exporters.onnx.running import fresh_states, run
+from ssmc.exporters.verify import FLOOR, NOISE_MARGIN, Comparison
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.fast import use_fast_scan, use_stock_scan
-
-from ..verify import FLOOR, NOISE_MARGIN, Comparison
-from .running import fresh_states, run
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 DECODED = 64  # tokens given one by one
 PIECES = (1, 2, 3)  # lengths of the first pieces of a split prompt, shorter than a convolution; then the rest

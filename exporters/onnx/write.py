@@ -10,9 +10,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from ssmc.runtime.checkpoints import Checkpoint
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.tokenizers import copy_tokenizer, tokenizer_directory
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.tokenizers import copy_tokenizer, tokenizer_directory
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 KEY = "ssmc."  # of our metadata in a graph

@@ -6,11 +6,11 @@ summary_rows(report)            # the overview as formatted rows, for a terminal
 findings(report)                # the outcome in sentences
 """
 
-from .benchmark import benchmark
-from .latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
-from .report import Measurement, Model, Report, check_output
-from .summary import Row, findings, summary_rows
-from .timing import Ratio
+from ssmc.runtime.bench.benchmark import benchmark
+from ssmc.runtime.bench.report import Measurement, Model, Report, check_output
+from ssmc.runtime.bench.summary import Row, findings, summary_rows
+from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
+from ssmc.runtime.measure.timing import Ratio
 
 __all__ = [
     "LatencyTable",

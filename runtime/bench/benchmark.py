@@ -9,20 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..device import choose_device, choose_dtype
-from ..fast import use_fast_scan
-from ..manifest import RUNTIMES
-from ..perplexity import Perplexity, excess_loss
-from ..progress import Progress, silent
-from ..sparse24 import Sparse24Report, use_sparse24
-from .conditions import Conditions, busy_note, conditions, load_average
-from .graphs import measure_graphs
-from .memory import Memory, MemoryProcessError, MemoryTask, measure_memory
-from .parts import measure_parts
-from .quality import read_tokens, require_same_tokens, score, shortened_note
-from .report import Model, Report, WeightFiles
-from .settings import Settings
-from .sources import (
+from ssmc.runtime.bench.graphs import measure_graphs
+from ssmc.runtime.bench.parts import measure_parts
+from ssmc.runtime.bench.quality import read_tokens, require_same_tokens, score, shortened_note
+from ssmc.runtime.bench.report import Model, Report, WeightFiles
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import (
     Subject,
     compute_dtype,
     dtypes_note,
@@ -34,8 +26,16 @@ from .sources import (
     stored_dtype,
     weight_bytes,
 )
-from .speed import measure_speed
-from .throughput import UNLIMITED, measure_throughput
+from ssmc.runtime.bench.speed import measure_speed
+from ssmc.runtime.bench.throughput import UNLIMITED, measure_throughput
+from ssmc.runtime.device import choose_device, choose_dtype
+from ssmc.runtime.manifest import RUNTIMES
+from ssmc.runtime.measure.conditions import Conditions, busy_note, conditions, load_average
+from ssmc.runtime.measure.memory import Memory, MemoryProcessError, MemoryTask, measure_memory
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.sparse24 import Sparse24Report, use_sparse24
 
 
 def benchmark(

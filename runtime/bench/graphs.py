@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..progress import Progress, silent
-from ..sparse24.cuda import first_line
-from .report import Measurement
-from .settings import Settings
-from .sources import Subject
-from .timing import interleave, paired_ratio
-from .workloads import Decoding, decoding
+from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import Subject
+from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.measure.workloads import Decoding, decoding
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.sparse24.cuda import first_line
 
 KIND = "graph"
 WARM_UPS = 3

@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from . import summary, tradeoff
-from .plots import plots
-from .report import SCHEMA, Model, Report
-from .summary import Row
+from ssmc.runtime.bench import summary, tradeoff
+from ssmc.runtime.bench.plots import plots
+from ssmc.runtime.bench.report import SCHEMA, Model, Report
+from ssmc.runtime.bench.summary import Row
 
 
 @dataclass(frozen=True)

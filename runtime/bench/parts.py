@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..architectures import Architecture
-from ..architectures.mamba import convolved
-from ..progress import Progress, silent
-from ..scan import accelerator
-from . import workloads
-from .report import Measurement
-from .settings import Settings
-from .sources import Subject
-from .timing import interleave, paired_ratio
+from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import Subject
+from ssmc.runtime.measure import workloads
+from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.models.families import Architecture
+from ssmc.runtime.models.families.mamba import convolved
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.scan import accelerator
 
 KIND = "part"
 SHARE = 0.1  # of the time budget for all of them

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from .report import Measurement, Report
-from .tradeoff import trade_offs
+from ssmc.runtime.bench.report import Measurement, Report
+from ssmc.runtime.bench.tradeoff import trade_offs
 
 # Matplotlib writes plain colours; these stand for the page's CSS variables and are replaced by them in the SVG.
 INK, GRID, PAPER = "#010101", "#020202", "#020203"

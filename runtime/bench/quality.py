@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import EMBEDDED as EMBEDDED_MODELS
-from ..checkpoints import Checkpoint
-from ..errors import CheckpointError, SsmcError
-from ..generation import OnnxExport, load_onnx_export
-from ..perplexity import Perplexity, perplexity, split_windows
-from ..progress import Progress, silent
-from ..text import read_texts, tokenize
-from ..tiny import heldout_path
-from ..tokenizers import load_tokenizer, tokenizer_directory
-from .report import TextInfo
-from .settings import Settings
-from .sources import Subject, label
+from ssmc.runtime.bench.report import TextInfo
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import Subject, label
+from ssmc.runtime.errors import CheckpointError, SsmcError
+from ssmc.runtime.measure.perplexity import Perplexity, perplexity, split_windows
+from ssmc.runtime.models.checkpoints import EMBEDDED as EMBEDDED_MODELS
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.generation import OnnxExport, load_onnx_export
+from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import heldout_path
 
 EMBEDDED = "embedded held-out stories"
 

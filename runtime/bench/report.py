@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..architectures import Dimensions
-from ..errors import OutputError
-from ..files import write_text
-from ..perplexity import ExcessLoss, Perplexity
-from ..sparse24 import Sparse24Report
-from .conditions import Conditions
-from .memory import Memory
-from .settings import Settings
-from .timing import Ratio, Timing
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.errors import OutputError
+from ssmc.runtime.files import write_text
+from ssmc.runtime.measure.conditions import Conditions
+from ssmc.runtime.measure.memory import Memory
+from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
+from ssmc.runtime.measure.timing import Ratio, Timing
+from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.sparse24 import Sparse24Report
 
 SCHEMA = "ssmc-bench/1"
 JSON_NAME, HTML_NAME = "bench.json", "bench.html"
@@ -145,7 +145,7 @@ class Report:
         Raises:
             OutputError: see `check_output`.
         """
-        from .html import render  # needs matplotlib and jinja2, which reading a report does not
+        from ssmc.runtime.bench.html import render  # needs matplotlib and jinja2, which reading a report does not
 
         directory = Path(directory).expanduser()
         check_output(directory)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UsageError
-from ..scan import check_backend
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.scan import check_backend
 
 
 @dataclass(frozen=True)

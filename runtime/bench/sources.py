@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import Checkpoint, load_checkpoint
-from ..checkpoints.packed_format import FILE as PACKED_FILE
-from ..checkpoints.reading import SINGLE_FILES, read_json
-from ..errors import CheckpointError, UsageError
-from ..generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
-from ..manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
-from ..progress import Progress, silent
+from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
+from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
+from ssmc.runtime.models.generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
+from ssmc.runtime.progress import Progress, silent
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..fast import use_fast_scan, use_stock_scan
-from ..progress import Progress, silent
-from . import workloads
-from .report import Measurement
-from .settings import Settings
-from .sources import Subject
-from .timing import interleave, paired_ratio
+from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import Subject
+from ssmc.runtime.measure import workloads
+from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.progress import Progress, silent
 
 STOCK_TOKENS = 256
 """Tokens of transformers' own loop over time steps at most: it takes seconds where ours takes milliseconds."""

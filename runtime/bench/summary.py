@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .memory import Memory
-from .report import Measurement, Model, Report
-from .timing import MIN_ROUNDS, Ratio, Timing
+from ssmc.runtime.bench.report import Measurement, Model, Report
+from ssmc.runtime.measure.memory import Memory
+from ssmc.runtime.measure.timing import MIN_ROUNDS, Ratio, Timing
 
 KINDS = {
     "prefill": "Prefill",

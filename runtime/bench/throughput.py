@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from ..progress import Progress, silent
-from .graphs import NotRecordable, record
-from .report import Measurement
-from .settings import Settings
-from .sources import Subject
-from .timing import Timing, interleave
-from .workloads import decoding
+from ssmc.runtime.bench.graphs import NotRecordable, record
+from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.settings import Settings
+from ssmc.runtime.bench.sources import Subject
+from ssmc.runtime.measure.timing import Timing, interleave
+from ssmc.runtime.measure.workloads import decoding
+from ssmc.runtime.progress import Progress, silent
 
 KIND = "throughput"
 UNLIMITED = 2**20  # sequences; more than any memory holds

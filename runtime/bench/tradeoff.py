@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .report import Measurement, Model, Report
-from .summary import MIN_WINDOWS, Row, workload_name
+from ssmc.runtime.bench.report import Measurement, Model, Report
+from ssmc.runtime.bench.summary import MIN_WINDOWS, Row, workload_name
 
 EQUAL = 0.05
 """Times that differ by less than this part are called equal, even where the clock could tell them apart."""

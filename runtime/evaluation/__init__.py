@@ -5,10 +5,10 @@ report.write("eval.json")
 report.rows()                   # one row per metric, for a table
 """
 
-from .evaluate import evaluate_models
-from .report import EvalReport, ModelResult, Score, TaskInfo, check_output, output_path
-from .settings import EvalSettings
-from .statistics import Difference
+from ssmc.runtime.evaluation.evaluate import evaluate_models
+from ssmc.runtime.evaluation.report import EvalReport, ModelResult, Score, TaskInfo, check_output, output_path
+from ssmc.runtime.evaluation.settings import EvalSettings
+from ssmc.runtime.evaluation.statistics import Difference
 
 __all__ = [
     "Difference",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError
+from ssmc.runtime.errors import CalibrationError
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,28 @@ from typing import Any
 
 import torch
 
-from ..bench.quality import score as perplexity_of
-from ..bench.quality import shortened_note
-from ..bench.report import TextInfo
-from ..bench.sources import Subject, compute_dtype, label, load_subjects, runnable
-from ..checkpoints import Checkpoint
-from ..device import choose_device, choose_dtype
-from ..errors import CalibrationError, SsmcError
-from ..fast import use_fast_scan
-from ..generation import OnnxExport
-from ..manifest import RUNTIMES
-from ..perplexity import Perplexity, excess_loss, split_windows
-from ..progress import Progress, silent
-from ..text import NAMED_DATASETS, read_texts, tokenize
-from ..tokenizers import load_tokenizer
-from ..versions import versions
-from .documents import find_file
-from .models import choose_sources
-from .report import EvalReport, ModelResult, Score, TaskInfo
-from .scoring import Measured, run_tasks
-from .settings import EvalSettings, task_names
-from .statistics import RESAMPLES, exp_mean, paired_difference, standard_error
-from .tasks import LoadedTask, load_tasks
+from ssmc.runtime.bench.quality import score as perplexity_of
+from ssmc.runtime.bench.quality import shortened_note
+from ssmc.runtime.bench.report import TextInfo
+from ssmc.runtime.bench.sources import Subject, compute_dtype, label, load_subjects, runnable
+from ssmc.runtime.device import choose_device, choose_dtype
+from ssmc.runtime.errors import CalibrationError, SsmcError
+from ssmc.runtime.evaluation.documents import find_file
+from ssmc.runtime.evaluation.models import choose_sources
+from ssmc.runtime.evaluation.report import EvalReport, ModelResult, Score, TaskInfo
+from ssmc.runtime.evaluation.scoring import Measured, run_tasks
+from ssmc.runtime.evaluation.settings import EvalSettings, task_names
+from ssmc.runtime.evaluation.statistics import RESAMPLES, exp_mean, paired_difference, standard_error
+from ssmc.runtime.evaluation.tasks import LoadedTask, load_tasks
+from ssmc.runtime.manifest import RUNTIMES
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, split_windows
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation import OnnxExport
+from ssmc.runtime.models.tokenizers import load_tokenizer
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.text import NAMED_DATASETS, read_texts, tokenize
+from ssmc.runtime.versions import versions
 
 DEFAULT_TEXT = "wikitext2"
 

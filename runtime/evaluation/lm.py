@@ -11,13 +11,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
-from ..errors import CalibrationError, CheckpointError, UsageError
-from ..generation import Generation, LoadedSession, Sampling
-from ..losses import IGNORED, best_batch, token_losses
-from ..progress import Progress, silent
+from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
+from ssmc.runtime.measure.losses import IGNORED, best_batch, token_losses
+from ssmc.runtime.models.generation import Generation, LoadedSession, Sampling
+from ssmc.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ..losses import LanguageModel
+    from ssmc.runtime.measure.losses import LanguageModel
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 2048

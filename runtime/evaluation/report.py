@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.report import TextInfo, finite
-from ..errors import OutputError
-from ..files import write_text
-from ..perplexity import ExcessLoss, Perplexity
-from .settings import EvalSettings
-from .statistics import Difference
+from ssmc.runtime.bench.report import TextInfo, finite
+from ssmc.runtime.errors import OutputError
+from ssmc.runtime.evaluation.settings import EvalSettings
+from ssmc.runtime.evaluation.statistics import Difference
+from ssmc.runtime.files import write_text
+from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
 
 SCHEMA = "ssmc-eval/1"
 JSON_NAME = "eval.json"
@@ -127,7 +127,7 @@ def output_path(models: Sequence[str | Path], out: str | Path | None = None) -> 
     if out is not None:
         out = Path(out).expanduser()
         return out / JSON_NAME if out.is_dir() else out
-    from .models import artefact_directory
+    from ssmc.runtime.evaluation.models import artefact_directory
 
     directory = artefact_directory(models)
     return (directory if directory is not None and directory.is_dir() else Path()) / JSON_NAME

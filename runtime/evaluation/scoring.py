@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoints import Checkpoint
-from ..generation import OnnxExport
-from ..progress import Progress, silent
-from .statistics import RESAMPLES, SLOW_RESAMPLES, Aggregate
-from .tasks import LoadedTask, quiet
+from ssmc.runtime.evaluation.statistics import RESAMPLES, SLOW_RESAMPLES, Aggregate
+from ssmc.runtime.evaluation.tasks import LoadedTask, quiet
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.generation import OnnxExport
+from ssmc.runtime.progress import Progress, silent
 
 _CORPUS_METRICS = ("bleu", "chrf", "chrf++", "ter")
 
@@ -74,7 +74,7 @@ def run_tasks(
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    from .lm import RecurrentLM
+    from ssmc.runtime.evaluation.lm import RecurrentLM
 
     lm = RecurrentLM(checkpoint.model, tokenizer, batch_size, name, progress)
     with quiet(), _seeded():

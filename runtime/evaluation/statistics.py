@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..perplexity import mean_and_stderr
+from ssmc.runtime.measure.perplexity import mean_and_stderr
 
 RESAMPLES = 1000
 """Bootstrap samples; a standard error from 1000 is itself off by about 2 %."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError, UsageError
-from ..progress import Progress, silent
-from .documents import LocalDocuments, read_documents, require_files
+from ssmc.runtime.errors import CalibrationError, UsageError
+from ssmc.runtime.evaluation.documents import LocalDocuments, read_documents, require_files
+from ssmc.runtime.progress import Progress, silent
 
 EXTRA = "pip install 'ssmc[eval]'"
 

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import torch
 
-from ..errors import UsageError
-from . import reference, ssd
-from .accelerators import accelerates, accelerator
-from .inputs import ScanInputs, SsdInputs
-from .moments import Moments, moments_of_states, quartic_moment, sum_of_squares
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.scan import reference, ssd
+from ssmc.runtime.scan.accelerators import accelerates, accelerator
+from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
+from ssmc.runtime.scan.moments import Moments, moments_of_states, quartic_moment, sum_of_squares
 
 __all__ = [
     "BACKENDS",

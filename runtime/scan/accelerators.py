@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from ..errors import UsageError
+from ssmc.runtime.errors import UsageError
 
 TRITON, MAMBA_SSM = "triton", "mamba-ssm"
 _MODULES = {TRITON: ".gpu", MAMBA_SSM: ".mamba_ssm_scan"}

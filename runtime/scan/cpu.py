@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .inputs import ScanInputs
-from .kernels import F32, LOG2_E, dot, exp2, flat, inline, jit, run, silu, whole
+from ssmc.runtime.scan.inputs import ScanInputs
+from ssmc.runtime.scan.kernels import F32, LOG2_E, dot, exp2, flat, inline, jit, run, silu, whole
 
 LANES = np.uint64(32)  # channels per block. Unsigned: numba's negative-index handling would prevent vectorising
 TILE = 32  # tokens staged at once

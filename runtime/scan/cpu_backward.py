@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .cpu import LANES, TILE, _arguments, _load_block, _run, _scan
-from .inputs import ScanInputs
-from .kernels import F32, LOG2_E, exp2, fast_sum, inline, jit, whole
+from ssmc.runtime.scan.cpu import LANES, TILE, _arguments, _load_block, _run, _scan
+from ssmc.runtime.scan.inputs import ScanInputs
+from ssmc.runtime.scan.kernels import F32, LOG2_E, exp2, fast_sum, inline, jit, whole
 
 GROUP = 4  # blocks of channels that add to the same sums of dB and dC
 

@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
-from .inputs import ScanInputs
-from .moments import Moments
+from ssmc.runtime.scan.inputs import ScanInputs
+from ssmc.runtime.scan.moments import Moments
 
 __all__ = ["kernels", "scan_moments", "scan_states", "selective_scan"]
 
@@ -32,14 +32,14 @@ def kernels() -> tuple[Callable, Callable]:
 
 def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None) -> Moments:
     """Sums over all states, which mamba_ssm has no kernel for: as `gpu.scan_moments`."""
-    from . import gpu
+    from ssmc.runtime.scan import gpu
 
     return gpu.scan_moments(inputs, state)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.Tensor:
     """All hidden states, which mamba_ssm has no kernel for: as `gpu.scan_states`."""
-    from . import gpu
+    from ssmc.runtime.scan import gpu
 
     return gpu.scan_states(inputs, state)
 
@@ -60,7 +60,7 @@ def selective_scan(
         y, final = scan(u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=fused, return_last_state=True)
         return y.transpose(1, 2).to(inputs.u.dtype), final
     if inputs.length > 1:
-        from . import gpu
+        from ssmc.runtime.scan import gpu
 
         return gpu.selective_scan(inputs, state)
     after = state.float().contiguous()

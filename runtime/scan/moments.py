@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from . import reference
-from .inputs import ScanInputs
+from ssmc.runtime.scan import reference
+from ssmc.runtime.scan.inputs import ScanInputs
 
 STRETCH = 64
 """Tokens whose states exist at once, where they exist."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .inputs import ScanInputs
+from ssmc.runtime.scan.inputs import ScanInputs
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from .inputs import SsdInputs
+from ssmc.runtime.scan.inputs import SsdInputs
 
 CHUNK = 64  # tokens: the (T, T) matrices of all heads stay in a core's cache
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .inputs import SsdInputs
-from .kernels import F32, LOG2_E, exp2, fast_sum, flat, jit, run, whole
+from ssmc.runtime.scan.inputs import SsdInputs
+from ssmc.runtime.scan.kernels import F32, LOG2_E, exp2, fast_sum, flat, jit, run, whole
 
 TILE = 16  # tokens whose B and C stay in L1 while all channels of a head pass over them
 

@@ -5,9 +5,9 @@ backends_for       the backends that take a shape
 use_sparse24       run the 2:4 modules of a model on sparse tensor cores where that is faster
 """
 
-from .backends import HALF, TILES, backends_for, obstacle
-from .packing import Packed24, is_24, pack24, unpack24
-from .use import ModuleReport, Sparse24Linear, Sparse24Report, use_sparse24
+from ssmc.runtime.sparse24.backends import HALF, TILES, backends_for, obstacle
+from ssmc.runtime.sparse24.packing import Packed24, is_24, pack24, unpack24
+from ssmc.runtime.sparse24.use import ModuleReport, Sparse24Linear, Sparse24Report, use_sparse24
 
 __all__ = [
     "HALF",

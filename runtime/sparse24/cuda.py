@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.sparse import SparseSemiStructuredTensor
 
-from .backends import HALF, backends_for
+from ssmc.runtime.sparse24.backends import HALF, backends_for
 
 FIRST_CAPABILITY = (8, 0)  # Ampere
 

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..architectures import architecture_for
-from ..errors import UsageError
-from ..progress import Progress, silent
-from .backends import obstacle
-from .cuda import first_line, to_sparse, why_dense
-from .packing import is_24
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.sparse24.backends import obstacle
+from ssmc.runtime.sparse24.cuda import first_line, to_sparse, why_dense
+from ssmc.runtime.sparse24.packing import is_24
 
 if TYPE_CHECKING:
-    from ..bench.timing import Ratio, Timing
+    from ssmc.runtime.measure.timing import Ratio, Timing
 
 DENSE = "dense"
 LARGEST_ERROR = 0.02  # relative, of a sparse product in half precision; bf16 rounding alone is below 0.01
@@ -190,7 +190,7 @@ def compare(
         rounds: at most.
         refused: backend -> why it is no candidate.
     """
-    from ..bench.timing import interleave  # the package of which imports this one
+    from ssmc.runtime.measure.timing import interleave  # the package of which imports this one
 
     refused, wanted = dict(refused or {}), module(x)
     ways: dict[str, Callable[[], Any]] = {DENSE: lambda: module(x)}
@@ -212,7 +212,7 @@ def choose(name: str, shape: tuple[int, ...], timings: Mapping[str, Timing]) -> 
         shape: (out, in).
         timings: DENSE and every sparse backend, interleaved.
     """
-    from ..bench.timing import paired_ratio
+    from ssmc.runtime.measure.timing import paired_ratio
 
     dense = timings[DENSE]
     ratios = {backend: paired_ratio(dense, timing) for backend, timing in timings.items() if backend != DENSE}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from triton import JITFunction
 
-from .. import reference
-from ..inputs import ScanInputs
-from ..moments import Moments
-from . import kernels, moments, prefill
-from .conv import causal_conv_silu
-from .decode import scan_token
-from .prefill import Plan, parts_of, plan_for
+from ssmc.runtime.scan import reference
+from ssmc.runtime.scan.gpu import kernels, moments, prefill
+from ssmc.runtime.scan.gpu.conv import causal_conv_silu
+from ssmc.runtime.scan.gpu.decode import scan_token
+from ssmc.runtime.scan.gpu.prefill import Plan, parts_of, plan_for
+from ssmc.runtime.scan.inputs import ScanInputs
+from ssmc.runtime.scan.moments import Moments
 
 __all__ = [
     "INTERPRETED",

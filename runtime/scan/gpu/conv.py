@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import kernels
-from .prefill import rows
+from ssmc.runtime.scan.gpu import kernels
+from ssmc.runtime.scan.gpu.prefill import rows
 
 BLOCK, TOKENS, WARPS = 128, 16, 4
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..inputs import ScanInputs
-from . import kernels
-from .prefill import parts_of, rows
+from ssmc.runtime.scan.gpu import kernels
+from ssmc.runtime.scan.gpu.prefill import parts_of, rows
+from ssmc.runtime.scan.inputs import ScanInputs
 
 BLOCK = 64  # channels of a program
 WARPS = 4

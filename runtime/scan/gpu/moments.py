@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..inputs import ScanInputs
-from ..moments import Moments, added, quartic_of_grams, stretches
-from . import kernels
-from .prefill import Plan, Scan, multiprocessors, plan_for, rows
+from ssmc.runtime.scan.gpu import kernels
+from ssmc.runtime.scan.gpu.prefill import Plan, Scan, multiprocessors, plan_for, rows
+from ssmc.runtime.scan.inputs import ScanInputs
+from ssmc.runtime.scan.moments import Moments, added, quartic_of_grams, stretches
 
 BLOCK, WARPS = 64, 4
 LONGEST_CHUNK = 256  # tokens whose squares one float32 sum takes in

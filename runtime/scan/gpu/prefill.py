@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..inputs import ScanInputs
-from . import kernels
+from ssmc.runtime.scan.gpu import kernels
+from ssmc.runtime.scan.inputs import ScanInputs
 
 LOG2_E = kernels.LOG2_E.value
 WARP = 32

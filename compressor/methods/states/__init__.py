@@ -1,0 +1,1 @@
+"""States: importance scores, streaming statistics, elimination with repair."""

@@ -1,0 +1,213 @@
+"""C rows of a Mamba-2 refitted to what the removed states contributed: gradient steps on a quadratic in C alone.
+
+The states h_t do not depend on C. Let F_t be the (N + H, D) matrix of all that is read out of a group at token t: the
+states of each channel and, for each head, the input u of its skip, all times the channels' gains. Reading with C' and
+D' instead of C and D changes what reaches out_proj by e_t' F_t with e_t = (C'_t - C_t, D' - D), and its square is
+e_t' S_t e_t with S_t = F_t F_t'. So once the S_t of some tokens are there, the rows of in_proj and the channels of
+conv1d that make C_t = silu(conv1d(W x_t)) can be fitted without running the scan again, to the dense layer and no
+labels. In a Mamba-1 C is linear in x and the same objective has a closed form (`repair`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.methods.states.statistics import Chunk, Statistic
+from ssmc.runtime.models.families import Architecture, Readers
+from ssmc.runtime.progress import Progress, silent
+
+MOST_BYTES = 256 << 20  # of the matrices S_t of a layer
+STEPS = 120
+BATCH = 32  # stretches of a step
+HELD_OUT = 8  # one stretch of so many is kept from the steps and judges them
+CHECKS = 12  # how often it does
+RATE = 0.02  # of a parameter's root mean square a step, at the highest point of the schedule
+WARM_UP = 0.1  # of the steps
+
+
+@dataclass
+class ReadoutGrams(Statistic):
+    """S_t of some stretches of time of every sample, token by token."""
+
+    heads: int  # of the group
+    every: int  # one stretch of so many is kept
+    kept: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by first token: (B, T, N + H, N + H) each
+    _seen: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the states of a few samples."""
+        if self._seen % self.every != self.every // 2:
+            return
+        gain = chunk.gain()[:, :, None, :]  # (B, T, 1, D)
+        skip = (chunk.inputs.u.float()[:, :, None, :] * gain).flatten(0, 1)  # (B T, 1, D)
+        own = torch.eye(self.heads, device=skip.device).repeat_interleave(skip.shape[2] // self.heads, dim=1)  # (H, D)
+        read = torch.cat([(chunk.after * gain).flatten(0, 1), skip * own], dim=1)  # (B T, N + H, D)
+        grams = (read @ read.transpose(1, 2)).unflatten(0, chunk.after.shape[:2])
+        self.kept.setdefault(chunk.start, []).append(grams)
+
+    def end_of_stretch(self) -> None:
+        """Every sample of this stretch of time has been added."""
+        self._seen += 1
+
+    def stretches(self) -> tuple[list[int], torch.Tensor]:
+        """First tokens, and S_t as (stretches x samples, T, N + H, N + H), those of a shorter last stretch left out."""
+        length = max(grams[0].shape[1] for grams in self.kept.values())
+        starts = [start for start, grams in self.kept.items() if grams[0].shape[1] == length]
+        return starts, torch.cat([grams for start in starts for grams in self.kept[start]])
+
+
+def stretches_apart(tokens: int, stretch: int, states: int, heads: int) -> int:
+    """Of how many stretches one is kept, so that the matrices S_t fit MOST_BYTES."""
+    fit = max(1, MOST_BYTES // (4 * (states + heads) ** 2))
+    return max(1, min(math.ceil(tokens / fit), max(1, tokens // stretch)))
+
+
+@dataclass(frozen=True)
+class ReaderFit:
+    """What fitting achieved: squared errors of the gated read-out on stretches held out, relative to its energy."""
+
+    error: float
+    error_before: float
+    skip_change: torch.Tensor  # (H,) to add to D
+
+
+@torch.enable_grad()
+def fit_readers(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    group: int,
+    statistic: ReadoutGrams,
+    kept: Sequence[int],
+    seed: int,
+    progress: Progress = silent,
+    label: str = "C rows",
+) -> ReaderFit:
+    """Fit the C rows of the states that stay, in place; never for the worse on the held-out stretches.
+
+    Args:
+        architecture: adapter of the model.
+        block: the layer, with all its states.
+        hidden: (nsamples, L, d_model) what it reads.
+        group: whose states they are.
+        statistic: filled on `hidden`.
+        kept: states of the group that stay.
+        seed: of the order of the stretches.
+        progress: told about steps.
+        label: what to call the work.
+    """
+    mixer = architecture.mixer(block)
+    starts, grams = statistic.stretches()
+    readers = architecture.readers(mixer, group)
+    task = _Task(_windows(architecture, block, hidden, starts, grams.shape[1], readers), grams, readers, kept)
+    index = torch.as_tensor(list(kept), device=grams.device)
+    tensors = [None if t is None else t[index] for t in vars(readers).values()]
+    parameters = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    skip = torch.zeros(statistic.heads, device=grams.device, requires_grad=True)
+    learnt = [p for p in parameters if p is not None] + [skip]
+    sizes = [_size(p) for p in learnt[:-1]] + [_size(mixer.D)]
+    optimiser = torch.optim.Adam([{"params": [p], "peak": RATE * s} for p, s in zip(learnt, sizes, strict=True)], lr=0)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(grams), generator=generator)
+    judges = order[: max(1, len(order) // HELD_OUT)]
+    rest = order[len(judges) :] if len(order) > 1 else order
+    before = lowest = task.error(judges, parameters, skip)
+    best = [p.detach().clone() for p in learnt]
+    for step in range(1, STEPS + 1):
+        progress(label, step - 1, STEPS)
+        for part in optimiser.param_groups:
+            part["lr"] = part["peak"] * _schedule(step)
+        rows = rest[torch.randperm(len(rest), generator=generator)[:BATCH]]
+        for p, gradient in zip(learnt, torch.autograd.grad(task.loss(rows, parameters, skip), learnt), strict=True):
+            p.grad = gradient
+        optimiser.step()
+        if step % (STEPS // CHECKS) == 0 and (now := task.error(judges, parameters, skip)) < lowest:
+            lowest, best = now, [p.detach().clone() for p in learnt]
+    progress(label, STEPS, STEPS)
+    with torch.no_grad():
+        for tensor, value in zip((t for t in vars(readers).values() if t is not None), best, strict=False):
+            tensor[index] = value.to(tensor)
+    return ReaderFit(lowest, before, best[-1])
+
+
+class _Task:
+    """Stretches of tokens: what in_proj reads, what C should be, and what a wrong C costs."""
+
+    def __init__(self, windows: torch.Tensor, grams: torch.Tensor, readers: Readers, kept: Sequence[int]):
+        self.windows, self.grams = windows, grams  # (S, T + d_conv - 1, d_model + 1), (S, T, N + H, N + H)
+        self.kept = torch.as_tensor(list(kept), device=grams.device)
+        with torch.no_grad():
+            C = self.read(slice(None), list(vars(readers).values()))  # (S, T, N)
+            self.wanted = F.pad(C, (0, grams.shape[2] - C.shape[2]))
+            self.energy = self._square(self.wanted, range(len(grams)))  # (S,)
+
+    def read(self, rows: torch.Tensor | slice, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """C of some stretches, (S, T, K): silu(conv1d(in_proj(x))), nothing before the first token."""
+        weight, in_bias, taps, bias = tensors
+        windows = self.windows[rows]
+        drive = windows[..., :-1] @ weight.float().t()  # (S, T + d_conv - 1, K)
+        if in_bias is not None:
+            drive = drive + windows[..., -1:] * in_bias.float()
+        length = self.grams.shape[1]
+        C = sum(taps[:, k].float() * drive[:, k : k + length] for k in range(taps.shape[1]))
+        return F.silu(C if bias is None else C + bias.float())
+
+    def loss(self, rows: torch.Tensor, tensors: Sequence[torch.Tensor | None], skip: torch.Tensor) -> torch.Tensor:
+        """The squared error of some stretches, relative to their energy."""
+        C = self.read(rows, tensors)
+        wrong = (-self.wanted[rows]).index_add(2, self.kept, C)  # C' - C, where C' of the removed states is 0
+        wrong = torch.cat([wrong[..., : -len(skip)], skip.expand(*wrong.shape[:2], -1)], dim=2)
+        energy = self.energy[rows].sum()
+        return self._square(wrong, rows.tolist()).sum() / energy if energy > 0 else 0 * wrong.sum()
+
+    @torch.no_grad()
+    def error(self, rows: torch.Tensor, tensors: Sequence[torch.Tensor | None], skip: torch.Tensor) -> float:
+        """The same as a number."""
+        return float(self.loss(rows, tensors, skip))
+
+    def _square(self, vectors: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """sum over the tokens of some stretches of e' S e, (S,), for e (S, T, N + H)."""
+        fixed = vectors.detach()
+        # one stretch after the other, as picking them out of all would copy more than is computed
+        products = torch.stack(
+            [(self.grams[row] @ e[..., None]).squeeze(-1) for row, e in zip(rows, fixed, strict=True)]
+        )
+        # S is symmetric, so the gradient is 2 S e: autograd need not multiply by S again
+        return (2 * vectors * products - fixed * products).sum((1, 2))
+
+
+@torch.no_grad()
+def _windows(
+    architecture: Architecture,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    starts: Sequence[int],
+    length: int,
+    readers: Readers,
+) -> torch.Tensor:
+    """What in_proj reads at every stretch and the d_conv - 1 tokens before it, with a last column of ones where there
+    is a token: (stretches x samples, T + d_conv - 1, d_model + 1)."""
+    before, device, windows = readers.taps.shape[1] - 1, device_of(block), []
+    for start in starts:
+        first = max(0, start - before)
+        normed = architecture.read_by_in_proj(block, hidden[:, first : start + length].to(device)).float()
+        normed = F.pad(normed, (0, 1), value=1.0)
+        windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))
+    return torch.cat(windows)
+
+
+def _size(parameter: torch.Tensor) -> float:
+    return float(parameter.detach().float().square().mean().sqrt())
+
+
+def _schedule(step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    warm = max(1, round(WARM_UP * STEPS))
+    return step / warm if step <= warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (STEPS - warm + 1)))

@@ -1,0 +1,1 @@
+"""Single weights: masks, SparseGPT, Wanda, magnitude, and Equation 7 of SparseSSM."""

@@ -1,0 +1,231 @@
+"""SparseGPT (Frantar & Alistarh 2023): prune a linear layer and let the weights that stay make up for those that go.
+
+Notation: W (out, in), H = sum x x' (in, in) over the calibration inputs x. The rows of W are independent problems with
+the same H. Columns are visited from left to right; a weight that goes is set to zero and the weights to its right take
+over its part by the Optimal Brain Surgeon step
+
+    W[:, j:] -= W[:, j] / F_jj * F[j, j:],    F upper triangular with F' F = H^-1,
+
+where row j of F is what OBS needs from the inverse of H restricted to the columns j, j + 1, ... Which weights go is
+decided a block of columns (or a group of N:M) at a time, by the loss W_ij^2 / F_jj^2 of the weights as they are then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ssmc.compressor.methods.weights.masks import NM, Target, check_groups, lowest_mask, nm_mask, pruned_count
+from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.runtime.errors import CalibrationError
+
+MOST_SPAN = 128  # columns whose mask is chosen together, at most: the paper's
+SPANS = 16  # into how many such spans the inputs are divided at least
+BLOCK = 128  # columns whose updates to the right are one matrix product: speed only
+DAMPING = 0.01  # added to the diagonal of H, times its mean
+_MOST_DAMPING = 100.0
+_LEAST_PIVOT = 1e-12  # of the mean diagonal; below it float64 has only rounding left
+
+
+@dataclass(frozen=True)
+class SparseGPTResult:
+    """A pruned weight and what the pruning costs."""
+
+    weight: torch.Tensor  # as given, in float32 (float64 if it came so); rounding to the stored type is the caller's
+    mask: torch.Tensor  # boolean, True where kept; the weight is zero elsewhere
+    error: float  # squared error of the layer's output over the calibration inputs, relative to its energy
+    damping: float  # what was really added to the diagonal of H, in units of its mean
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How masks are chosen: `decide` gets the losses (out, span) of the columns from `start` on, returns their mask."""
+
+    span: int
+    decide: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def sparsegpt(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    target: Target,
+    *,
+    span: int | None = None,
+    block: int = BLOCK,
+    damping: float = DAMPING,
+) -> SparseGPTResult:
+    """Prune a linear layer.
+
+    Unstructured: each span of columns loses its share, and the whole matrix exactly round(sparsity * numel). The losses
+    of a span are compared before any of it is pruned, as if each weight went alone, which is the poorer the larger a
+    part of the inputs the span is. So it is the paper's 128 columns only where there are at least 16 such spans.
+    N:M: each group of m columns keeps n per row, decided when its first column is reached.
+
+    Dead inputs (zero on the diagonal of H) get weight zero, as in the paper: the calibration text says nothing about
+    them. The mask takes them first; if they are more than it may take, there are more zeros than were asked for.
+
+    Args:
+        weight: (out, in), any floating type; not modified.
+        hessian: (in, in), `SecondMoment.total` or any positive multiple of it.
+        target: sparsity in [0, 1), or an N:M pattern along the inputs.
+        span: columns whose mask is chosen together when unstructured; by default a sixteenth, at most 128.
+        block: columns updated together, rounded down to whole spans or groups; no matter but of speed and rounding.
+        damping: first value tried, in units of H's mean diagonal; 10 times as much each time the factorisation fails.
+
+    Raises:
+        UsageError: the sparsity is outside [0, 1), or the inputs are not whole groups.
+        CalibrationError: H is not finite, or no damping makes it positive definite.
+    """
+    if isinstance(target, NM):
+        check_groups(weight.shape[1], target)
+        rule = _Rule(target.m, lambda losses, start: nm_mask(losses, target.n, target.m))
+    else:
+        span = span or default_span(weight.shape[1])
+        rule = _Rule(span, _lowest_share(len(weight), hessian.diagonal() == 0, target))
+    return _prune(weight, hessian, rule, max(rule.span, block - block % rule.span), damping)
+
+
+def default_span(inputs: int) -> int:
+    """How many columns of an unstructured mask are chosen together in a layer of so many inputs."""
+    return max(1, min(MOST_SPAN, inputs // SPANS))
+
+
+def sparsegpt_with_mask(
+    weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, *, block: int = BLOCK, damping: float = DAMPING
+) -> SparseGPTResult:
+    """Only the update of SparseGPT, for a mask (out, in) chosen elsewhere (True where kept). Else as `sparsegpt`."""
+    rule = _Rule(block, lambda losses, start: mask[:, start : start + losses.shape[1]])
+    return _prune(weight, hessian, rule, block, damping)
+
+
+def sparsegpt_a_log(
+    A_log: torch.Tensor, hessian: torch.Tensor, target: Target, *, damping: float = DAMPING
+) -> SparseGPTResult:
+    """The paper's baseline "SparseGPT on A_log": A_log (D, N) treated as a linear map of the hidden state.
+
+    A_log is no linear map of h (it acts through exp(-dt exp(A_log)) h), so its OBS updates have no reason to help; that
+    is the point of the comparison. Rows are channels, inputs are states. A pruned entry becomes 0, that is A = -1.
+
+    Args:
+        A_log: (D, N).
+        hessian: (N, N) sum over samples, time and channels of h h', `StateMoment.total`.
+        target: sparsity in [0, 1), or an N:M pattern along the states.
+        damping: as `sparsegpt`.
+    """
+    return sparsegpt(A_log, hessian, target, span=MOST_SPAN, damping=damping)  # all states at once, as the paper
+
+
+def relative_error(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Squared error of the outputs of `after`, relative to the energy of those of `before`; 0 if they have none.
+
+    Args:
+        before: (out, in).
+        after: (out, in).
+        hessian: (in, in) second moment of the inputs, undamped.
+    """
+    change = after.double() - before.double()
+    # the energy has no cancellation: float32, and half the time, is enough for it
+    energy = _quadratic(computing(before), hessian)
+    return max(0.0, _quadratic(change, hessian)) / energy if energy > 0 else 0.0
+
+
+def _quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(W H W'), in the type of W."""
+    return float(((weight @ hessian.to(weight)) * weight).sum(dtype=torch.float64))
+
+
+def _lowest_share(rows: int, dead: torch.Tensor, sparsity: float) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Decide by prescribed shares: dead columns (of the mask `dead` (in,)) give what they can, live ones the rest."""
+    total = pruned_count(rows * len(dead), sparsity)
+    dead_until, live_until = ([0, *part.cumsum(0).tolist()] for part in (dead, ~dead))
+    from_dead = min(total, rows * dead_until[-1])
+
+    def until(column: int) -> int:  # running totals in whole numbers, so that no rounding adds up
+        of_dead = from_dead * dead_until[column] // max(1, dead_until[-1])
+        return of_dead + (total - from_dead) * live_until[column] // max(1, live_until[-1])
+
+    def decide(losses: torch.Tensor, start: int) -> torch.Tensor:
+        # dead weights are zero by then, so they are the lowest
+        return lowest_mask(losses, until(start + losses.shape[1]) - until(start))
+
+    return decide
+
+
+def _prune(weight: torch.Tensor, hessian: torch.Tensor, rule: _Rule, block: int, damping: float) -> SparseGPTResult:
+    inputs = weight.shape[1]
+    if hessian.shape != (inputs, inputs):
+        raise ValueError(f"the Hessian of {inputs} inputs is {inputs} x {inputs}, not {tuple(hessian.shape)}")
+    before = computing(weight.detach())
+    H = check_finite(hessian).to(before.device, torch.float64)
+    factor, damping = _inverse_factor(_without_dead_inputs(H), damping)
+    # (in, out): what is updated together lies together; a clone, as one row is contiguous either way
+    columns = before.t().clone(memory_format=torch.contiguous_format)
+    columns[H.diagonal() == 0] = 0
+    kept = _sweep(columns, factor.to(columns.dtype), rule, block)
+    after = columns.t().contiguous()
+    return SparseGPTResult(after, kept.t().contiguous(), relative_error(before, after, H), damping)
+
+
+def _without_dead_inputs(H: torch.Tensor) -> torch.Tensor:
+    """H in units of its mean diagonal over live inputs; dead ones get 1 (the paper's value, here at any scale of H)."""
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    scale = diagonal[~dead].mean() if not dead.all() else 1.0
+    return H / scale + torch.diag(dead.to(H.dtype))
+
+
+def _inverse_factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper triangular F with F' F = (H + damping I)^-1, and the damping that was needed; H has mean diagonal 1."""
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    while damping <= _MOST_DAMPING:
+        # H = R R' with R upper triangular is Cholesky from the last column to the first; then F = R^-1, and H is never
+        # inverted as a whole
+        lower, failed = torch.linalg.cholesky_ex((H + damping * eye).flip(0, 1))
+        if not failed and lower.diagonal().min() ** 2 > _LEAST_PIVOT:
+            return _inverse_of_upper(lower.flip(0, 1)), damping
+        damping = max(10 * damping, 1e-6)
+    raise CalibrationError(
+        f"The Hessian of a layer is not positive definite even with {_MOST_DAMPING:g} times its mean diagonal added. "
+        "It is no sum of x x'; use more calibration text, and report this if it stays."
+    )
+
+
+def _inverse_of_upper(R: torch.Tensor) -> torch.Tensor:
+    """R^-1 of an upper triangular matrix by halves: a third of the work of solving against the identity."""
+    half = len(R) // 2
+    if half < 128:
+        return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    inverse = torch.zeros_like(R)
+    inverse[:half, :half] = left = _inverse_of_upper(R[:half, :half])
+    inverse[half:, half:] = right = _inverse_of_upper(R[half:, half:])
+    inverse[:half, half:] = -(left @ R[:half, half:]) @ right
+    return inverse
+
+
+def _sweep(columns: torch.Tensor, factor: torch.Tensor, rule: _Rule, block: int) -> torch.Tensor:
+    """Prune `columns` (in, out) in place, left to right; returns the mask (in, out)."""
+    kept = torch.empty_like(columns, dtype=torch.bool)
+    for start in range(0, len(columns), block):
+        here, right = slice(start, start + block), slice(start + block, None)
+        errors = _sweep_block(columns[here], factor[here, here], kept[here], rule, start)
+        columns[right].addmm_(factor[here, right].t(), errors, alpha=-1)
+    return kept
+
+
+def _sweep_block(
+    columns: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor, rule: _Rule, start: int
+) -> torch.Tensor:
+    """One block, in place; returns its errors W_ij / F_jj of what went, (block, out), for the columns on its right."""
+    pivots = factor.diagonal()
+    errors = torch.empty_like(columns)
+    for j in range(len(columns)):
+        if j % rule.span == 0:
+            span = slice(j, j + rule.span)
+            losses = (columns[span] / pivots[span, None]).square()
+            kept[span] = rule.decide(losses.t(), start + j).t()
+        errors[j] = columns[j].masked_fill(kept[j], 0) / pivots[j]
+        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        columns[j].masked_fill_(~kept[j], 0)
+    return errors

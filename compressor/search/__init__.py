@@ -1,0 +1,1 @@
+"""A goal in place of a sparsity: measure, list candidates, try them, take the best."""

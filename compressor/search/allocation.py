@@ -1,0 +1,159 @@
+"""Which sizes meet a target with the least loss: curves of loss over what is removed, added up, and a full enumeration.
+
+Nothing here runs a model. What each part of a pattern costs is measured elsewhere at a few sparsities; between them a
+power law is assumed, and the losses of several parts are taken to add up. That is good enough to make a shortlist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
+from ssmc.runtime.models.families import Dimensions
+
+SMALLEST = 1e-6  # nats a token: what a loss of zero, or below it by chance, is taken for
+EXPONENT = 2.0  # of the power law where only one point was measured
+ROUNDS = 3  # of clocking what was chosen and choosing again
+
+
+@dataclass(frozen=True, order=True)
+class Sizes:
+    """A model of the same family: how many layers, channels and states stay."""
+
+    n_layer: int
+    d_inner: int
+    d_state: int
+
+    @classmethod
+    def of(cls, dense: Dimensions) -> Sizes:
+        """The sizes of the dense model."""
+        return cls(dense.n_layer, dense.d_inner, dense.d_state)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(d_inner, d_state) of every block, as a latency table takes them."""
+        return [(self.d_inner, self.d_state)] * self.n_layer
+
+    def removed(self, dense: Dimensions) -> dict[str, float]:
+        """The share of each part of the pattern that is gone."""
+        shares = {
+            LAYER: 1 - self.n_layer / dense.n_layer,
+            COLUMN: 1 - self.d_state / dense.d_state,
+            CHANNEL: 1 - self.d_inner / dense.d_inner,
+        }
+        return {part: share for part, share in shares.items() if share > 0}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Excess loss, in nats a token, over the share that is removed: a power law between measured points.
+
+    Attributes:
+        shares: where it was measured, rising, inside (0, 1).
+        losses: what was measured there, positive, never falling.
+    """
+
+    shares: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @classmethod
+    def through(cls, measured: Mapping[float, float]) -> Curve:
+        """The curve through measured points; a loss below that of a smaller share is noise and is raised to it."""
+        shares, losses = sorted(measured), []
+        for share in shares:
+            losses.append(max(measured[share], SMALLEST, *losses[-1:]))
+        return cls(tuple(shares), tuple(losses))
+
+    def at(self, share: float) -> float:
+        """The loss where `share` is removed; beyond the measured points the power law goes on."""
+        if share <= 0:
+            return 0.0
+        if len(self.shares) == 1:
+            return self.losses[0] * (share / self.shares[0]) ** EXPONENT
+        last = len(self.shares) - 2
+        i = min(max(sum(s <= share for s in self.shares) - 1, 0), last)
+        (s0, s1), (e0, e1) = self.shares[i : i + 2], self.losses[i : i + 2]
+        exponent = math.log(e1 / e0) / math.log(s1 / s0)
+        if share < s0:
+            exponent = max(exponent, 1.0)  # a flat start would say that even nothing costs something
+        return e0 * (share / s0) ** exponent
+
+
+@dataclass(frozen=True)
+class LossModel:
+    """The excess loss of a model of other sizes, as the sum of what its parts cost alone."""
+
+    dense: Dimensions
+    curves: Mapping[str, Curve]  # by part of the pattern
+
+    def __call__(self, sizes: Sizes) -> float:
+        """Nats a token."""
+        return sum(self.curves[part].at(share) for part, share in sizes.removed(self.dense).items())
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a candidate may cost at most: a share of the dense model's parameters, or of its time."""
+
+    name: str
+    cost: Callable[[Sizes], float]  # 1 for the dense model
+    most: float
+
+    def allows(self, sizes: Sizes) -> bool:
+        """Whether a candidate is within the limit."""
+        return self.cost(sizes) <= self.most
+
+
+def enumerate_sizes(layers: Iterable[int], widths: Iterable[int], states: Sequence[int]) -> list[Sizes]:
+    """Every combination."""
+    return [Sizes(n_layer, width, count) for n_layer in layers for width in widths for count in states]
+
+
+def shortlist(
+    candidates: Iterable[Sizes], limits: Sequence[Limit], loss: Callable[[Sizes], float], count: int
+) -> list[Sizes]:
+    """The candidates within all limits that are expected to lose least, the best first; of those that differ only in
+    their states the best one, so that the list shows really different ways."""
+    best: dict[tuple[int, int], Sizes] = {}
+    for sizes in sorted(candidates):
+        if all(limit.allows(sizes) for limit in limits):
+            key = (sizes.n_layer, sizes.d_inner)
+            if key not in best or loss(sizes) <= loss(best[key]):  # at equal loss more states
+                best[key] = sizes
+    return sorted(best.values(), key=lambda sizes: (loss(sizes), sizes))[:count]
+
+
+def frontier(
+    candidates: Iterable[Sizes], cost: Callable[[Sizes], float], loss: Callable[[Sizes], float]
+) -> list[Sizes]:
+    """Those that nothing else beats in both cost and loss, the cheapest (and most lossy) first."""
+    found: list[Sizes] = []
+    for sizes in sorted(candidates, key=lambda sizes: (loss(sizes), cost(sizes), sizes)):
+        if not found or cost(sizes) < cost(found[-1]):
+            found.append(sizes)
+    return found[::-1]
+
+
+def cheapest_within(
+    candidates: Sequence[Sizes], measure: Callable[[Sizes], float], bound: float, start: int
+) -> Sizes | None:
+    """The first of `candidates` (the cheapest first) whose measured loss is within `bound`, by bisection.
+
+    Args:
+        candidates: their losses fall along the list, or nearly.
+        measure: runs a candidate; costly, so that it is called about log2(len) times.
+        bound: of the loss.
+        start: where to look first: what the loss model expects.
+
+    Returns:
+        None when none is within the bound that was looked at.
+    """
+    low, high, probe = 0, len(candidates), start  # the answer lies in [low, high]
+    while low < high:
+        if measure(candidates[probe]) <= bound:
+            high = probe
+        else:
+            low = probe + 1
+        probe = (low + high) // 2
+    return candidates[low] if low < len(candidates) else None

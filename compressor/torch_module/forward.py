@@ -1,0 +1,224 @@
+"""A user's module on the user's batches, run by its own forward while its mixers are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.runtime.errors import CalibrationError, SsmcError
+from ssmc.runtime.models.families.mixers import Mixer
+from ssmc.runtime.progress import Progress, silent
+
+AGREES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest number of an output
+AGREES_HALF = 2e-2
+
+Forward = Callable[[nn.Module, Any], Any]
+"""How a module is run on a batch."""
+
+
+def run_on(module: nn.Module, batch: Any) -> Any:
+    """A tensor is the only argument, a tuple or list the positional ones, a mapping those with names."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+
+
+class _Enough(BaseException):
+    """Ends a forward when everything was seen; no `except Exception` of the module's own stops it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a mixer was called with."""
+
+    hidden: torch.Tensor  # (B, L, d_model)
+    mask: torch.Tensor | None  # (B, L), 0 at padding
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+        """The first floating-point (B, L, d_model) among the arguments, and transformers' mask; None without any."""
+        sequences = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        hidden = next((a for a in sequences if a.dim() == 3 and a.is_floating_point()), None)
+        if hidden is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        two = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        return cls(hidden, mask[:, -hidden.shape[1] :] if two else None)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The sequences without their padding: all together, or (1, length, d_model) each."""
+        if self.mask is None or bool(self.mask.all()):
+            yield self.hidden
+            return
+        for row, mask in zip(self.hidden, self.mask, strict=True):
+            places = mask.nonzero().flatten().tolist()
+            if places:
+                yield row[None, places[0] : places[-1] + 1]
+
+
+@dataclass
+class Seen:
+    """What a mixer did on the first batch."""
+
+    calls: int = 0
+    reads_sequences: bool = True
+    agrees: bool = True  # whether its own forward puts out what its structure says
+    finite: bool = True
+
+
+@dataclass
+class Runs:
+    """A module and the batches it is calibrated on."""
+
+    module: nn.Module
+    batches: Iterable[Any]
+    forward: Forward = run_on
+    progress: Progress = silent
+    _first: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Iterator):  # can be read once, and every mixer reads them anew
+            self.batches = list(self.batches)
+        try:
+            self._first = next(iter(self.batches))
+        except StopIteration:
+            raise CalibrationError("batches is empty: give at least one, as the module takes them.") from None
+        except TypeError:
+            raise CalibrationError(
+                f"batches is a {type(self.batches).__name__}, which holds no batches: give a list of them or a "
+                "DataLoader."
+            ) from None
+
+    def look(self, mixers: Sequence[Mixer]) -> dict[str, Seen]:
+        """What the mixers do on the first batch, by name, in the order they are first called."""
+        seen: dict[str, Seen] = {}
+
+        def hook(mixer: Mixer) -> Callable[..., None]:
+            block = mixer.block()
+
+            def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                entry = seen.setdefault(mixer.name, Seen())
+                entry.calls += 1
+                call = Call.of(args, kwargs)
+                if call is None:
+                    entry.reads_sequences = False
+                    return
+                own = _tensor(output)
+                entry.finite &= bool(own.isfinite().all())
+                entry.agrees &= _close(own, _structural(mixer, block, call))
+
+            return watch
+
+        with self._hooked([m.module.register_forward_hook(hook(m), with_kwargs=True) for m in mixers]):
+            self._run(self._first, 0)
+        return seen
+
+    def inputs(self, mixer: Mixer, calls: int, label: str) -> Iterator[torch.Tensor]:
+        """What a mixer reads, batch after batch: sequences (n, L, d_model) without padding.
+
+        Args:
+            mixer: the mixer.
+            calls: how often a forward calls it; with the last the forward ends.
+            label: what to call the work.
+        """
+        total = len(self.batches) if hasattr(self.batches, "__len__") else 0
+        for number, batch in enumerate(self.batches):
+            self.progress(label, number, max(total, number + 1))
+            read: list[torch.Tensor] = []
+
+            def watch(_: nn.Module, args: Any, kwargs: Any, read: list[torch.Tensor] = read) -> None:
+                read.append(Call.of(args, kwargs))
+                if len(read) >= calls:
+                    raise _Enough
+
+            with self._hooked([mixer.module.register_forward_pre_hook(watch, with_kwargs=True)]):
+                self._run(batch, number)
+            for call in read:
+                for piece in call.pieces():
+                    if not bool(piece.isfinite().all()):
+                        raise CalibrationError(
+                            f"What {mixer.name or 'the mixer'} reads in batch {number} is not finite (NaN or infinity)."
+                            " Check the batches and the module, or compute in float32."
+                        )
+                    yield piece
+
+    def outputs(self, mixer: Mixer, calls: int) -> list[torch.Tensor]:
+        """What a mixer puts out on the first batch, call after call."""
+        put_out: list[torch.Tensor] = []
+
+        def watch(_: nn.Module, args: Any, output: Any) -> None:
+            put_out.append(_tensor(output).detach().clone())
+            if len(put_out) >= calls:
+                raise _Enough
+
+        with self._hooked([mixer.module.register_forward_hook(watch)]):
+            self._run(self._first, 0)
+        return put_out
+
+    def _run(self, batch: Any, number: int) -> None:
+        try:
+            self.forward(self.module, batch)
+        except _Enough:
+            pass
+        except SsmcError:
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"The {type(self.module).__name__} cannot be run on batch {number} ({type(error).__name__}: {error}). "
+                "A tensor is given to it as its only argument, a tuple as several, a dict by name; `forward` can do "
+                "otherwise."
+            ) from error
+
+    @staticmethod
+    @contextmanager
+    def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a module in eval mode inside the block, and every part of it as it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def same(outputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether a mixer put out the same twice, but for rounding."""
+    return len(outputs) == len(others) and all(_close(a, b) for a, b in zip(outputs, others, strict=True))
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    largest = float(b.float().abs().max()) if b.numel() else 0.0
+    allowed = AGREES.get(a.dtype, AGREES_HALF) * largest
+    return bool(((a.float() - b.float()).abs() <= allowed + 1e-30).all())
+
+
+def _structural(mixer: Mixer, block: nn.Module, call: Call) -> torch.Tensor:
+    """What a mixer of this structure puts out, (B, L, d_model)."""
+    architecture, view = mixer.architecture, block.mixer
+    hidden = architecture.normed(block, call.hidden)
+    if call.mask is not None:
+        hidden = hidden * call.mask[:, :, None].to(hidden.dtype)
+    inputs = architecture.scan_inputs(view, *architecture.expand(view, hidden), attention_mask=call.mask)
+    y, _ = architecture.scan(view, inputs)
+    return view.out_proj(y.to(hidden.dtype))
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]

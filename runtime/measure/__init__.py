@@ -1,0 +1,1 @@
+"""Measurements: timing, latency tables, memory, perplexity. Reports stand above, in bench and evaluation."""

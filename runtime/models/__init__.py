@@ -1,0 +1,1 @@
+"""Models: families, checkpoints, tokenizers, generation."""

@@ -1,0 +1,194 @@
+"""A model in memory that remembers how it was stored, and how to read and write one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.models.checkpoints import mamba_ssm_format, packed_format, transformers_format
+from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_tensors
+from ssmc.runtime.models.checkpoints.reading import read_json
+from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.families import Architecture, Dimensions, architecture_for
+from ssmc.runtime.progress import Progress, silent
+
+FORMATS = {module.NAME: module for module in (packed_format, transformers_format, mamba_ssm_format)}
+"""The layouts of a model directory, by name; each module reads and writes one. The first to recognise it reads it."""
+
+
+@dataclass
+class Checkpoint:
+    """A model in memory and how it was stored.
+
+    Attributes:
+        model: transformers' own model, in eval mode.
+        architecture: what ssmc knows of its family.
+        dtypes: stored dtype of every tensor by transformers' names, a tied head left out.
+        format: of the directory it was read from: "transformers", "mamba-ssm" or "sparse24-packed".
+        source: as the user named it.
+        directory: where it was read from.
+    """
+
+    model: PreTrainedModel
+    architecture: Architecture
+    dtypes: dict[str, torch.dtype]
+    format: str
+    source: str
+    directory: Path
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """transformers' configuration of the model."""
+        return self.model.config
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The sizes of the model."""
+        return self.architecture.dimensions(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return parameter_count(self.tensors())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors as they are now, by transformers' names, in their stored dtypes, on the CPU; no tied head.
+
+        Where the dtype in memory is the stored one these are the model's own tensors, not copies.
+        """
+        state = self.model.state_dict()
+        return {name: state[name].detach().to("cpu", dtype).contiguous() for name, dtype in self.dtypes.items()}
+
+
+def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, progress: Progress = silent) -> Checkpoint:
+    """Read a model, with every tensor accounted for; nothing in its files is ever executed.
+
+    Args:
+        source: a directory in transformers' or mamba_ssm's layout, a hub id, or "tiny".
+        dtype: of the weights in memory: float32, float16 or bfloat16; None keeps what is stored, tensor by tensor.
+        progress: told about every file of weights.
+
+    Raises:
+        CheckpointError: there is no such model, it is not one ssmc knows, or its files are damaged: a tensor missing,
+            unknown, misshapen, of another dtype or not finite.
+        UsageError: `dtype` is none of the three.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"{dtype} is no dtype to compute in. Use float32, float16 or bfloat16.")
+    directory = find_directory(source)
+    layout, config = _read_config(directory, str(source))
+    architecture = architecture_for(config.model_type, str(source))
+    tensors = check_tensors(architecture.from_stored(layout.read(directory, progress)), config, str(source))
+    config.dtype = transformers_format.main_dtype(tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    model = build_model(config, tensors, dtype, str(source))
+    _read_generation_config(model, directory)
+    return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory)
+
+
+def read_dimensions(directory: Path) -> Dimensions:
+    """The sizes of a model from its config.json alone.
+
+    Raises:
+        CheckpointError: there is none, or it describes no model ssmc knows.
+    """
+    _, config = _read_config(directory, str(directory))
+    return architecture_for(config.model_type, str(directory)).dimensions(config)
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    *,
+    format: str = transformers_format.NAME,
+    max_shard_size: int | str = "5GB",
+) -> list[Path]:
+    """Write a model into an existing directory; same input, same bytes, wherever the directory is.
+
+    Args:
+        directory: exists; `runtime.files.new_directory` makes one that appears only when complete.
+        tensors: by transformers' names, in the dtypes to store; a tied head is not needed.
+        config: transformers' configuration of the model.
+        format: "transformers" (config.json and safetensors), "mamba-ssm" (config.json and pytorch_model.bin) or
+            "sparse24-packed" (2:4 matrices in 9/16 of their space, which only ssmc reads).
+        max_shard_size: bytes of a safetensors file, or like "5GB"; mamba_ssm reads single files only.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: tensors and configuration do not fit, a number is not finite, or the format has no such model.
+        OSError: the system refuses; `new_directory` turns it into a sentence.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"There is no checkpoint format {format!r}; there are {', '.join(FORMATS)}.")
+    checked = check_tensors(tensors, config, "the model to write")
+    stored = architecture_for(config.model_type).to_stored(checked)
+    try:
+        return FORMATS[format].write(directory, {k: _own(v) for k, v in stored.items()}, config, max_shard_size)
+    except (SafetensorError, RuntimeError) as error:
+        raise _system_error(error) from error
+
+
+def parameter_count(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many numbers a model has, a tied head counted once."""
+    return sum(tensor.numel() for name, tensor in tensors.items() if not _is_tied_head(name, tensor, tensors))
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many bytes the numbers of a model take, as they are stored."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{where} holds no config.json, so it is not a model. Name the folder that holds both.")
+    raw = read_json(path)
+    for layout in FORMATS.values():
+        if layout.recognises(raw):
+            if "model_type" in raw:
+                architecture_for(str(raw["model_type"]), where)
+            return layout, layout.read_config(raw, path)
+    raise CheckpointError(
+        f"{path} has neither model_type (transformers) nor d_model (mamba_ssm), so it does not describe a model ssmc "
+        "knows. Copy the model's own config.json."
+    )
+
+
+def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """How the model wants to generate, as transformers' own loading does."""
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig(**read_json(directory / "generation_config.json"))
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with no storage but its own: torch.save would write all of a bigger one."""
+    tensor = tensor.detach().cpu().contiguous()
+    nbytes = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() == nbytes else tensor.clone()
+
+
+def _is_tied_head(name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:
+    return name == HEAD and any(other.data_ptr() == tensor.data_ptr() for key, other in tensors.items() if key != HEAD)
+
+
+def _system_error(error: Exception) -> Exception:
+    """The operating system's error behind one of a library that wrote a file, or the error itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__context__
+    if number := re.search(r"os error (\d+)", str(error)):  # safetensors is written in Rust
+        return OSError(int(number[1]), str(error))
+    return error

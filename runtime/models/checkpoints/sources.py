@@ -1,0 +1,104 @@
+"""Find the directory a model lies in: the embedded one, a local one, or one of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.tiny import TINY_DIRECTORY
+from ssmc.runtime.tiny2 import TINY2_DIRECTORY
+
+TINY = "tiny"
+EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY}
+"""The models that come with ssmc, by name; both have the tokenizer and the texts of `tiny`."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_DESCRIPTIONS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json")
+_DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template.jinja")
+
+
+def find_directory(source: str | Path) -> Path:
+    """The directory of a model, downloaded first if it is a hub id.
+
+    Args:
+        source: "tiny" or "tiny-mamba2" for an embedded model (a folder of that name is "./tiny"), a directory, or
+            `owner/name` on the hub. What exists here, starts with `.`, `/` or `~` or is not of the form owner/name
+            never goes to the hub.
+
+    Raises:
+        CheckpointError: there is no such directory, or it cannot be downloaded.
+    """
+    if source in EMBEDDED:
+        return EMBEDDED[source]
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir() and source != "":  # which Path takes for the current folder
+            return path
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # the latter for the home of a user who is not there
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{source} cannot be read: {reason}. Check the path.") from error
+    if is_file:
+        raise CheckpointError(f"{source} is a file. Name the folder that holds the model's config.json and weights.")
+    if isinstance(source, str) and is_hub_id(source):
+        return download(source)
+    raise CheckpointError(
+        f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging "
+        f"Face hub as owner/name, or an embedded model, {' or '.join(EMBEDDED)}."
+    )
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form owner/name."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
+def download(hub_id: str) -> Path:
+    """Bring a model of the hub into the hub's cache; only JSON, tokenizer files and weights, never code.
+
+    .bin files are fetched only where there is no safetensors.
+
+    Raises:
+        CheckpointError: there is no network, or no such model.
+    """
+    folder = _snapshot(hub_id, [*_DESCRIPTIONS, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(hub_id, [*_DESCRIPTIONS, "pytorch_model*.bin"])
+    return folder
+
+
+def download_tokenizer(hub_id: str) -> Path:
+    """Bring only the tokenizer of a model of the hub into the hub's cache.
+
+    Raises:
+        CheckpointError: there is no network, or no such model.
+    """
+    return _snapshot(hub_id, list(_DESCRIPTIONS))
+
+
+def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    what = f"There is no folder {hub_id!r} here, and it"
+    try:
+        # only files at the top: other folders of a repository hold other formats of the model
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{what} is a closed model of the hub: ask for access there, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{what} is no model of the hub that you may read. Check the name.") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{what} could not be fetched from the Hugging Face hub: no connection. Download it where there is a "
+            "network and name the folder."
+        ) from error
+    except Exception as error:  # httpx's, the file system's and the hub's own errors
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise CheckpointError(
+            f"{what} could not be fetched from the Hugging Face hub ({reason}). Download it otherwise and name "
+            "the folder."
+        ) from error

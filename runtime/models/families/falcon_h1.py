@@ -1,0 +1,64 @@
+"""Falcon-H1 (`model_type: falcon_h1`), as transformers' FalconH1ForCausalLM holds it.
+
+Every block has a Mamba-2 mixer and attention side by side, then an MLP. Multipliers stand before in_proj and behind
+each part of its output, and the gated norm may be missing or come before the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssmc.runtime.models.families.mamba2_hybrid import Mamba2HybridArchitecture
+from ssmc.runtime.scan import ScanInputs
+
+
+class FalconH1Architecture(Mamba2HybridArchitecture):
+    """Adapter for Falcon-H1; see `Architecture` for what each method promises."""
+
+    model_type = "falcon_h1"
+    final_norm = "final_layernorm"
+
+    def width(self, config: Any) -> int:
+        """d_inner of the mixers."""
+        return super().width(config) if config.mamba_d_ssm is None else config.mamba_d_ssm
+
+    def layers_with_mixers(self, config: Any) -> Sequence[int]:
+        """All of them."""
+        return range(config.num_hidden_layers)
+
+    def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Apply in_proj and the multipliers: the convolution's input, and the gate with dt."""
+        sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
+        projected = mixer.in_proj(hidden * mixer.ssm_in_multiplier) * mixer.mup_vector
+        z, x, dt = projected.split(sizes, dim=-1)
+        return x, (z, dt)
+
+    def module_inputs(self, block: nn.Module, hidden: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What each of the modules reads when the block reads `hidden`, and what the block returns."""
+        read, output = super().module_inputs(block, hidden)
+        return read | {"in_proj": read["in_proj"] * self.mixer(block).ssm_in_multiplier}, output
+
+    def read_by_in_proj(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the C rows of in_proj multiply when the block reads `hidden`, the multiplier of C included."""
+        mixer = self.mixer(block)
+        of_c = 2 * mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size  # behind z, x and B; one for all C
+        return self.normed(block, hidden) * (mixer.ssm_in_multiplier * mixer.mup_vector[..., of_c])
+
+    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What out_proj reads of the scan's output and the gate: through the gated norm where there is one."""
+        return mixer.norm(y, z) if mixer.mamba_rms_norm else y * F.silu(z)
+
+    def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
+        """The gate, alone or with a norm behind or before it."""
+        if not mixer.mamba_rms_norm:
+            return None
+        if not mixer.norm.norm_before_gate:
+            return super().gains(mixer, group, inputs, states)
+        y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+        return F.silu(inputs.z.float()) * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]

@@ -1,0 +1,26 @@
+"""Falcon-Mamba (`model_type: falcon_mamba`), as transformers' FalconMambaForCausalLM holds it.
+
+A Mamba-1 with norms on B, C and dt that have no weights. What a factor on the read-out of the states has to change is
+behind the scan, then: y = C h + D u is linear in the read-out, so out_proj takes the factor and D its inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ssmc.runtime.models.families.normed import NormedMambaArchitecture
+
+
+class FalconMambaArchitecture(NormedMambaArchitecture):
+    """Adapter for Falcon-Mamba; see `Architecture` for what each method promises."""
+
+    model_type = "falcon_mamba"
+    has_norm_weights = False
+    behind_norm = ("out_proj.weight", "D")
+
+    def scale_readout(self, weights: Mapping[str, torch.Tensor], factor: float) -> None:
+        """Multiply what is read out of the states: out_proj by the factor, D by its inverse."""
+        weights["out_proj.weight"].mul_(factor)
+        weights["D"].div_(factor)

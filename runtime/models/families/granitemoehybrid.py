@@ -1,0 +1,40 @@
+"""Granite 4 (`model_type: granitemoehybrid`), as transformers' GraniteMoeHybridForCausalLM holds it.
+
+Mamba-2 layers among layers of attention, each with an MLP and, in some models, a mixture of experts behind its mixer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ssmc.runtime.models.families.mamba2_hybrid import Mamba2HybridArchitecture
+
+# What follows "block_sparse_moe." in the names of files and of the model; transformers' own mapping for this family.
+_NAMES = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "router.weight",
+}
+
+
+class GraniteMoeHybridArchitecture(Mamba2HybridArchitecture):
+    """Adapter for Granite 4; see `Architecture` for what each method promises."""
+
+    model_type = "granitemoehybrid"
+    final_norm = "norm"
+
+    def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the model's names from those by the names they are stored under."""
+        return _renamed(tensors, _NAMES)
+
+    def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the names they are stored under from those by the model's names."""
+        return _renamed(tensors, {new: old for old, new in _NAMES.items()})
+
+
+def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    out = {}
+    for key, tensor in tensors.items():
+        prefix, found, rest = key.partition(".block_sparse_moe.")
+        out[prefix + found + names.get(rest, rest) if found else key] = tensor
+    return out

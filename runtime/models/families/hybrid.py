@@ -1,0 +1,207 @@
+"""What the hybrids of transformers have in common: blocks of several kinds, of which some hold a Mamba mixer.
+
+A block takes more than its input: masks, positions, rotary embeddings. The model itself computes them, so they are
+recorded once, block by block, from a run of the stock model on a sample, and handed to the block again whenever it runs
+alone. They depend on the length of the samples, not on their tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.runtime.models.families.base import Cut
+
+_ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
+
+
+class HybridArchitecture:
+    """The part of an adapter that is the same for all hybrids; it comes before the one that knows the mixer."""
+
+    is_hybrid = True
+    shares_blocks = False
+    embedding = "model.embed_tokens.weight"
+    mixer_name = "mamba"  # attribute of a block
+    norm_name = "input_layernorm"  # attribute of a block: the norm before the mixer
+    final_norm: str  # attribute of the model
+    state_field = "mamba_d_state"  # of the configuration
+    experts: Sequence[tuple[str, str]] = ()  # how experts are stored and what the model has, see `join_experts`
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The residual blocks of all kinds in the order they run."""
+        return model.model.layers
+
+    def mixer(self, block: nn.Module) -> nn.Module | None:
+        """The state-space mixer inside a block; None in one of another kind."""
+        return getattr(block, self.mixer_name, None)
+
+    def mixer_prefix(self, layer: int) -> str:
+        """How the names of a mixer's tensors start in the model's state dict."""
+        return f"model.layers.{layer}.{self.mixer_name}."
+
+    def block_prefix(self, layer: int) -> str:
+        """How the names of a block's tensors start in the model's state dict."""
+        return f"model.layers.{layer}."
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """The linear maps of a block beside its mixer, by name within the block: those of attention and MLP."""
+        mine = f"{self.mixer_name}." if self.mixer(block) is not None else None
+        return {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and not (mine and name.startswith(mine))
+        }
+
+    def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
+        """A configuration with another number of states; layers and widths of a hybrid stay.
+
+        Raises:
+            ValueError: other layers or another d_inner.
+        """
+        sizes = self.dimensions(config)
+        if (n_layer, d_inner) != (sizes.n_layer, sizes.d_inner):
+            raise ValueError("a hybrid of other layers or another d_inner cannot be loaded by transformers")
+        return self.with_states(config, d_state)
+
+    def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block reads, (B, L, d_model), of (B, L) tokens."""
+        return model.get_input_embeddings()(tokens) * getattr(model.config, "embedding_multiplier", 1.0)
+
+    def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the model's names from those by the names they are stored under."""
+        for stored, joined in self.experts:
+            tensors = join_experts(tensors, stored, joined)
+        return tensors
+
+    def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the names they are stored under from those by the model's names."""
+        for stored, joined in self.experts:
+            tensors = split_experts(tensors, stored, joined)
+        return tensors
+
+    def uses(self, name: str, config: Any) -> float:
+        """How often a token goes through a matrix of the model, on average: through some of the experts only."""
+        return config.num_experts_per_tok / config.num_local_experts if ".experts." in name else 1.0
+
+    def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""
+        return self.logits(model, getattr(model.model, self.final_norm)(hidden))
+
+    def logits(self, model: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from what the last norm puts out (B, L, d_model)."""
+        scale = getattr(model.config, "lm_head_multiplier", 1.0) / getattr(model.config, "logits_scaling", 1.0)
+        return model.lm_head(normed.to(model.lm_head.weight.dtype)).float() * scale
+
+    def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the mixer of `block` reads when the block reads `hidden`, both (B, L, d_model)."""
+        norm = getattr(block, self.norm_name)
+        return norm(hidden.to(norm.weight.dtype))
+
+    def record_arguments(self, model: nn.Module, tokens: torch.Tensor) -> None:
+        """Run the model on tokens (1, L) and keep what it hands to each block, for `run` on samples of that length."""
+
+        def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = dict(inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments)
+            given = bound.pop("kwargs", {}) | bound
+            setattr(block, _ARGUMENTS, {k: v for k, v in given.items() if k not in ("self", "hidden_states")})
+
+        blocks = self.blocks(model)
+        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+        try:
+            with torch.no_grad():
+                model.base_model(tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def recorded(self, block: nn.Module, device: torch.device) -> dict[str, Any]:
+        """What a block was called with beside its input, on that device."""
+        return {name: _on(value, device) for name, value in getattr(block, _ARGUMENTS).items()}
+
+    def enter(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` as it is: nothing is computed before a block."""
+        return hidden
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model) both, with the arguments that were recorded."""
+        output = block(hidden, **self.recorded(block, hidden.device))
+        return output[0] if isinstance(output, tuple) else output
+
+    def mixed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` and what the mixer alone puts out for it, (B, L, d_model)."""
+        mixer = self.mixer(block)
+        _, y = self.scanned(block, hidden)
+        return hidden + mixer.out_proj(y.to(mixer.out_proj.weight.dtype))
+
+    def output(self, block: nn.Module, hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden`, (B, L, d_model): more than what out_proj makes of `y` (B, L, D)."""
+        return self.run(block, hidden)
+
+    def remove_block(self, block: nn.Module) -> None:
+        """Blocks of a hybrid are not removed: the configurations of transformers place the others by their number."""
+        raise ValueError("blocks of a hybrid are not removed")
+
+    def is_removed(self, block: nn.Module) -> bool:
+        """Blocks of a hybrid are not removed."""
+        return False
+
+    def cut_blocks(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, removed: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Blocks of a hybrid are not removed."""
+        raise ValueError("blocks of a hybrid are not removed")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A recorded argument where the block is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(_on(v, device) for v in value) if isinstance(value, tuple) else value
+
+
+def join_experts(tensors: dict[str, torch.Tensor], stored: str, joined: str) -> dict[str, torch.Tensor]:
+    """The weights of single experts, as files hold them, as the one tensor of all that the model has.
+
+    Args:
+        tensors: by name.
+        stored: what follows the prefix in the names of single experts: "experts.*.up_proj.weight"; several of them with
+            | between, which are joined along the outputs.
+        joined: what follows the prefix in the name of all: "experts.up_proj".
+    """
+    out, found = {}, {}
+    names = stored.split("|")
+    patterns = [re.compile(r"(.*\.)" + re.escape(name).replace(r"\*", r"(\d+)")) for name in names]
+    for key, tensor in tensors.items():
+        for part, pattern in enumerate(patterns):
+            if match := pattern.fullmatch(key):
+                found.setdefault(match[1], {})[int(match[2]), part] = tensor
+                break
+        else:
+            out[key] = tensor
+    for prefix, weights in found.items():
+        experts = range(1 + max(number for number, _ in weights))
+        try:
+            single = [torch.cat([weights[e, part] for part in range(len(names))]) for e in experts]
+            out[prefix + joined] = torch.stack(single)
+        except (KeyError, RuntimeError):  # incomplete or misshapen: whoever checks the tensors says so
+            continue
+    return out
+
+
+def split_experts(tensors: dict[str, torch.Tensor], stored: str, joined: str) -> dict[str, torch.Tensor]:
+    """The opposite of `join_experts`, with the same arguments."""
+    out, names = {}, stored.split("|")
+    for key, tensor in tensors.items():
+        prefix, found, rest = key.rpartition(joined)
+        if not found or rest or not prefix.endswith("."):
+            out[key] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            for name, part in zip(names, expert.chunk(len(names)), strict=True):
+                out[prefix + name.replace("*", str(number))] = part
+    return out

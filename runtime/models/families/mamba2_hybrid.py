@@ -1,0 +1,59 @@
+"""What the hybrids with Mamba-2 mixers have in common: the mixers name their tensors as Mamba2Mixer does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ssmc.runtime.models.families.hybrid import HybridArchitecture
+from ssmc.runtime.models.families.mamba2 import Mamba2Architecture, Mamba2Dimensions
+
+
+@dataclass(frozen=True)
+class Mamba2HybridDimensions(Mamba2Dimensions):
+    """The sizes of a hybrid whose mixers are Mamba-2's."""
+
+    mamba_layers: int
+
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer."""
+        return self.mamba_layers
+
+
+class Fields(NamedTuple):
+    """What a configuration calls the sizes of its mixers."""
+
+    heads: str = "mamba_n_heads"
+    head_dim: str = "mamba_d_head"
+    n_groups: str = "mamba_n_groups"
+    d_conv: str = "mamba_d_conv"
+
+
+class Mamba2HybridArchitecture(HybridArchitecture, Mamba2Architecture):
+    """As it stands for Bamba and GraniteMoeHybrid, whose configurations name their sizes alike."""
+
+    fields = Fields()
+
+    def dimensions(self, config: Any) -> Mamba2HybridDimensions:
+        """Read the sizes out of a transformers configuration."""
+        named = {size: getattr(config, field) for size, field in self.fields._asdict().items()}
+        return Mamba2HybridDimensions(
+            n_layer=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_inner=self.width(config),
+            d_state=getattr(config, self.state_field),
+            dt_rank=named.pop("heads"),
+            vocab_size=config.vocab_size,
+            mamba_layers=len(self.layers_with_mixers(config)),
+            **named,
+        )
+
+    def width(self, config: Any) -> int:
+        """d_inner of the mixers."""
+        return int(config.mamba_expand * config.hidden_size)
+
+    def layers_with_mixers(self, config: Any) -> Sequence[int]:
+        """The numbers of the layers that have one."""
+        return [layer for layer, kind in enumerate(config.layers_block_type) if kind == "linear_attention"]

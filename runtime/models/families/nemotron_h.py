@@ -1,0 +1,48 @@
+"""Nemotron-H (`model_type: nemotron_h`), as transformers' NemotronHForCausalLM holds it.
+
+A block is a norm and one of: a Mamba-2 mixer, attention, an MLP, a mixture of experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.runtime.models.families.mamba2_hybrid import Fields, Mamba2HybridArchitecture
+
+_NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
+_STORED, _PREFIX = "backbone.", "model."
+
+
+class NemotronHArchitecture(Mamba2HybridArchitecture):
+    """Adapter for Nemotron-H; see `Architecture` for what each method promises."""
+
+    model_type = "nemotron_h"
+    embedding = "model.embeddings.weight"
+    mixer_name = "mixer"
+    norm_name = "norm"
+    final_norm = "norm_f"
+    experts = (("experts.*.up_proj.weight", "experts.up_proj"), ("experts.*.down_proj.weight", "experts.down_proj"))
+    state_field = "ssm_state_size"
+    fields = Fields("mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel")
+
+    def width(self, config: Any) -> int:
+        """d_inner of the mixers."""
+        return config.mamba_num_heads * config.mamba_head_dim
+
+    def mixer(self, block: nn.Module) -> nn.Module | None:
+        """The state-space mixer inside a block; None in one of another kind, whose mixer is something else."""
+        return block.mixer if block.block_type == "linear_attention" else None
+
+    def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the model's names from those by the names they are stored under."""
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NOT_LOADED)}
+        own = {_PREFIX + n.removeprefix(_STORED) if n.startswith(_STORED) else n: t for n, t in tensors.items()}
+        return super().from_stored(own)
+
+    def to_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the names they are stored under from those by the model's names."""
+        tensors = super().to_stored(tensors)
+        return {_STORED + n.removeprefix(_PREFIX) if n.startswith(_PREFIX) else n: t for n, t in tensors.items()}

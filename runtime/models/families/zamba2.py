@@ -1,0 +1,100 @@
+"""Zamba2 (`model_type: zamba2`), as transformers' Zamba2ForCausalLM holds it.
+
+Every layer has a Mamba-2 mixer. Before some of them runs one of a few transformer blocks that these layers share. It
+reads the layer's input and the embeddings of the tokens, and what it puts out is added to what the mixer reads, not to
+the residual stream. So what a layer reads is three vectors here, (B, L, 3 d_model): the stream, the embeddings, and
+what the shared block put out for this layer, which `enter` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.runtime.models.families.base import Cut
+from ssmc.runtime.models.families.mamba2_hybrid import Fields, Mamba2HybridArchitecture
+
+_INNER, _OUTER = ".mamba_decoder.mamba.", ".mamba."  # where a layer with a shared block has its mixer, and the others
+
+
+class Zamba2Architecture(Mamba2HybridArchitecture):
+    """Adapter for Zamba2; see `Architecture` for what each method promises."""
+
+    model_type = "zamba2"
+    final_norm = "final_layernorm"
+    shares_blocks = True
+    fields = Fields("n_mamba_heads", "mamba_headdim", "mamba_ngroups")
+
+    def layers_with_mixers(self, config: Any) -> Sequence[int]:
+        """All of them."""
+        return range(config.num_hidden_layers)
+
+    def mixer(self, block: nn.Module) -> nn.Module:
+        """The state-space mixer inside a block."""
+        return _layer(block).mamba
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """None: those of the transformer blocks belong to several layers."""
+        return {}
+
+    def uses(self, name: str, config: Any) -> float:
+        """How often a token goes through a matrix of the model, on average; adapters belong to one layer each."""
+        if ".shared_transformer." not in name or "adapter" in name:
+            return 1.0
+        return len(config.hybrid_layer_ids) / min(config.num_mem_blocks, len(config.hybrid_layer_ids))
+
+    def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block reads of (B, L) tokens, (B, L, 3 d_model)."""
+        embedded = super().embed(model, tokens)
+        return torch.cat([embedded, embedded, torch.zeros_like(embedded)], dim=-1)
+
+    def enter(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` with what the shared block puts out for this layer in its last third."""
+        stream, embedded, _ = hidden.chunk(3, dim=-1)
+        shared = torch.zeros_like(stream)
+        if hasattr(block, "shared_transformer"):
+            given = self.recorded(block, hidden.device)
+            given |= {"attention_mask": given.pop("causal_mask"), "original_hidden_states": embedded}
+            given.pop("use_cache", None)
+            shared = block.linear(block.shared_transformer(stream, **given))
+        return torch.cat([stream, embedded, shared], dim=-1)
+
+    def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the mixer of `block` reads when the block reads `hidden`, (B, L, 3 d_model)."""
+        stream, _, shared = hidden.chunk(3, dim=-1)
+        norm = _layer(block).input_layernorm
+        return norm((stream + shared).to(norm.weight.dtype))
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of `hidden` after `enter`, (B, L, 3 d_model) both."""
+        mask = self.recorded(block, hidden.device)["attention_mask"]
+        stream, embedded, shared = hidden.chunk(3, dim=-1)
+        stream = stream + self.mixer(block)(self.normed(block, hidden), attention_mask=mask)
+        return torch.cat([stream, embedded, torch.zeros_like(shared)], dim=-1)
+
+    def mixed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` and, in its first third, what the mixer alone puts out for it."""
+        stream, *rest = hidden.chunk(3, dim=-1)
+        mixer = self.mixer(block)
+        _, y = self.scanned(block, hidden)
+        return torch.cat([stream + mixer.out_proj(y.to(mixer.out_proj.weight.dtype)), *rest], dim=-1)
+
+    def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab) from the last block's output (B, L, 3 d_model)."""
+        return super().head(model, hidden.chunk(3, dim=-1)[0])
+
+    def cut_states(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Remove all states but `kept[layer]` from a whole state dict and its configuration."""
+        own = {name.replace(_INNER, _OUTER): name for name in tensors}
+        out, smaller, cuts = super().cut_states({n: tensors[name] for n, name in own.items()}, config, kept)
+        return {own[name]: tensor for name, tensor in out.items()}, smaller, cuts
+
+
+def _layer(block: nn.Module) -> nn.Module:
+    """The part of a block that holds norm and mixer."""
+    return getattr(block, "mamba_decoder", block)

@@ -1,0 +1,172 @@
+"""Give a stock transformers model our selective scan, with one call, and take it away again.
+
+transformers computes a Mamba on CPU with a Python loop over tokens, and its multi-token forward with a cache starts the
+SSM state from zero. Here each mixer gets a forward of its own, as an attribute of the instance: weights, class, state
+dict and saved files stay those of the stock model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.families import Architecture, architecture_for
+from ssmc.runtime.scan import accelerator, check_backend
+
+_MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
+
+
+@dataclass(frozen=True)
+class _Fast:
+    """What a replaced forward must know."""
+
+    architecture: Architecture
+    backend: str
+
+
+def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """Make a loaded model use our scan for prefill, decode and training; calling it again changes the backend.
+
+    Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
+    already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
+    derivatives use the backend "reference". Mamba models on a GPU use our Triton scan; other models there, without
+    triton, for gradients on a GPU, and under torch.compile or tracing the stock forward runs wherever that is right.
+
+    Args:
+        model: a transformers MambaForCausalLM, changed in place.
+        backend: see `ssmc.runtime.scan.selective_scan`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: this is not a model with mixers ssmc knows.
+        UsageError: there is no such backend.
+    """
+    check_backend(backend)
+    architecture, mixers = _mixers(model)
+    hooked = [m for m in mixers if _MARK not in vars(m) and "forward" in vars(m)]
+    if hooked:
+        raise CheckpointError(
+            f"A {type(hooked[0]).__name__} of this model already has a replaced forward (accelerate's hooks do that). "
+            "Load the model without offloading, or remove the hooks, before giving it the fast scan."
+        )
+    for mixer in mixers:
+        mixer.forward = MethodType(_forward, mixer)  # a bound method: deepcopy binds the copy to the copied mixer
+        setattr(mixer, _MARK, _Fast(architecture, backend))
+    return model
+
+
+def use_stock_scan(model: nn.Module) -> nn.Module:
+    """Undo `use_fast_scan`; a model that does not use it stays as it is.
+
+    Raises:
+        CheckpointError: this is not a model with mixers ssmc knows.
+    """
+    for mixer in _mixers(model)[1]:
+        if _MARK in vars(mixer):
+            delattr(mixer, _MARK)
+            del mixer.forward
+    return model
+
+
+def _mixers(model: nn.Module) -> tuple[Architecture, Sequence[nn.Module]]:
+    """The adapter of a model and its mixers in the order they run."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None:
+        raise CheckpointError(f"{name} has no config: give the transformers model itself, not something around it.")
+    architecture = architecture_for(getattr(config, "model_type", None), where=f"This {name}")
+    try:
+        mixers = [architecture.mixer(block) for block in architecture.blocks(model)]
+        return architecture, [mixer for mixer in mixers if mixer is not None]
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{name} has no mixers where a {architecture.model_type} language model has them ({error}): "
+            "give the model that AutoModelForCausalLM loads, not a part of it or something around it."
+        ) from error
+
+
+def _forward(
+    mixer: nn.Module,
+    hidden_states: torch.Tensor,
+    cache_params: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The forward of a mixer: (B, L, d_model) to the same, reading and updating transformers' cache.
+
+    Args:
+        mixer: the mixer itself.
+        hidden_states: (B, L, d_model).
+        cache_params: transformers' cache, or None.
+        attention_mask: (B, L), 0 at padding; of a longer one, the last L columns count.
+        kwargs: what other versions of transformers pass; only the stock forward reads it.
+    """
+    fast: _Fast = getattr(mixer, _MARK)
+    conv_state, state = _cached(mixer, cache_params)
+    length = hidden_states.shape[1]
+    on_gpu = _on_gpu(fast, mixer, hidden_states)
+    if _leave_to_stock(mixer, hidden_states, cache_params, on_gpu, continues=state is not None and length > 1):
+        return type(mixer).forward(
+            mixer, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+        )
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -length:]
+        hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
+    x, z = fast.architecture.expand(mixer, hidden_states)
+    width = mixer.conv_kernel_size
+    history = None if conv_state is None else _history(conv_state, width - 1)
+    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, **({"fuse": True} if on_gpu else {}))
+    if state is not None and torch.is_grad_enabled():
+        state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, **({"in_place": True} if on_gpu else {}))
+    if cache_params is not None:
+        # Only now: the update overwrites the tensor that `history` looks into.
+        window = x if cache_params.is_recording_past(mixer.layer_idx) else x[:, -width:]
+        cache_params.update_conv_state(window.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
+        cache_params.update_recurrent_state(state, mixer.layer_idx)
+    return mixer.out_proj(y.to(hidden_states.dtype))
+
+
+def _cached(mixer: nn.Module, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The last convolution inputs (B, D, >= d_conv) and the SSM state (B, D, N) before this call, None at the start."""
+    if not hasattr(cache, "get_recurrent_state"):
+        return None, None
+    return cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
+
+
+def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
+    """The last `length` inputs of the convolution, (B, length, D), out of the cache's (B, D, any)."""
+    missing = length - conv_state.shape[-1]
+    if missing > 0:  # a cache that records its past does not pad
+        conv_state = F.pad(conv_state, (missing, 0))
+    return conv_state[..., conv_state.shape[-1] - length :].transpose(1, 2)
+
+
+def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether one of the scans for a GPU takes this call."""
+    if not fast.architecture.has_gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    weights = mixer.parameters() if torch.is_grad_enabled() else [mixer.conv1d.weight]  # any may need a gradient
+    return accelerator(fast.backend, [hidden_states, *weights]) is not None
+
+
+def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, on_gpu: bool, continues: bool) -> bool:
+    """Whether this call must run transformers' own forward: where our scan has no kernel, or cannot be recorded.
+
+    A piece of a prompt that continues an earlier one is never left to it on a GPU: the stock forward is wrong there.
+    """
+    if cache is not None and not hasattr(cache, "get_recurrent_state"):
+        return True  # the cache of a transformers version whose mixers have another interface
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    on_cpu = hidden_states.is_cpu and mixer.conv1d.weight.is_cpu
+    return not (on_cpu or on_gpu) and (not continues or mixer.conv1d.weight.is_meta)

@@ -1,0 +1,83 @@
+"""An ONNX export as benchmarks and evaluations see a model: what its manifest says, and a session of its graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssmc.runtime.manifest import read_manifest, require_keys
+from ssmc.runtime.models.checkpoints import read_dimensions
+from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.models.generation.onnx_graph import GRAPH, open_graph
+from ssmc.runtime.models.generation.onnx_session import OnnxSession
+from ssmc.runtime.progress import Progress, silent
+
+FORMAT = "onnx"
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The counterpart of `runtime.checkpoints.Checkpoint`.
+
+    Attributes:
+        model: a session of the graph.
+        source: as the user named it.
+        directory: where it lies.
+        dimensions: sizes; where layers differ, the largest.
+        parameters: how many numbers the model has.
+        stored_dtype: of the weights on disk, "float32", or how they were quantised.
+        format: always "onnx".
+    """
+
+    model: OnnxSession
+    source: str
+    directory: Path
+    dimensions: Dimensions
+    parameters: int
+    stored_dtype: str
+    format: str = FORMAT
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state one sequence occupies."""
+        return sum(math.prod(slot.shape) * slot.dtype.itemsize for slot, _ in self.model.graph.states)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on disk of the graph and its weights."""
+        return sum(path.stat().st_size for path in self.directory.glob(f"{GRAPH}*"))
+
+
+def load_onnx_export(
+    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = silent
+) -> OnnxExport:
+    """Read an ONNX export.
+
+    Args:
+        folder: what `ssmc export --format onnx` wrote.
+        device: "cpu", "cuda" or "auto".
+        all_logits: let the graph give the logits of all tokens, to score a text with; see `open_graph`.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: onnxruntime is missing, or cannot use the device.
+        CheckpointError: files are missing or damaged.
+    """
+    directory = Path(folder).expanduser()
+    manifest = read_manifest(directory)
+    require_keys(manifest, ("parameters",), directory)
+    dimensions = read_dimensions(directory)
+    return OnnxExport(
+        model=OnnxSession(open_graph(directory, device, all_logits, progress)),
+        source=str(folder),
+        directory=directory,
+        dimensions=dimensions,
+        parameters=manifest["parameters"],
+        stored_dtype=_stored_dtype(manifest.get("settings") or {}),
+    )
+
+
+def _stored_dtype(settings: dict[str, Any]) -> str:
+    return settings.get("quantize") or settings.get("dtype") or "float32"

@@ -1,0 +1,95 @@
+"""A session that torch computes: transformers' model and cache, with our scan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask
+
+ATTENDED = "past_key_values"
+"""What models with attention call their cache, which holds every token, not only states."""
+
+
+def cache_name(model: nn.Module) -> str:
+    """The argument by which a model takes its cache, and the attribute by which it gives it back."""
+    return ATTENDED if ATTENDED in signature(model.forward).parameters else "cache_params"
+
+
+class TorchSession:
+    """See `Session` for what the methods promise."""
+
+    runtime = "torch"
+
+    def __init__(self, model: nn.Module):
+        """Start with nothing read.
+
+        Args:
+            model: a causal language model of transformers in eval mode, with the fast scan (`use_fast_scan`): stock
+                transformers starts the states anew in a second prefill.
+        """
+        self.model = model
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._cache_name = cache_name(model)
+        self._mask: torch.Tensor | None = None  # (B, all tokens so far), for models with attention
+        self._cache: Any = None
+        self._batch: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.get_input_embeddings().weight.device
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self._cache = self._batch = self._mask = None
+
+    def prefill(self, tokens: Tokens, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read (B, L) tokens and score what follows, (B, V)."""
+        tokens = as_tokens(tokens, self.vocab_size)
+        check_batch(tokens, self._batch)
+        if mask is not None:
+            mask = self._padding(mask, tokens)
+        return self._run(tokens, mask)
+
+    def step(self, tokens: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Read one more token (B,) of every sequence and score what follows, (B, V)."""
+        tokens = as_tokens(torch.as_tensor(tokens).view(-1, 1), self.vocab_size)
+        check_batch(tokens, self._batch)
+        return self._run(tokens, None)
+
+    @torch.inference_mode()
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        given: dict[str, Any] = {self._cache_name: self._cache}
+        if self._cache_name == ATTENDED:
+            mask = self._mask = self._attended(tokens, mask)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            given["position_ids"] = positions.to(self.device)  # some families count from 0 in every call
+        output = self.model(
+            tokens.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
+            use_cache=True,
+            logits_to_keep=1,
+            **given,
+        )
+        self._cache, self._batch = getattr(output, self._cache_name), len(tokens)
+        return output.logits[:, -1].float()
+
+    def _attended(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The mask of all tokens, those that were read before too: attention sees them again."""
+        mask = torch.ones(tokens.shape, dtype=torch.long) if mask is None else mask
+        return mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
+
+    def _padding(self, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        mask = check_mask(mask, tokens, fresh=self._batch is None)
+        if bool(mask.all()):
+            return None
+        if any(getattr(self.model.config, name, False) for name in ("use_bias", "mamba_proj_bias", "add_bias_linear")):
+            # in_proj's bias would reach the convolution's window from the padded positions
+            raise UsageError("Prompts of unequal length cannot be padded in a model whose in_proj has a bias.")
+        return mask

@@ -1,0 +1,175 @@
+"""Models of the Hugging Face hub, fetched with the real client from a small hub that runs here."""
+
+import hashlib
+import http.server
+import json
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import urlparse
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.tokenizers import GPT_NEOX, load_tokenizer, tokenizer_directory
+from ssmc.runtime.tiny import TINY_DIRECTORY
+from tests.support.models import random_model, save_mamba_ssm
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Just enough of the hub's interface: what a revision is, which files it has, and the files."""
+
+    repositories: dict[str, Path]
+    closed: set[str]
+    fetched: list[str]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        parts = urlparse(self.path).path.strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        parts = parts[2:] if api else parts
+        name, rest = "/".join(parts[:2]), parts[2:]
+        if name in self.closed:
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if name not in self.repositories:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        directory = self.repositories[name]
+        if api and rest[0] == "revision":
+            return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
+        if api and rest[0] == "tree":
+            files = [p for p in sorted(directory.rglob("*")) if p.is_file()]
+            names = [p.relative_to(directory).as_posix() for p in files]
+            entries = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)}
+                for n, p in zip(names, files, strict=True)
+            ]
+            return self.answer(200, json.dumps(entries).encode())
+        path = directory.joinpath(*rest[2:])  # resolve/COMMIT/path
+        if self.command == "GET":
+            self.fetched.append("/".join(rest[2:]))
+        return self.answer(200, path.read_bytes(), {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT})
+
+    def answer(self, status, content, headers=None):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def etag(path):
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with nothing in it, an empty cache, and the client pointed at both."""
+    handler = type("Handler", (Hub,), {"repositories": {}, "closed": set(), "fetched": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    handler.close = lambda: (server.shutdown(), server.server_close())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    yield handler
+    handler.close()
+
+
+def published(tmp_path):
+    """A repository as they are: several formats, code, and pictures beside the model."""
+    source = tmp_path / "published"
+    shutil.copytree(TINY_DIRECTORY, source, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.jsonl"))
+    for extra in ("pytorch_model.bin", "modeling.py", "picture.png", "onnx/model.safetensors", "onnx/config.json"):
+        (source / extra).parent.mkdir(exist_ok=True)
+        (source / extra).write_bytes(b"not for us")
+    return source
+
+
+def test_a_model_is_fetched_without_what_is_not_needed(hub, tmp_path, tiny):
+    hub.repositories["owner/stories"] = published(tmp_path)
+    checkpoint = load_checkpoint("owner/stories", dtype=torch.float32)
+    assert checkpoint.source == "owner/stories"
+    assert torch.equal(checkpoint.model.lm_head.weight, tiny.model.lm_head.weight)
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert load_tokenizer(checkpoint)("Once")["input_ids"] == load_tokenizer(tiny)("Once")["input_ids"]
+
+
+def test_bin_is_fetched_where_there_is_no_safetensors(hub, tmp_path):
+    hub.repositories["state-spaces/small"] = save_mamba_ssm(random_model(), tmp_path / "m")
+    assert load_checkpoint("state-spaces/small").format == "mamba-ssm"
+    assert sorted(hub.fetched) == ["config.json", "pytorch_model.bin"]
+
+
+def test_what_was_fetched_once_needs_no_network(hub, tmp_path):
+    hub.repositories |= {"owner/stories": published(tmp_path), "o/bin": save_mamba_ssm(random_model(), tmp_path / "m")}
+    first = load_checkpoint("owner/stories"), load_checkpoint("o/bin")
+    hub.close()
+    assert load_checkpoint("owner/stories").directory == first[0].directory
+    assert load_checkpoint("o/bin").directory == first[1].directory
+    with pytest.raises(CheckpointError, match=r"no folder 'owner/other' here.*no connection.*name the folder"):
+        load_checkpoint("owner/other")
+
+
+def test_no_network_on_purpose(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"'owner/stories'.*no connection"):
+        load_checkpoint("owner/stories")
+
+
+def test_models_that_are_not_there_or_closed(hub):
+    with pytest.raises(CheckpointError, match=r"'owner/typo'.*no model of the hub.*Check the name"):
+        load_checkpoint("owner/typo")
+    hub.closed.add("owner/closed")
+    with pytest.raises(CheckpointError, match=r"'owner/closed'.*closed.*hf auth login"):
+        load_checkpoint("owner/closed")
+
+
+def test_a_folder_of_that_name_comes_first(hub, tmp_path):
+    hub.repositories["owner/stories"] = published(tmp_path)
+    save_mamba_ssm(random_model(), Path("owner/stories"))
+    assert load_checkpoint("owner/stories").format == "mamba-ssm"
+    assert hub.fetched == []
+
+
+def test_published_mamba_ssm_models_get_the_tokenizer_they_mean(hub, tmp_path):
+    hub.repositories[GPT_NEOX] = published(tmp_path)  # the tokenizer's content does not matter here
+    model = random_model(vocab_size=50280, hidden_size=8, num_hidden_layers=1)
+    directory = save_mamba_ssm(model, tmp_path / "m", config={"vocab_size": 50277})
+    checkpoint = load_checkpoint(directory)
+    assert len(load_tokenizer(checkpoint)) == 4096
+    assert sorted(hub.fetched) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert tokenizer_directory(checkpoint).parts[-3].startswith("models--EleutherAI")
+
+
+def test_without_network_and_tokenizer(hub, tmp_path):
+    hub.close()
+    model = random_model(vocab_size=50280, hidden_size=8, num_hidden_layers=1)
+    checkpoint = load_checkpoint(save_mamba_ssm(model, tmp_path / "m", config={"vocab_size": 50277}))
+    assert tokenizer_directory(checkpoint) is None
+    with pytest.raises(CheckpointError, match=r"without a tokenizer.*--tokenizer"):
+        load_tokenizer(checkpoint)
+
+
+def test_another_tokenizer_by_hub_id(hub, tmp_path, tiny):
+    hub.repositories["owner/stories"] = published(tmp_path)
+    assert len(load_tokenizer(tiny, "owner/stories")) == 4096
+    assert "model.safetensors" not in hub.fetched
+    with pytest.raises(CheckpointError, match="owner/typo"):
+        load_tokenizer(tiny, "owner/typo")

@@ -1,0 +1,281 @@
+"""Channel pruning: the choice against brute force, the fits against direct least squares, the pipeline too."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from ssmc.compressor import Score, configure, prune_layers
+from ssmc.compressor.methods.channels import prune as widths
+from ssmc.compressor.methods.channels.obs import RIDGE, choose_channels, eliminate_channels, fit, refit
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from tests.pipeline.test_pipeline import ARCHITECTURE, dtypes, random_model
+
+
+def tokens_of(d, count=200, seed=0):
+    """Correlated inputs of very different sizes, as channels are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(count, d, generator=generator, dtype=torch.float64) @ mix * torch.logspace(-1, 1, d).double()
+
+
+def lstsq(inputs, targets, ridge):
+    """argmin |inputs W' - targets|^2 + ridge |W|^2, by a direct solver on the stacked problem, (out, in)."""
+    d = inputs.shape[1]
+    inputs = np.vstack([inputs, ridge**0.5 * np.eye(d)])
+    targets = np.vstack([targets, np.zeros((d, targets.shape[1]))])
+    return np.linalg.lstsq(inputs, targets, rcond=None)[0].T
+
+
+def ridge_of(x):
+    return RIDGE * float(x.square().sum(0).mean())
+
+
+@pytest.mark.parametrize("keep", [3, 6, 8])
+def test_refit_is_least_squares(keep):
+    x = tokens_of(9)
+    weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    kept = sorted(torch.randperm(9, generator=torch.Generator().manual_seed(2))[:keep].tolist())
+    ours = refit(weight, x.t() @ x, kept)
+    direct = lstsq(x[:, kept].numpy(), (x @ weight.double().t()).numpy(), ridge_of(x[:, kept]))
+    np.testing.assert_allclose(ours, direct, rtol=1e-6, atol=1e-9)
+
+
+def test_fit_is_least_squares_to_any_target():
+    x, targets = tokens_of(7), tokens_of(3, seed=5)
+    direct = lstsq(x.numpy(), targets.numpy(), ridge_of(x))
+    np.testing.assert_allclose(fit(targets.t() @ x, x.t() @ x), direct, rtol=1e-6, atol=1e-9)
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    x = tokens_of(5)
+    x[:, 2] = 0
+    fitted = fit(x[:, :2].t() @ x, x.t() @ x)
+    assert fitted.isfinite().all()
+    assert not fitted[:, 2].any()
+    assert not fit(torch.zeros(2, 3), torch.zeros(3, 3)).any()
+
+
+def brute_force(weight, x, keep):
+    """Greedy removal, each step by solving the whole ridged least-squares problem for every candidate."""
+    ridge, left = ridge_of(x), list(range(x.shape[1]))
+    targets = np.vstack([x.numpy() @ weight.double().numpy().T, ridge**0.5 * weight.double().numpy().T])
+    whole = np.vstack([x.numpy(), ridge**0.5 * np.eye(x.shape[1])])  # the ridge as tokens of its own
+
+    def error(kept):
+        solution = np.linalg.lstsq(whole[:, kept], targets, rcond=None)[0]
+        return ((whole[:, kept] @ solution - targets) ** 2).sum()
+
+    while len(left) > keep:
+        costs = {j: error([k for k in left if k != j]) for j in left}
+        left.remove(min(costs, key=costs.get))
+    return left
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("keep", [1, 4, 11])
+def test_elimination_is_that_of_brute_force(keep, block):
+    x = tokens_of(12)
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    assert eliminate_channels(weight, x.t() @ x, keep, block) == brute_force(weight, x, keep)
+
+
+def test_channels_by_activation_and_magnitude():
+    x = tokens_of(12)
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    norms = weight.double().numpy() ** 2
+    for score, importance in (
+        (Score.magnitude, norms.sum(0)),
+        (Score.activation, norms.sum(0) * (x.numpy() ** 2).sum(0)),
+    ):
+        kept = choose_channels(score, weight, x.t() @ x, 4, torch.Generator())
+        assert kept == sorted(np.argsort(-importance)[:4].tolist())
+    draws = {
+        tuple(choose_channels(Score.random, weight, None, 4, torch.Generator().manual_seed(s))) for s in (0, 0, 1, 2)
+    }
+    assert 1 < len(draws) <= 3
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return random_model(layers=3)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(61, (4, 50), generator=torch.Generator().manual_seed(1))
+
+
+def prune(model, tokens, removed=(), **options):
+    pruned = use_fast_scan(copy.deepcopy(model))
+    config = configure(model="test", **{"pattern": "channel", "sparsity": 0.25, "round_channels": 1, **options})
+    results = prune_layers(pruned, ARCHITECTURE, tokens, config, dtypes(model), removed=removed)
+    return pruned, results
+
+
+@torch.no_grad()
+def watched(model, tokens, layer):
+    """What x_proj and out_proj of a layer read, what out_proj and the block put out, in stock transformers."""
+    seen, hooks = {}, []
+    model = use_stock_scan(copy.deepcopy(model))
+    block = model.backbone.layers[layer]
+    places = {"block": block, "x_proj": block.mixer.x_proj, "out_proj": block.mixer.out_proj}
+    for name, module in places.items():
+        hooks.append(
+            module.register_forward_hook(
+                lambda m, arguments, output, name=name: seen.update({name: (arguments[0], output)})
+            )
+        )
+    model(tokens, use_cache=False)
+    return seen
+
+
+def test_the_first_layer_by_hand_from_transformers_own_activations(model, tokens):
+    """Choice, both fits and the reported error of layer 0, from hooks on the stock model."""
+    pruned, results = prune(model, tokens)
+    dense, after = watched(model, tokens, 0), watched(pruned, tokens, 0)
+    kept = list(results[0].channels)
+    y = dense["out_proj"][0].flatten(0, 1).double()
+    weight = model.backbone.layers[0].mixer.out_proj.weight.detach()
+    assert kept == brute_force(weight, y, 18)
+    u = dense["x_proj"][0].flatten(0, 1).double()
+    x_proj = model.backbone.layers[0].mixer.x_proj.weight.detach().double()
+    direct = lstsq(u[:, kept].numpy(), (u @ x_proj.t()).numpy(), ridge_of(u[:, kept]))
+    np.testing.assert_allclose(
+        pruned.backbone.layers[0].mixer.x_proj.weight[:, kept].detach(), direct, rtol=1e-2, atol=1e-4
+    )
+    read = after["out_proj"][0].flatten(0, 1).double()[:, kept]
+    bias = model.backbone.layers[0].mixer.out_proj.bias.detach()
+    target = (dense["block"][1] - after["block"][0] - bias).flatten(0, 1).double()
+    old = weight[:, kept].double()
+    direct = lstsq(read.numpy(), (target - read @ old.t()).numpy(), ridge_of(read)) + old.numpy()
+    fitted = pruned.backbone.layers[0].mixer.out_proj.weight[:, kept].detach()
+    np.testing.assert_allclose(fitted, direct, rtol=1e-2, atol=1e-4)
+    error = ((target - read @ fitted.double().t()) ** 2).sum() / (target**2).sum()
+    assert results[0].fitted.error == pytest.approx(float(error), rel=1e-3)
+    assert results[0].fitted.error < results[0].fitted.error_unrepaired
+
+
+@pytest.mark.parametrize("removed", [(), (1,)])
+def test_later_layers_are_fitted_to_the_dense_models_stream(model, tokens, removed):
+    """The target of layer 2 is the dense model's stream less what the pruned layers before it make of it."""
+    pruned, results = prune(model, tokens, removed=removed)
+    dense, after = watched(model, tokens, 2), watched(pruned, tokens, 2)
+    kept = list(results[2].channels)
+    read = after["out_proj"][0].flatten(0, 1).double()[:, kept]
+    bias = model.backbone.layers[2].mixer.out_proj.bias.detach()
+    target = (dense["block"][1] - after["block"][0] - bias).flatten(0, 1).double()
+    old = model.backbone.layers[2].mixer.out_proj.weight.detach()[:, kept].double()
+    direct = lstsq(read.numpy(), (target - read @ old.t()).numpy(), ridge_of(read)) + old.numpy()
+    fitted = pruned.backbone.layers[2].mixer.out_proj.weight[:, kept].detach()
+    np.testing.assert_allclose(fitted, direct, rtol=1e-2, atol=1e-4)
+    for layer in removed:
+        assert ARCHITECTURE.is_removed(pruned.backbone.layers[layer])
+
+
+def test_dropped_channels_are_zero_everywhere_and_the_rest_is_untouched(model, tokens):
+    pruned, results = prune(model, tokens)
+    before, after = model.state_dict(), pruned.state_dict()
+    for i, result in enumerate(results):
+        kept = list(result.channels)
+        assert len(kept) == 18
+        dropped = [d for d in range(24) if d not in kept]
+        prefix = f"backbone.layers.{i}.mixer."
+        for name in ("conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias", "D"):
+            assert not after[prefix + name][dropped].any(), name
+            assert torch.equal(after[prefix + name][kept], before[prefix + name][kept]), name
+        for half in (0, 24):
+            for name in ("in_proj.weight", "in_proj.bias"):
+                assert not after[prefix + name][[half + d for d in dropped]].any()
+                rows = [half + d for d in kept]
+                assert torch.equal(after[prefix + name][rows], before[prefix + name][rows])
+        assert not after[prefix + "x_proj.weight"][:, dropped].any()
+        assert not after[prefix + "out_proj.weight"][:, dropped].any()
+        assert torch.equal(after[prefix + "A_log"], before[prefix + "A_log"])
+
+
+@torch.no_grad()
+def test_channels_that_say_nothing_new_go_without_loss(model, tokens):
+    """Half of the channels are copies of the others, in another order: with the repair nothing may be lost."""
+    for block in model.backbone.layers:
+        mixer, copies = block.mixer, 23 - torch.arange(12)
+        for name in ("conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
+            parameter = mixer.get_parameter(name)
+            parameter[copies] = parameter[:12].clone()
+        for half in (0, 24):
+            for parameter in mixer.in_proj.parameters():
+                parameter[half + copies] = parameter[half : half + 12].clone()
+    dense = model(tokens, use_cache=False).logits
+    distance = {}
+    for repair in (True, False):
+        pruned, results = prune(model, tokens, sparsity=0.5, repair=repair)
+        distance[repair] = (pruned(tokens, use_cache=False).logits - dense).square().mean()
+        assert all(len({min(d, 23 - d) for d in result.channels}) == 12 for result in results)
+        assert not repair or max(result.fitted.error for result in results) < 1e-3
+    assert distance[True] < distance[False] / 100
+
+
+def test_without_repair_the_kept_weights_stay(model, tokens):
+    pruned, results = prune(model, None, score="magnitude", repair=False)
+    for block, dense, result in zip(pruned.backbone.layers, model.backbone.layers, results, strict=True):
+        norms = dense.mixer.out_proj.weight.double().square().sum(0)
+        assert list(result.channels) == sorted(norms.argsort(descending=True)[:18].tolist())
+        kept = list(result.channels)
+        assert torch.equal(block.mixer.out_proj.weight[:, kept], dense.mixer.out_proj.weight[:, kept])
+        assert torch.equal(block.mixer.x_proj.weight[:, kept], dense.mixer.x_proj.weight[:, kept])
+        assert result.fitted is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["channel", "column+channel"])
+def test_cut_tensors_compute_what_the_masked_ones_do(model, tokens, pattern):
+    """Biases included (this model has them), in transformers' own forward."""
+    pruned, results = prune(model, tokens, pattern=pattern, sparsity=0.5)
+    tensors, config = pruned.state_dict(), pruned.config
+    if pattern != "channel":
+        tensors, config, _ = ARCHITECTURE.cut_states(tensors, config, [r.kept for r in results])
+    tensors, config, _ = ARCHITECTURE.cut_channels(tensors, config, [r.channels for r in results])
+    assert (config.intermediate_size, config.state_size) == (12, 6 if pattern == "channel" else 3)
+    small = type(model)(config).eval()
+    small.load_state_dict(tensors)
+    masked = use_stock_scan(pruned)(tokens, use_cache=False).logits
+    torch.testing.assert_close(small(tokens, use_cache=False).logits, masked, rtol=1e-4, atol=1e-4)
+
+
+def test_widths_and_states_of_their_own_for_each_layer(model, tokens):
+    _, results = prune(model, tokens, pattern="column+channel", widths=[24, 10, 5], states="6,3,1")
+    assert results[0].channels is None  # all of them stay
+    assert [len(r.channels) for r in results[1:]] == [10, 5]
+    assert [len(r.kept) for r in results] == [6, 3, 1]
+
+
+def test_the_same_run_gives_the_same_bits(model, tokens):
+    first, second = (prune(model, tokens, pattern="column+channel")[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_text_than_tells_the_moments_is_left_out(monkeypatch):
+    """The choice looks at the first samples that hold enough tokens, and at no others."""
+    model = use_fast_scan(random_model())
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(4, 16, model.config.hidden_size, generator=generator)
+    hidden[2:] *= torch.logspace(0, 1, 16)[:, None]  # other text, which would decide otherwise
+    d_inner = model.config.intermediate_size
+    monkeypatch.setattr(widths, "TOKENS_PER_CHANNEL", 0)
+
+    def pruned(samples, tokens):
+        monkeypatch.setattr(widths, "TOKENS", tokens)
+        block = copy.deepcopy(model.backbone.layers[0])
+        with torch.no_grad():
+            kept = widths.prune_channels(ARCHITECTURE, block, samples, Score.obs, d_inner // 2, True, 0)
+        return kept, block.mixer.x_proj.weight
+
+    kept, x_proj = pruned(hidden, tokens=2 * 16)
+    first, refitted = pruned(hidden[:2], tokens=10**6)
+    everything, _ = pruned(hidden, tokens=10**6)
+    assert kept == first != everything
+    assert torch.equal(x_proj, refitted)

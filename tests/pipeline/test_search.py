@@ -1,0 +1,197 @@
+"""The search for sizes, against enumeration by brute force on made-up figures; and the goals it is given."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from ssmc.compressor import configure, split_target
+from ssmc.compressor.counts import kept
+from ssmc.compressor.options.goal import configured
+from ssmc.compressor.search.allocation import (
+    Curve,
+    Limit,
+    LossModel,
+    Sizes,
+    cheapest_within,
+    enumerate_sizes,
+    frontier,
+    shortlist,
+)
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.checkpoints import parameter_counter
+from ssmc.runtime.models.families import Dimensions
+from tests.support.models import random_model
+
+DENSE = Dimensions(6, 256, 512, 16, 16, 4, 4096)
+CANDIDATES = enumerate_sizes(range(3, 7), range(128, 513, 64), range(1, 17))
+
+
+def tables(seed):
+    """A loss and a cost for every candidate, monotone in every size, drawn at random."""
+    draw = random.Random(seed)
+    loss, cost = {}, {}
+    for sizes in sorted(CANDIDATES, reverse=True):
+        smaller = [
+            Sizes(sizes.n_layer + 1, sizes.d_inner, sizes.d_state),
+            Sizes(sizes.n_layer, sizes.d_inner + 64, sizes.d_state),
+            Sizes(sizes.n_layer, sizes.d_inner, sizes.d_state + 1),
+        ]
+        above = [s for s in smaller if s in loss]
+        loss[sizes] = max((loss[s] for s in above), default=0.0) + draw.random()
+        cost[sizes] = min((cost[s] for s in above), default=1.0) * draw.uniform(0.9, 1)
+    return loss, cost
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("most", [0.9, 0.5, 0.2])
+def test_the_shortlist_begins_with_what_brute_force_finds(seed, most):
+    loss, cost = tables(seed)
+    _, second = tables(seed + 100)
+    limits = [Limit("time", cost.__getitem__, most), Limit("parameters", second.__getitem__, 0.8)]
+    allowed = [s for s in CANDIDATES if cost[s] <= most and second[s] <= 0.8]
+    found = shortlist(CANDIDATES, limits, loss.__getitem__, 3)
+    assert found[0] == min(allowed, key=loss.__getitem__)
+    assert len({(s.n_layer, s.d_inner) for s in found}) == len(found) == 3
+    others = [s for s in allowed if (s.n_layer, s.d_inner) != (found[0].n_layer, found[0].d_inner)]
+    assert found[1] == min(others, key=loss.__getitem__)
+
+
+def test_a_limit_nothing_meets_leaves_nothing():
+    loss, cost = tables(0)
+    assert shortlist(CANDIDATES, [Limit("time", cost.__getitem__, 1e-9)], loss.__getitem__, 3) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_frontier_is_what_nothing_beats_in_both(seed):
+    loss, cost = tables(seed)
+    wanted = {
+        s for s in CANDIDATES if not any(cost[o] <= cost[s] and loss[o] <= loss[s] and o != s for o in CANDIDATES)
+    }
+    found = frontier(CANDIDATES, cost.__getitem__, loss.__getitem__)
+    assert set(found) == wanted
+    assert [cost[s] for s in found] == sorted(cost[s] for s in found)
+
+
+@pytest.mark.parametrize("start", [0, 3, 9])
+@pytest.mark.parametrize("bound", [0.05, 0.31, 0.9, 1.0])
+def test_bisection_finds_the_first_within_the_bound(start, bound):
+    candidates = list(range(10))
+    measured = []
+
+    def measure(candidate):
+        measured.append(candidate)
+        return 1 - candidate / 10
+
+    found = cheapest_within(candidates, measure, bound, start)
+    assert found == next((c for c in candidates if 1 - c / 10 <= bound), None)
+    assert len(measured) <= 6
+
+
+def test_a_curve_goes_through_its_points_and_follows_a_power_law():
+    curve = Curve.through({0.5: 0.02 * 0.5**3, 0.25: 0.02 * 0.25**3, 0.75: 0.02 * 0.75**3})
+    for share in (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9):
+        assert curve.at(share) == pytest.approx(0.02 * share**3)
+    assert curve.at(0) == 0
+
+
+def test_a_curve_never_falls_and_begins_at_nothing():
+    curve = Curve.through({0.25: 0.01, 0.5: 0.002, 0.75: 0.05})  # 0.5 by chance below 0.25
+    values = [curve.at(k / 100) for k in range(101)]
+    assert values == sorted(values)
+    assert values[0] == 0
+    assert values[25] == pytest.approx(0.01) == values[50]
+    flat = Curve.through({0.25: -0.001, 0.5: -0.002})
+    assert 0 < flat.at(0.01) < flat.at(0.25) <= 1e-6
+
+
+def test_one_point_makes_a_parabola():
+    assert Curve.through({0.5: 0.1}).at(0.25) == pytest.approx(0.025)
+
+
+def test_losses_of_the_parts_add_up():
+    curves = {
+        "layer": Curve.through({1 / 6: 0.2}),
+        "column": Curve.through({0.5: 0.01}),
+        "channel": Curve.through({0.5: 0.4}),
+    }
+    model = LossModel(DENSE, curves)
+    assert model(Sizes.of(DENSE)) == 0
+    assert model(Sizes(5, 512, 16)) == pytest.approx(0.2)
+    assert model(Sizes(5, 384, 8)) == pytest.approx(0.2 + 0.01 + 0.1)
+
+
+def test_parameters_are_counted_exactly():
+    for tied in (True, False):
+        model = random_model(tie_word_embeddings=tied)
+        count = parameter_counter(model.config)
+        for n_layer, d_inner, d_state in itertools.product((1, 3, 7), (16, 48), (1, 6)):
+            other = random_model(
+                tie_word_embeddings=tied, num_hidden_layers=n_layer, intermediate_size=d_inner, state_size=d_state
+            )
+            assert count(n_layer, d_inner, d_state) == sum(p.numel() for p in other.parameters())
+
+
+@pytest.mark.parametrize("sizes", [Sizes(6, 512, 1), Sizes(3, 512, 16), Sizes(5, 192, 11), Sizes(6, 448, 16)])
+def test_what_was_found_is_an_ordinary_run_that_removes_just_that(sizes):
+    config = configure(model="m", pattern="layer+column+channel", score="random", nsamples=3)
+    found = configured(config, sizes.removed(DENSE))
+    counts = kept(found, DENSE)
+    assert set(counts.states) == {sizes.d_state}
+    assert set(counts.channels) == {sizes.d_inner}
+    assert ("layer" in found.parts) == (sizes.n_layer < 6)
+    if "layer" in found.parts:
+        assert round(6 * found.sparsity_of("layer")) == 6 - sizes.n_layer
+    assert found.nsamples == 3
+    assert all(found.judge_of(part).value == "random" for part in found.parts)
+
+
+def test_scores_of_parts_that_stay_whole_are_left_out():
+    config = configure(model="m", pattern="layer+column", score={"layer": "similarity", "column": "energy"})
+    found = configured(config, {"column": 0.5})
+    assert found.pattern == "column"
+    assert found.judge_of("column").value == "energy"
+
+
+def test_trials_and_whole_layers_are_not_refined():
+    config = configure(model="m", pattern="layer+column", refine=5)
+    assert configured(config, {"layer": 0.5, "column": 0.5}).refine == 5
+    assert configured(config, {"layer": 0.5, "column": 0.5}, trial=True).refine == 0
+    assert configured(config, {"layer": 0.5}).refine == 0
+
+
+def test_without_a_goal_options_are_left_alone():
+    assert split_target({"model": "m", "sparsity": 0.5}) == (None, {"model": "m", "sparsity": 0.5})
+
+
+def test_a_goal_is_taken_out_and_allows_everything_by_default():
+    target, rest = split_target({"model": "m", "target_latency": 0.6, "phase": "decode", "batch": 4, "seed": 1})
+    assert (target.target_latency, target.workload.phase, target.workload.batch) == (0.6, "decode", 4)
+    assert rest == {"model": "m", "seed": 1, "pattern": "layer+column+channel"}
+
+
+def test_a_bound_of_perplexity_is_one_of_loss():
+    target, _ = split_target({"model": "m", "max_ppl_increase": 0.05})
+    assert math.exp(target.most_nats) == pytest.approx(1.05)
+    assert split_target({"model": "m", "target_params": 0.5})[0].most_nats == math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_latency": 1.5}, "target_latency 1.5 does not work: it is a share of the dense model"),
+        ({"target_params": 0}, "target_params 0 does not work"),
+        ({"max_ppl_increase": 0}, "max_ppl_increase 0 does not work"),
+        ({"target_latency": 0.5, "batch": 0}, "batch 0 does not work"),
+        ({"target_latency": 0.5, "phase": "training"}, "phase 'training' does not work"),
+        ({"phase": "decode"}, "There is no target that phase could belong to: give one of target_params"),
+        ({"target_latency": 0.5, "sparsity": 0.5}, "sparsity says what is removed, a target looks for it"),
+        ({"target_params": 0.5, "states": "4,4,4"}, "states says what is removed"),
+        ({"target_params": 0.5, "pattern": "unstructured"}, "not by unstructured"),
+        ({"target_params": 0.5, "pattern": "column", "target": "all"}, "not by in_proj"),
+    ],
+)
+def test_goals_that_make_no_sense_are_one_sentence(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        split_target({"model": "m", **options})
