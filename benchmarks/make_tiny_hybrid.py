@@ -92,8 +92,9 @@ class Norm(nn.Module):
         self.weight, self.groups = nn.Parameter(torch.ones(width)), groups
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        x = x.float() if gate is None else x.float() * F.silu(gate.float())
-        grouped = x.unflatten(-1, (self.groups, -1))
+        if gate is None:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS)  # one kernel on a GPU
+        grouped = (x.float() * F.silu(gate.float())).unflatten(-1, (self.groups, -1))
         return F.rms_norm(grouped, grouped.shape[-1:], eps=EPS).flatten(-2) * self.weight
 
 
