@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from ssmc.cli.checks import check_compressed, check_models
 from ssmc.cli.options import (
     MODELS,
     OUTPUT,
@@ -143,6 +144,9 @@ def bench(
     """
     terminal = context.ensure_object(Terminal)
     prefills, batches = numbers(lengths), numbers(batch_sizes)
+    check_models([dense, *(model or ()), *(smaller or ())])
+    if not model:
+        check_compressed(directory)
     import torch
 
     from ssmc.runtime.bench import benchmark, check_output

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssmc.cli.checks import check_models
 from ssmc.cli.options import (
     CALIBRATION,
     METHOD,
@@ -28,6 +29,8 @@ from ssmc.cli.options import (
     tokenizer_option,
 )
 from ssmc.cli.terminal import Terminal, size, table
+from ssmc.runtime.files import refuse_existing
+from ssmc.runtime.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -261,14 +264,19 @@ def compress(
         ssmc compress tiny --recipe recipe.yaml
     """
     terminal = context.ensure_object(Terminal)
-    from ssmc.compressor import compress as run
-    from ssmc.compressor import configure, read_recipe, split_target
+    from ssmc.compressor.options.config import configure
+    from ssmc.compressor.options.goal import split_target
+    from ssmc.compressor.options.recipe import read_recipe
 
-    terminal.hush_libraries()
     options = {} if recipe is None else read_recipe(recipe)
     options.update(_given(context))
     target, ordinary = split_target(options)
     config = configure(**ordinary)
+    check_models([config.model])
+    refuse_existing(out, force=force, marker=MANIFEST)
+    from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
+
+    terminal.hush_libraries()
     terminal.say(_intention(config) if target is None else _aim(config, target))
     with terminal.progress() as progress:
         result = run(

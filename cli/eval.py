@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from ssmc.cli.checks import DEFAULT_DIRECTORY, check_compressed, check_models
 from ssmc.cli.options import (
     MODELS,
     OUTPUT,
@@ -118,6 +119,10 @@ def evaluate(
         ssmc eval smaller --text my-heldout.jsonl
     """
     terminal = context.ensure_object(Terminal)
+    if models:
+        check_models([dense, *models])
+    else:
+        check_compressed(DEFAULT_DIRECTORY)
     import torch
 
     from ssmc.runtime.evaluation import check_output, evaluate_models, output_path

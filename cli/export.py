@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssmc.cli.checks import check_compressed
 from ssmc.cli.options import (
     OUTPUT,
     CompressedDirectory,
@@ -115,7 +116,8 @@ def export(
         ssmc export tiny --format onnx
     """
     terminal = context.ensure_object(Terminal)
-    from ssmc.exporters import export as run
+    check_compressed(directory, or_model=format == "onnx")
+    from ssmc.exporters import export as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
     with terminal.progress() as progress:

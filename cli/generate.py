@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssmc.cli.checks import check_models
 from ssmc.cli.options import (
     GENERAL,
     Device,
@@ -106,6 +107,7 @@ def generate(
     text = _prompt(prompt, prompt_file)
     if greedy and (temperature, top_k, top_p) != (None, None, None):
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-k and --top-p, or it.")
+    check_models([model])
     import torch
 
     from ssmc.runtime.models.generation import Generation, Sampling, open_session, warm_up

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssmc.cli.checks import check_models
 from ssmc.cli.compress import MODEL_HELP
 from ssmc.cli.options import OUTPUT, Quiet, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
@@ -40,6 +41,7 @@ def inspect(
         ssmc inspect state-spaces/mamba2-130m --json mamba2.json
     """
     terminal = context.ensure_object(Terminal)
+    check_models([model])
     from dataclasses import asdict
 
     from ssmc.compressor.families import limits, prospects

@@ -4,49 +4,30 @@
 on them.
 """
 
-from ssmc.compressor.compress import CompressResult, compress
-from ssmc.compressor.counts import Kept, kept, kept_channels, kept_states
-from ssmc.compressor.methods.layers import Removal, choose_removals, shed
-from ssmc.compressor.methods.refine import Refinement, refine
-from ssmc.compressor.methods.states.elimination import Repair, eliminate, evaluate
-from ssmc.compressor.methods.weights.projections import ModuleResult, prune_modules
-from ssmc.compressor.options.config import CompressConfig, FfnScore, Weighting, configure
-from ssmc.compressor.options.goal import Target, split_target
-from ssmc.compressor.options.patterns import Score
-from ssmc.compressor.options.recipe import read_recipe
-from ssmc.compressor.pipeline import LayerResult, collect, propagate, prune_layers
-from ssmc.compressor.torch_module.compress_module import CompressedModule, MixerResult, compress_module
+from __future__ import annotations
 
-__all__ = [
-    "CompressConfig",
-    "CompressResult",
-    "CompressedModule",
-    "FfnScore",
-    "Kept",
-    "LayerResult",
-    "MixerResult",
-    "ModuleResult",
-    "Refinement",
-    "Removal",
-    "Repair",
-    "Score",
-    "Target",
-    "Weighting",
-    "choose_removals",
-    "collect",
-    "compress",
-    "compress_module",
-    "configure",
-    "eliminate",
-    "evaluate",
-    "kept",
-    "kept_channels",
-    "kept_states",
-    "propagate",
-    "prune_layers",
-    "prune_modules",
-    "read_recipe",
-    "refine",
-    "shed",
-    "split_target",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.compressor.run": "CompressResult compress",
+        "ssmc.compressor.counts": "Kept kept kept_channels kept_states",
+        "ssmc.compressor.methods.layers": "Removal choose_removals shed",
+        "ssmc.compressor.methods.refine": "Refinement refine",
+        "ssmc.compressor.methods.states.elimination": "Repair eliminate evaluate",
+        "ssmc.compressor.methods.weights.projections": "ModuleResult prune_modules",
+        "ssmc.compressor.options.config": "CompressConfig FfnScore Weighting configure",
+        "ssmc.compressor.options.goal": "Target split_target",
+        "ssmc.compressor.options.patterns": "Score",
+        "ssmc.compressor.options.recipe": "read_recipe",
+        "ssmc.compressor.pipeline": "LayerResult collect propagate prune_layers",
+        "ssmc.compressor.torch_module.compress_module": "CompressedModule MixerResult compress_module",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

@@ -1,20 +1,22 @@
 """Turn what `compress` wrote into checkpoints that others load, and prove that they compute the same."""
 
-from ssmc.exporters.export import FORMATS, ExportResult, export
-from ssmc.exporters.formats import missing_formats
-from ssmc.exporters.runs_where import Runtime, runs_where
-from ssmc.exporters.shrink import Shrunk, shrink
-from ssmc.exporters.verify import Comparison, compare
+from __future__ import annotations
 
-__all__ = [
-    "FORMATS",
-    "Comparison",
-    "ExportResult",
-    "Runtime",
-    "Shrunk",
-    "compare",
-    "export",
-    "missing_formats",
-    "runs_where",
-    "shrink",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.exporters.pipeline": "FORMATS ExportResult export",
+        "ssmc.exporters.formats": "missing_formats",
+        "ssmc.exporters.runtimes": "Runtime runs_where",
+        "ssmc.exporters.cutting": "Shrunk shrink",
+        "ssmc.exporters.verify": "Comparison compare",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

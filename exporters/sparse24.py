@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ssmc.exporters.runs_where import Runtime
-from ssmc.exporters.shrink import Shrunk
+from ssmc.exporters.cutting import Shrunk
+from ssmc.exporters.runtimes import Runtime
 from ssmc.exporters.verify import Comparison, compare
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError
 from ssmc.runtime.models.checkpoints import Checkpoint

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssmc.compressor.options.config import CompressConfig, configure, sentences
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
-from ssmc.compressor.search.layer_sizes import Layerwise
-from ssmc.runtime.bench import Workload
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.models.families import Dimensions
+
+if TYPE_CHECKING:  # options are checked before torch is loaded
+    from ssmc.compressor.search.layer_sizes import Layerwise
+    from ssmc.runtime.measure.latency import Workload
+    from ssmc.runtime.models.families import Dimensions
 
 GOALS = ("target_params", "target_latency", "max_ppl_increase")
 
@@ -49,6 +51,8 @@ class Target(BaseModel):
     @property
     def workload(self) -> Workload:
         """What is timed."""
+        from ssmc.runtime.measure.latency import Workload
+
         return Workload(self.phase, self.batch, self.length)
 
     @property

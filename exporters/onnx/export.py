@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from ssmc.exporters.cutting import Shrunk, shrink
 from ssmc.exporters.onnx.graph import DTYPES, LAYERS, LOGITS, Settings, build, require_family
 from ssmc.exporters.onnx.quality import Quality, measure
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import Way, differences, prove
 from ssmc.exporters.onnx.write import DATA, metadata, write_companions, write_graph
-from ssmc.exporters.runs_where import Runtime
-from ssmc.exporters.shrink import Shrunk, shrink
+from ssmc.exporters.runtimes import Runtime
 from ssmc.exporters.verify import Comparison, cut_epsilons, sample_tokens
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space

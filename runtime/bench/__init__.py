@@ -6,25 +6,23 @@ summary_rows(report)            # the overview as formatted rows, for a terminal
 findings(report)                # the outcome in sentences
 """
 
-from ssmc.runtime.bench.benchmark import benchmark
-from ssmc.runtime.bench.report import Measurement, Model, Report, check_output
-from ssmc.runtime.bench.summary import Row, findings, summary_rows
-from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
-from ssmc.runtime.measure.timing import Ratio
+from __future__ import annotations
 
-__all__ = [
-    "LatencyTable",
-    "Measurement",
-    "Model",
-    "Ratio",
-    "Report",
-    "Row",
-    "Workload",
-    "benchmark",
-    "check_output",
-    "findings",
-    "measure_latency",
-    "read_latency_table",
-    "summary_rows",
-    "time_sizes",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.runtime.bench.run": "benchmark",
+        "ssmc.runtime.bench.report": "Measurement Model Report check_output",
+        "ssmc.runtime.bench.summary": "Row findings summary_rows",
+        "ssmc.runtime.measure.latency": "LatencyTable Workload measure_latency read_latency_table time_sizes",
+        "ssmc.runtime.measure.timing": "Ratio",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

@@ -5,19 +5,22 @@ report.write("eval.json")
 report.rows()                   # one row per metric, for a table
 """
 
-from ssmc.runtime.evaluation.evaluate import evaluate_models
-from ssmc.runtime.evaluation.report import EvalReport, ModelResult, Score, TaskInfo, check_output, output_path
-from ssmc.runtime.evaluation.settings import EvalSettings
-from ssmc.runtime.evaluation.statistics import Difference
+from __future__ import annotations
 
-__all__ = [
-    "Difference",
-    "EvalReport",
-    "EvalSettings",
-    "ModelResult",
-    "Score",
-    "TaskInfo",
-    "check_output",
-    "evaluate_models",
-    "output_path",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.runtime.evaluation.evaluate": "evaluate_models",
+        "ssmc.runtime.evaluation.report": "EvalReport ModelResult Score TaskInfo check_output output_path",
+        "ssmc.runtime.evaluation.settings": "EvalSettings",
+        "ssmc.runtime.evaluation.statistics": "Difference",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

@@ -113,7 +113,7 @@ def test_a_smaller_dense_model_stands_beside_the_compressed_one(folder, monkeypa
     def no_memory(task):
         raise MemoryProcessError("left out here")
 
-    monkeypatch.setattr(sys.modules["ssmc.runtime.bench.benchmark"], "measure_memory", no_memory)
+    monkeypatch.setattr(sys.modules["ssmc.runtime.bench.run"], "measure_memory", no_memory)
     options = {"lengths": (8,), "batch_sizes": (1,), "decode_tokens": 2, "repeats": 2, "time_budget": 0.1}
     measured = benchmark(
         dense=folder / "dense",

@@ -223,7 +223,7 @@ def test_exports_as_the_only_models(tiny_onnx, tmp_path, monkeypatch):
     def fails(task):
         raise MemoryProcessError("it was too slow for a test")
 
-    monkeypatch.setattr(sys.modules["ssmc.runtime.bench.benchmark"], "measure_memory", fails)
+    monkeypatch.setattr(sys.modules["ssmc.runtime.bench.run"], "measure_memory", fails)
     report = benchmark(
         dense=tiny_onnx,
         models=[tiny_onnx],

@@ -13,7 +13,7 @@ from ssmc.compressor import compress, read_recipe
 from ssmc.compressor.calibration.split import Samples
 from ssmc.compressor.options.patterns import COMBINABLE
 from ssmc.exporters import export
-from ssmc.exporters.shrink import shrink
+from ssmc.exporters.cutting import shrink
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
 from ssmc.runtime.errors import CalibrationError, UsageError, VerificationError
 from ssmc.runtime.models.checkpoints import load_checkpoint

@@ -8,10 +8,12 @@ many entries tie, for example at 0, it takes all of them.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from ssmc.runtime.errors import CalibrationError, UsageError
+
+if TYPE_CHECKING:  # options are checked before torch is loaded
+    import torch
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _keep_highest(importance: torch.Tensor, keep: int) -> torch.Tensor:
         )
     prune = importance.shape[-1] - keep
     if prune == 0:
-        return torch.ones_like(importance, dtype=torch.bool)
+        return importance == importance  # True everywhere: NaN was refused
     # the k-th value and the ties at it: eight times as fast as a stable sort of a whole weight matrix
     threshold = importance.kthvalue(prune, dim=-1, keepdim=True).values
     above = importance > threshold

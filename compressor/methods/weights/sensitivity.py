@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ssmc.runtime.errors import CalibrationError, UsageError
+
+if TYPE_CHECKING:  # options are checked before torch is loaded
+    import torch
 
 ALPHA = 0.04  # the paper's
 RANKED = ("in_proj", "out_proj")  # each ranked over the layers on its own; the others get the mean

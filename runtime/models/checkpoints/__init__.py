@@ -8,28 +8,24 @@ parameter_counter how many it would have at other sizes
 tensor_bytes      how many bytes they take
 """
 
-from ssmc.runtime.models.checkpoints.checkpoint import (
-    FORMATS,
-    Checkpoint,
-    load_checkpoint,
-    parameter_count,
-    read_dimensions,
-    tensor_bytes,
-    write_checkpoint,
-)
-from ssmc.runtime.models.checkpoints.mamba_ssm_format import unpadded_vocab_size
-from ssmc.runtime.models.checkpoints.model import parameter_counter
-from ssmc.runtime.models.checkpoints.sources import EMBEDDED
+from __future__ import annotations
 
-__all__ = [
-    "EMBEDDED",
-    "FORMATS",
-    "Checkpoint",
-    "load_checkpoint",
-    "parameter_count",
-    "parameter_counter",
-    "read_dimensions",
-    "tensor_bytes",
-    "unpadded_vocab_size",
-    "write_checkpoint",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.runtime.models.checkpoints.checkpoint": (
+            "FORMATS Checkpoint load_checkpoint parameter_count read_dimensions tensor_bytes write_checkpoint"
+        ),
+        "ssmc.runtime.models.checkpoints.mamba_ssm_format": "unpadded_vocab_size",
+        "ssmc.runtime.models.checkpoints.model": "parameter_counter",
+        "ssmc.runtime.models.checkpoints.sources": "EMBEDDED",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

@@ -29,6 +29,19 @@ def find_directory(source: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such directory, or it cannot be downloaded.
     """
+    local = check_source(source)
+    return download(str(source)) if local is None else local
+
+
+def check_source(source: str | Path) -> Path | None:
+    """Whether there can be a model, without reading or downloading anything; `find_directory` without the network.
+
+    Returns:
+        Its directory, or None where it is a hub id.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
     if source in EMBEDDED:
         return EMBEDDED[source]
     try:
@@ -42,7 +55,7 @@ def find_directory(source: str | Path) -> Path:
     if is_file:
         raise CheckpointError(f"{source} is a file. Name the folder that holds the model's config.json and weights.")
     if isinstance(source, str) and is_hub_id(source):
-        return download(source)
+        return None
     raise CheckpointError(
         f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging "
         f"Face hub as owner/name, or an embedded model, {' or '.join(EMBEDDED)}."

@@ -7,29 +7,26 @@ for piece in generate("tiny", "Once upon a time"):  # text as it comes
     print(piece, end="", flush=True)
 """
 
-from ssmc.runtime.models.generation.generate import Generation, generate, generate_batch, stream_tokens
-from ssmc.runtime.models.generation.onnx_export import OnnxExport, load_onnx_export
-from ssmc.runtime.models.generation.onnx_graph import check_runtime, is_onnx_export
-from ssmc.runtime.models.generation.onnx_session import OnnxSession
-from ssmc.runtime.models.generation.opening import LoadedSession, open_session, warm_up
-from ssmc.runtime.models.generation.sampling import Sampling
-from ssmc.runtime.models.generation.session import Session
-from ssmc.runtime.models.generation.torch_session import TorchSession
+from __future__ import annotations
 
-__all__ = [
-    "Generation",
-    "LoadedSession",
-    "OnnxExport",
-    "OnnxSession",
-    "Sampling",
-    "Session",
-    "TorchSession",
-    "check_runtime",
-    "generate",
-    "generate_batch",
-    "is_onnx_export",
-    "load_onnx_export",
-    "open_session",
-    "stream_tokens",
-    "warm_up",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.runtime.models.generation.writing": "Generation generate generate_batch stream_tokens",
+        "ssmc.runtime.models.generation.onnx_export": "OnnxExport load_onnx_export",
+        "ssmc.runtime.models.generation.onnx_graph": "check_runtime is_onnx_export",
+        "ssmc.runtime.models.generation.onnx_session": "OnnxSession",
+        "ssmc.runtime.models.generation.opening": "LoadedSession open_session warm_up",
+        "ssmc.runtime.models.generation.sampling": "Sampling",
+        "ssmc.runtime.models.generation.session": "Session",
+        "ssmc.runtime.models.generation.torch_session": "TorchSession",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

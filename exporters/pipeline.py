@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssmc.exporters import sparse24
+from ssmc.exporters.cutting import Shrunk, shrink
 from ssmc.exporters.formats import check_format
-from ssmc.exporters.runs_where import Runtime, runs_where
-from ssmc.exporters.shrink import Shrunk, shrink
+from ssmc.exporters.runtimes import Runtime, runs_where
 from ssmc.exporters.sparse24 import Half, Rounding, Sparse24Module
 from ssmc.exporters.verify import Comparison, compare, cut_epsilons, sample_tokens
 from ssmc.runtime.errors import UsageError
