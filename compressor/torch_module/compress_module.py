@@ -24,6 +24,7 @@ from ssmc.compressor.torch_module.forward import Forward, Runs, Seen, evaluating
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.models.families import Cut
 from ssmc.runtime.models.families.mixers import Mixer, cut_mixer, find_mixers, tell_configurations
+from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import Progress, silent
 
 PARTS = {"mamba": (COLUMN, CHANNEL), "mamba2": (COLUMN,)}
@@ -106,7 +107,7 @@ def compress_module(
     """
     config = _configured(module, options)
     before = _parameters(module)
-    find_mixers(module)  # before a copy of something big
+    find_mixers(guard_kernels(module))  # before a copy of something big
     work = module if in_place else _copy(module)
     with evaluating(work):
         runs = Runs(work, batches, forward, progress)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.families import Architecture, architecture_for
+from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.scan import accelerator, check_backend
 
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
@@ -84,6 +85,7 @@ def _mixers(model: nn.Module) -> tuple[Architecture, Sequence[nn.Module]]:
     if config is None:
         raise CheckpointError(f"{name} has no config: give the transformers model itself, not something around it.")
     architecture = architecture_for(getattr(config, "model_type", None), where=f"This {name}")
+    guard_kernels(model)
     try:
         mixers = [architecture.mixer(block) for block in architecture.blocks(model)]
         return architecture, [mixer for mixer in mixers if mixer is not None]

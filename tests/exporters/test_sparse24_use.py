@@ -26,6 +26,8 @@ BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 
 import gpu  # noqa: E402
+import gpu_common  # noqa: E402
+import gpu_sparse24  # noqa: E402
 
 sys.path.remove(BENCHMARKS)
 
@@ -195,12 +197,12 @@ def test_the_benchmark_says_what_it_lacks(monkeypatch):
 def test_the_benchmark_makes_24_matrices_of_the_largest_weights():
     linear = nn.Linear(64, 96)
     before = linear.weight.detach().clone()
-    after = gpu.make_24(linear).weight
+    after = gpu_common.make_24(linear).weight
     assert is_24(after)
     groups = before.view(-1, 4)
     second = groups.abs().sort(dim=1).values[:, 2:3]
     assert torch.equal(after.view(-1, 4), groups.where(groups.abs() >= second, torch.zeros(())))
-    rows, _ = gpu.sparse_modules(gpu.TOY, torch.device("cpu"), torch.float16)
+    rows = gpu_sparse24.sparse_modules(gpu_common.TOY, torch.device("cpu"))
     assert [(row.what, row.note[:8]) for row in rows] == [
         (f"{name}, {backend}", "refused:") for name in ("in_proj", "out_proj") for backend in ("cusparselt", "cutlass")
     ]

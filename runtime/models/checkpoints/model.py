@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.checkpoints.reading import some_of
 from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.stock_kernels import guard_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD = "lm_head.weight"
@@ -133,7 +134,7 @@ def _empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
     """The model with no memory behind its parameters."""
     try:
         with torch.device("meta"):
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            return guard_kernels(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config))
     except Exception as error:  # transformers looks some values up only now, and raises whatever comes
         raise CheckpointError(
             f"{where} has a value in its config.json that transformers cannot use ({error}). Mend it."

@@ -1,0 +1,301 @@
+"""The sections of gpu.py that have no benchmark of their own; each run is one section, in a process of its own.
+
+    python benchmarks/gpu_sections.py --section decode --json decode.json --seconds 45
+    python benchmarks/gpu_sections.py --section "2:4" --dry-run
+
+The JSON is written anew with every row, so that a run that is stopped leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from gpu_common import TOY, Row, Sizes, mamba
+from gpu_sparse24 import sparse_model, sparse_modules
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from ssmc.runtime.bench import benchmark, summary
+from ssmc.runtime.bench.graphs import NotRecordable, record
+from ssmc.runtime.bench.report import finite
+from ssmc.runtime.device import choose_device
+from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.measure import workloads as work
+from ssmc.runtime.measure.conditions import conditions, load_average
+from ssmc.runtime.measure.timing import Timing, interleave
+from ssmc.runtime.models.checkpoints import write_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation.generate import stream_tokens
+from ssmc.runtime.models.generation.torch_session import TorchSession
+from ssmc.runtime.tiny import TINY_DIRECTORY
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """A token of a 22 M Mamba at every batch size: launched from Python, from a CUDA graph, as a session, by others."""
+    shapes = f"d_model {sizes.decode_d_model}, {sizes.decode_layers} layers"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = use_fast_scan(mamba(sizes.decode_d_model, sizes.decode_layers, sizes.decode_vocab)).to(device, dtype)
+    for batch in sizes.steps:
+        step = work.decoding(model, batch)
+        runs = {"launched from Python": step.run}
+        note = ""
+        try:
+            runs["from a CUDA graph"] = record(work.decoding(model, batch), device)
+        except NotRecordable as why:
+            note = f"no graph: {why}"
+        timings = interleave(runs, device, sizes.repeats, sizes.budget / 60)
+        launched, *replayed = timings.values()
+        if replayed:
+            yield _row(f"{shapes}, batch {batch}: Python, graph", launched, replayed[0], note)
+        else:
+            yield Row(f"{shapes}, batch {batch}: Python", summary.format_timing(launched), note=note)
+        with_session = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens)
+        yield Row(f"{shapes}, batch {batch}: a session, choosing included", after=f"{1e3 * with_session:.3f} ms")
+        yield from mamba_ssm_decode(sizes, device, dtype, batch)
+    if device.type == "cuda":
+        yield from launched_kernels(model, 1)
+
+
+def _row(what: str, before: Timing, after: Timing, note: str = "") -> Row:
+    ratio = f"{before.median / after.median:.2f}x"
+    return Row(what, summary.format_timing(before), summary.format_timing(after), ratio, note)
+
+
+def seconds_a_token(session: TorchSession, batch: int, tokens: int) -> float:
+    """Seconds a token of greedy decoding, as `ssmc generate` does it: the median of those after the first ten."""
+    prompts = [[1 + row % 7] * 8 for row in range(batch)]
+    found = []
+    for _ in range(2):  # the first run records the graph
+        rows = stream_tokens(session, prompts, max_new_tokens=tokens)
+        next(rows)
+        found = []
+        while True:
+            begin = time.perf_counter()
+            if next(rows, None) is None:
+                break
+            found.append(time.perf_counter() - begin)
+    return statistics.median(found[min(10, len(found) // 2) :])
+
+
+def mamba_ssm_decode(sizes: Sizes, device: torch.device, dtype: torch.dtype, batch: int) -> Iterator[Row]:
+    """mamba_ssm's own model of the same size, through its own generate with a CUDA graph."""
+    what = f"mamba_ssm's generate with a CUDA graph, batch {batch}"
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        config = MambaConfig(d_model=sizes.decode_d_model, n_layer=sizes.decode_layers, vocab_size=sizes.decode_vocab)
+        model = MambaLMHeadModel(config, device=device, dtype=dtype)
+        prompt = torch.ones(batch, 8, dtype=torch.long, device=device)
+
+        def run(tokens: int) -> float:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            model.generate(prompt, max_length=8 + tokens, top_k=1, cg=True)
+            torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        run(sizes.decode_tokens)
+        few, many = run(sizes.decode_tokens // 4), run(sizes.decode_tokens)
+        seconds = (many - few) / (sizes.decode_tokens - sizes.decode_tokens // 4)
+        yield Row(what, before=f"{1e3 * seconds:.3f} ms")
+    except Exception as error:  # whatever a package with CUDA kernels raises
+        yield Row(
+            what, note=f"not measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+
+
+def launched_kernels(model: nn.Module, batch: int) -> Iterator[Row]:
+    """Which kernels a step runs, most time first: what there is to save."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step = work.decoding(model, batch)
+    step.run()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step.run()
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.key_averages() if event.device_time_total > 0]
+    total = sum(event.device_time_total for event in kernels)
+    count = sum(event.count for event in kernels)
+    yield Row(f"kernels of a step, batch {batch}", after=f"{total:.0f} us", note=f"{count} kernels")
+    for event in sorted(kernels, key=lambda event: -event.device_time_total)[:14]:
+        yield Row(f"  {event.key[:80]}", after=f"{event.device_time_total:.0f} us", note=f"{event.count} times")
+
+
+# --- compress --------------------------------------------------------------------------------------------------------
+
+COMMAND = """
+import sys, time
+begin = time.perf_counter()
+from ssmc.cli import main
+code = main(sys.argv[1:])
+seconds = time.perf_counter() - begin
+import torch
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print("MEASURED", seconds, peak)
+sys.exit(code)
+"""
+IMPORTS = {"torch": "import torch", "torch and transformers": "from transformers import MambaForCausalLM"}
+IMPORTS |= {"all of compress": "import ssmc.compressor.compress, ssmc.compressor.pipeline"}
+IMPORTS |= {"torch, first use of CUDA": "import torch; torch.cuda.is_available() and torch.ones(1, device='cuda')"}
+
+
+def compress_command(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """`ssmc compress` from files to files, wall-clock time of the whole process; the first run compiles kernels."""
+    shapes = f"{sizes.small_layers} layers of d_model {sizes.small_d_model}"
+    what = f"column 0.5, {shapes}, {sizes.nsamples} x {sizes.seqlen} tokens"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(sizes, folder, {"dense": 16})
+        for number in ("first run", "second run"):
+            options = ("--nsamples", sizes.nsamples, "--seqlen", sizes.seqlen)
+            yield _compressed(f"{what}, {number}", folder, device, options)
+        yield _compressed("the same with 1 x 16 tokens", folder, device, ("--nsamples", 1, "--seqlen", 16))
+        for what, statement in IMPORTS.items():
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], check=True)
+            yield Row(f"start-up: {what}", after=f"{time.perf_counter() - begin:.1f} s")
+        yield _profiled(folder, device, ("--nsamples", sizes.nsamples, "--seqlen", sizes.seqlen))
+
+
+def _compress(folder: Path, device: torch.device, options: tuple[object, ...]) -> list[str]:
+    out = ["--out", str(folder / "out"), "--force", "--quiet"]
+    return ["compress", str(folder / "dense"), "--device", device.type, *map(str, options), *out]
+
+
+def _compressed(what: str, folder: Path, device: torch.device, options: tuple[object, ...]) -> Row:
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *_compress(folder, device, options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - begin
+    measured = [line.split() for line in done.stdout.splitlines() if line.startswith("MEASURED")]
+    if done.returncode or not measured:
+        return Row(what, note=f"failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    note = f"peak GPU memory {summary.format_bytes(int(measured[0][2]))}" if device.type == "cuda" else ""
+    return Row(what, after=f"{seconds:.1f} s", note=note)
+
+
+def _profiled(folder: Path, device: torch.device, options: tuple[object, ...]) -> Row:
+    """Where the time goes, into the log."""
+    script = "import sys; from ssmc.cli import main; main(sys.argv[1:])"
+    (folder / "profiled.py").write_text(script, encoding="utf-8")
+    command = ["-m", "cProfile", "-s", "cumulative", str(folder / "profiled.py")]
+    done = subprocess.run(
+        [sys.executable, *command, *_compress(folder, device, options)], capture_output=True, text=True, check=False
+    )
+    print("\n".join(done.stdout.splitlines()[:150]), file=sys.stderr)
+    return Row("the second run under cProfile", note="see the log of this section")
+
+
+# --- refine and bench ------------------------------------------------------------------------------------------------
+
+
+def refine(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Gradient steps on every layer of 130M shapes: seconds a layer and step, from a run with and one without."""
+    tokens = ("--nsamples", max(2, sizes.nsamples // 8), "--seqlen", sizes.seqlen)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(replace(sizes, small_layers=min(sizes.small_layers, 6)), folder, {"dense": 16})
+        shapes = (
+            f"{min(sizes.small_layers, 6)} layers of d_model {sizes.small_d_model}, {tokens[1]} x {tokens[3]} tokens"
+        )
+        for steps in (0, sizes.refine_steps):
+            yield _compressed(f"{shapes}, refine {steps}", folder, device, (*tokens, "--refine", steps))
+
+
+def bench(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """The report of `ssmc bench`, of which the overview becomes rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(sizes, folder, {"dense": 16, "pruned": 8})
+        report = benchmark(
+            models=[folder / "dense", folder / "pruned"],
+            lengths=sizes.lengths,
+            batch_sizes=sizes.batch_sizes,
+            repeats=sizes.repeats,
+            time_budget=sizes.budget / 3,
+            device=device.type,
+            dtype=torch.float16 if device.type == "cuda" else None,
+            max_windows=4,
+            max_batch=sizes.max_batch,
+        )
+    shown = [*summary.summary_rows(report), *summary.sequence_rows(report), *summary.part_rows(report)]
+    for r in shown:
+        yield Row(f"16 and 8 states: {r.metric}", r.values[0], r.values[1], r.changes[0])
+    yield from (Row("note", note=note) for note in report.notes)
+
+
+def write_models(sizes: Sizes, folder: Path, states: dict[str, int]) -> None:
+    """130M shapes with so many states each, with the embedded tokenizer so that there is text to read."""
+    for name, d_state in states.items():
+        (folder / name).mkdir()
+        model = mamba(sizes.small_d_model, sizes.small_layers, sizes.vocab, d_state)
+        write_checkpoint(
+            folder / name, {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, model.config
+        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(TINY_DIRECTORY) / "tokenizer.json"))
+        tokenizer.save_pretrained(folder / name)
+
+
+# --- one section -----------------------------------------------------------------------------------------------------
+
+SECTIONS: dict[str, Callable[[Sizes, torch.device], Iterator[Row]]] = {
+    "decode": decode,
+    "compress": compress_command,
+    "2:4": sparse_modules,
+    "2:4 model": sparse_model,
+    "refine": refine,
+    "bench": bench,
+}
+
+
+def write(path: Path | None, rows: list[Row], now: dict) -> None:
+    if path is not None:
+        record = {"conditions": now, "rows": [asdict(row) for row in rows]}
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
+        whole.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", required=True, choices=SECTIONS)
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    parser.add_argument("--seconds", type=float, default=120.0, help="that are left for it")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU if there is no GPU")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    sizes = TOY if args.dry_run else replace(Sizes(), budget=args.seconds)
+    device = choose_device("auto")
+    now = asdict(conditions(device, torch.bfloat16, load_average()))
+    rows: list[Row] = []
+    write(args.json, rows, now)
+    try:
+        for row in SECTIONS[args.section](sizes, device):
+            rows.append(row)
+            print(*(part for part in asdict(row).values() if part), sep=" | ", flush=True)
+            write(args.json, rows, now)
+    except (SsmcError, RuntimeError, NotImplementedError) as error:
+        write(args.json, [*rows, Row("stopped", note=str(error).split("\n")[0])], now)
+        raise
+
+
+if __name__ == "__main__":
+    main()
