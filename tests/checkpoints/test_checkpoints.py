@@ -420,7 +420,7 @@ def test_a_full_disk(tmp_path):
     (tmp_path / "disk").mkdir()
     program = """
 import sys, pathlib
-from ssmc.runtime.checkpoints import load_checkpoint, write_checkpoint
+from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
 from ssmc.runtime.errors import OutputError
 from ssmc.runtime.files import new_directory
 disk, tiny = pathlib.Path(sys.argv[1]), load_checkpoint("tiny")

@@ -217,7 +217,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ssmc.compressor import pipeline
 from ssmc.compressor.pipeline import collect
-from ssmc.compressor.statistics import NormalMatrix, SquaredReadout, SquaredStates
+from ssmc.compressor.methods.states.statistics import NormalMatrix, SquaredReadout, SquaredStates
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import ScanInputs, selective_scan
