@@ -14,6 +14,8 @@ DEMO := ssmc-demo
 # pytest's workers share the cores: one thread each for torch's operators.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format clean
 
@@ -26,8 +28,14 @@ demo: $(READY) ## Compress, export and benchmark the embedded model in ./ssmc-de
 	cd $(DEMO) && ../$(BIN)/ssmc export --format safetensors
 	cd $(DEMO) && ../$(BIN)/ssmc bench
 
+# Where there is a GPU, what runs kernels has it to itself; every other test sees a machine without one, as in CI.
 test: $(READY) ## Run all tests
+ifneq ($(HAS_GPU),)
+	$(TEST_ENV) $(BIN)/python -m pytest -m gpu
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+else
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 check: $(READY) ## Look for mistakes and for formatting that differs
 	$(BIN)/ruff check .

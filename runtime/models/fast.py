@@ -132,7 +132,7 @@ def _forward(
     y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, **({"in_place": True} if on_gpu else {}))
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
-        window = x if cache_params.is_recording_past(mixer.layer_idx) else x[:, -width:]
+        window = x if _layer(mixer, cache_params).record_past else x[:, -width:]
         cache_params.update_conv_state(window.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
         cache_params.update_recurrent_state(state, mixer.layer_idx)
     return mixer.out_proj(y.to(hidden_states.dtype))
@@ -140,9 +140,20 @@ def _forward(
 
 def _cached(mixer: nn.Module, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The last convolution inputs (B, D, >= d_conv) and the SSM state (B, D, N) before this call, None at the start."""
-    if not hasattr(cache, "get_recurrent_state"):
+    layer = _layer(mixer, cache)
+    if layer is None or not layer.has_previous_state[0]:
         return None, None
-    return cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def _layer(mixer: nn.Module, cache: Any) -> Any:
+    """What transformers' cache holds of this mixer; None without a cache, and of versions that build it otherwise.
+
+    The tensors are read here, as the cache's methods that give them are newer than what they give.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[mixer.layer_idx] if len(layers) > mixer.layer_idx else None
+    return layer if isinstance(getattr(layer, "has_previous_state", None), dict) else None
 
 
 def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
@@ -166,7 +177,7 @@ def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, o
 
     A piece of a prompt that continues an earlier one is never left to it on a GPU: the stock forward is wrong there.
     """
-    if cache is not None and not hasattr(cache, "get_recurrent_state"):
+    if cache is not None and _layer(mixer, cache) is None:
         return True  # the cache of a transformers version whose mixers have another interface
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True

@@ -66,5 +66,6 @@ def selective_scan(
     after = state.float().contiguous()
     after = after if in_place or after is not state else state.clone()
     u, dt, B, C, z = (t if t is None else t[:, 0] for t in (u, dt, B, C, z))
+    bias = torch.zeros_like(D) if bias is None else bias  # the kernel asks its stride even where there is none
     y = update(after, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=fused)
     return y[:, None].to(inputs.u.dtype), after

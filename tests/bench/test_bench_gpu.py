@@ -26,10 +26,10 @@ from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.sparse24 import ModuleReport, Sparse24Report
+from tests.support.gpu import needs_cuda
 from tests.support.models import random_model
 
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def artefact(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(artefact):
     small = {"lengths": (8,), "batch_sizes": (1,), "decode_tokens": 2, "repeats": MIN_ROUNDS, "time_budget": 0.1}
-    return benchmark(artefact, **small, window=64, max_windows=8, max_batch=4)
+    return benchmark(artefact, **small, window=64, max_windows=8, max_batch=4, device="cpu")
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def test_counts_are_those_of_the_model(checkpoint):
     for name in ("in_proj", "out_proj", "head"):
         assert by_name[name].multiply_adds == linears[name] > 0
     cache = model(torch.ones(1, 9, dtype=torch.long), use_cache=True).cache_params
-    assert found.ssm_state_bytes == 4 * sum(cache.get_recurrent_state(i).numel() for i in range(LAYERS))
-    assert found.conv_state_bytes == 4 * sum(cache.get_conv_state(i).numel() for i in range(LAYERS))
+    assert found.ssm_state_bytes == 4 * sum(cache.layers[i].recurrent_states[0].numel() for i in range(LAYERS))
+    assert found.conv_state_bytes == 4 * sum(cache.layers[i].conv_states[0].numel() for i in range(LAYERS))
     assert by_name["scan"].multiply_adds * 4 == 3 * found.ssm_state_bytes
 
 

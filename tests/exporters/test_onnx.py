@@ -170,7 +170,7 @@ def test_time_steps_far_from_the_middle(tmp_path):
         tokens = random_tokens((1, 20))
         _, states = read(graph(model, tmp_path / str(bias)), tokens)
         cache = model(tokens, use_cache=True).cache_params
-        wanted = cache.get_recurrent_state(0).detach().transpose(1, 2).numpy()
+        wanted = cache.layers[0].recurrent_states[0].detach().transpose(1, 2).numpy()
         np.testing.assert_allclose(states["past_ssm_0"], wanted, rtol=3e-5, atol=1e-9)
 
 

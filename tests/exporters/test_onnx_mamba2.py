@@ -57,8 +57,8 @@ def operators(graph):
 def states_of(model, tokens, layer):
     """What stock transformers remembers after some tokens, as the graph lays it out: conv (B, K - 1, D), ssm."""
     cache = model(tokens, use_cache=True).cache_params
-    conv = cache.get_conv_state(layer)[:, :, 1 - model.config.conv_kernel :]
-    return conv.transpose(1, 2).numpy(), cache.get_recurrent_state(layer).transpose(2, 3).numpy()
+    conv = cache.layers[layer].conv_states[0][:, :, 1 - model.config.conv_kernel :]
+    return conv.transpose(1, 2).numpy(), cache.layers[layer].recurrent_states[0].transpose(2, 3).numpy()
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -20,6 +20,7 @@ from ssmc.runtime.measure.timing import Timing
 from ssmc.runtime.sparse24 import Sparse24Linear, cuda, is_24, use_sparse24
 from ssmc.runtime.sparse24.use import choose, compare, modules_24
 from tests.exporters.test_sparse24 import matrix_24
+from tests.support.gpu import HAS_CUDA
 from tests.support.models import logits, random_model, random_tokens
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -31,8 +32,12 @@ import gpu_sparse24  # noqa: E402
 
 sys.path.remove(BENCHMARKS)
 
-SPARSE_CORES = torch.cuda.is_available() and cuda.why_dense(torch.device("cuda"), torch.float16) is None
-needs_sparse_cores = pytest.mark.skipif(not SPARSE_CORES, reason="needs a CUDA GPU with sparse tensor cores")
+SPARSE_CORES = HAS_CUDA and cuda.why_dense(torch.device("cuda"), torch.float16) is None
+
+
+def needs_sparse_cores(test):
+    skip = pytest.mark.skipif(not SPARSE_CORES, reason="needs a CUDA GPU with sparse tensor cores")
+    return pytest.mark.gpu(skip(test))
 
 
 def model_24(dtype=torch.float32, **sizes):

@@ -168,8 +168,8 @@ def test_logits_and_cache_equal_stock(backend, length, changes):
     got = use_fast_scan(copy.deepcopy(stock), backend)(ids, use_cache=True)
     assert difference(got.logits, wanted.logits) < 1e-5
     for layer in range(LAYERS):
-        for read in ("get_conv_state", "get_recurrent_state"):
-            ours, theirs = (getattr(o.cache_params, read)(layer) for o in (got, wanted))
+        for kind in ("conv_states", "recurrent_states"):
+            ours, theirs = (getattr(o.cache_params.layers[layer], kind)[0] for o in (got, wanted))
             assert ours.dtype == theirs.dtype
             assert difference(ours, theirs) < 1e-5
 
@@ -195,7 +195,8 @@ def test_a_prompt_in_pieces_equals_the_prompt_at_once(models, sizes):
     assert difference(got, stock(ids).logits) < 1e-5
     _, whole = in_pieces(stock, ids, [40])
     for layer in range(LAYERS):
-        assert difference(cache.get_recurrent_state(layer), whole.get_recurrent_state(layer)) < 1e-5
+        ours, theirs = (c.layers[layer].recurrent_states[0] for c in (cache, whole))
+        assert difference(ours, theirs) < 1e-5
 
 
 @torch.no_grad()
@@ -279,7 +280,7 @@ def test_both_layouts_round_trip(tmp_path, layout, changes):
         model.config.n_groups,
     )
     states = loaded.model(ids, use_cache=True).cache_params
-    held = sum(states.get_conv_state(i).numel() + states.get_recurrent_state(i).numel() for i in range(LAYERS))
+    held = sum(layer.conv_states[0].numel() + layer.recurrent_states[0].numel() for layer in states.layers)
     assert sizes.state_bytes() == held // len(ids) * 4
     for written in ("transformers", "mamba-ssm"):
         folder = tmp_path / written

@@ -13,11 +13,11 @@ from ssmc.compressor.pipeline import propagate, prune_layers
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
+from tests.support.gpu import needs_cuda
 from tests.support.models import random_model, random_tokens
 
 ARCHITECTURE = architecture_for("mamba")
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def layers(count=4):

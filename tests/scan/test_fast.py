@@ -14,6 +14,7 @@ from ssmc.runtime.models import fast
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import mamba
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.models.stock_kernels import guard_kernels
 
 
 def random_model(seed: int = 0, **config) -> MambaForCausalLM:
@@ -36,7 +37,7 @@ def random_model(seed: int = 0, **config) -> MambaForCausalLM:
             for part in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
                 if part.bias is not None:
                     part.bias.normal_(std=0.3)
-    return model
+    return guard_kernels(model)
 
 
 def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
@@ -77,8 +78,8 @@ def test_logits_and_cache_equal_stock(backend, state_size, biases):
     got = use_fast_scan(copy.deepcopy(stock), backend)(ids, use_cache=True)
     assert difference(got.logits, wanted.logits) < 1e-5
     for layer in range(3):
-        for read in ("get_conv_state", "get_recurrent_state"):
-            ours, theirs = (getattr(o.cache_params, read)(layer) for o in (got, wanted))
+        for kind in ("conv_states", "recurrent_states"):
+            ours, theirs = (getattr(o.cache_params.layers[layer], kind)[0] for o in (got, wanted))
             assert ours.dtype == theirs.dtype
             assert difference(ours, theirs) < 1e-5
 
@@ -130,8 +131,9 @@ def test_a_prompt_in_pieces_equals_the_prompt_at_once(models, sizes):
     assert difference(got, wanted) < 1e-5
     _, whole = in_pieces(fast_model, ids, [40])
     for layer in range(3):
-        assert difference(cache.get_conv_state(layer), whole.get_conv_state(layer)) < 1e-5
-        assert difference(cache.get_recurrent_state(layer), whole.get_recurrent_state(layer)) < 1e-5
+        for kind in ("conv_states", "recurrent_states"):
+            ours, theirs = (getattr(c.layers[layer], kind)[0] for c in (cache, whole))
+            assert difference(ours, theirs) < 1e-5
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ def test_a_cache_can_be_reset_and_can_record_its_past(models):
         layer.activate_past_recording()
     got, recording = in_pieces(fast_model, ids, [2, 6, 1, 31], recording)
     assert difference(got, wanted) < 1e-5
-    assert recording.get_conv_state(0).shape[-1] == 40  # all of it is there to go back to
+    assert recording.layers[0].conv_states[0].shape[-1] == 40  # all of it is there to go back to
 
 
 @torch.no_grad()

@@ -23,12 +23,14 @@ from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.scan import ScanInputs, mamba_ssm_scan, scan_moments, scan_states, selective_scan
 from tests.scan.test_scan import difference, naive, random_inputs, random_state, tokens
+from tests.support.gpu import HAS_CUDA
 from tests.support.models import random_model, random_tokens
 
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 gpu = pytest.importorskip("ssmc.runtime.scan.gpu")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 EXACT = 1e-6 if DEVICE.type == "cpu" else 1e-5  # a GPU's exponential is off by two units in the last place
 SHORT_CHUNKS = gpu.Plan(block=64, warps=1, tokens=2, chunk=4)
 
@@ -283,8 +285,13 @@ def test_refusals_say_why_and_what_to_do(without_interpreter):
 @pytest.fixture
 def mamba_ssm_functions(monkeypatch):
     """transformers' torch versions of mamba_ssm's functions, which it calls in their place and with their arguments."""
-    functions = (modeling_mamba.mamba_selective_scan, modeling_mamba.mamba_selective_state_update)
-    monkeypatch.setattr(mamba_ssm_scan, "kernels", lambda: functions)
+    scan, update = modeling_mamba.mamba_selective_scan, modeling_mamba.mamba_selective_state_update
+
+    def wanting_a_bias(*args, dt_bias, **options):
+        assert dt_bias.stride() == (1,)  # the real one asks, also where there is none
+        return update.__wrapped__(*args, dt_bias=dt_bias, **options)
+
+    monkeypatch.setattr(mamba_ssm_scan, "kernels", lambda: (scan.__wrapped__, wanting_a_bias))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -20,6 +20,7 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
+from ssmc.runtime.models.stock_kernels import guard_kernels
 from tests.support.models import PADDED
 
 TOKENS = {"vocab_size": PADDED, "bos_token_id": 0, "eos_token_id": 60, "pad_token_id": 0}
@@ -43,7 +44,7 @@ def roughen(model, seed=0):
                 tensor.copy_(
                     factor * noise / math.sqrt(tensor.shape[-1] if tensor.ndim != 3 or "conv" not in name else 4)
                 )
-    return model.eval()
+    return guard_kernels(model).eval()
 
 
 def falcon_mamba(seed=0, **changes):

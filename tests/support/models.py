@@ -1,10 +1,15 @@
-"""Small random models and the directories they come in, written without ssmc: by transformers itself, or by hand."""
+"""Small random models and the directories they come in, written without ssmc: by transformers itself, or by hand.
+
+Where mamba_ssm is installed, a stock model runs on a CPU only after `guard_kernels`.
+"""
 
 import json
 import math
 
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+from ssmc.runtime.models.stock_kernels import guard_kernels
 
 VOCAB, PADDED = 61, 64  # mamba_ssm pads the embedding to a multiple of 8
 LAYERS = 3
@@ -27,7 +32,7 @@ def random_model(dtype=torch.float32, seed=0, **changes):
                 tensor.copy_(1 + 0.3 * noise)
             else:
                 tensor.copy_(noise / math.sqrt(fan_in))
-    return model.to(dtype).eval()
+    return guard_kernels(model).to(dtype).eval()
 
 
 def random_mamba2(dtype=torch.float32, seed=0, **changes):
@@ -50,7 +55,7 @@ def random_mamba2(dtype=torch.float32, seed=0, **changes):
             else:
                 factor = next((f for part, f in spread.items() if part in name), 1.0)
                 tensor.copy_(factor * noise / math.sqrt(math.prod(tensor.shape[1:])))
-    return model.to(dtype).eval()
+    return guard_kernels(model).to(dtype).eval()
 
 
 def save_transformers(model, directory, **options):
