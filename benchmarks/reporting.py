@@ -12,6 +12,9 @@ import torch
 from ssmc.runtime.measure.conditions import Conditions, conditions, load_average
 from ssmc.runtime.measure.timing import Timing, paired_ratio
 
+FIGURES = Path("docs/figures")
+"""Where the plots of the documentation lie; their figures are the JSON in benchmarks/results."""
+
 
 def print_conditions(dtype: torch.dtype = torch.float32) -> Conditions:
     """Print what the figures below are taken on, and return it for the JSON."""
@@ -55,4 +58,5 @@ def write_json(path: Path | None, now: Conditions, settings: Mapping[str, object
     """Write everything to `path`, or nothing when there is none."""
     if path is not None:
         record = {"conditions": asdict(now), "load_after": load_average(), "settings": settings, "results": results}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

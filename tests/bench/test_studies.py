@@ -3,15 +3,17 @@
 import copy
 import json
 import math
-import sys
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.studies import layers as study_layers
+from benchmarks.studies import models as study_models
+from benchmarks.studies import pages as study_pages
+from benchmarks.studies import run as studies
 from ssmc.compressor import compress, configure
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -19,16 +21,6 @@ from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.scan import scan_states
 from ssmc.runtime.tiny import heldout_path
 from tests.support.naive import hidden_states, scan_output
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # the scripts there import each other by their bare names
-
-import studies  # noqa: E402
-import study_layers  # noqa: E402
-import study_models  # noqa: E402
-import study_pages  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
 
 SMALL = study_layers.Uniformity(d_inner=3, d_state=4, length=20, samples=2, keep=2, seeds=1, knobs=(0.0, 0.9))
 RARE = study_layers.Rare(length=800, seeds=1, rates=(0.005, 0.5), vote_samples=(2,))
@@ -221,9 +213,9 @@ def test_the_readme_is_rebuilt_from_all_json_present(tmp_path):
 def test_a_partial_run_keeps_the_other_studies(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "Rare", lambda: RARE)
     monkeypatch.setattr(studies, "Uniformity", lambda: SMALL)
-    studies.main(["--only", "uniformity", "--out", str(tmp_path)])
+    studies.main(["--only", "uniformity", "--out", str(tmp_path), "--pages", str(tmp_path)])
     kept = (tmp_path / "uniformity.json").read_bytes()
-    studies.main(["--only", "rare", "--out", str(tmp_path)])
+    studies.main(["--only", "rare", "--out", str(tmp_path), "--pages", str(tmp_path)])
     assert (tmp_path / "uniformity.json").read_bytes() == kept
     readme = (tmp_path / "README.md").read_text()
     assert study_pages.PAGES["uniformity"].title in readme

@@ -66,7 +66,7 @@ def test_the_same_run_and_its_recipe_give_the_same_bytes(artefact, tmp_path):
 
 
 def test_default_loses_a_fraction_of_what_the_vote_without_repair_loses(artefact, tmp_path):
-    """On held-out text, with little calibration text: the figure of benchmarks/scores.py is a tenth, here a quarter."""
+    """On held-out text, with little calibration text: benchmarks/loss/scores.py finds a tenth, here a quarter."""
     dense = load_checkpoint("tiny", dtype=torch.float32)
     text = tokenize(read_texts(heldout_path()), load_tokenizer(dense))[: 8 * 512]
     compress("tiny", out=tmp_path / "vote", score="sparsessm-vote", repair=False, **QUICK)

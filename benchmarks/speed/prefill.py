@@ -1,8 +1,8 @@
 """Stock transformers on CPU, end to end, with and without our scan: prefill, decode per token, and the scan alone.
 
-    python benchmarks/prefill.py                         # Mamba-130M shapes, 512 tokens
-    python benchmarks/prefill.py --length 2048 --json prefill.json
-    python benchmarks/prefill.py --model-type mamba2     # the same of Mamba-2: N = 128, heads of 64 channels
+    python -m benchmarks.speed.prefill  # Mamba-130M shapes, 512 tokens
+    python -m benchmarks.speed.prefill --length 2048 --json prefill.json
+    python -m benchmarks.speed.prefill --model-type mamba2  # the same of Mamba-2: N = 128, heads of 64 channels
 
 The model has random weights and is built in memory; speed does not depend on their values. "stock" and "fast" are the
 same model, before and after `use_fast_scan`, and take turns. Prefill computes the logits of every token.
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from reporting import as_json, print_conditions, print_timings, write_json
-from scan import contenders, layer_inputs, ssd_contenders, ssd_layer_inputs
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
+from benchmarks.speed.scan import contenders, layer_inputs, ssd_contenders, ssd_layer_inputs
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 

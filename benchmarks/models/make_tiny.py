@@ -1,6 +1,6 @@
 """Re-create runtime/tiny, the embedded model and its texts, from the project's shared data; same bytes every time.
 
-    python benchmarks/make_tiny.py [--shared ../shared] [--out runtime/tiny]
+    python -m benchmarks.models.make_tiny [--shared ../shared] [--out runtime/tiny]
 
 The trained float32 model becomes float16. The texts are a sample of the stories it was trained on (calibration) and of
 those it never saw (held out): stories in the order of their SHA-256, so that the sample depends on no random generator.
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # 64 samples of 2048 tokens and 5 % to spare, counted by the GPT-NeoX tokenizer of the published Mamba checkpoints:
 # it needs 11 % fewer tokens for these stories than tiny's own, so what is enough for it is enough for both.

@@ -1,6 +1,6 @@
 """What states cost where B and C pass norms: a small Falcon-Mamba, made of `tiny` and trained on, pruned in three ways.
 
-    python benchmarks/norms.py [--train ../shared/data/stories/train.jsonl] [--steps 150]
+    python -m benchmarks.loss.norms [--train ../shared/data/stories/train.jsonl] [--steps 150]
 
 No small trained Falcon-Mamba is published. So `tiny` gets the norms; the mean of what they change is folded into
 dt_proj, D and out_proj; and the whole is trained on stories for some steps. Then states go: "sliced" leaves what stays
@@ -16,10 +16,10 @@ import copy
 from pathlib import Path
 
 import torch
-from reporting import print_conditions, write_json
 from torch import nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
+from benchmarks.reporting import print_conditions, write_json
 from ssmc.compressor import configure, prune_layers
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.measure.perplexity import perplexity
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=16 * 1024, help="of held-out text")
-    parser.add_argument("--json", type=Path, default=Path("docs/norms.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/norms.json"))
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
 """The selective scan alone: our CPU kernel, our plain torch reference, and the loop transformers runs on CPU.
 
-    python benchmarks/scan.py                                  # one Mamba-130M layer, 2048 tokens
-    python benchmarks/scan.py --d-state 8 --json scan.json
-    python benchmarks/scan.py --gradients                      # forward and backward, ours and the reference
+    python -m benchmarks.speed.scan  # one Mamba-130M layer, 2048 tokens
+    python -m benchmarks.speed.scan --d-state 8 --json scan.json
+    python -m benchmarks.speed.scan --gradients  # forward and backward, ours and the reference
 
 All three read the same tensors, after softplus, and apply the skip and the gate. The contenders take turns.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from reporting import as_json, print_conditions, print_timings, write_json
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.utils import logging
 
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
 from ssmc.runtime.measure.timing import interleave
 from ssmc.runtime.scan import ScanInputs, SsdInputs, selective_scan, ssd_scan
 

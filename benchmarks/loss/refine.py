@@ -1,8 +1,8 @@
 """What refinement buys: excess loss on held-out text, and CPU time, by pattern and number of steps, as table and JSON.
 
-    python benchmarks/refine.py                                        # the embedded model and its texts
-    python benchmarks/refine.py MODEL --calib train.jsonl --text valid.jsonl
-    python benchmarks/refine.py --cells column:0.875 --steps 300       # some cells only; the JSON keeps the others
+    python -m benchmarks.loss.refine  # the embedded model and its texts
+    python -m benchmarks.loss.refine MODEL --calib train.jsonl --text valid.jsonl
+    python -m benchmarks.loss.refine --cells column:0.875 --steps 300  # some cells only; the JSON keeps the others
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows. The
 first row is what the refined models are to be compared with: half of the states gone by the score ghost, no repair.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import print_conditions
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.reporting import print_conditions
 from ssmc.compressor import configure, prune_layers
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.measure.perplexity import perplexity
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("docs/refine.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/refine.json"))
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """What column and channel pruning buy end to end: dense against pruned, both in stock transformers with our scan.
 
-    python benchmarks/end_to_end.py                     # Mamba-130M shapes, column 75 % + channel 50 %, 512 tokens
-    python benchmarks/end_to_end.py --column 0.5 --channel 0.25 --json end_to_end.json
+    python -m benchmarks.speed.end_to_end  # Mamba-130M shapes, column 75 % + channel 50 %, 512 tokens
+    python -m benchmarks.speed.end_to_end --column 0.5 --channel 0.25 --json end_to_end.json
 
 The weights are random: speed does not depend on their values. The pruned model goes the whole way: `compress`,
 `export`, `from_pretrained`. Prefill computes the last token's logits and fills the cache; decoding is one token. The
@@ -21,13 +21,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from reporting import as_json, print_conditions, print_timings, write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
 import ssmc.runtime.models.families.mamba as mamba
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
 from ssmc import compress, export
 from ssmc.runtime.bench import Workload
 from ssmc.runtime.measure.timing import interleave

@@ -1,7 +1,7 @@
 """Loss over speed: what states, channels and layers cost for the time they save, each alone, and the search's mixture.
 
-    python benchmarks/loss_over_speed.py                                        # the embedded model and its texts
-    python benchmarks/loss_over_speed.py MODEL --calib train.jsonl --text valid.jsonl
+    python -m benchmarks.loss.loss_over_speed  # the embedded model and its texts
+    python -m benchmarks.loss.loss_over_speed MODEL --calib train.jsonl --text valid.jsonl
 
 Every model is compressed, exported and loaded by stock transformers with our scan, then all of them are timed in turns:
 a prefill and a step of decoding, end to end, as a share of the dense model's time. Loss is the mean negative
@@ -21,12 +21,12 @@ from typing import Any
 
 import matplotlib
 import torch
-from reporting import print_conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers.utils import logging
 
+from benchmarks.reporting import FIGURES, print_conditions
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.runtime.bench import Workload
@@ -61,7 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/loss_over_speed"), help="writes OUT.json and OUT.svg")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loss_over_speed"), help="writes OUT.json")
+    parser.add_argument("--plot", type=Path, help="where the plot goes, by default docs/figures/NAME OF OUT.svg")
     parser.add_argument("--keep", type=Path, help="folder for the models, to go on where an earlier run was stopped")
     return parser.parse_args()
 
@@ -74,12 +75,14 @@ def main() -> None:
         folder = args.keep or Path(temporary)
         runs = compressed(args, folder)
         rows = measured(args, folder, runs)
-    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "keep")}
+    settings = {
+        k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "plot", "keep")
+    }
     report = {"conditions": asdict(now), "load_after": load_average(), "settings": settings, "rows": rows}
     report["envelope"] = {phase: envelope(rows, phase) for phase in PHASES}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(report, args.out.with_suffix(".svg"))
+    plot(report, args.plot or FIGURES / f"{args.out.name}.svg")
     show(report)
 
 

@@ -1,8 +1,8 @@
 """ONNX on a CPU beside torch: speed at Mamba-130M shapes, and size, speed and perplexity of a trained model.
 
-    python benchmarks/onnx_speed.py --json docs/onnx_speed.json
-    python benchmarks/onnx_speed.py --family mamba2 --json docs/onnx_speed_mamba2.json
-    python benchmarks/onnx_speed.py --model MODEL --json docs/onnx_quality.json    # and text with --text
+    python -m benchmarks.speed.onnx_speed --json benchmarks/results/onnx_speed.json
+    python -m benchmarks.speed.onnx_speed --family mamba2 --json benchmarks/results/onnx_speed_mamba2.json
+    python -m benchmarks.speed.onnx_speed --model MODEL --json benchmarks/results/onnx_quality.json  # text: --text
 
 Without --model: random weights, which cost the same time as trained ones. "stock" is transformers' loop over tokens,
 "torch" the same model with our scan, "onnx" and "int8" graphs of it in onnxruntime, for Mamba-2 also with --target ort,
@@ -26,10 +26,10 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnxscript import GraphBuilder
-from reporting import as_json, print_conditions, print_timings, write_json
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build

@@ -1,8 +1,8 @@
 """Train `tiny-mamba2`, the embedded Mamba-2, on the project's stories and put it where ssmc looks for it.
 
-    python benchmarks/make_tiny2.py --steps 4000 --work work/tiny2          # the same schedule on every machine
-    python benchmarks/make_tiny2.py --until 22:55 --work work/tiny2         # as many steps as fit, by the clock
-    python benchmarks/make_tiny2.py --pack --work work/tiny2                # runtime/tiny2 out of the last checkpoint
+    python -m benchmarks.models.make_tiny2 --steps 4000 --work work/tiny2  # the same schedule on every machine
+    python -m benchmarks.models.make_tiny2 --until 22:55 --work work/tiny2  # as many steps as fit, by the clock
+    python -m benchmarks.models.make_tiny2 --pack --work work/tiny2  # runtime/tiny2 out of the last checkpoint
 
 It shares the tokenizer and the texts of `tiny`, and trains in one thread with the scan of ssmc itself. The order of
 the text and the initial weights come from --seed; with --steps a run repeats on the same machine, with --until the
@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from ssmc.runtime.models.fast import use_fast_scan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BATCH, LENGTH = 4, 512
 PEAK, FLOOR, WARM_UP = 2.5e-3, 0.05, 0.02  # learning rate; the rest as parts of it and of the run
 CONFIG = {

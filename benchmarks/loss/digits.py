@@ -1,7 +1,7 @@
 """Does the saliency hold where there is no language? A small vision Mamba on handwritten digits, pruned.
 
-    python benchmarks/digits.py                     # needs scikit-learn, which comes with ssmc[eval]
-    python benchmarks/digits.py --seeds 0 --epochs 4 --out digits.json
+    python -m benchmarks.loss.digits  # needs scikit-learn, which comes with ssmc[eval]
+    python -m benchmarks.loss.digits --seeds 0 --epochs 4 --out digits.json
 
 scikit-learn's digits: 8 x 8 pixels, read two by two from top to bottom (32 tokens), forwards and backwards by the same
 layers: transformers' own Mamba mixers, each called twice a forward, then a mean over the tokens and a linear head. Each
@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from reporting import print_conditions
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import MambaConfig, MambaModel
 
+from benchmarks.reporting import print_conditions
 from ssmc import compress
 from ssmc.runtime.models.fast import use_fast_scan
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.875])
     parser.add_argument("--processes", type=int, default=1, help="seeds that are worked on together")
-    parser.add_argument("--out", type=Path, default=Path("docs/digits.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/digits.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     now = print_conditions()

@@ -1,7 +1,7 @@
 """How long SparseGPT takes on one layer of 130M shapes, and what feeding its Hessians costs.
 
-    python benchmarks/sparsegpt_speed.py                  # unstructured 50 % and 2:4, every module
-    python benchmarks/sparsegpt_speed.py --json out.json
+    python -m benchmarks.speed.sparsegpt_speed  # unstructured 50 % and 2:4, every module
+    python -m benchmarks.speed.sparsegpt_speed --json out.json
 
 Weights and inputs are random with correlated inputs; the work does not depend on their values. "prune" is one call of
 `sparsegpt` (`prune_depthwise` for conv1d) from the finished Hessian: factorisation, sweep and the exact output error.

@@ -1,7 +1,7 @@
 """How long a whole run of `ssmc compress` takes on a checkpoint of 130M shapes, and how much memory it needs.
 
-    python benchmarks/pipeline.py                                   # 24 layers, 64 samples of 2048 tokens: an hour
-    python benchmarks/pipeline.py --layers 4 --samples 16 32 64     # does the time grow faster than the samples?
+    python -m benchmarks.speed.pipeline  # 24 layers, 64 samples of 2048 tokens: an hour
+    python -m benchmarks.speed.pipeline --layers 4 --samples 16 32 64  # does the time grow faster than the samples?
 
 Every run is a process of its own that reads a checkpoint with random weights, calibrates on the embedded stories (their
 tokens mean nothing to it, the work is the same), prunes, and writes the artefact. Seconds are the wall's, from the call
@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from compress_speed import shapes_130m
-from reporting import print_conditions, write_json
 from rich.progress import track
 
+from benchmarks.reporting import print_conditions, write_json
+from benchmarks.speed.compress_speed import shapes_130m
 from ssmc.compressor import compress
 from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
 from ssmc.runtime.models.tokenizers import copy_tokenizer
@@ -64,7 +64,17 @@ def child(run: str, source: str, samples: int) -> None:
 
 
 def measure(run: str, source: Path, samples: int, layers: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", run, "--source", str(source), "--samples", str(samples)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.pipeline",
+        "--child",
+        run,
+        "--source",
+        str(source),
+        "--samples",
+        str(samples),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found | {"seconds_per_sample_and_layer": found["seconds"] / samples / layers}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from study_models import DENSE, ENTRIES, FORGETFUL, OURS, PAPER, SIZES, WHOLE
+
+from benchmarks.studies.models import DENSE, ENTRIES, FORGETFUL, OURS, PAPER, SIZES, WHOLE
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -32,11 +33,16 @@ class Page:
     plot: Callable[[dict, Path], None]
 
 
-def rebuild(folder: Path) -> Path:
-    """Write README.md and the plots from all studies whose JSON is in `folder`."""
-    parts = [HEAD]
+def rebuild(results: Path, folder: Path | None = None) -> Path:
+    """Write README.md and the plots into `folder` from all studies whose JSON is in `results`.
+
+    Args:
+        results: where the studies' JSON is.
+        folder: where the page goes; None takes `results` itself.
+    """
+    folder, parts = folder or results, [HEAD]
     for name, page in PAGES.items():
-        file = folder / f"{name}.json"
+        file = results / f"{name}.json"
         if not file.is_file():
             continue
         study = json.loads(file.read_text(encoding="utf-8"))
@@ -52,12 +58,12 @@ def rebuild(folder: Path) -> Path:
 
 HEAD = """# Studies
 
-Written by `python benchmarks/studies.py [MODEL]`, which makes the tables anew for any Mamba-1 checkpoint; do not edit.
-"Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text
-that do not overlap; ± is one standard error over windows, paired. The lowest figure of a column is bold. Scores are
-named as on the command line: `sparsessm-vote` is the paper's first version, `sparsessm` (time-weighted) its second,
-`sparsessm-l2` its ablation. Where the model has the dimensions of one of the paper's, the paper's figure stands
-beside."""
+Written by `python -m benchmarks.studies.run [MODEL]`, which makes the tables anew for any Mamba-1 checkpoint; do not
+edit. "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out
+text that do not overlap; ± is one standard error over windows, paired. The lowest figure of a column is bold. Scores
+are named as on the command line: `sparsessm-vote` is the paper's first version, `sparsessm` (time-weighted) its
+second, `sparsessm-l2` its ablation. Where the model has the dimensions of one of the paper's, the paper's figure
+stands beside."""
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -384,7 +390,7 @@ def paper_table() -> list[str]:
         figures = (PAPER.get((model, table, row)) for model in models)
         lines.append([table if row == DENSE else f"{table}, {row}", *("" if f is None else f"{f:g}" for f in figures)])
     return [
-        "Perplexity on WikiText-2 (SparseSSM, arXiv 2506.09613). To compare: `python benchmarks/studies.py "
+        "Perplexity on WikiText-2 (SparseSSM, arXiv 2506.09613). To compare: `python -m benchmarks.studies.run "
         "state-spaces/mamba-370m-hf --calib wikitext2 --text wikitext2 --nsamples 64 --seqlen 2048 --window 2048 "
         f"--windows 0`. `{OURS}` belongs beside the rows `sparsessm-vote` and `sparsessm`.",
         markdown(["", *models], lines),

@@ -1,8 +1,8 @@
 """All scores with and without repair at several sparsities: what each loses on held-out text, as table, plot and JSON.
 
-    python benchmarks/scores.py                                        # the embedded model and its texts
-    python benchmarks/scores.py tiny-mamba2 --out docs/scores_mamba2   # the embedded Mamba-2
-    python benchmarks/scores.py MODEL --calib train.jsonl --text valid.jsonl
+    python -m benchmarks.loss.scores  # the embedded model and its texts
+    python -m benchmarks.loss.scores tiny-mamba2 --out benchmarks/results/scores_mamba2   # the embedded Mamba-2
+    python -m benchmarks.loss.scores MODEL --calib train.jsonl --text valid.jsonl
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
 Where it is small it also says whether the changes happen to suit this text: a model is no optimum, so a change of first
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from reporting import print_conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.reporting import FIGURES, print_conditions
 from ssmc.compressor import configure, kept_states, prune_layers
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.compressor.options.patterns import COLUMN, Score, scores_of
@@ -59,14 +59,15 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer, where there is a repair")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/scores"), help="writes OUT.json and OUT.svg")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scores"), help="writes OUT.json")
+    parser.add_argument("--plot", type=Path, help="where the plot goes, by default docs/figures/NAME OF OUT.svg")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     if args.merge:
-        show(merged([json.loads(path.read_text()) for path in args.merge]), args.out)
+        show(merged([json.loads(path.read_text()) for path in args.merge]), args.out, args.plot)
         return
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
@@ -119,7 +120,7 @@ def main() -> None:
         "conditions": asdict(now),
         "rows": rows,
     }
-    show(report, args.out)
+    show(report, args.out, args.plot)
 
 
 def merged(parts: list[dict]) -> dict:
@@ -131,12 +132,12 @@ def merged(parts: list[dict]) -> dict:
     return parts[0] | {"conditions": [part["conditions"] for part in parts], "rows": rows}
 
 
-def show(report: dict, out: Path) -> None:
+def show(report: dict, out: Path, picture: Path | None) -> None:
     """Write a report and its plot, and print it as a table."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     scores = list(dict.fromkeys(row["score"] for row in report["rows"]))
-    plot(report, out.with_suffix(".svg"), scores)
+    plot(report, picture or FIGURES / f"{out.name}.svg", scores)
     print_table(report, sorted({row["sparsity"] for row in report["rows"]}), scores)
 
 

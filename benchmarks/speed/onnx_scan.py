@@ -1,6 +1,6 @@
 """Mamba-2's scan alone in onnxruntime: chunks of matrix products in standard operators beside its LinearAttention.
 
-    python benchmarks/onnx_scan.py --json docs/onnx_scan.json
+    python -m benchmarks.speed.onnx_scan --json benchmarks/results/onnx_scan.json
 
 130M shapes (24 heads of 64 channels, 128 states, one group) and random inputs, time steps and rates drawn as Mamba-2
 initialises them. Both read and give what the graph of a layer hands them, (L, B, ...), the skip included; for one token
@@ -19,8 +19,8 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnxscript import GraphBuilder, OpBuilder
-from reporting import as_json, print_conditions, print_timings, write_json
 
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
 from ssmc.exporters.onnx import ssd
 from ssmc.exporters.onnx.ssd import Heads, Inputs
 from ssmc.runtime.measure.timing import Timing

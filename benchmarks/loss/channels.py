@@ -1,7 +1,7 @@
 """Channels, layers and combinations: what each way to prune them loses on held-out text, as table and JSON.
 
-    python benchmarks/channels.py                                        # the embedded model and its texts
-    python benchmarks/channels.py MODEL --calib train.jsonl --text valid.jsonl
+    python -m benchmarks.loss.channels  # the embedded model and its texts
+    python -m benchmarks.loss.channels MODEL --calib train.jsonl --text valid.jsonl
 
 Scores x sparsities without and with repair for channels; states and layers beside them; and combinations. "Excess" is
 the mean negative log-likelihood above the dense model's, in nats a token, over non-overlapping windows.
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import print_conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.reporting import print_conditions
 from ssmc.compressor import configure
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, scores_of
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=16 * 1024, help="of held-out text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/channels.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/channels.json"))
     return parser.parse_args()
 
 

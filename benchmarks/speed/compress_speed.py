@@ -1,8 +1,8 @@
 """How much faster and leaner calibration is than the plain loop of the paper's published code.
 
-    python benchmarks/compress_speed.py               # one layer of 130M shapes, L = 2048, interleaved; memory apart
-    python benchmarks/compress_speed.py --full        # and `ssmc compress` on a whole 24-layer checkpoint, both formats
-    python benchmarks/compress_speed.py --patterns    # in place of all that: channels, and both, beside states alone
+    python -m benchmarks.speed.compress_speed  # one layer of 130M shapes, L = 2048, interleaved; memory apart
+    python -m benchmarks.speed.compress_speed --full  # and `ssmc compress` on a whole 24-layer checkpoint, both formats
+    python -m benchmarks.speed.compress_speed --patterns  # instead: channels, and both, beside states alone
 
 The loop is written from the formula over time steps as the published code goes about it: run the layer token by token
 keeping every hidden state, add up the statistics, run the layer once more for the next layer's input. Ours collects
@@ -26,9 +26,9 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
-from reporting import print_conditions
 from transformers import MambaConfig, MambaForCausalLM
 
+from benchmarks.reporting import print_conditions
 from ssmc.compressor import collect, compress, configure, propagate, prune_layers
 from ssmc.compressor.methods.states.elimination import eliminate, evaluate
 from ssmc.compressor.methods.states.scores import statistics_for
@@ -133,7 +133,17 @@ def child(way: str, samples: int, length: int) -> None:
 
 
 def peak_memory(way: str, args: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--child", way, "--samples", str(LOOPED), "--length", str(args.length)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.compress_speed",
+        "--child",
+        way,
+        "--samples",
+        str(LOOPED),
+        "--length",
+        str(args.length),
+    ]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -1,10 +1,10 @@
 """The paper's tables, ablations and two checks of its assumptions, made anew on any Mamba-1 model with one command.
 
-    python benchmarks/studies.py                                # the embedded model and its texts: minutes
-    python benchmarks/studies.py MODEL --calib wikitext2 --text wikitext2 --nsamples 64 --seqlen 2048 --window 2048
-    python benchmarks/studies.py --only uniformity,rare         # the constructed layers alone, no model
+    python -m benchmarks.studies.run  # the embedded model and its texts: minutes
+    python -m benchmarks.studies.run MODEL --calib wikitext2 --text wikitext2 --nsamples 64 --seqlen 2048 --window 2048
+    python -m benchmarks.studies.run --only uniformity,rare  # the constructed layers alone, no model
 
-Writes OUT/STUDY.json for every study that ran and rebuilds OUT/README.md with its plots from all that are there.
+Writes OUT/STUDY.json for every study that ran and rebuilds PAGES/README.md with its plots from all that are there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from study_layers import RARE, Rare, Uniformity, rare_cells, rare_rows, uniformity_cells, uniformity_rows
-from study_models import (
+
+from benchmarks.studies.layers import RARE, Rare, Uniformity, rare_cells, rare_rows, uniformity_cells, uniformity_rows
+from benchmarks.studies.models import (
     SAMPLES,
     Subject,
     aggregation_cells,
@@ -31,8 +32,7 @@ from study_models import (
     methods_cells,
     samples_cells,
 )
-from study_pages import PAGES, rebuild
-
+from benchmarks.studies.pages import PAGES, rebuild
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
@@ -73,7 +73,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", default=",".join(STUDIES), help=f"some of {','.join(STUDIES)}")
-    parser.add_argument("--out", type=Path, default=Path("docs/studies"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/studies"), help="for the JSON")
+    parser.add_argument("--pages", type=Path, default=Path("docs/studies"), help="for the page and its plots")
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
     if unknown := [name for name in args.only if name not in STUDIES]:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         with Progress(*columns, transient=True) as bar:
             for name in args.only:
                 write_text(args.out / f"{name}.json", as_json(run(name, args, subject, bar)))
-                print(f"{name}: {rebuild(args.out)}")
+                print(f"{name}: {rebuild(args.out, args.pages)}")
     except SsmcError as error:
         sys.exit(str(error))
 
@@ -203,7 +204,7 @@ def public(source: str | Path) -> str:
 
 def command(name: str, args: argparse.Namespace) -> str:
     """What to type to make this study again."""
-    words = ["python", "benchmarks/studies.py", "--only", name]
+    words = ["python", "-m", "benchmarks.studies.run", "--only", name]
     if name not in CONSTRUCTED:
         words.insert(2, public(args.model))
         for option in ("nsamples", "seqlen", "window", "windows", "seed"):
