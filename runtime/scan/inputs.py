@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -108,7 +109,24 @@ class SsdInputs(_Sequences):
         C: (B, L, G, N).
         D: (H,) skip connection.
         z: (B, L, D) gate before silu. The scan does not apply it: it acts inside the gated norm that follows.
+        dt_bias: (H,); if given, dt is before bias, softplus and limits, which kernels for a GPU fuse.
+        dt_limit: between which numbers time steps are clamped, if `dt_bias` is given.
     """
+
+    dt_bias: torch.Tensor | None = None
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+    def with_time_steps(self) -> SsdInputs:
+        """The same inputs with bias, softplus and limits applied to dt, in float32, as the models do it."""
+        if self.dt_bias is None:
+            return self
+        dt = F.softplus(self.dt.float() + self.dt_bias.float())
+        return replace(self, dt=dt.clamp(*self.dt_limit) if self.is_limited else dt, dt_bias=None)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether `dt_limit` is for this dt, and a limit at all."""
+        return self.dt_bias is not None and tuple(self.dt_limit) != (0.0, math.inf)
 
     @property
     def heads(self) -> int:

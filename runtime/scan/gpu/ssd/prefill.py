@@ -1,0 +1,132 @@
+"""Launching Mamba-2's scan of many tokens.
+
+A GPU wants a few programs a multiprocessor, and one sequence has a few dozen heads. So time is cut into stretches that
+run side by side, in two passes: the first finds what each stretch makes of a zero state, the second starts each from
+the state those add up to and reads it out. Only the states between stretches go through memory, and there are only as
+many of these as it takes to fill the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ssmc.runtime.scan.gpu.ssd import kernels
+from ssmc.runtime.scan.inputs import SsdInputs
+
+SMALLEST = 16  # side of a tile that tensor cores multiply
+PROGRAMS = 2  # of a multiprocessor
+INTERPRETED = not isinstance(kernels.scan_kernel, triton.JITFunction)
+MOST_STRETCHES = 16  # each adds up the states of all before it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a scan is cut into programs; chosen by shape, because trying several takes a minute of compiling."""
+
+    block: int  # channels of a program
+    tokens: int  # of a chunk, computed together
+    warps: int  # of a program
+    stages: int  # chunks in flight
+    stretch: int  # tokens of a program; a multiple of `tokens`
+
+
+def plan_for(inputs: SsdInputs, multiprocessors: int) -> Plan:
+    """How to cut this scan for a GPU of that many multiprocessors."""
+    whole = inputs.u.dtype == torch.float32  # twice the bytes a chunk, and three times the products
+    wide = sum(parts_of(inputs.d_state)) > 128
+    block = min(64, max(SMALLEST, triton.next_power_of_2(inputs.head_dim)))
+    tokens = 32 if whole else 64
+    programs = inputs.batch * inputs.heads * triton.cdiv(inputs.head_dim, block)
+    stretches = max(1, min(MOST_STRETCHES, triton.cdiv(multiprocessors * PROGRAMS, programs)))
+    stretch = max(2, triton.cdiv(triton.cdiv(inputs.length, tokens), stretches)) * tokens
+    return Plan(block, tokens, 8 if wide else 4, 1 if whole or wide else 2, stretch)
+
+
+def parts_of(states: int) -> tuple[int, ...]:
+    """One or two powers of two, largest first, that hold all states and waste the fewest."""
+    one = max(SMALLEST, triton.next_power_of_2(states))
+    rest = max(SMALLEST, triton.next_power_of_2(max(1, states - one // 2)))
+    return (one // 2, rest) if one // 2 >= SMALLEST and rest < one // 2 else (one,)
+
+
+def scan(
+    inputs: SsdInputs, state: torch.Tensor | None = None, plan: Plan | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence and read it out; as `ssd.ssd_scan`, without gradients, for tensors of a GPU."""
+    plan = plan or plan_for(inputs, multiprocessors(inputs.u))
+    launch = Launch(inputs, plan)
+    y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
+    final = torch.empty(launch.state_shape, dtype=torch.float32, device=y.device)
+    before = final if state is None else state.float().contiguous()
+    kernels.scan_kernel[launch.grid](
+        *(*launch.u, *launch.dt, *launch.B, *launch.C, launch.A, launch.bias, inputs.D.contiguous(), before),
+        *launch.stretch_ends(),
+        *(y, final),
+        *launch.sizes,
+        **launch.options,
+        CONTINUES=state is not None,
+    )
+    return y, final
+
+
+class Launch:
+    """What all kernels over many tokens are given."""
+
+    def __init__(self, inputs: SsdInputs, plan: Plan):
+        dtype = torch.promote_types(torch.promote_types(inputs.u.dtype, inputs.B.dtype), inputs.C.dtype)
+        # a tensor, and its strides over sequences, tokens and, for B and C, groups
+        self.u, self.dt = (_strided(t, 2) for t in (inputs.u.to(dtype), inputs.dt))
+        self.B, self.C = (_strided(t.to(dtype), 3) for t in (inputs.B, inputs.C))
+        self.A = inputs.A.float().contiguous()
+        self.bias = self.A if inputs.dt_bias is None else inputs.dt_bias.contiguous()
+        self.stretches = max(1, triton.cdiv(inputs.length, plan.stretch))
+        self.grid = (inputs.heads * triton.cdiv(inputs.head_dim, plan.block), self.stretches, inputs.batch)
+        self.state_shape = (inputs.batch, inputs.heads, inputs.head_dim, inputs.d_state)
+        low, high = inputs.dt_limit
+        per_group = inputs.heads // inputs.groups
+        sizes = (inputs.length, plan.stretch, inputs.heads, per_group, inputs.head_dim, inputs.d_state)
+        self.sizes = (*sizes, float(low), float(high))
+        self.options = {
+            "PARTS": parts_of(inputs.d_state),
+            "BLOCK": plan.block,
+            "TOKENS": plan.tokens,
+            "SOFTPLUS": inputs.dt_bias is not None,
+            "LIMITED": inputs.is_limited,
+            "MODE": _mode(dtype),
+            "num_warps": plan.warps,
+            "num_stages": plan.stages,
+        }
+
+    def stretch_ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each stretch but the last makes of a zero state, and the logarithm of its decay."""
+        if self.stretches == 1:
+            return self.A, self.A  # read by nobody
+        batch, *shape = self.state_shape
+        ends = torch.empty(batch, self.stretches - 1, *shape, dtype=torch.float32, device=self.A.device)
+        totals = torch.empty(batch, self.stretches - 1, shape[0], dtype=torch.float32, device=self.A.device)
+        programs, _, _ = self.grid
+        kernels.ends_kernel[programs, self.stretches - 1, batch](
+            *(*self.u, *self.dt, *self.B, self.A, self.bias, ends, totals), *self.sizes, **self.options
+        )
+        return ends, totals
+
+
+def _mode(dtype: torch.dtype) -> int:
+    """What tensor cores multiply; Triton's interpreter takes bfloat16 for integers."""
+    if dtype == torch.float32:
+        return kernels.EXACT.value
+    return (kernels.BFLOAT16 if dtype == torch.bfloat16 and not INTERPRETED else kernels.TF32).value
+
+
+def _strided(tensor: torch.Tensor, axes: int) -> tuple[torch.Tensor | int, ...]:
+    """A tensor whose last axis lies together, copied only if it must be, and the strides of the others."""
+    tensor = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor, *tensor.stride()[:axes]
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Of the GPU the tensor is on; 1 for the interpreter, which runs one program after the other."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
