@@ -445,7 +445,7 @@ def collect(
 
 def _sums_suffice(architecture: Architecture, block: nn.Module, statistics: Sequence[Statistic], backend: str) -> bool:
     """Whether the layer is where a kernel can sum over its states, and the sums are all that is wanted."""
-    if not (architecture.has_gpu_scan and all(statistic.takes_moments for statistic in statistics)):
+    if not (architecture.has_gpu_sums and all(statistic.takes_moments for statistic in statistics)):
         return False
     return accelerator(backend, list(block.parameters())) is not None
 

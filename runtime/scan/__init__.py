@@ -87,14 +87,17 @@ def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None, backend:
 
 
 def ssd_scan(
-    inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto"
+    inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto", in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence of one Mamba-2 layer and read it out (Mamba-2, section 6; see `SsdInputs`).
 
     Args:
-        inputs: what the scan reads; float16 and bfloat16 are computed in float32.
+        inputs: what the scan reads; float16 and bfloat16 are computed in float32 on a CPU, and multiplied as they are,
+            with sums in float32, on a GPU.
         state: (B, H, P, N) state before the first token; None starts from zero. It is not modified.
-        backend: as for `selective_scan`, but only the reference has gradients: matrix products over chunks of tokens.
+        backend: as for `selective_scan`, without "mamba-ssm", but only the reference has gradients: matrix products
+            over chunks of tokens.
+        in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, not gated, and the final state (B, H, P, N) in float32.
@@ -103,7 +106,10 @@ def ssd_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
-    return _choose(backend, inputs, state).ssd_scan(inputs, state)
+    module = _choose(backend, inputs, state)
+    if accelerates(module):
+        return module.ssd_scan(inputs, state, in_place=in_place)
+    return module.ssd_scan(inputs.with_time_steps(), state)
 
 
 def check_backend(backend: str) -> str:
@@ -125,12 +131,12 @@ def _choose(
     plain, kernels = (ssd, "ssd_cpu") if is_ssd else (reference, "cpu")
     if check_backend(backend) == "reference":
         return plain
-    if is_ssd and backend not in ("auto", "cpu"):
-        raise UsageError(f"There is no {backend} scan of a Mamba-2: use backend 'auto', 'cpu' or 'reference'.")
-    tensors = [t for t in (*vars(inputs).values(), state) if t is not None]
-    on_gpu = None if is_ssd else accelerator(backend, tensors)
+    if is_ssd and backend == "mamba-ssm":
+        raise UsageError("There is no mamba-ssm scan of a Mamba-2: use backend 'auto', 'triton', 'cpu' or 'reference'.")
+    tensors = [t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]
+    on_gpu = accelerator(backend, tensors)
     if on_gpu is not None:
-        _check_shapes(inputs, state)
+        _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
         return on_gpu
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if backend not in ("auto", "cpu"):
@@ -194,6 +200,7 @@ def _check_ssd_shapes(inputs: SsdInputs, state: torch.Tensor | None) -> None:
         raise ValueError(f"{inputs.d_inner} channels, {heads} heads and {inputs.groups} groups do not divide evenly")
     readers = (*sequence, inputs.groups, inputs.d_state)
     wanted = {"dt": (*sequence, heads), "z": inputs.u.shape, "B": readers, "C": readers, "A": (heads,), "D": (heads,)}
+    wanted["dt_bias"] = (heads,)
     for name, shape in wanted.items():
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.shape != shape:

@@ -49,9 +49,13 @@ class FalconH1Architecture(Mamba2HybridArchitecture):
         of_c = 2 * mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size  # behind z, x and B; one for all C
         return self.normed(block, hidden) * (mixer.ssm_in_multiplier * mixer.mup_vector[..., of_c])
 
-    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """What out_proj reads of the scan's output and the gate: through the gated norm where there is one."""
-        return mixer.norm(y, z) if mixer.mamba_rms_norm else y * F.silu(z)
+        return super().gated(mixer, y, z, backend) if mixer.mamba_rms_norm else y * F.silu(z)
+
+    def norm_form(self, mixer: nn.Module) -> tuple[int, bool]:
+        """Of how many groups of channels the gated norm takes the mean square, and whether the gate comes first."""
+        return mixer.norm.n_groups, not mixer.norm.norm_before_gate
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
         """The gate, alone or with a norm behind or before it."""

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Mamba2Config
 
-from ssmc.runtime.models.families.backbone import BackboneArchitecture, causal_conv, cut_tensors, silence
+from ssmc.runtime.models.families.backbone import BackboneArchitecture, cut_tensors, silence
 from ssmc.runtime.models.families.base import Cut, Dimensions, Readers
-from ssmc.runtime.scan import ScanInputs, SsdInputs, ssd_scan
+from ssmc.runtime.models.families.mamba import convolved
+from ssmc.runtime.scan import ScanInputs, SsdInputs, accelerator, ssd_scan
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Mamba2Architecture(BackboneArchitecture):
     """Adapter for Mamba-2; see `Architecture` for what each method promises."""
 
     model_type = "mamba2"
-    has_gpu_scan = False
+    has_gpu_scan = True
+    has_gpu_sums = False
 
     def dimensions(self, config: Mamba2Config) -> Mamba2Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -90,6 +92,7 @@ class Mamba2Architecture(BackboneArchitecture):
         z: tuple[torch.Tensor, torch.Tensor],
         history: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        fuse: bool = False,
     ) -> SsdInputs:
         """Everything between in_proj and the scan.
 
@@ -99,30 +102,50 @@ class Mamba2Architecture(BackboneArchitecture):
             z: the gate before silu and dt before its bias, as `expand` returns them.
             history: (B, d_conv - 1, D + 2 G N) the inputs that came before x; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
+            fuse: use a GPU's kernels: convolution and silu in one, bias, softplus and limits of dt left to the scan.
         """
         gate, dt = z
-        u = mixer.act(causal_conv(x, mixer.conv1d.weight, mixer.conv1d.bias, history))
+        u = convolved(mixer, x, history, fuse)
         if attention_mask is not None:
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, g = mixer.ssm_state_size, mixer.n_groups
         u, B, C = u.split([mixer.intermediate_size, g * n, g * n], dim=-1)
-        dt = F.softplus(dt.float() + mixer.dt_bias.float())
-        low, high = mixer.time_step_limit
-        if (low, high) != (0.0, float("inf")):
-            dt = dt.clamp(low, high)
-        B, C = B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
-        return SsdInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=gate)
+        inputs = SsdInputs(
+            u=u,
+            dt=dt,
+            A=-torch.exp(mixer.A_log.float()),
+            B=B.unflatten(2, (g, n)),
+            C=C.unflatten(2, (g, n)),
+            D=mixer.D,
+            z=gate,
+            dt_bias=mixer.dt_bias,
+            dt_limit=mixer.time_step_limit,
+        )
+        return inputs if fuse else inputs.with_time_steps()
 
     def scan(
-        self, mixer: nn.Module, inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto"
+        self,
+        mixer: nn.Module,
+        inputs: SsdInputs,
+        state: torch.Tensor | None = None,
+        backend: str = "auto",
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, H, P, N)."""
-        y, state = ssd_scan(inputs, state, backend)
-        return self.gated(mixer, y, inputs.z), state
+        y, state = ssd_scan(inputs, state, backend, in_place)
+        return self.gated(mixer, y, inputs.z, backend), state
 
-    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """What out_proj reads of the scan's output and the gate before silu, (B, L, D) each."""
-        return mixer.norm(y, z)
+        kernels = accelerator(backend, [y, z, mixer.norm.weight])
+        if kernels is None:
+            return mixer.norm(y, z)
+        groups, gate_first = self.norm_form(mixer)
+        return kernels.gated_norm(y, z, mixer.norm.weight, groups, mixer.norm.variance_epsilon, gate_first)
+
+    def norm_form(self, mixer: nn.Module) -> tuple[int, bool]:
+        """Of how many groups of channels the gated norm takes the mean square, and whether the gate comes first."""
+        return mixer.intermediate_size // mixer.norm.group_size, True
 
     def scan_groups(self, mixer: nn.Module, inputs: SsdInputs) -> list[ScanInputs]:
         """The groups of heads; a head is a Mamba-1 whose channels have one time step and one rate between them."""

@@ -14,6 +14,7 @@ from ssmc.runtime.scan.gpu import kernels, moments, prefill
 from ssmc.runtime.scan.gpu.conv import causal_conv_silu
 from ssmc.runtime.scan.gpu.decode import scan_token
 from ssmc.runtime.scan.gpu.prefill import Plan, parts_of, plan_for
+from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_scan
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments
 
@@ -21,11 +22,13 @@ __all__ = [
     "INTERPRETED",
     "Plan",
     "causal_conv_silu",
+    "gated_norm",
     "parts_of",
     "plan_for",
     "scan_moments",
     "scan_states",
     "selective_scan",
+    "ssd_scan",
 ]
 
 INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors

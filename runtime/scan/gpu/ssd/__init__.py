@@ -8,10 +8,10 @@ from ssmc.runtime.scan import ssd as plain
 from ssmc.runtime.scan.gpu.ssd import prefill
 from ssmc.runtime.scan.gpu.ssd.decode import scan_token
 from ssmc.runtime.scan.gpu.ssd.norm import gated_norm
-from ssmc.runtime.scan.gpu.ssd.prefill import Plan, parts_of, plan_for
+from ssmc.runtime.scan.gpu.ssd.prefill import Plan, gpu_of, parts_of, plan_for
 from ssmc.runtime.scan.inputs import SsdInputs
 
-__all__ = ["Plan", "gated_norm", "parts_of", "plan_for", "ssd_scan"]
+__all__ = ["Plan", "gated_norm", "gpu_of", "parts_of", "plan_for", "ssd_scan"]
 
 
 def ssd_scan(

@@ -55,13 +55,16 @@ def load_steps(dt_ptr, dt_token, t, inside, bias, low, high, SOFTPLUS: tl.conste
 
 @triton.jit
 def running_sums(exponents, MODE: tl.constexpr):
-    """Sums up to each token, and what float32 does not hold of them: differences of long sums are what counts."""
+    """Sums up to each token, what float32 does not hold of them, the sum of all, and sums from behind each token.
+
+    Differences of long sums are what counts; in half precision they are exact enough.
+    """
     if MODE == EXACT:
-        sums = tl.cumsum(exponents.to(tl.float64), 0)
-        high = sums.to(tl.float32)
-        return high, (sums - high.to(tl.float64)).to(tl.float32)
+        exponents = exponents.to(tl.float64)
     sums = tl.cumsum(exponents, 0)
-    return sums, tl.zeros_like(sums)
+    total = tl.sum(exponents, 0)
+    high = sums.to(tl.float32)
+    return high, (sums - high).to(tl.float32), total.to(tl.float32), (total - sums).to(tl.float32)
 
 
 @triton.jit
@@ -240,9 +243,8 @@ def ends_kernel(
             u_ptr + t[:, None] * u_token + p[None, :], mask=inside[:, None] & (p < head_dim)[None, :], other=0.0
         )
         B = load_all_rows(B_ptr, B_token, t, inside, states, PARTS)
-        sums, rest = running_sums(steps * rate, MODE)
-        total = tl.sum(steps * rate, 0)
-        h = advance(h, u, B, steps * tl.exp2(total - sums - rest), total, PARTS, MODE)
+        sums, rest, total, to_end = running_sums(steps * rate, MODE)
+        h = advance(h, u, B, steps * tl.exp2(to_end), total, PARTS, MODE)
         sum_of_all += total
         u_ptr += TOKENS * u_token
         dt_ptr += TOKENS * dt_token
@@ -325,15 +327,12 @@ def scan_kernel(
         u = tl.load(u_ptr + t[:, None] * u_token + p[None, :], mask=there, other=0.0)
         B = load_all_rows(B_ptr, B_token, t, inside, states, PARTS)
         C = load_all_rows(C_ptr, C_token, t, inside, states, PARTS)
-        sums, rest = running_sums(steps * rate, MODE)
-        total = tl.sum(steps * rate, 0)
+        sums, rest, total, to_end = running_sums(steps * rate, MODE)
         weights = pairs_of(C, B, PARTS, MODE) * decay_between(sums, rest, t, MODE) * steps[None, :]
         y = read_state(C, h, PARTS, MODE) * tl.exp2(sums)[:, None] + skip * u.to(tl.float32)
         y = added(operand(weights, MODE), operand(u, MODE), y, MODE)
-        tl.store(
-            y_ptr + t[:, None] * (heads * head_dim) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=there
-        )
-        h = advance(h, u, B, steps * tl.exp2(total - sums - rest), total, PARTS, MODE)
+        tl.store(y_ptr + t[:, None] * (heads * head_dim) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
+        h = advance(h, u, B, steps * tl.exp2(to_end), total, PARTS, MODE)
         u_ptr += TOKENS * u_token
         dt_ptr += TOKENS * dt_token
         B_ptr += TOKENS * B_token

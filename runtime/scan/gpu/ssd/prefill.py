@@ -16,10 +16,19 @@ import triton
 from ssmc.runtime.scan.gpu.ssd import kernels
 from ssmc.runtime.scan.inputs import SsdInputs
 
-SMALLEST = 16  # side of a tile that tensor cores multiply
-PROGRAMS = 2  # of a multiprocessor
 INTERPRETED = not isinstance(kernels.scan_kernel, triton.JITFunction)
+SMALLEST = 16  # side of a tile that tensor cores multiply
+WIDEST = 128  # tile of the states
+PROGRAMS = 2  # of a multiprocessor
 MOST_STRETCHES = 16  # each adds up the states of all before it
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan must know of a GPU."""
+
+    multiprocessors: int = 1
+    shared_operands: bool = True  # tensor cores read tiles from shared memory (Hopper); else from registers
 
 
 @dataclass(frozen=True)
@@ -31,32 +40,43 @@ class Plan:
     warps: int  # of a program
     stages: int  # chunks in flight
     stretch: int  # tokens of a program; a multiple of `tokens`
+    widest: int = WIDEST  # most states of a tile
 
 
-def plan_for(inputs: SsdInputs, multiprocessors: int) -> Plan:
-    """How to cut this scan for a GPU of that many multiprocessors."""
-    whole = inputs.u.dtype == torch.float32  # twice the bytes a chunk, and three times the products
-    wide = sum(parts_of(inputs.d_state)) > 128
+def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
+    """How to cut this scan for a GPU, by what the compiled kernels need (`benchmarks/gpu_ssd.py --compile`).
+
+    Tiles are as large as registers allow without spilling more than a few of them: a tensor core that reads operands
+    from registers, and the TF32 parts of float32 and float16, take smaller ones.
+    """
+    if inputs.u.dtype == torch.float32:
+        tokens, warps, stages, widest = 16, 4, 1, 32
+    elif inputs.u.dtype == torch.float16 or not gpu.shared_operands:
+        tokens, warps, stages, widest = 32, 4, 1, 64
+    else:
+        wide = inputs.d_state > WIDEST
+        tokens, warps, stages, widest = 64, 8 if wide else 4, 1 if wide else 2, WIDEST
     block = min(64, max(SMALLEST, triton.next_power_of_2(inputs.head_dim)))
-    tokens = 32 if whole else 64
     programs = inputs.batch * inputs.heads * triton.cdiv(inputs.head_dim, block)
-    stretches = max(1, min(MOST_STRETCHES, triton.cdiv(multiprocessors * PROGRAMS, programs)))
-    stretch = max(2, triton.cdiv(triton.cdiv(inputs.length, tokens), stretches)) * tokens
-    return Plan(block, tokens, 8 if wide else 4, 1 if whole or wide else 2, stretch)
+    stretches = max(1, min(MOST_STRETCHES, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs)))
+    stretch = max(128, triton.cdiv(triton.cdiv(inputs.length, tokens), stretches) * tokens)
+    return Plan(block, tokens, warps, stages, stretch, widest)
 
 
-def parts_of(states: int) -> tuple[int, ...]:
-    """One or two powers of two, largest first, that hold all states and waste the fewest."""
-    one = max(SMALLEST, triton.next_power_of_2(states))
-    rest = max(SMALLEST, triton.next_power_of_2(max(1, states - one // 2)))
-    return (one // 2, rest) if one // 2 >= SMALLEST and rest < one // 2 else (one,)
+def parts_of(states: int, widest: int = WIDEST) -> tuple[int, ...]:
+    """Powers of two, largest first, that hold all states: as few as `widest` allows and one more, if that wastes less."""
+    whole, rest = divmod(states, widest)
+    one = max(SMALLEST, triton.next_power_of_2(rest)) if rest else 0
+    half = one // 2
+    last = max(SMALLEST, triton.next_power_of_2(rest - half)) if half >= SMALLEST else one
+    return (widest,) * whole + ((half, last) if last < half else (one,) if one else ())
 
 
 def scan(
     inputs: SsdInputs, state: torch.Tensor | None = None, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `ssd.ssd_scan`, without gradients, for tensors of a GPU."""
-    plan = plan or plan_for(inputs, multiprocessors(inputs.u))
+    plan = plan or plan_for(inputs, gpu_of(inputs.u))
     launch = Launch(inputs, plan)
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
     final = torch.empty(launch.state_shape, dtype=torch.float32, device=y.device)
@@ -90,7 +110,7 @@ class Launch:
         sizes = (inputs.length, plan.stretch, inputs.heads, per_group, inputs.head_dim, inputs.d_state)
         self.sizes = (*sizes, float(low), float(high))
         self.options = {
-            "PARTS": parts_of(inputs.d_state),
+            "PARTS": parts_of(inputs.d_state, plan.widest),
             "BLOCK": plan.block,
             "TOKENS": plan.tokens,
             "SOFTPLUS": inputs.dt_bias is not None,
@@ -127,6 +147,9 @@ def _strided(tensor: torch.Tensor, axes: int) -> tuple[torch.Tensor | int, ...]:
     return tensor, *tensor.stride()[:axes]
 
 
-def multiprocessors(tensor: torch.Tensor) -> int:
-    """Of the GPU the tensor is on; 1 for the interpreter, which runs one program after the other."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+def gpu_of(tensor: torch.Tensor) -> Gpu:
+    """The GPU a tensor is on; the interpreter runs one program after the other."""
+    if not tensor.is_cuda:
+        return Gpu()
+    found = torch.cuda.get_device_properties(tensor.device)
+    return Gpu(found.multi_processor_count, found.major in (9, 10))

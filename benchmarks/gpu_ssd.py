@@ -1,0 +1,420 @@
+"""Mamba-2's scan on a GPU: our Triton kernels against their bytes, mamba-ssm's and torch's chunked path.
+
+    python benchmarks/gpu_ssd.py                           # a table, and docs/gpu_ssd.json
+    python benchmarks/gpu_ssd.py --json out.json --seconds 90
+    python benchmarks/gpu_ssd.py --only tune               # other ways to cut the scan
+    python benchmarks/gpu_ssd.py --dry-run                 # toy sizes, through Triton's interpreter: does it run?
+
+Sections, in order of worth: `prefill` (2048 tokens) and `decode` (one token, state in place) at the shapes of Mamba-2
+130M and 2.7B, `norm` (the gated norm), `tune` (other ways to cut the scan). Every row is in the file the moment it is
+measured; what the seconds do not suffice for is left out and said.
+
+Each row first compares ours with the plain torch reference on fresh random inputs. `first call` includes compiling:
+Triton's cache is a fresh folder. Single kernels run from CUDA graphs over several sets of inputs, so that neither
+launching them nor the cache is what is timed; a graph keeps its inputs alive. `bytes` is the time the bytes alone take
+at the bandwidth of a large copy. mamba-ssm tunes itself for a minute at every new number of states, so it is compared
+at those given by --mamba-ssm-states only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if "--dry-run" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssmc-triton-")
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from ssmc.runtime.scan import SsdInputs
+from ssmc.runtime.scan import ssd as plain
+from ssmc.runtime.scan.gpu import gated_norm, ssd
+
+ROOT = Path(__file__).parent.parent
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # ||difference|| / ||reference||
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of a model."""
+
+    name: str
+    d_inner: int
+    head_dim: int = 64
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, where, and until when."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bandwidth: float  # bytes a second
+    until: float  # of time.monotonic
+    rivals: tuple[int, ...]  # numbers of states at which mamba-ssm is timed
+    shapes: tuple[Shape, ...] = (Shape("130M", 1536), Shape("2.7B", 5120))
+    states: tuple[int, ...] = (128, 64, 16, 32, 96)
+    batches: tuple[int, ...] = (1, 8)
+    decoded: tuple[int, ...] = (1, 64)
+    length: int = 2048
+    cache: int = 128 << 20  # bytes of inputs that no cache holds
+    rounds: int = 7
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is used up."""
+        return time.monotonic() > self.until
+
+
+# --- inputs, checks, clocks ------------------------------------------------------------------------------------------
+
+
+def layer_inputs(bench: Bench, shape: Shape, states: int, batch: int, length: int, seed: int = 0) -> SsdInputs:
+    """What a real layer hands to the scan: u, B and C are slices of one tensor, dt is before softplus."""
+    generator = torch.Generator(bench.device).manual_seed(seed)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator, device=bench.device)
+
+    heads, readers = shape.d_inner // shape.head_dim, shape.groups * states
+    convolved = torch.nn.functional.silu(normal(batch, length, shape.d_inner + 2 * readers)).to(bench.dtype)
+    u, B, C = convolved.split([shape.d_inner, readers, readers], dim=-1)
+    return SsdInputs(
+        u=u,
+        dt=normal(batch, length, heads).to(bench.dtype),
+        A=-torch.exp(normal(heads)) * 4,
+        B=B.unflatten(2, (shape.groups, states)),
+        C=C.unflatten(2, (shape.groups, states)),
+        D=torch.ones(heads, device=bench.device, dtype=bench.dtype),
+        dt_bias=normal(heads) - 4,
+    )
+
+
+def input_sets(bench: Bench, shape: Shape, states: int, batch: int) -> list[SsdInputs]:
+    """Several inputs, together more than a cache holds."""
+    first = layer_inputs(bench, shape, states, batch, bench.length)
+    count = max(1, min(16, math.ceil(bench.cache / (2 * first.u.nbytes))))
+    return [first, *(layer_inputs(bench, shape, states, batch, bench.length, seed) for seed in range(1, count))]
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor, bound: float) -> float:
+    """||difference|| / ||wanted||; fails beyond the bound."""
+    found = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    if not found < bound:  # NaN never is
+        raise RuntimeError(f"wrong result: differs from the reference by {found:.1e} in norm, more than {bound:.0e}")
+    return found
+
+
+class Recorded:
+    """Calls one after another from one CUDA graph, where there is a GPU; holds on to all they read."""
+
+    def __init__(self, calls: Sequence[Call], device: torch.device):
+        self.calls, self.graph = calls, None
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._all()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._all()
+
+    def _all(self) -> None:
+        for call in self.calls:
+            call()
+
+    def seconds(self, runs: int = 1) -> float:
+        """Of one call, on average."""
+        run = self._all if self.graph is None else self.graph.replay
+        if self.graph is None:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) / len(self.calls)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(runs):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / runs / len(self.calls)
+
+
+def timed(bench: Bench, ways: dict[str, Recorded]) -> dict[str, float]:
+    """Median seconds a call of each way; the ways take turns."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way.seconds()
+    for _ in range(bench.rounds):
+        for name, way in ways.items():
+            found[name].append(way.seconds(3))
+    return {f"{name}_us": 1e6 * statistics.median(seconds) for name, seconds in found.items()}
+
+
+def first_call(bench: Bench, call: Call) -> tuple[object, float]:
+    """What a call returns, and the seconds it takes with everything it compiles."""
+    start = time.perf_counter()
+    result = call()
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written bytes counted."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 20
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = Recorded([lambda: target.copy_(source)], device)
+    return 2 * size / min(copy.seconds() for _ in range(5))
+
+
+def peak(bench: Bench, call: Call) -> float:
+    """MiB of GPU memory a call takes above what is there."""
+    if bench.device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- mamba-ssm -------------------------------------------------------------------------------------------------------
+
+
+def rival_scan(inputs: SsdInputs) -> Call | None:
+    """mamba-ssm's scan of the same tensors, or None without that package."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except Exception:  # whatever a package with CUDA kernels raises
+        return None
+    u = inputs.u.unflatten(2, (inputs.heads, inputs.head_dim))
+    options = {"chunk_size": 256, "D": inputs.D, "dt_bias": inputs.dt_bias, "dt_softplus": True}
+    return lambda: mamba_chunk_scan_combined(
+        u, inputs.dt, inputs.A, inputs.B, inputs.C, return_final_states=True, **options
+    )
+
+
+def rival_token(inputs: SsdInputs, state: torch.Tensor) -> Call | None:
+    """mamba-ssm's state update of the same tensors, or None without that package."""
+    try:
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+    except Exception:
+        return None
+    batch, heads, head_dim, states = state.shape
+    u = inputs.u[:, 0].unflatten(1, (heads, head_dim))
+    dt = inputs.dt[:, 0, :, None].expand(batch, heads, head_dim)
+    A = inputs.A[:, None, None].expand(heads, head_dim, states)
+    D, bias = (t[:, None].expand(heads, head_dim) for t in (inputs.D, inputs.dt_bias))
+    B, C = inputs.B[:, 0], inputs.C[:, 0]
+    return lambda: selective_state_update(state, u, dt, A, B, C, D, dt_bias=bias, dt_softplus=True)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def scan_bytes(inputs: SsdInputs) -> int:
+    """What a scan must move: every input read once, output and state written once."""
+    read = sum(t.numel() * t.element_size() for t in (inputs.u, inputs.u, inputs.dt, inputs.B, inputs.C))
+    return read + 4 * inputs.batch * inputs.d_inner * inputs.d_state
+
+
+def prefill(bench: Bench) -> Iterator[dict]:
+    """Scans of many tokens."""
+    cases = [(b, n, s) for b in bench.batches for n in bench.states for s in bench.shapes]
+    for batch, states, shape in sorted(cases, key=lambda case: case[1] != bench.states[0]):
+        sets = input_sets(bench, shape, states, batch)
+        (y, end), seconds = first_call(bench, lambda i=sets[0]: ssd.ssd_scan(i))
+        wanted, wanted_end = plain.ssd_scan(sets[0].with_time_steps())
+        row = {"shape": shape.name, "batch": batch, "states": states, "first_call_s": seconds}
+        row |= {"error": error(y, wanted, BOUND[bench.dtype]), "state_error": error(end, wanted_end, 2e-2)}
+        ways = {"ours": Recorded([lambda i=i: ssd.ssd_scan(i) for i in sets], bench.device)}
+        rival = rival_scan(sets[0]) if states in bench.rivals else None
+        if rival is not None:
+            _, row["mamba_ssm_first_call_s"] = first_call(bench, rival)
+            ways["mamba_ssm"] = Recorded([rival_scan(i) for i in sets], bench.device)
+        if batch == 1:
+            torch_path = [lambda i=sets[0]: plain.ssd_scan(i.with_time_steps())]
+            ways["torch"] = Recorded(torch_path, bench.device)
+        row |= timed(bench, ways) | {"bytes_us": 1e6 * scan_bytes(sets[0]) / bench.bandwidth}
+        plan = ssd.plan_for(sets[0], ssd.gpu_of(sets[0].u))
+        yield row | {"plan": f"{plan.block}/{plan.tokens}/{plan.warps}/{plan.stages}/{plan.stretch}"}
+
+
+def decode(bench: Bench) -> Iterator[dict]:
+    """One token of every sequence, the state updated in place."""
+    for batch in bench.decoded:
+        for states in bench.states:
+            for shape in bench.shapes:
+                inputs = layer_inputs(bench, shape, states, batch, 1)
+                size = (batch, inputs.heads, inputs.head_dim, states)
+                count = max(1, min(32, math.ceil(bench.cache / (4 * math.prod(size)))))
+                kept = [torch.randn(size, device=bench.device) for _ in range(count)]
+                (y, _), seconds = first_call(bench, lambda i=inputs, s=kept[0]: ssd.ssd_scan(i, s))
+                wanted, _ = plain.ssd_scan(inputs.with_time_steps(), kept[0])
+                row = {"shape": shape.name, "batch": batch, "states": states, "first_call_s": seconds}
+                row["error"] = error(y, wanted, BOUND[bench.dtype])
+                calls = [lambda s=s, i=inputs: ssd.ssd_scan(i, s, in_place=True) for s in kept]
+                ways = {"ours": Recorded(calls, bench.device)}
+                if rival_token(inputs, kept[0]) is not None:
+                    ways["mamba_ssm"] = Recorded([rival_token(inputs, s) for s in kept], bench.device)
+                floor = (scan_bytes(inputs) + kept[0].nbytes) / bench.bandwidth
+                yield row | timed(bench, ways) | {"bytes_us": 1e6 * floor}
+
+
+def norm(bench: Bench) -> Iterator[dict]:
+    """The gated norm, against torch's operations as transformers writes them."""
+    for shape in bench.shapes:
+        generator = torch.Generator(bench.device).manual_seed(0)
+        y, z = (
+            torch.randn(1, bench.length, shape.d_inner, generator=generator, device=bench.device).to(bench.dtype)
+            for _ in range(2)
+        )
+        weight = torch.ones(shape.d_inner, device=bench.device, dtype=bench.dtype)
+
+        def stock(y: torch.Tensor = y, z: torch.Tensor = z, weight: torch.Tensor = weight) -> torch.Tensor:
+            gated = y.float() * torch.nn.functional.silu(z.float())
+            return weight * (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + 1e-5)).to(y.dtype)
+
+        got, seconds = first_call(bench, lambda y=y, z=z, w=weight: gated_norm(y, z, w, 1, 1e-5))
+        row = {"shape": shape.name, "first_call_s": seconds, "error": error(got, stock(), BOUND[bench.dtype])}
+        ours = Recorded([lambda y=y, z=z, w=weight: gated_norm(y, z, w, 1, 1e-5)], bench.device)
+        ways = {"ours": ours, "torch": Recorded([stock], bench.device)}
+        yield row | timed(bench, ways) | {"bytes_us": 1e6 * 3 * y.nbytes / bench.bandwidth}
+
+
+def tune(bench: Bench) -> Iterator[dict]:
+    """Other ways to cut the scan, against the one chosen; each new kind of program compiles for seconds."""
+    kinds = [
+        {},
+        {"warps": 8},
+        {"stages": 1},
+        {"stages": 3},
+        {"tokens": 32, "stages": 2, "warps": 4},
+        {"widest": 64},
+        {"block": 32},
+        {"tokens": 128, "warps": 8, "stages": 1},
+        {"tokens": 32, "stages": 2, "warps": 8},
+    ]
+    for states in (bench.states[0], 16):
+        cases = [(shape, batch) for shape in bench.shapes for batch in bench.batches]
+        inputs = {case: layer_inputs(bench, case[0], states, case[1], bench.length) for case in cases}
+        for kind in kinds:
+            for (shape, batch), given in inputs.items():
+                if bench.is_over:
+                    return
+                chosen = ssd.plan_for(given, ssd.gpu_of(given.u))
+                stretches = sorted({chosen.stretch, *(max(128, bench.length // n) for n in (1, 2, 4, 8, 12, 16))})
+                row = {"shape": shape.name, "batch": batch, "states": states, "kind": kind, "chosen": chosen.stretch}
+                try:
+                    ways = {
+                        str(stretch): Recorded(
+                            [lambda i=given, p=replace(chosen, stretch=stretch, **kind): ssd.ssd_scan(i, plan=p)],
+                            bench.device,
+                        )
+                        for stretch in stretches
+                    }
+                    yield row | timed(replace(bench, rounds=5), ways)
+                except Exception as why:  # a plan that asks for too much shared memory is a finding
+                    yield row | {"failed": f"{type(why).__name__}: {why}".split("\n")[0][:200]}
+
+
+SECTIONS = {"prefill": prefill, "decode": decode, "norm": norm, "tune": tune}
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def run(bench: Bench, only: Sequence[str], keep: Callable[[list[dict]], None]) -> list[dict]:
+    """All rows; each is kept the moment it is there, and a section that fails leaves a row that says why."""
+    rows: list[dict] = []
+    for name in only:
+        try:
+            if bench.is_over:
+                raise TimeoutError("no time was left")
+            with torch.no_grad():
+                for row in SECTIONS[name](bench):
+                    rows.append({"section": name, **row})
+                    keep(rows)
+                    if bench.is_over:
+                        raise TimeoutError("the time was used up here")
+        except Exception as why:  # whatever it is, the others shall run
+            rows.append({"section": name, "failed": f"{type(why).__name__}: {why}".split("\n")[0][:300]})
+            keep(rows)
+    return rows
+
+
+def show(rows: list[dict], title: str) -> None:
+    """The table."""
+    table = Table(title=title, title_justify="left")
+    for column in ("section", "what", "ours us", "bytes us", "mamba-ssm", "torch", "error", "first call s", "note"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        if row["section"] == "tune" and "failed" not in row:
+            continue
+        ours = row.get("ours_us")
+        what = ", ".join(f"{k} {row[k]}" for k in ("shape", "batch", "states") if k in row)
+        ratios = [f"{row[k] / ours:.2f}x" if ours and k in row else "" for k in ("mamba_ssm_us", "torch_us")]
+        numbers = [f"{row[k]:.3g}" if k in row else "" for k in ("ours_us", "bytes_us", "error", "first_call_s")]
+        table.add_row(row["section"], what, *numbers[:2], *ratios, *numbers[2:], row.get("failed", row.get("plan", "")))
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--json", type=Path, help="where the figures go; docs/gpu_ssd.json unless it is a dry run")
+    parser.add_argument("--seconds", type=float, default=600.0, help="after which no new row is begun")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    parser.add_argument("--mamba-ssm-states", default="128", help="numbers of states, with commas between")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes, without a GPU through the interpreter")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available() and not args.dry_run
+    if not on_gpu and not args.dry_run:
+        raise SystemExit("There is no CUDA device here, which this measures. Use --dry-run to see that it runs.")
+    unknown = set(args.only.split(",")) - set(SECTIONS)
+    if unknown:
+        raise SystemExit(f"There is no section {', '.join(sorted(unknown))}: choose of {', '.join(SECTIONS)}.")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    until = time.monotonic() + args.seconds
+    rivals = tuple(int(n) for n in args.mamba_ssm_states.split(",") if n)
+    bench = Bench(device, getattr(torch, args.dtype), copy_bandwidth(device), until, rivals)
+    if args.dry_run:
+        toy = {"shapes": (Shape("toy", 32, 16),), "states": (12, 16), "batches": (1,), "decoded": (2,)}
+        bench = replace(bench, **toy, length=140, cache=0, rounds=1)
+    name = torch.cuda.get_device_name() if on_gpu else "CPU, interpreted: the figures mean nothing"
+    path = args.json or (None if args.dry_run else ROOT / "docs" / "gpu_ssd.json")
+    head = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "dtype": args.dtype}
+    head |= {"length": bench.length, "copy_bytes_per_second": bench.bandwidth}
+
+    def keep(rows: list[dict]) -> None:
+        if path is not None:
+            path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    rows = run(bench, args.only.split(","), keep)
+    show(rows, f"{name}, torch {torch.__version__}, triton {triton.__version__}, {args.dtype}, {bench.length} tokens")
+    if any("wrong result" in row.get("failed", "") for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
