@@ -68,7 +68,7 @@ class Section:
 SECTIONS = (
     Section("tests", 180),
     Section("scan", 75, "gpu_scan.py", ("--section", "scan")),
-    Section("ssd", 45, "gpu_ssd.py"),
+    Section("ssd", 90, "gpu_ssd.py"),
     Section("decode", 45),
     Section("compress", 75),
     Section("2:4", 30),

@@ -16,18 +16,13 @@ import triton.language as tl
 
 from ssmc.runtime.scan.gpu.kernels import LOG2_E, silu, softplus
 
-
 BFLOAT16, TF32, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # MODE: what tensor cores multiply
 
 
 @triton.jit
 def operand(x, MODE: tl.constexpr):
     """Numbers as tensor cores read them."""
-    if MODE == BFLOAT16:
-        x = x.to(tl.bfloat16)
-    else:
-        x = x.to(tl.float32)
-    return x
+    return x.to(tl.bfloat16 if MODE == BFLOAT16 else tl.float32)
 
 
 @triton.jit
@@ -188,7 +183,7 @@ def carry(h, ends_ptr, totals_ptr, count, step, total_step, p, head_dim, states,
     return h
 
 
-@triton.jit(do_not_specialize=["length", "stretch"])
+@triton.jit(do_not_specialize=["length", "stretch", "heads", "per_group"])
 def ends_kernel(
     u_ptr,
     u_batch,
@@ -236,14 +231,14 @@ def ends_kernel(
     t = tl.arange(0, TOKENS)
     h = zero_states(BLOCK, PARTS)
     sum_of_all = 0.0
-    for start in range(0, stretch, TOKENS):
+    for _ in range(0, stretch, TOKENS):
         inside = t < TOKENS  # every stretch here is whole
         steps = load_steps(dt_ptr, dt_token, t, inside, bias, low, high, SOFTPLUS, LIMITED)
         u = tl.load(
             u_ptr + t[:, None] * u_token + p[None, :], mask=inside[:, None] & (p < head_dim)[None, :], other=0.0
         )
         B = load_all_rows(B_ptr, B_token, t, inside, states, PARTS)
-        sums, rest, total, to_end = running_sums(steps * rate, MODE)
+        _sums, _rest, total, to_end = running_sums(steps * rate, MODE)
         h = advance(h, u, B, steps * tl.exp2(to_end), total, PARTS, MODE)
         sum_of_all += total
         u_ptr += TOKENS * u_token
@@ -254,7 +249,7 @@ def ends_kernel(
     store_states(ends_ptr + at * head_dim * states, p, head_dim, states, h, PARTS)
 
 
-@triton.jit(do_not_specialize=["length", "stretch"])
+@triton.jit(do_not_specialize=["length", "stretch", "heads", "per_group"])
 def scan_kernel(
     u_ptr,
     u_batch,
@@ -342,7 +337,7 @@ def scan_kernel(
         store_states(final_ptr + (row * heads + head) * size, p, head_dim, states, h, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "per_group"])
 def token_kernel(
     u_ptr,
     u_batch,
@@ -396,7 +391,7 @@ def token_kernel(
     tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=p < head_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def norm_kernel(
     y_ptr,
     y_row,

@@ -64,7 +64,7 @@ def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
 
 
 def parts_of(states: int, widest: int = WIDEST) -> tuple[int, ...]:
-    """Powers of two, largest first, that hold all states: as few as `widest` allows and one more, if that wastes less."""
+    """Powers of two, largest first, that hold all states: as few as possible, or one more if that wastes fewer."""
     whole, rest = divmod(states, widest)
     one = max(SMALLEST, triton.next_power_of_2(rest)) if rest else 0
     half = one // 2
