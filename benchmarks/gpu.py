@@ -43,14 +43,15 @@ from rich.table import Table
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 LEAST = 0.3  # of its seconds, that a section needs to show anything
-TESTS = (  # files that compile the same kernels together
-    ("tests/scan/*.py",),
+TESTS = (  # every file of the first kind is a process of its own: kernels of different files are different ones
+    "tests/scan/test_triton*.py",
     (
         "tests/bench/test_bench_gpu.py",
         "tests/pipeline/test_placement.py",
         "tests/exporters/test_sparse24*.py",
         "tests/families/test_stock_kernels.py",
-        "tests/*/test_*graphs.py",
+        "tests/*/test_*graph*.py",
+        "tests/scan/test_fast.py",
     ),
 )
 
@@ -81,7 +82,8 @@ SECTIONS = (
 def commands(section: Section, seconds: float, result: Path, dry_run: bool) -> list[list[str]]:
     """What to run for a section, all at once."""
     if section.name == "tests":
-        groups = [sorted({str(f.relative_to(ROOT)) for p in group for f in ROOT.glob(p)}) for group in TESTS]
+        groups = [[str(file.relative_to(ROOT))] for file in sorted(ROOT.glob(TESTS[0]))]
+        groups.append(sorted({str(file.relative_to(ROOT)) for pattern in TESTS[1] for file in ROOT.glob(pattern)}))
         options = ["-v", "--tb=short", "--durations=15", "-p", "no:cacheprovider", "-o", "addopts="]
         return [
             [sys.executable, "-m", "pytest", *options, *(["--collect-only", "-q"] if dry_run else []), *files]
@@ -103,7 +105,7 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
     started = []
     for log, command in zip(logs, commands(section, seconds - 5, result, dry_run), strict=True):
         with log.open("wb") as file:
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            environment = {"OMP_NUM_THREADS": "4", **os.environ, "PYTHONUNBUFFERED": "1"}
             started.append(
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
@@ -111,7 +113,7 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
                 )
             )  # fmt: skip
     failed = wait(started, begin + seconds)
-    found = {"seconds": time.perf_counter() - begin, "failed": failed}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - begin, "failed": failed}
     if section.name == "tests":
         return {**found, "rows": [row for log in logs for row in test_rows(log.read_text(errors="replace"))]}
     try:
@@ -160,17 +162,25 @@ def test_rows(log: str) -> list[dict[str, str]]:
     return rows + [{"what": name, "note": f"{outcomes[name]} {reasons.get(name, '')}".strip()[:400]} for name in bad]
 
 
+COLUMNS = ("what", "before", "after", "ratio", "note")
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def rows_of(name: str, record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A section's rows as the table shows them."""
     for row in record.get("rows", []):
-        if "ours" in row:  # gpu_scan.py and gpu_ssd.py count in seconds
+        what, note = str(row.get("what", "")), [str(row["note"])] if row.get("note") else []
+        if "ours" in row:  # gpu_scan.py counts in seconds
             ours, floor = row.get("ours"), row.get("floor")
-            time_ = "" if ours is None else f"{1e6 * ours:.1f} us"
+            after = "" if ours is None else f"{1e6 * ours:.1f} us"
             share = "" if not ours or not floor else f"{ours / floor:.1f} x the bytes' time"
-            note = "; ".join(str(part) for part in (row.get("against"), share, row.get("note")) if part)
-            yield name, str(row.get("what", "")), "", time_, "", note
-        else:
-            yield name, *(str(row.get(key, "")) for key in ("what", "before", "after", "ratio", "note"))
+            yield name, what, "", after, "", "; ".join(str(p) for p in (row.get("against"), share, *note) if p)
+            continue
+        others = [f"{key} {short(value)}" for key, value in row.items() if key not in (*COLUMNS, "section") and value]
+        yield name, what, *(str(row.get(key, "")) for key in COLUMNS[1:4]), "; ".join([*others, *note])
     if record.get("failed"):
         yield name, "not all measured", "", "", "", record["failed"]
 
