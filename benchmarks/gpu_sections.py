@@ -36,7 +36,7 @@ from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.models.checkpoints import write_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.models.generation.generate import stream_tokens
+from ssmc.runtime.models.generation.writing import stream_tokens
 from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.tiny import TINY_DIRECTORY
 
