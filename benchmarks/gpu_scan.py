@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from scan import transformers_scan
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.speed.scan import transformers_scan
 from ssmc.runtime.bench.graphs import NotRecordable, record
 from ssmc.runtime.bench.report import finite
 from ssmc.runtime.errors import SsmcError

@@ -1,7 +1,7 @@
 """The sections of gpu.py that have no benchmark of their own; each run is one section, in a process of its own.
 
-    python benchmarks/gpu_sections.py --section decode --json decode.json --seconds 45
-    python benchmarks/gpu_sections.py --section "2:4" --dry-run
+    python -m benchmarks.gpu_sections --section decode --json decode.json --seconds 45
+    python -m benchmarks.gpu_sections --section "2:4" --dry-run
 
 The JSON is written anew with every row, so that a run that is stopped leaves what it has.
 """
@@ -20,12 +20,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from gpu_common import TOY, Row, Sizes, mamba
-from gpu_sparse24 import sparse_model, sparse_modules
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from benchmarks.gpu_common import TOY, Row, Sizes, mamba
+from benchmarks.gpu_sparse24 import sparse_model, sparse_modules
 from ssmc.runtime.bench import benchmark, summary
 from ssmc.runtime.bench.graphs import NotRecordable, record
 from ssmc.runtime.bench.report import finite
@@ -36,8 +36,8 @@ from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.models.checkpoints import write_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.models.generation.writing import stream_tokens
 from ssmc.runtime.models.generation.torch_session import TorchSession
+from ssmc.runtime.models.generation.writing import stream_tokens
 from ssmc.runtime.tiny import TINY_DIRECTORY
 
 # --- decode ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from gpu_common import Row, Sizes, compared, make_24, mamba, timed
 from torch import nn
 
+from benchmarks.gpu_common import Row, Sizes, compared, make_24, mamba, timed
 from ssmc.runtime.measure import workloads as work
 from ssmc.runtime.measure.timing import interleave
 from ssmc.runtime.models.families import architecture_for
