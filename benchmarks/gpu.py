@@ -62,14 +62,14 @@ class Section:
 
     name: str
     seconds: float  # it takes at most
-    script: str = "gpu_sections.py"
+    script: str = "gpu_sections"
     arguments: tuple[str, ...] = ()
 
 
 SECTIONS = (
     Section("tests", 180),
-    Section("scan", 75, "gpu_scan.py", ("--section", "scan")),
-    Section("ssd", 90, "gpu_ssd.py"),
+    Section("scan", 75, "gpu_scan", ("--section", "scan")),
+    Section("ssd", 90, "gpu_ssd"),
     Section("decode", 45),
     Section("compress", 75),
     Section("2:4", 30),
@@ -89,17 +89,17 @@ def commands(section: Section, seconds: float, result: Path, dry_run: bool) -> l
             [sys.executable, "-m", "pytest", *options, *(["--collect-only", "-q"] if dry_run else []), *files]
             for files in groups
         ]
-    own = ["--section", section.name] if section.script == "gpu_sections.py" else list(section.arguments)
+    own = ["--section", section.name] if section.script == "gpu_sections" else list(section.arguments)
     limits = ["--json", str(result), "--seconds", f"{seconds:.0f}"]
-    return [[sys.executable, str(HERE / section.script), *own, *limits, *(["--dry-run"] if dry_run else [])]]
+    return [[sys.executable, "-m", f"benchmarks.{section.script}", *own, *limits, *(["--dry-run"] if dry_run else [])]]
 
 
 def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[str, Any]:
     """Run one section to its end or its limit; what it found, and why it ended."""
     slug = section.name.replace(":", "").replace(" ", "-")
     result = folder / f"{slug}.json"
-    if not (HERE / section.script).is_file():
-        return {"rows": [], "seconds": 0.0, "failed": f"there is no benchmarks/{section.script}"}
+    if not (HERE / f"{section.script}.py").is_file():
+        return {"rows": [], "seconds": 0.0, "failed": f"there is no benchmarks/{section.script}.py"}
     logs = [folder / f"{slug}-{i}.log" for i in range(len(commands(section, seconds, result, dry_run)))]
     begin = time.perf_counter()
     started = []

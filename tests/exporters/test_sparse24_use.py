@@ -6,7 +6,6 @@ Conversion itself needs a GPU; the tests that do say so and are skipped without 
 import copy
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks import gpu, gpu_common, gpu_sparse24
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.measure.timing import Timing
 from ssmc.runtime.sparse24 import Sparse24Linear, cuda, is_24, use_sparse24
@@ -22,15 +22,6 @@ from ssmc.runtime.sparse24.use import choose, compare, modules_24
 from tests.exporters.test_sparse24 import matrix_24
 from tests.support.gpu import HAS_CUDA
 from tests.support.models import logits, random_model, random_tokens
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
-
-import gpu  # noqa: E402
-import gpu_common  # noqa: E402
-import gpu_sparse24  # noqa: E402
-
-sys.path.remove(BENCHMARKS)
 
 SPARSE_CORES = HAS_CUDA and cuda.why_dense(torch.device("cuda"), torch.float16) is None
 
