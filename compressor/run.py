@@ -31,7 +31,6 @@ from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import Progress, silent
-from ssmc.runtime.text import read_texts
 from ssmc.runtime.tiny import calibration_path
 
 
@@ -146,8 +145,8 @@ def _calibration(
     if target is None and not config.needs_text:
         return None, None
     tokenizer = load_tokenizer(checkpoint, config.tokenizer)
-    texts = read_texts(calibration_path() if config.calib is None else config.calib)
+    source = calibration_path() if config.calib is None else config.calib
     nsamples, more = config.nsamples, 0 if target is None else HELD_OUT
-    drawn = draw_samples(texts, tokenizer, nsamples + more, config.seqlen, config.seed)
+    drawn = draw_samples(source, tokenizer, nsamples + more, config.seqlen, config.seed)
     calibration = replace(drawn, tokens=drawn.tokens[:nsamples], requested=nsamples)
     return calibration, None if target is None else Samples.split(drawn.tokens, nsamples)

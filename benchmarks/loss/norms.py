@@ -105,7 +105,7 @@ def main() -> None:
     now = print_conditions()
     checkpoint = load_checkpoint("tiny", dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint)
-    samples = draw_samples(read_texts(calibration_path()), tokenizer, args.nsamples, args.seqlen, 0).tokens
+    samples = draw_samples(calibration_path(), tokenizer, args.nsamples, args.seqlen, 0).tokens
     text = tokenize(read_texts(heldout_path()), tokenizer)[: args.max_tokens]
     model = with_norms(use_fast_scan(checkpoint.model), samples[:4])
     start = perplexity(model, text, args.window).ppl

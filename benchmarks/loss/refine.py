@@ -65,7 +65,7 @@ def main() -> None:
     report["rows"] = earlier_rows(args.json, report)
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
-    tokens = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed).tokens
+    tokens = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed).tokens
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
     report |= {"dense_perplexity": dense.ppl, "heldout_tokens": dense.tokens}

@@ -72,7 +72,7 @@ def main() -> None:
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
-    calibration = draw_samples(read_texts(args.calib), tokenizer, args.nsamples, args.seqlen, args.seed)
+    calibration = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
     if args.divergence:

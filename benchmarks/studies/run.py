@@ -167,8 +167,8 @@ def read_subject(args: argparse.Namespace) -> tuple[Subject, dict]:
     checkpoint = load_checkpoint(str(args.model), dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
     most = max((args.nsamples, *(SAMPLES if "samples" in args.only else ())))
-    calib, heldout = read_texts(args.calib), read_texts(args.text, split="test")
-    calibration = draw_samples(calib, tokenizer, most, args.seqlen, args.seed)
+    heldout = read_texts(args.text, split="test")
+    calibration = draw_samples(args.calib, tokenizer, most, args.seqlen, args.seed)
     text = tokenize(heldout, tokenizer)[: args.windows * args.window or None]
     device = choose_device(args.device)
     model = use_fast_scan(checkpoint.model.to(device))
@@ -179,7 +179,7 @@ def read_subject(args: argparse.Namespace) -> tuple[Subject, dict]:
         "model": public(args.model),
         "size": subject.size,
         "dimensions": checkpoint.dimensions.as_dict(),
-        "calibration": _told(calib),
+        "calibration": {"source": calibration.source, "sha256": calibration.sha256},
         "nsamples": subject.nsamples,
         "seqlen": args.seqlen,
         "text": _told(heldout),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssmc.runtime.errors import CalibrationError
-from ssmc.runtime.text import Texts, tokenize
+from ssmc.runtime.text import draw_windows
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,23 @@ class Calibration:
         )
 
 
-def draw_samples(texts: Texts, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> Calibration:
-    """Cut the text into windows that do not overlap and draw `nsamples` of them without replacement.
+def draw_samples(source: str | Path, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> Calibration:
+    """Draw `nsamples` windows of text that do not overlap, without replacement.
 
     Args:
-        texts: documents, taken as one stream.
+        source: as in `read_texts`; of a large text only what is drawn is read, see `draw_windows`.
         tokenizer: the model's.
         nsamples: how many windows; fewer are returned when the text has fewer.
         seqlen: tokens per window.
         seed: of the draw.
 
     Raises:
-        CalibrationError: the text does not fill a single window.
+        CalibrationError: there is no text, or it does not fill a single window.
     """
-    stream = tokenize(texts, tokenizer)
-    windows = stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)
-    if not len(windows):
+    drawn = draw_windows(source, tokenizer, nsamples, seqlen, seed)
+    if not len(drawn.tokens):
         raise CalibrationError(
-            f"{texts.source} has {len(stream)} tokens, one calibration sample needs {seqlen}. "
+            f"{source} has {drawn.available} tokens, one calibration sample needs {seqlen}. "
             f"Give more text with --calib or use a smaller --seqlen."
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return Calibration(windows[order[:nsamples]], texts.source, texts.sha256, nsamples)
+    return Calibration(drawn.tokens, drawn.source, drawn.sha256, nsamples)

@@ -268,6 +268,6 @@ def test_the_trained_model_is_there_and_loses_little():
     model = use_fast_scan(checkpoint.model)
     dense = float(model(heldout, labels=heldout).loss)
     assert dense < 3.4
-    tokens = draw_samples(read_texts(calibration_path()), tokenizer, 1, 256, seed=0).tokens
+    tokens = draw_samples(calibration_path(), tokenizer, 1, 256, seed=0).tokens
     prune_layers(model, ARCHITECTURE, tokens, configure(model="test", repair=False), checkpoint.dtypes)
     assert dense < float(model(heldout, labels=heldout).loss) < dense + 0.05
