@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.text import Text
 
 from ssmc.cli.checks import check_compressed, check_models
+from ssmc.cli.comparison import Column, Figure, show_long, show_models
 from ssmc.cli.options import (
     MODELS,
     OUTPUT,
@@ -29,7 +31,7 @@ from ssmc.cli.options import (
     tokenizer_option,
     words,
 )
-from ssmc.cli.terminal import COLOURS, Terminal, table
+from ssmc.cli.terminal import Terminal, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -188,18 +190,20 @@ def _report(terminal: Terminal, report: Report) -> None:
     from ssmc.runtime.bench import findings, summary, summary_rows
     from ssmc.runtime.bench.tradeoff import trade_off_columns, trade_off_findings, trade_off_rows
 
-    names = [name for model in report.compressed for name in (model.name, "ratio")]
-    columns = ("", report.dense.name, *names)
-    terminal.show(_rows("Dense beside compressed", columns, [*summary_rows(report), *summary.sequence_rows(report)]))
+    names = report.names
+    overview = [*summary_rows(report), *summary.sequence_rows(report)]
+    show_models(terminal, "Dense model and compressed models", names, [_column(row, short=True) for row in overview])
     if parts := report.of_kind("part"):
-        title = f"Parts of the first layer, {parts[0].length} tokens, batch {parts[0].batch}"
-        terminal.show(_rows(title, columns, summary.part_rows(report)))
+        title = f"Time of the parts of the first layer, {parts[0].length} tokens, batch {parts[0].batch}"
+        show_long(terminal, title, "part", names, [_column(row, short=True) for row in summary.part_rows(report)])
     if report.of_kind("throughput"):
-        terminal.show(_rows("Tokens per second", columns, summary.token_rows(report)))
+        show_long(terminal, "Tokens per second", "phase", names, [_column(row) for row in summary.token_rows(report)])
     if modules := summary.sparse24_rows(report):
         terminal.show(_rows("2:4 modules", ("", *summary.SPARSE24_COLUMNS), modules))
     if compared := trade_off_rows(report):
-        terminal.show(_rows("Loss over time", ("", *trade_off_columns(report)), compared))
+        figures = zip(*([Figure(value) for value in row.values] for row in compared), strict=True)
+        columns = [Column(*pair) for pair in zip(trade_off_columns(report), figures, strict=True)]
+        show_models(terminal, "Loss and time of every model", [row.metric for row in compared], columns)
     for sentence in [*findings(report), *trade_off_findings(report)]:
         terminal.say(f"- {sentence}")
     for note in report.notes:
@@ -209,16 +213,24 @@ def _report(terminal: Terminal, report: Report) -> None:
     terminal.say(f"Measured on {where}, {c.dtype}, torch {c.versions['torch']}; load {_load(report)}.", style="dim")
 
 
+def _column(row: Row, short: bool = False) -> Column:
+    """A row of a report as a column of a table of models.
+
+    Args:
+        row: of a report.
+        short: leave out the quartiles of a time, which bench.html and bench.json have.
+    """
+    values = [value.partition(" (")[0] for value in row.values] if short else row.values
+    changes, verdicts = ("", *row.changes), ("", *row.verdicts)
+    figures = [Figure(*cell) for cell in zip_longest(values, changes, verdicts, fillvalue="")]
+    return Column(row.metric, figures)
+
+
 def _rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    """A table of a report's rows, every change beside its value and in its colour."""
+    """A table of rows that have a name each and no changes."""
     shown = table(title, *columns)
     for row in rows:
-        cells = [Text(row.values[0])]
-        if not row.changes:
-            cells += map(Text, row.values[1:])
-        for value, change, verdict in zip(row.values[1:], row.changes, row.verdicts, strict=False):
-            cells += [Text(value), Text(change, style=COLOURS.get(verdict, ""))]
-        shown.add_row(row.metric, *cells)
+        shown.add_row(row.metric, *map(Text, row.values))
     return shown
 
 

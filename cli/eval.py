@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from ssmc.cli.checks import DEFAULT_DIRECTORY, check_compressed, check_models
+from ssmc.cli.comparison import Column, Figure, show_models
 from ssmc.cli.options import (
     MODELS,
     OUTPUT,
@@ -27,7 +27,7 @@ from ssmc.cli.options import (
     tokenizer_option,
     words,
 )
-from ssmc.cli.terminal import COLOURS, Terminal, table
+from ssmc.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from ssmc.runtime.evaluation import EvalReport, Score
@@ -165,16 +165,12 @@ def _hush_lm_eval(terminal: Terminal) -> None:
 
 
 def _report(terminal: Terminal, report: EvalReport) -> None:
-    others = [cell for model in report.models[1:] for cell in (model.name, "difference")]
-    scores = table("Scores", "", "metric", report.dense.name, *others)
-    scores.columns[1].justify = "left"
+    columns = []
     for row in report.rows():
-        cells = [Text(_value(row[0]))]
-        for score in row[1:]:
-            cells += [Text(_value(score)), Text(_difference(score), style=COLOURS.get(score.verdict, ""))]
         metric = row[0].metric if row[0].filter == "none" else f"{row[0].metric} ({row[0].filter})"
-        scores.add_row(Text(row[0].task), Text(metric), *cells)
-    terminal.show(scores)
+        figures = [Figure(_value(score), _difference(score), score.verdict) for score in row]
+        columns.append(Column(f"{row[0].task}, {metric}", figures))
+    show_models(terminal, "Scores of every model", [model.name for model in report.models], columns)
     terminal.say(
         "±: one standard error; of a difference, over the same documents (windows of text, for perplexity). Coloured "
         "where it is beyond two.",

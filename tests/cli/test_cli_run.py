@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import ssmc
-import ssmc.compressor
+import ssmc.compressor.run
 from ssmc.runtime.models.fast import use_stock_scan
 from tests.support.commandline import SSMC, run, run_process
 
@@ -195,7 +195,7 @@ def test_what_nobody_foresaw_is_one_line_as_well(capsys, monkeypatch, error, cod
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(ssmc.compressor, "compress", fail)
+    monkeypatch.setattr(ssmc.compressor.run, "compress", fail)
     outcome = run(capsys, "compress", "tiny")
     assert outcome.code == code
     (line,) = outcome.err.splitlines()
