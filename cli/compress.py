@@ -448,8 +448,8 @@ def _modules(result: CompressResult) -> Table:
             + (f" (at most {max(errors):.1e})" if errors else "")
         )
     for row in first:
-        if row.target.startswith("left out"):
-            modules.caption = f"{row.name} {row.target}"
+        if row.left_out is not None:
+            modules.caption = f"{row.name} left out: {row.left_out}"
     return modules
 
 

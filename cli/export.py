@@ -2,101 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Mapping
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ssmc.cli.checks import check_compressed
-from ssmc.cli.options import (
-    OUTPUT,
-    CompressedDirectory,
-    Dtype,
-    ExportFormat,
-    Force,
-    Logits,
-    OnnxTarget,
-    Quantize,
-    Quiet,
-    Verbose,
-)
+from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Verbose
 from ssmc.cli.terminal import Terminal, size, table
+from ssmc.exporters import all_formats
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ssmc.exporters import ExportResult
-    from ssmc.exporters.onnx import OnnxReport
+    from ssmc.exporters import Table as ReportTable
+
+DEFAULT = "safetensors"
+_FORMATS = all_formats()
+Name = Literal[tuple(_FORMATS)]  # type: ignore[valid-type]
 
 
 def export(
     context: typer.Context,
     directory: CompressedDirectory = Path("ssmc-out"),
     format: Annotated[
-        ExportFormat,
+        Name,
         typer.Option(
-            help="`safetensors`: what transformers, vLLM and llama.cpp's converter read; `mamba-ssm`: what mamba_ssm "
-            "reads; `sparse24`: a half-precision checkpoint of a model compressed with --pattern 2:4, and the list of "
-            "its 2:4 modules; `onnx`: a graph with explicit states for onnxruntime.",
+            help="; ".join(f"`{format.name}`: {format.help}" for format in _FORMATS.values()) + ".",
             rich_help_panel=OUTPUT,
         ),
-    ] = "safetensors",
+    ] = DEFAULT,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder to write.",
-            show_default="DIR/FORMAT",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Of sparse24: float16 or bfloat16. Of onnx: float32, or float16 for a GPU.",
-            show_default="sparse24: the model's own if it is a half one, else bfloat16; onnx: float32",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    packed: Annotated[
-        bool,
-        typer.Option(
-            "--packed", help="Store 2:4 matrices in 9/16 of their space; only ssmc reads that.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
-    logits: Annotated[
-        Logits | None,
-        typer.Option(
-            help="Of onnx: which tokens' logits the graph gives.", show_default="last", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    quantize: Annotated[
-        Quantize | None,
-        typer.Option(
-            help="Of onnx: int8 weights for in_proj, out_proj and the head, for CPUs.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    target: Annotated[
-        OnnxTarget | None,
-        typer.Option(
-            help="Of onnx: `portable`: standard operators only; `ort`: onnxruntime's own too (Mamba-2 decodes faster).",
-            show_default="portable",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC",
-            help="Of onnx: held-out text for the perplexity before and after float16 or int8, as for `ssmc compress "
-            "--calib`.",
-            show_default="stories that come along",
-            rich_help_panel=OUTPUT,
-        ),
+        typer.Option(metavar="DIR", help="Folder to write.", show_default="DIR/FORMAT", rich_help_panel=OUTPUT),
     ] = None,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Make a compressed model physically smaller, in a format other software loads.
 
@@ -116,30 +64,56 @@ def export(
         ssmc export tiny --format onnx
     """
     terminal = context.ensure_object(Terminal)
-    check_compressed(directory, or_model=format == "onnx")
+    check_compressed(directory, or_model=_FORMATS[format].takes_dense)
     from ssmc.exporters import export as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        result = run(
-            directory,
-            format=format,
-            out=out,
-            dtype=dtype,
-            packed=packed,
-            logits=logits,
-            quantize=quantize,
-            target=target,
-            text=text,
-            force=force,
-            progress=progress,
-        )
+        result = run(directory, format=format, out=out, force=force, progress=progress, **options)
     _report(terminal, result)
-    if result.onnx is not None:
-        terminal.say(f'Next: ssmc generate {shlex.quote(str(result.directory))} "Once upon a time"')
-        return
     where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
-    terminal.say(f"Next: ssmc bench{where}")
+    terminal.say(f"Next: {_FORMATS[format].next(str(result.directory), where)}")
+
+
+def _declare_options() -> None:
+    """Give the command the options of all formats; one that several have is one option."""
+    found: dict[str, list[tuple[str, Field[Any]]]] = {}
+    for name, format in _FORMATS.items():
+        for item in fields(format.Options):
+            found.setdefault(item.name, []).append((name, item))
+    signature = inspect.signature(export, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [_parameter(name, owners) for name, owners in found.items()]
+    parameters = [*own[:4], *added, *own[4:]]
+    export.__signature__ = signature.replace(parameters=parameters)
+    export.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _parameter(name: str, owners: list[tuple[str, Field[Any]]]) -> inspect.Parameter:
+    """One option of the command line from what the formats that have it say of it."""
+    said = [item.metadata for _, item in owners]
+    help = " ".join(f"Of {owner}: {about['help']}." for (owner, _), about in zip(owners, said, strict=True))
+    choices = tuple(dict.fromkeys(choice for about in said for choice in about["choices"]))
+    switch = all(item.default is False for _, item in owners)
+    kind: Any = bool if switch else (Literal[choices] if choices else str) | None
+    shown = [
+        f"{owner}: {about['shown'] or item.default}"
+        for (owner, item), about in zip(owners, said, strict=True)
+        if about["shown"] or item.default
+    ]
+    flag = f"--{name.replace('_', '-')}"
+    about = typer.Option(
+        flag,
+        help=help,
+        metavar=None if choices or switch else "SRC",
+        show_default="; ".join(shown) if shown else False,
+        rich_help_panel=OUTPUT,
+    )
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, keyword, default=False if switch else None, annotation=Annotated[kind, about])
+
+
+_declare_options()
 
 
 def _report(terminal: Terminal, result: ExportResult) -> None:
@@ -151,7 +125,8 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     ):
         sizes.add_row(name, text(before), text(after), f"{after / before:.3f}")
     terminal.show(sizes)
-    _modules(terminal, result)
+    for extra in result.tables:
+        terminal.show(_shown(extra))
     runtimes = table("Runs where", "runtime", "from", "runs", "remark")
     for column in runtimes.columns:
         column.justify = "left"
@@ -160,7 +135,7 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     terminal.show(runtimes)
     compared = result.comparison
     kind = "real text" if compared.real_text else "random tokens (there is no tokenizer)"
-    model = "masked model" if result.onnx is None else "model in torch"
+    model = "dense model" if result.dense else "masked model"
     terminal.say(
         f"Largest difference of a logit to the {model}: {compared.max_difference:.2e} on {compared.tokens} tokens "
         f"of {kind} (allowed {compared.tolerance:.2e}, largest logit {compared.scale:.3g})."
@@ -170,49 +145,24 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
             "The gated norms have fewer channels and the same epsilon, so the masked model was given the epsilon to "
             f"match; that moved a logit by at most {compared.epsilon_difference:.2e}."
         )
-    if result.rounding is not None:
-        terminal.say(
-            f"The model compared is the masked one in half precision; rounding it moved a logit by at most "
-            f"{result.rounding.max_difference:.2e} (allowed {result.rounding.tolerance:.2e})."
-        )
-    if result.onnx is not None and result.onnx.quality is not None:
-        _quality(terminal, result.onnx)
+    for remark in result.remarks:
+        terminal.say(remark)
     terminal.say(f"Wrote {result.directory}.")
 
 
-def _quality(terminal: Terminal, report: OnnxReport) -> None:
-    """Print what float16 or int8 changed."""
-    quality = report.quality
-    noise = "" if quality.excess_stderr is None else f" (± {quality.excess_stderr:.4f})"
-    worst = max(way.max_difference for way in report.rounding)
-    terminal.say(
-        f"The graph compared is the float32 one. What was written moves a logit by at most {worst:.2e}; perplexity on "
-        f"{quality.tokens} tokens of {quality.text} is {quality.ppl_after:.4g} after {quality.ppl_before:.4g}, "
-        f"{quality.excess_nats:+.4f} nats a token{noise}."
-    )
-
-
-def _modules(terminal: Terminal, result: ExportResult) -> None:
-    """Print which modules are 2:4 and what takes them, one line for all layers with the same answer."""
-    if not result.modules:
-        return
-    kinds: dict[tuple[str, tuple[int, ...], tuple[str, ...], str | None], int] = {}
-    for module in result.modules:
-        kind = (module.name.rpartition(".")[2], module.shape, module.backends, module.remark)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    rows = table("2:4 modules", "module", "layers", "out x in", "sparse tensor cores")
-    rows.columns[3].justify = "left"
-    for (name, shape, backends, remark), count in kinds.items():
-        rows.add_row(name, str(count), _join(" x ", shape), ", ".join(backends) or f"none: {remark}")
-    terminal.show(rows)
+def _shown(extra: ReportTable) -> Table:
+    """A format's own table; its last column is text."""
+    shown = table(extra.title, *extra.columns)
+    shown.columns[-1].justify = "left"
+    for row in extra.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def _cuts(terminal: Terminal, result: ExportResult) -> None:
     """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
-    if not result.cuts and result.onnx is not None and result.onnx.source.manifest is None:
-        return  # a dense model
-    if not result.cuts and result.modules:
-        return  # the table of sizes and that of the 2:4 modules say it
+    if not result.cuts and (result.dense or result.tables):
+        return  # there was nothing to cut, or the format's own table says what is special
     if not result.cuts:
         terminal.note("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.")
         return

@@ -65,7 +65,7 @@ def inspect(
     )
     halved = checkpoint.architecture.dimensions(after)
     runtimes = runs_where(halved, checkpoint.dimensions.d_state, found.model_type)
-    missing = missing_formats(found.model_type, checkpoint.architecture.is_hybrid)
+    missing = missing_formats(checkpoint.architecture)
     lacks = {**limits(found.model_type), **{f"--format {name}": reason for name, reason in missing.items()}}
     _report(terminal, found, able, lacks, runtimes, halved.d_state)
     if json_file is not None:

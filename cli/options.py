@@ -35,10 +35,6 @@ Phase = Literal["prefill", "decode"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
-ExportFormat = Literal["safetensors", "mamba-ssm", "sparse24", "onnx"]
-Logits = Literal["last", "all"]
-Quantize = Literal["int8"]
-OnnxTarget = Literal["portable", "ort"]
 
 METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "What is compared", "Perplexity"

@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ssmc.compressor.calibration.draw import Calibration
-from ssmc.compressor.methods.layers import Removal
 from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import LAYER
 from ssmc.compressor.options.recipe import write_recipe
 from ssmc.compressor.pipeline import LayerResult
 from ssmc.compressor.prune import Pruned
 from ssmc.runtime.files import new_directory, require_space
-from ssmc.runtime.manifest import MANIFEST, file_records, write_manifest
+from ssmc.runtime.manifest import (
+    BLOCK,
+    MANIFEST,
+    SSM,
+    LayerRecord,
+    MaskedManifest,
+    ModuleRecord,
+    Origin,
+    RemovalRecord,
+    file_records,
+    write_manifest,
+)
 from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
 from ssmc.runtime.models.tokenizers import copy_tokenizer
 from ssmc.runtime.versions import versions
@@ -58,32 +69,28 @@ def write_artefact(
         if tokenizer_directory is not None:
             files += copy_tokenizer(tokenizer_directory, folder)
         files.append(write_recipe(folder, config))
-        manifest = {
-            "kind": "masked",
-            "versions": versions(),
-            "command": command,
-            "source": _source(checkpoint, out),
-            "config": config.model_dump(mode="json", exclude={"device"}),
-            "calibration": _calibration(calibration),
-            "dimensions": checkpoint.dimensions.as_dict(),
-            "layers": [_layer(layer) for layer in pruned.layers],
-            "removed": [_removal(removal) for removal in pruned.removals],
-            **({} if target is None else {"target": target}),
-            "parameters": parameter_count(tensors),
-            "files": file_records(files),
-        }
+        part = BLOCK if LAYER in config.parts else SSM
+        manifest = MaskedManifest(
+            source=_source(checkpoint, out),
+            versions=versions(),
+            command=command,
+            config=config.model_dump(mode="json", exclude={"device"}),
+            calibration=_calibration(calibration),
+            dimensions=checkpoint.dimensions.as_dict(),
+            layers=tuple(_layer(layer) for layer in pruned.layers),
+            removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in pruned.removals),
+            target=target,
+            parameters=parameter_count(tensors),
+            files=file_records(files),
+        )
         write_manifest(folder, manifest)
-    return manifest
+    return manifest.to_json()
 
 
-def _source(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, out: Path) -> Origin:
     """The dense model, so that `bench` finds it again: as it was named, and seen from the artefact."""
     local = Path(checkpoint.source).expanduser()
-    return {
-        "model": checkpoint.source,
-        "format": checkpoint.format,
-        "relative": os.path.relpath(local, out) if local.exists() else None,
-    }
+    return Origin(checkpoint.source, checkpoint.format, os.path.relpath(local, out) if local.exists() else None)
 
 
 def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
@@ -93,20 +100,15 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
     return {"source": calibration.source, "sha256": calibration.sha256, "nsamples": nsamples, "seqlen": seqlen}
 
 
-def _removal(removal: Removal) -> dict[str, Any]:
-    return {"layer": removal.layer, "calibration_loss": removal.loss, "influence": removal.influence}
-
-
-def _layer(layer: LayerResult) -> dict[str, Any]:
-    return {
-        "kept": list(layer.kept),
-        "kept_channels": None if layer.channels is None else list(layer.channels),
+def _layer(layer: LayerResult) -> LayerRecord:
+    findings = {
         "out_proj_error": None if layer.fitted is None else asdict(layer.fitted),
         "repaired": layer.repaired,
         "error": layer.error,
         "error_unrepaired": layer.error_unrepaired,
         **({} if layer.norm_spread is None else {"norm_spread": layer.norm_spread}),
         "a_log_zeros": layer.a_log_zeros,
-        "modules": [asdict(module) for module in layer.modules],
         "refined": None if layer.refined is None else asdict(layer.refined),
     }
+    modules = tuple(ModuleRecord(**asdict(module)) for module in layer.modules)
+    return LayerRecord(layer.kept, layer.channels, modules, findings)

@@ -8,8 +8,9 @@ from ssmc.runtime import lazy
 
 _HOMES = lazy.homes(
     {
-        "ssmc.exporters.pipeline": "FORMATS ExportResult export",
-        "ssmc.exporters.formats": "missing_formats",
+        "ssmc.exporters.pipeline": "ExportResult export",
+        "ssmc.exporters.format": "Format Job Proof Table option",
+        "ssmc.exporters.registry": "all_formats format_named missing_formats register_format",
         "ssmc.exporters.runtimes": "Runtime runs_where",
         "ssmc.exporters.cutting": "Shrunk shrink",
         "ssmc.exporters.verify": "Comparison compare",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.manifest import BLOCK, MaskedManifest
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.families import Architecture, Cut
 
@@ -24,7 +24,7 @@ class Shrunk:
     cuts: list[Cut]  # what got smaller
 
 
-def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, uneven: bool = False) -> Shrunk:
+def shrink(masked: Checkpoint, manifest: MaskedManifest, *, uneven: bool = False) -> Shrunk:
     """Cut what was pruned out of a masked model: states, channels, whole blocks.
 
     The manifest says what was kept; the weights are asked whether the rest really is silent, since cutting what still
@@ -33,62 +33,61 @@ def shrink(masked: Checkpoint, manifest: dict[str, Any], directory: Path, *, une
     Args:
         masked: what `compress` wrote.
         manifest: its manifest.
-        directory: where they are, for messages.
         uneven: let every layer have sizes of its own. Stock loaders have one number for all: by default layers that
             keep less are cut to the size of the one that keeps most, and hold silent rows of zeros up to there.
 
     Raises:
         CheckpointError: manifest and weights do not fit together.
     """
-    removed = [entry["layer"] for entry in manifest["removed"]]
-    layers = manifest["layers"]  # none when only whole blocks or SSMs were removed
-    blocks_go = "layer" in manifest["config"]["pattern"].split("+")  # else only their SSM is silent
-    _check(masked, removed, blocks_go, layers, directory)
+    removed = [removal.layer for removal in manifest.removed]
+    blocks = [removal.layer for removal in manifest.removed if removal.part == BLOCK]
+    layers = manifest.layers  # none when only whole blocks or SSMs were removed
+    _check(masked, manifest)
     architecture, sizes = masked.architecture, masked.dimensions
-    blocks = architecture.blocks(masked.model)
-    aside = removed + [index for index, block in enumerate(blocks) if architecture.mixer(block) is None]
+    modules = enumerate(architecture.blocks(masked.model))
+    aside = removed + [index for index, block in modules if architecture.mixer(block) is None]
     shrunk = Shrunk(masked.tensors(), masked.config, [])
     for name, total, groups, cut in (
         ("kept", sizes.groups * sizes.d_state, sizes.groups, "cut_states"),
         ("kept_channels", sizes.d_inner, 1, "cut_channels"),
     ):
-        kept = [layer.get(name) or list(range(total)) for layer in layers]
+        kept = [list(getattr(layer, name) or range(total)) for layer in layers]
         kept = _sized(kept, aside, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
             shrunk = _then(shrunk, *getattr(architecture, cut)(shrunk.tensors, shrunk.config, kept))
-    if removed and blocks_go:  # no loader has a block without an SSM
-        shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, removed))
+    if blocks:  # a block without an SSM stays: no loader has one
+        shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, blocks))
     return shrunk
 
 
-def _check(
-    masked: Checkpoint, removed: Sequence[int], blocks_go: bool, layers: Sequence[dict[str, Any]], directory: Path
-) -> None:
+def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
     """Ask the weights whether everything the manifest calls pruned is silent."""
-    blocks = masked.architecture.blocks(masked.model)
+    architecture, where = masked.architecture, masked.source
+    blocks, layers = architecture.blocks(masked.model), manifest.layers
     if layers and len(layers) != len(blocks):
         raise CheckpointError(
-            f"The manifest in {directory} speaks of {len(layers)} layers, its model has {len(blocks)}. Compress again."
+            f"The manifest in {where} speaks of {len(layers)} layers, its model has {len(blocks)}. Compress again."
         )
     changed = "its weights were changed after compressing. Compress again."
+    removed = {removal.layer for removal in manifest.removed}
     for index, layer in enumerate(layers):
-        mixer = masked.architecture.mixer(blocks[index])
+        mixer = architecture.mixer(blocks[index])
         if index in removed or mixer is None:
             continue
-        if not masked.architecture.is_masked(mixer, layer["kept"]):
+        if not architecture.is_masked(mixer, layer.kept):
             raise CheckpointError(
-                f"Layer {index} of the model in {directory} still uses states the manifest calls pruned; {changed}"
+                f"Layer {index} of the model in {where} still uses states the manifest calls pruned; {changed}"
             )
-        channels = layer.get("kept_channels")
-        if channels is not None and not masked.architecture.are_channels_masked(mixer, channels):
+        channels = layer.kept_channels
+        if channels is not None and not architecture.are_channels_masked(mixer, channels):
             raise CheckpointError(
-                f"Layer {index} of the model in {directory} still uses channels the manifest calls pruned; {changed}"
+                f"Layer {index} of the model in {where} still uses channels the manifest calls pruned; {changed}"
             )
-    for index in removed:
-        if index >= len(blocks) or not _is_silent(masked.architecture, blocks[index], blocks_go):
+    for removal in manifest.removed:
+        index, whole = removal.layer, removal.part == BLOCK
+        if index >= len(blocks) or not _is_silent(architecture, blocks[index], whole):
             raise CheckpointError(
-                f"Layer {index} of the model in {directory} is not silent although the manifest calls it removed; "
-                f"{changed}"
+                f"Layer {index} of the model in {where} is not silent although the manifest calls it removed; {changed}"
             )
 
 

@@ -1,13 +1,8 @@
-"""`--format sparse24`: a half-precision checkpoint with exact zeros, and the list of the modules that are 2:4.
-
-The checkpoint is an ordinary one that every loader reads and runs dense. Which of its modules are 2:4, and which
-backend of sparse tensor cores takes each, stands in the manifest of ssmc and nowhere in config.json: a
-`sparsity_config` there stops vLLM from loading the model.
-"""
+"""What is special about an export as 2:4: half precision with exact zeros, its modules, and what rounding did."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +10,16 @@ from typing import Any
 import torch
 
 from ssmc.exporters.cutting import Shrunk
+from ssmc.exporters.format import Job
 from ssmc.exporters.runtimes import Runtime
+from ssmc.exporters.source import Source
 from ssmc.exporters.verify import Comparison, compare
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError
-from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.sparse24 import HALF, backends_for, is_24, obstacle
 
-FORMAT, PACKED = "sparse24", "sparse24-packed"
+FORMAT = "sparse24"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PATTERN = "2:4"
 MARGIN = 4  # how often the effect of random changes of half precision's size rounding to it may have
@@ -39,14 +36,6 @@ class Sparse24Module:
 
 
 @dataclass(frozen=True)
-class Half:
-    """What is special about an export as sparse24."""
-
-    dtype: torch.dtype
-    modules: tuple[Sparse24Module, ...]
-
-
-@dataclass(frozen=True)
 class Rounding:
     """What rounding to half precision did to the logits of the masked model."""
 
@@ -55,37 +44,30 @@ class Rounding:
     scale: float  # largest logit
 
 
-def check_options(format: str, dtype: str | None, packed: bool) -> None:
-    """Refuse options that do not go with the format.
+@dataclass(frozen=True)
+class Half:
+    """What is special about an export as sparse24."""
 
-    Raises:
-        UsageError: see above.
-    """
-    if format != FORMAT and (dtype is not None or packed):
-        raise UsageError(f"dtype and packed are options of the format {FORMAT}; {format} keeps the model's dtypes.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"Sparse tensor cores do not take {dtype}. Choose {' or '.join(DTYPES)}.")
+    dtype: torch.dtype
+    modules: tuple[Sparse24Module, ...]
+    rounding: Rounding | None = None  # once it is written
 
 
-def round_to_half(
-    shrunk: Shrunk, masked: Checkpoint, manifest: Mapping[str, Any], directory: Path, dtype: str | None
-) -> tuple[Shrunk, Half]:
+def round_to_half(source: Source, shrunk: Shrunk, dtype: str | None) -> tuple[Shrunk, Half]:
     """All tensors in half precision, with plain zeros in the 2:4 modules (a mask leaves negative ones).
 
     Args:
+        source: what it comes from.
         shrunk: what is to be written.
-        masked: what it comes from.
-        manifest: of the artefact.
-        directory: of the artefact.
         dtype: one of DTYPES; None: the model's own if all of it is a half one, else bfloat16.
 
     Raises:
         UsageError: no module is 2:4, or a number is too large for the dtype.
         CheckpointError: a module the manifest calls 2:4 is not.
     """
-    own = set(masked.dtypes.values())
+    own = set(source.checkpoint.dtypes.values())
     half = DTYPES[dtype] if dtype else own.pop() if len(own) == 1 and own <= set(HALF) else torch.bfloat16
-    modules = _modules(shrunk, masked, manifest, directory)
+    modules = _modules(source, shrunk)
     tensors = {name: tensor.to(half) for name, tensor in shrunk.tensors.items()}
     if large := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UsageError(f"{large[0]} holds numbers too large for {_name(half)}. Use --dtype bfloat16.")
@@ -94,49 +76,45 @@ def round_to_half(
         tensors[name] = torch.where(tensors[name] == 0, 0, tensors[name])
         if not is_24(tensors[name].view(module.shape)):
             raise CheckpointError(
-                f"{module.name} of the model in {directory} is not 2:4 although the manifest says so; its weights were "
-                "changed after compressing. Compress again."
+                f"{module.name} of the model in {source.checkpoint.source} is not 2:4 although the manifest says so; "
+                "its weights were changed after compressing. Compress again."
             )
     return replace(shrunk, tensors=tensors), Half(half, tuple(modules))
 
 
-def _modules(shrunk: Shrunk, masked: Checkpoint, manifest: Mapping[str, Any], directory: Path) -> list[Sparse24Module]:
+def _modules(source: Source, shrunk: Shrunk) -> list[Sparse24Module]:
     """The modules the manifest calls 2:4, with the sizes they have in `shrunk`."""
     found = []
-    for layer, entry in enumerate(manifest["layers"]):
-        for name in (module["name"] for module in entry.get("modules", ()) if module["target"] == PATTERN):
-            full_name = masked.architecture.mixer_prefix(layer) + name
+    for layer, entry in enumerate(source.manifest.layers):
+        for name in (module.name for module in entry.modules if module.target == PATTERN):
+            full_name = source.checkpoint.architecture.mixer_prefix(layer) + name
             shape = tuple(shrunk.tensors[f"{full_name}.weight"].flatten(1).shape)
             reason = obstacle(name, shape)
             found.append(Sparse24Module(full_name, shape, () if reason else backends_for(*shape), reason))
     if not found:
         raise UsageError(
-            f"{directory} has no 2:4 modules (it was compressed with --pattern {manifest['config']['pattern']}), so "
+            f"{source.checkpoint.source} has no 2:4 modules (it was compressed with --pattern "
+            f"{source.manifest.config['pattern']}), so "
             "there is nothing for sparse tensor cores. Run `ssmc compress MODEL --pattern 2:4 --target ffn` first."
         )
     return found
 
 
 @torch.no_grad()
-def compare_half(
-    masked: Checkpoint, written: Checkpoint, half: Half, tokens: torch.Tensor, real_text: bool
-) -> tuple[Comparison, Rounding]:
-    """Prove that `written` is the masked model in half precision, and that rounding did no more than it must.
+def compare_half(job: Job, folder: Path) -> tuple[Comparison, Rounding]:
+    """Prove that `folder` holds the masked model in half precision, and that rounding did no more than it must.
 
     All run in float32. The first comparison is with the masked model's weights, rounded here, and allows the noise of
     float32 sums. The second is with its unrounded weights, and allows MARGIN times what random changes of every weight
     by up to half a unit in the last place do.
 
-    Args:
-        masked: the masked model; its weights are changed in place.
-        written: what was read back from the export.
-        half: what it must be.
-        tokens: (B, L).
-        real_text: whether the tokens are text.
+    The weights of the masked model are changed in place.
 
     Raises:
         VerificationError: one of the comparisons fails, or a module is not 2:4.
     """
+    masked, half, tokens = job.source.checkpoint, job.extra, job.tokens.sample
+    written = load_checkpoint(folder, dtype=torch.float32)
     weights = dict(written.model.named_parameters())
     for module in half.modules:
         if not is_24(weights[f"{module.name}.weight"].view(module.shape)):
@@ -148,7 +126,7 @@ def compare_half(
     full = use_fast_scan(masked.model)(tokens).logits
     for parameter in parameters:
         parameter.copy_(parameter.to(half.dtype))
-    comparison = compare(masked.model, written.model, tokens, real_text)
+    comparison = compare(masked.model, written.model, tokens, job.tokens.real)
     rounded = masked.model(tokens).logits
     _shake(parameters, torch.finfo(half.dtype).eps / 2)
     noise = float((masked.model(tokens).logits - rounded).abs().max())
@@ -171,16 +149,15 @@ def _shake(parameters: list[torch.Tensor], size: float) -> None:
 
 def section(half: Half, rounding: Rounding, packed: bool) -> dict[str, Any]:
     """What a manifest says about the format."""
-    about = {
+    return {
         "dtype": _name(half.dtype),
         "storage": "packed: values and 2-bit positions, which only ssmc reads" if packed else "dense, zeros stored",
         "rounding": asdict(rounding),
         "modules": [asdict(m) | {"shape": list(m.shape), "backends": list(m.backends)} for m in half.modules],
     }
-    return {FORMAT: about}
 
 
-def where_it_runs(runtimes: list[Runtime], packed: bool) -> list[Runtime]:
+def where_it_runs(runtimes: Sequence[Runtime], packed: bool) -> list[Runtime]:
     """The table of the same export as safetensors, read for a 2:4 one."""
     ours = [
         Runtime("ssmc, CPU", FORMAT, True, "dense; nothing gets faster"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 BATCH, LENGTH = 2, 96
@@ -27,6 +28,14 @@ class Comparison:
     real_text: bool  # False: no tokenizer, so the tokens were drawn at random
     # what the epsilon of norms over fewer channels moves a logit by, not in `max_difference`; None: there are none
     epsilon_difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running an export, and how far its logits are from the model's."""
+
+    name: str  # "prefill"
+    max_difference: float
 
 
 def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
@@ -85,3 +94,14 @@ def compare(masked: Any, shrunk: Any, tokens: torch.Tensor, real_text: bool) -> 
             "so nothing was written. This is a bug in ssmc; please report it with the manifest."
         )
     return Comparison(difference, tolerance, scale, tokens.numel(), real_text)
+
+
+def compare_checkpoint(masked: Checkpoint, folder: Path, tokens: torch.Tensor, real_text: bool) -> Comparison:
+    """Read a checkpoint back from its files and run it beside the masked model; arguments as for `compare`.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding.
+    """
+    shrunk = load_checkpoint(folder, dtype=torch.float32)
+    moved = cut_epsilons(masked, shrunk.config, tokens)
+    return replace(compare(masked.model, shrunk.model, tokens, real_text), epsilon_difference=moved)

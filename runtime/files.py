@@ -46,6 +46,7 @@ def new_directory(path: str | Path, force: bool = False, marker: str = "ssmc.jso
         with _disk_errors(path, only_inside=temporary):
             yield temporary
         with _disk_errors(path):
+            _open_to_all(temporary)
             _sync_tree(temporary)
             refuse_existing(path, force=force, marker=marker)  # somebody may have been faster
             _put_in_place(temporary, target)
@@ -203,6 +204,14 @@ def _resolve(path: Path) -> Path:
 def _existing_ancestor(path: Path) -> Path:
     """`path` itself or the closest directory above it that exists."""
     return next((p for p in (path, *path.parents) if os.path.lexists(p)), Path(path.anchor))
+
+
+def _open_to_all(directory: Path) -> None:
+    """Give every file the mode that the umask gives: some libraries write files that only their owner can read."""
+    mode = directory.stat().st_mode & 0o666  # mkdir made it by the same umask
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -1,7 +1,5 @@
-"""`--format onnx`: a graph with explicit states, built from the tensors, that onnxruntime runs."""
+"""A graph with explicit states, built from the tensors of a model, that onnxruntime runs."""
 
-from ssmc.exporters.onnx import mamba
-from ssmc.exporters.onnx.export import OnnxOptions, OnnxReport, export_onnx, runs_where
 from ssmc.exporters.onnx.graph import Settings, build
 
-__all__ = ["OnnxOptions", "OnnxReport", "Settings", "build", "export_onnx", "mamba", "runs_where"]
+__all__ = ["Settings", "build"]

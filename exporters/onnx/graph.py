@@ -1,7 +1,7 @@
 """A language model as one ONNX graph with explicit states, built from its tensors.
 
 One graph serves prefill, a prompt in pieces, and decoding: it takes tokens and the states before them and gives logits
-and the states after them. `LAYOUTS` says how the states lie.
+and the states after them. `states` of the layer writers says how the states lie.
 """
 
 from __future__ import annotations
@@ -14,20 +14,16 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
-from ssmc.exporters.onnx import mamba, mamba2
+from ssmc.exporters.onnx.families import ORT, families, layer_writer
+from ssmc.exporters.onnx.layers.parts import Layer
+from ssmc.exporters.onnx.layers.ssd import MICROSOFT
 from ssmc.exporters.onnx.padding import Tokens, chosen_rows, real_first
-from ssmc.exporters.onnx.parts import Layer
-from ssmc.exporters.onnx.ssd import MICROSOFT
 from ssmc.exporters.onnx.weights import Weights
 from ssmc.runtime.errors import CheckpointError
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
-LOGITS = ("last", "all")
-LAYERS = {"mamba": mamba, "mamba2": mamba2}
-"""model_type -> the module that writes one of its layers: `sizes`, `states`, `mixer` and the `TARGETS` it knows."""
-
 EMBEDDING, FINAL_NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
 
@@ -62,12 +58,13 @@ def require_family(config: Any, target: str = "portable") -> None:
     Raises:
         CheckpointError: naming what there is.
     """
-    if config.model_type not in LAYERS:
+    writer = layer_writer(config.model_type)
+    if writer is None:
         raise CheckpointError(
-            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS)}. "
+            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(families())}. "
             "Export to another format."
         )
-    known = LAYERS[config.model_type].TARGETS
+    known = writer.targets
     if target not in known:
         raise CheckpointError(
             f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: operators of "
@@ -95,8 +92,8 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         raise CheckpointError(
             f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."
         )
-    family = LAYERS[config.model_type]
-    imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == "ort" else {})
+    family = layer_writer(config.model_type).load()
+    imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == ORT else {})
     graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=config.model_type)
     builder = GraphBuilder(graph)
     op, weights = builder.op, Weights(builder, tensors, DTYPES[settings.dtype])

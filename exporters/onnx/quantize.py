@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript import TapeBuilder
 
+from ssmc.exporters.onnx.files import GRAPH
 from ssmc.exporters.onnx.graph import EMBEDDING, HEAD
-from ssmc.exporters.onnx.write import GRAPH
 
 QUANTIZED = ("in_proj", "out_proj", HEAD, EMBEDDING)  # parts of the names of the matrices
 SUFFIXES = ("_quantized", "_scale", "_zero_point")  # that onnxruntime gives the three tensors of a matrix

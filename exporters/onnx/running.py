@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from ssmc.exporters.onnx.write import GRAPH
+from ssmc.exporters.onnx.files import GRAPH
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.generation.onnx_graph import reason
 from ssmc.runtime.models.generation.onnx_logits import give_all_logits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,12 @@ import onnxruntime
 import torch
 
 from ssmc.exporters.onnx.running import fresh_states, run
-from ssmc.exporters.verify import FLOOR, NOISE_MARGIN, Comparison
+from ssmc.exporters.verify import FLOOR, NOISE_MARGIN, Comparison, Way
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 DECODED = 64  # tokens given one by one
 PIECES = (1, 2, 3)  # lengths of the first pieces of a split prompt, shorter than a convolution; then the rest
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of running a graph, and how far its logits are from the model's."""
-
-    name: str  # "prefill"
-    max_difference: float
 
 
 @torch.no_grad()

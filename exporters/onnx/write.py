@@ -1,4 +1,4 @@
-"""Write a graph into a folder: model.onnx, its weights in one file beside it, configuration and tokenizer."""
+"""Write the graphs of one export, with what they say about themselves, and the configuration."""
 
 from __future__ import annotations
 
@@ -7,91 +7,92 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 
-from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.models.checkpoints import Checkpoint
-from ssmc.runtime.models.tokenizers import copy_tokenizer, tokenizer_directory
+from ssmc.exporters.format import Job
+from ssmc.exporters.onnx.files import write_graph
+from ssmc.exporters.onnx.graph import Settings, build
+from ssmc.exporters.onnx.quantize import quantize_int8
+from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count
+from ssmc.runtime.versions import versions
 
-GRAPH, DATA = "model.onnx", "model.onnx.data"
+ON_THE_WAY = _FLOAT, _INT8 = ".float32", ".int8"  # folders for graphs that are gone before the result appears
 KEY = "ssmc."  # of our metadata in a graph
 
 
-def write_graph(folder: Path, model: ir.Model) -> list[Path]:
-    """Write model.onnx and model.onnx.data, tensor by tensor, and check both as ONNX asks for.
+def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Write the graph a user asked for, the float32 one that is proven if that is lossy, and config.json.
 
     Args:
-        folder: exists and holds neither.
-        model: its lazy tensors are made one after the other.
+        job: what is exported.
+        folder: exists and is empty.
+        about: settings and sizes of the graph.
 
     Returns:
-        The files.
-
-    Raises:
-        VerificationError: the checker of onnx refuses the graph.
+        The files that stay.
     """
-    ir.save(model, folder / GRAPH, external_data=DATA)
-    check_graph(folder / GRAPH)
-    return [folder / GRAPH, folder / DATA]
+    shrunk, options = job.shrunk, job.options
+    settings = Settings(logits=options.logits, target=options.target, own_head=options.quantize is not None)
+    first = proven_folder(job, folder)
+    first.mkdir(exist_ok=True)
+    built = build(shrunk.config, shrunk.tensors, settings).model
+    known = metadata(built, job, about)
+    built.metadata_props.update(known)
+    files = write_graph(first, built)
+    if options.lossy:
+        if options.quantize:
+            (folder / _INT8).mkdir()
+            final = quantize_int8(first, folder / _INT8)
+        else:
+            half = Settings(options.dtype, options.logits, options.target)
+            final = build(shrunk.config, shrunk.tensors, half).model
+        final.metadata_props.update(known)
+        files = write_graph(folder, final)
+    return files + write_config(folder, job.source.checkpoint, shrunk.config)
 
 
-def check_graph(path: Path) -> None:
-    """Run onnx's checker with full shape inference, by path, so that graphs above 2 GB pass as well.
-
-    Raises:
-        VerificationError: it refuses the graph.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise VerificationError(
-            f"The checker of onnx refuses the graph ({reason}), so nothing was written. This is a bug in ssmc; please "
-            "report it."
-        ) from error
+def proven_folder(job: Job, folder: Path) -> Path:
+    """Where the float32 graph lies while `folder` is being filled."""
+    return folder / _FLOAT if job.options.lossy else folder
 
 
-def write_companions(folder: Path, source: Checkpoint, config: Any) -> list[Path]:
-    """Write config.json and, where there is one, the tokenizer.
-
-    Returns:
-        The files.
-    """
+def write_config(folder: Path, source: Checkpoint, config: Any) -> list[Path]:
+    """Write config.json, and generation_config.json where there is one; the files."""
     files = [folder / "config.json"]
     files[0].write_text(config.to_json_string(use_diff=True), encoding="utf-8", newline="\n")
     generation = source.directory / "generation_config.json"
     if generation.is_file():
         files.append(folder / generation.name)
         files[-1].write_bytes(generation.read_bytes())
-    tokenizer = tokenizer_directory(source)
-    return files if tokenizer is None else files + copy_tokenizer(tokenizer, folder)
+    return files
 
 
-def metadata(model: ir.Model, about: Mapping[str, Any]) -> dict[str, str]:
+def metadata(model: ir.Model, job: Job, about: Mapping[str, Any]) -> dict[str, str]:
     """What a graph says about itself, so that it can be run without any other file: our keys, values in JSON.
 
     Args:
         model: the graph, for the layouts of its inputs and outputs.
-        about: what the manifest says.
+        job: what it was made from.
+        about: its settings and sizes.
     """
     layouts = {
         value.name: {"shape": [_dim(d) for d in value.shape], "dtype": str(value.dtype.numpy())}
         for value in (*model.graph.inputs, *model.graph.outputs)
     }
-    run = about["config"] or {}
+    source, shrunk = job.source, job.shrunk
+    run = {} if source.manifest is None else source.manifest.config
     provenance = {key: run.get(key) for key in ("pattern", "sparsity", "score", "repair")}
     content = (
         about["onnx"]
         | about["settings"]
         | {
-            "version": about["versions"]["ssmc"],
-            "dimensions": about["dimensions"],
-            "parameters": about["parameters"],
+            "version": versions()["ssmc"],
+            "dimensions": source.checkpoint.architecture.dimensions(shrunk.config).as_dict(),
+            "parameters": parameter_count(shrunk.tensors),
             "layouts": layouts,
             "states": "zeros before the first token; present_* goes in again as past_*; channels last, the newest "
             "input of the convolution at the end",
-            "provenance": {"model": about["source"]["model"], **provenance},
+            "provenance": {"model": source.origin.model, **provenance},
         }
     )
     return {KEY + key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ssmc.runtime.errors import CheckpointError, UsageError
-from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
+from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, ExportManifest, Manifest, read_manifest
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
 from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
@@ -198,11 +198,15 @@ def dtypes_note(subjects: Sequence[Subject]) -> list[str]:
 
 def is_sparse24(directory: Path) -> bool:
     """Whether a model directory is an export as sparse24, whose manifest lists its 2:4 modules."""
-    return (directory / MANIFEST).is_file() and "sparse24" in read_manifest(directory)
+    return (directory / MANIFEST).is_file() and _is_sparse24(read_manifest(directory))
 
 
-def _exports(directory: Path, manifest: dict[str, Any], runtimes: Sequence[str]) -> list[Source]:
-    if manifest.get("kind") == "export":  # the user named one export
+def _is_sparse24(manifest: Manifest) -> bool:
+    return isinstance(manifest, ExportManifest) and "sparse24" in manifest.about
+
+
+def _exports(directory: Path, manifest: Manifest, runtimes: Sequence[str]) -> list[Source]:
+    if isinstance(manifest, ExportManifest):  # the user named one export
         return [Source(label(directory), str(directory), dense=False, recipe=_recipe(manifest))]
     found = []
     for name in [name for runtime in RUNTIMES if runtime in runtimes for name in EXPORTS[runtime]]:
@@ -218,21 +222,20 @@ def _recipe_beside(where: str) -> dict[str, Any] | None:
     return _recipe(read_manifest(path)) if (path / MANIFEST).is_file() else None
 
 
-def _recipe(manifest: dict[str, Any]) -> dict[str, Any] | None:
-    config = manifest.get("config") or {}
+def _recipe(manifest: Manifest) -> dict[str, Any] | None:
+    config = manifest.config or {}
     return {key: config[key] for key in RECIPE if key in config} or None
 
 
-def dense_source(directory: Path, manifest: dict[str, Any]) -> Source:
+def dense_source(directory: Path, manifest: Manifest) -> Source:
     """Where the dense model is: seen from the artefact if it still stands there, else as it was named."""
-    source = manifest.get("source") or {}
-    named, relative = source.get("model"), source.get("relative")
+    named, relative = manifest.source.model, manifest.source.relative
     if not named:
         raise CheckpointError(
             f"The manifest in {directory} does not say which model it was made from. Name the dense model with --dense."
         )
     # an export repeats the path of the artefact it lies in, which starts one folder higher
-    above = directory.parent if manifest.get("kind") == "export" else directory
+    above = directory.parent if isinstance(manifest, ExportManifest) else directory
     where = above / relative if relative and (above / relative).exists() else named
     return Source(label(named), str(where), dense=True)
 

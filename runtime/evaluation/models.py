@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssmc.runtime.bench.sources import Source, dense_source, find_sources
-from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, read_manifest
+from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, ExportManifest, read_manifest
 
 DEFAULT_DIRECTORY = "ssmc-out"
 
@@ -40,7 +40,7 @@ def choose_sources(
         return find_sources(DEFAULT_DIRECTORY, dense, models, runtimes)
     manifest = read_manifest(directory)
     exports = [name for runtime in runtimes for name in EXPORTS.get(runtime, [runtime])]
-    if manifest.get("kind") == "export" or any((directory / name / MANIFEST).is_file() for name in exports):
+    if isinstance(manifest, ExportManifest) or any((directory / name / MANIFEST).is_file() for name in exports):
         return find_sources(directory, dense, runtimes=runtimes)
     where = dense_source(directory, manifest).where if dense is None else dense
     return find_sources(directory, where, [directory], runtimes)

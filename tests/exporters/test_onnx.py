@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ssmc.exporters.onnx.graph as graph_module
-from ssmc.exporters.onnx import Settings, build, mamba
+from ssmc.exporters.onnx import Settings, build
+from ssmc.exporters.onnx.layers import mamba
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.errors import CheckpointError, VerificationError

@@ -13,8 +13,8 @@ from transformers import MambaForCausalLM
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import quality
+from ssmc.exporters.onnx.files import GRAPH
 from ssmc.exporters.onnx.running import fresh_states, open_written, run
-from ssmc.exporters.onnx.write import GRAPH
 from ssmc.runtime.errors import CheckpointError, OutputError, UsageError, VerificationError
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -203,7 +203,7 @@ def test_refusals(artefact, random_directory, tmp_path, monkeypatch):
         export(artefact, format="onnx", quantize="int4")
     with pytest.raises(UsageError, match="goes with float32"):
         export(artefact, format="onnx", quantize="int8", dtype="float16")
-    with pytest.raises(UsageError, match="options of the format onnx, not of safetensors"):
+    with pytest.raises(UsageError, match="option of the format onnx, not of safetensors"):
         export(artefact, quantize="int8")
     with pytest.raises(UsageError, match="is an export already"):
         export(artefact / "onnx", format="onnx", out=tmp_path / "again")
@@ -219,7 +219,7 @@ def test_refusals(artefact, random_directory, tmp_path, monkeypatch):
 def test_a_graph_that_fails_its_proof_is_not_written(random_directory, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("ssmc.exporters.onnx.mamba.silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
+        patch.setattr("ssmc.exporters.onnx.layers.mamba.silu", lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.01))))
         with pytest.raises(VerificationError, match="nothing was written"):
             export(random_directory, format="onnx", out=out)
     assert not out.exists()
@@ -233,7 +233,7 @@ def test_the_command_line_says_what_it_found(text, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     done = ssmc(capsys, "export", "tiny", "--format", "onnx", "--quantize", "int8", "--text", text)
     assert done.code == 0, done.err
-    assert "Largest difference of a logit to the model in torch" in done.out
+    assert "Largest difference of a logit to the dense model" in done.out
     assert "nats a token" in done.out
     assert (tmp_path / "tiny-onnx" / "model.onnx").is_file()
     wrong = ssmc(capsys, "export", "tiny", "--format", "onnx", "--out", "tiny-onnx")

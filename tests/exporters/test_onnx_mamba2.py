@@ -12,7 +12,8 @@ from transformers import Mamba2ForCausalLM
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
-from ssmc.exporters.onnx import Settings, build, mamba2, ssd
+from ssmc.exporters.onnx import Settings, build
+from ssmc.exporters.onnx.layers import mamba2, ssd
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError

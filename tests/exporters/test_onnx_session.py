@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from ssmc.runtime.errors import CheckpointError, UsageError
-from ssmc.runtime.manifest import file_records, write_manifest
+from ssmc.runtime.manifest import ExportManifest, Origin, file_records, write_manifest
 from ssmc.runtime.models.generation import OnnxSession, generate, open_session, stream_tokens
 from ssmc.runtime.models.generation.onnx_graph import is_onnx_export, open_graph
 from ssmc.runtime.models.generation.session import pad_left
@@ -34,7 +34,7 @@ def session(request, tmp_path_factory):
 def export(tmp_path):
     """A folder as `ssmc export` leaves it, to damage."""
     folder = graphs.save(tmp_path / "onnx")
-    write_manifest(folder, {"kind": "export", "format": "onnx", "source": {}, "files": file_records(folder.iterdir())})
+    write_manifest(folder, ExportManifest(Origin(), "onnx", files=file_records(folder.iterdir())))
     return folder
 
 

@@ -196,7 +196,7 @@ def test_half_precision_is_chosen_by_the_model_or_the_user(tmp_path):
         assert {t.dtype for t in stored.values()} == {wanted}
         for name, tensor in masked.items():
             assert torch.equal(stored[name], tensor.to(wanted)), name
-        assert 0 < result.rounding.max_difference <= result.rounding.tolerance
+        assert 0 < result.details.rounding.max_difference <= result.details.rounding.tolerance
         stock = MambaForCausalLM.from_pretrained(result.directory, dtype=torch.float32)
         reference = model.float()
         reference.load_state_dict({k: v.to(wanted).float() for k, v in masked.items()}, strict=False)
@@ -302,8 +302,8 @@ def test_weights_that_vanish_in_float16_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "safetensors", "packed": True}, "options of the format sparse24"),
-        ({"format": "mamba-ssm", "dtype": "float16"}, "options of the format sparse24"),
+        ({"format": "safetensors", "packed": True}, "option of the format sparse24"),
+        ({"format": "mamba-ssm", "dtype": "float16"}, "option of the format sparse24"),
         ({"format": "sparse24", "dtype": "float32"}, "do not take float32"),
     ],
 )
@@ -328,7 +328,7 @@ def test_the_command_line_says_what_takes_the_modules(capsys, copy, monkeypatch)
     assert "vLLM sparse24 no" in packed.words
     assert (copy / "sparse24-packed" / FILE).is_file()
     refused = run(capsys, "export", copy, "--packed", "--force")
-    assert "options of the format sparse24" in refused.sentence(2)
+    assert "option of the format sparse24" in refused.sentence(2)
 
 
 def test_packing_a_model_without_24_changes_nothing():

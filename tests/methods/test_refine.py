@@ -212,9 +212,9 @@ def test_a_run_repeats_byte_for_byte_from_its_recipe(calibration, tmp_path):
     compress(**recipe, out=second)
     for name in ("model.safetensors", "recipe.yaml"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    layers = read_manifest(first)["layers"]
-    assert [entry["refined"]["steps"] for entry in layers] == [r.refined.steps for r in result.layers]
-    assert read_manifest(second)["layers"] == layers
+    layers = read_manifest(first).layers
+    assert [entry.findings["refined"]["steps"] for entry in layers] == [r.refined.steps for r in result.layers]
+    assert read_manifest(second).layers == layers
 
 
 def test_without_steps_nothing_changes(model, tokens):

@@ -10,6 +10,7 @@ from transformers import MambaForCausalLM
 from ssmc.compressor import compress, read_recipe
 from ssmc.exporters import export, shrink
 from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.manifest import read_compressed
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from tests.pipeline.test_compress import contents
 
@@ -116,8 +117,8 @@ def test_layers_of_different_width_are_filled_up_for_stock_loaders(tmp_path):
     stock = MambaForCausalLM.from_pretrained(out / "safetensors", dtype=torch.float32)
     assert (stock.config.intermediate_size, stock.config.state_size) == (512, 8)
     masked = load_checkpoint(out, dtype=torch.float32)
-    manifest = json.loads((out / "ssmc.json").read_text())
-    uneven = shrink(masked, manifest, out, uneven=True)
+    manifest = read_compressed(out)
+    uneven = shrink(masked, manifest, uneven=True)
     for layer in range(6):
         shape = uneven.tensors[f"backbone.layers.{layer}.mixer.A_log"].shape
         assert tuple(shape) == (widths[layer], states[layer])

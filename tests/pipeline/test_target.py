@@ -16,6 +16,7 @@ from ssmc.exporters import export
 from ssmc.exporters.cutting import shrink
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
 from ssmc.runtime.errors import CalibrationError, UsageError, VerificationError
+from ssmc.runtime.manifest import read_compressed
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import Dimensions
 from tests.support.models import random_model, save_transformers
@@ -88,8 +89,8 @@ def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):
     again = compress(out=tmp_path / "again", **read_recipe(tmp_path / "own" / "recipe.yaml"))
     assert again.config.widths == widths
     masked = load_checkpoint(tmp_path / "own")
-    manifest = json.loads((tmp_path / "own" / "ssmc.json").read_text())
-    smaller = shrink(masked, manifest, tmp_path / "own", uneven=True).tensors
+    manifest = read_compressed(tmp_path / "own")
+    smaller = shrink(masked, manifest, uneven=True).tensors
     dense = sum(p.numel() for p in load_checkpoint("tiny").model.parameters())
     assert sum(tensor.numel() for tensor in smaller.values()) == pytest.approx(after["parameters"] * dense)
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from ssmc.exporters.onnx import Settings, build
+from ssmc.exporters.onnx.files import write_graph
 from ssmc.exporters.onnx.running import fresh_states, open_written, run
-from ssmc.exporters.onnx.write import write_graph
 
 MASKS = {
     "left": [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],

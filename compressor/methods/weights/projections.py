@@ -28,9 +28,10 @@ class ModuleResult:
     """What happened to one module of a layer."""
 
     name: str
-    target: str  # sparsity aimed at, or N:M
+    target: str | None  # sparsity aimed at, or N:M; None where it was left as it is
     zeros: float  # part of the weights that is zero now
     error: float | None  # squared error of its output relative to the output's energy; None when not measured
+    left_out: str | None = None  # why it was left as it is
 
 
 def module_targets(
@@ -142,7 +143,11 @@ def _prune_each(
             pruned, error = _prune(name, weight, moments.get(name), target, score)
             weight.copy_(pruned)
         zeros = int((weight == 0).sum()) / weight.numel()
-        results.append(ModuleResult(name, _text(target, weight), zeros, error))
+        if _takes(weight, target):
+            results.append(ModuleResult(name, _text(target), zeros, error))
+        else:
+            reason = f"{weight.shape[1]} inputs are no groups of {target.m}"
+            results.append(ModuleResult(name, None, zeros, error, reason))
     return results
 
 
@@ -207,10 +212,8 @@ def _takes(weight: torch.Tensor, target: Target) -> bool:
     return not isinstance(target, NM) or weight.shape[1] % target.m == 0
 
 
-def _text(target: Target, weight: torch.Tensor) -> str:
-    if not isinstance(target, NM):
-        return f"{target:.4f}"
-    return str(target) if _takes(weight, target) else f"left out: {weight.shape[1]} inputs are no groups of {target.m}"
+def _text(target: Target) -> str:
+    return str(target) if isinstance(target, NM) else f"{target:.4f}"
 
 
 def _moments(

@@ -299,3 +299,8 @@ def _refuse_foreign_features(config: PretrainedConfig) -> None:
             f"mamba_ssm's activation is always silu, this model's is {config.hidden_act}; it can only be written in "
             "transformers' layout."
         )
+
+
+def has_layout_of(model_type: str) -> bool:
+    """Whether mamba_ssm has models of this type of transformers'."""
+    return any(kind.model_type == model_type for kind in _KINDS.values())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssmc.runtime.manifest import read_manifest, require_keys
+from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
 from ssmc.runtime.models.checkpoints import read_dimensions
 from ssmc.runtime.models.families import Dimensions
 from ssmc.runtime.models.generation.onnx_graph import GRAPH, open_graph
@@ -67,15 +68,16 @@ def load_onnx_export(
     """
     directory = Path(folder).expanduser()
     manifest = read_manifest(directory)
-    require_keys(manifest, ("parameters",), directory)
+    if not isinstance(manifest, ExportManifest) or manifest.parameters is None:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: it lacks parameters. Export the model again.")
     dimensions = read_dimensions(directory)
     return OnnxExport(
         model=OnnxSession(open_graph(directory, device, all_logits, progress)),
         source=str(folder),
         directory=directory,
         dimensions=dimensions,
-        parameters=manifest["parameters"],
-        stored_dtype=_stored_dtype(manifest.get("settings") or {}),
+        parameters=manifest.parameters,
+        stored_dtype=_stored_dtype(manifest.about.get("settings") or {}),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.files import sha256
-from ssmc.runtime.manifest import MANIFEST, read_manifest
+from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
 from ssmc.runtime.progress import Progress, silent
 
 GRAPH = "model.onnx"
@@ -82,7 +82,10 @@ def is_onnx_export(folder: str | Path) -> bool:
     folder = Path(folder).expanduser()
     if (folder / GRAPH).is_file():
         return True
-    return (folder / MANIFEST).is_file() and read_manifest(folder).get("format") == "onnx"
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    return isinstance(manifest, ExportManifest) and manifest.format == "onnx"
 
 
 def open_graph(
@@ -200,7 +203,7 @@ def _check_files(folder: Path) -> None:
     """Compare the files with the manifest's records: a flipped bit in a weight would go unnoticed otherwise."""
     if not (folder / MANIFEST).is_file():
         return
-    for name, record in (read_manifest(folder).get("files") or {}).items():
+    for name, record in read_manifest(folder).files.items():
         path = folder / name
         if Path(name).name != name or not name.startswith(GRAPH):
             continue

@@ -11,7 +11,7 @@ import torch
 
 from ssmc.runtime.device import choose_device, choose_dtype
 from ssmc.runtime.errors import CheckpointError, UsageError
-from ssmc.runtime.manifest import EXPORTS, MANIFEST, read_manifest
+from ssmc.runtime.manifest import EXPORTS, MANIFEST, MaskedManifest, read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.checkpoints.reading import read_json
 from ssmc.runtime.models.fast import use_fast_scan
@@ -118,7 +118,7 @@ def require_tokenizer(loaded: LoadedSession) -> Any:
 def _inside_artefact(source: str | Path) -> str | Path:
     """The export in the folder that `compress` wrote, or what was named."""
     folder = Path(source).expanduser() if str(source) else Path(".")
-    if str(source) and (folder / MANIFEST).is_file() and read_manifest(folder)["kind"] == "masked":
+    if str(source) and (folder / MANIFEST).is_file() and isinstance(read_manifest(folder), MaskedManifest):
         exports = [folder / name for name in EXPORTS["torch"] if (folder / name / MANIFEST).is_file()]
         return exports[0] if exports else source
     return source

@@ -14,11 +14,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx import ssd
-from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu
-from ssmc.exporters.onnx.ssd import Heads, Inputs
-
-TARGETS = ("portable", "ort")  # ort: LinearAttention decodes
+from ssmc.exporters.onnx.families import ORT
+from ssmc.exporters.onnx.layers import ssd
+from ssmc.exporters.onnx.layers.parts import Layer, convolve, convolve_one, one_or_many, silu
+from ssmc.exporters.onnx.layers.ssd import Heads, Inputs
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
@@ -98,7 +97,7 @@ def _one_token(op: OpBuilder, layer: Layer, x: ir.Value, dt: ir.Value) -> list[i
     u, conv = convolve_one(op, layer.weights, layer.prefix, x, layer.past["conv"])  # (B, 1, D + 2 G N)
     u, B, C = op.Split(silu(op, u), heads.split, axis=-1, _outputs=3)
     inputs = Inputs(u, op.Transpose(dt, perm=[1, 0, 2]), B, C, *_rate_and_skip(layer))
-    step = ssd.linear_attention if layer.target == "ort" else ssd.step
+    step = ssd.linear_attention if layer.target == ORT else ssd.step
     y, h = step(op, heads, inputs, layer.past["ssm"])
     return [op.Transpose(y, perm=[1, 0, 2]), conv, h]
 

@@ -13,11 +13,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
+from ssmc.exporters.onnx.layers.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
 from ssmc.exporters.onnx.padding import Tokens
-from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
 from ssmc.exporters.onnx.weights import Weights
-
-TARGETS = ("portable",)
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

@@ -1,0 +1,59 @@
+"""`--format safetensors`: transformers' own layout, which most other software reads too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from ssmc.exporters.format import Format, Job, Proof
+
+if TYPE_CHECKING:
+    from ssmc.exporters.runtimes import Runtime
+
+
+class Safetensors(Format):
+    """A checkpoint that `ssmc.runtime.models.checkpoints` writes and reads; other layouts derive from it."""
+
+    name = "safetensors"
+    help = "what transformers, vLLM, mlx-lm and llama.cpp's converter read"
+    layout: ClassVar[str] = "transformers"  # as `write_checkpoint` calls it
+
+    def space(self, job: Job) -> int:
+        """The tensors."""
+        from ssmc.runtime.models.checkpoints import tensor_bytes
+
+        return tensor_bytes(job.shrunk.tensors)
+
+    def write(self, job: Job, folder: Path) -> list[Path]:
+        """Write config.json and weights."""
+        from ssmc.runtime.models.checkpoints import write_checkpoint
+
+        config = job.shrunk.config
+        config.ssmc = job.source.provenance  # transformers keeps keys it does not know
+        return write_checkpoint(folder, job.shrunk.tensors, config, format=self.layout_of(job))
+
+    def layout_of(self, job: Job) -> str:
+        """The checkpoint format to write."""
+        return self.layout
+
+    def weight_bytes(self, job: Job, folder: Path) -> int:
+        """Of the tensors."""
+        return self.space(job)
+
+    def verify(self, job: Job, folder: Path) -> Proof:
+        """Read the checkpoint back from its files and run it beside the masked model."""
+        from ssmc.exporters.verify import compare_checkpoint
+
+        return Proof(compare_checkpoint(job.source.checkpoint, folder, job.tokens.sample, job.tokens.real))
+
+    def runs_where(self, job: Job) -> Sequence[Runtime]:
+        """What takes a checkpoint of these sizes."""
+        from ssmc.exporters.runtimes import runs_where
+
+        architecture = job.source.checkpoint.architecture
+        sizes = architecture.dimensions(job.shrunk.config)
+        return runs_where(sizes, job.source.dense_d_state, architecture.model_type)
+
+
+SAFETENSORS = Safetensors()

@@ -1,0 +1,1 @@
+"""One layer of each family in an ONNX graph."""
