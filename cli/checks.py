@@ -35,6 +35,6 @@ def check_compressed(directory: str | Path, or_model: bool = False) -> None:
     """
     folder = Path(directory).expanduser()
     if or_model and not (folder / MANIFEST).is_file():
-        check_source(directory if str(directory) != DEFAULT_DIRECTORY else folder)
+        check_source(str(directory) if str(directory) != DEFAULT_DIRECTORY else folder)
     else:
         read_manifest(folder)

@@ -3,11 +3,14 @@
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ssmc.runtime import files
 from ssmc.runtime.errors import OutputError
@@ -287,3 +290,16 @@ def test_every_file_is_flushed_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_sync", lambda path: flushed.append((path.name, (tmp_path / "out").exists())))
     fill(tmp_path / "out")
     assert {(MARKER, False), ("content", False)} <= set(flushed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with new_directory(tmp_path / "out") as folder:
+            save_file({"x": torch.zeros(2)}, folder / "model.safetensors")  # which opens its files to their owner only
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {mode}
