@@ -10,8 +10,8 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from ssmc.runtime.bench import summary
-from ssmc.runtime.bench.graphs import capture
 from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
+from ssmc.runtime.models.generation.cuda_graphs import capture
 from ssmc.runtime.sparse24.cuda import first_line
 
 

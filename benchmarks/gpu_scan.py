@@ -39,13 +39,13 @@ from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.speed.scan import transformers_scan
-from ssmc.runtime.bench.graphs import NotRecordable, record
 from ssmc.runtime.bench.report import finite
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.measure import workloads as work
 from ssmc.runtime.measure.conditions import Gpu, conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
 from ssmc.runtime.scan import ScanInputs, accelerator, mamba_ssm_scan, reference
 from ssmc.runtime.scan.moments import moments_of_states
 

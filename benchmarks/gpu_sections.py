@@ -27,7 +27,6 @@ from transformers.utils import logging
 from benchmarks.gpu_common import TOY, Row, Sizes, mamba
 from benchmarks.gpu_sparse24 import sparse_model, sparse_modules
 from ssmc.runtime.bench import benchmark, summary
-from ssmc.runtime.bench.graphs import NotRecordable, record
 from ssmc.runtime.bench.report import finite
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
@@ -36,6 +35,7 @@ from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.models.checkpoints import write_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
 from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.models.generation.writing import stream_tokens
 from ssmc.runtime.tiny import TINY_DIRECTORY

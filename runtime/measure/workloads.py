@@ -12,6 +12,7 @@ from torch import nn
 from ssmc.runtime.measure.losses import vocab_size
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.generation import OnnxSession
+from ssmc.runtime.models.generation.cuda_graphs import states_of
 from ssmc.runtime.models.generation.torch_session import cache_name
 from ssmc.runtime.scan import ScanInputs, SsdInputs, accelerator
 
@@ -68,9 +69,7 @@ class Decoding:
 
     def states(self) -> list[torch.Tensor]:
         """The tensors of all layers that a step changes: convolution windows and SSM states."""
-        kinds = ("conv_states", "recurrent_states")
-        held = [state for layer in self.cache.layers for kind in kinds for state in getattr(layer, kind, {}).values()]
-        return [state for state in held if state is not None]
+        return states_of(self.cache)
 
 
 def decoding(model: nn.Module, batch: int, prompt: int = PROMPT) -> Decoding:

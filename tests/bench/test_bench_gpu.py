@@ -14,7 +14,7 @@ from torch import nn
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.runtime.bench import benchmark, summary, throughput
-from ssmc.runtime.bench.graphs import NotRecordable, measure_graphs, record, states_stay
+from ssmc.runtime.bench.graphs import measure_graphs
 from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.parts import parts
 from ssmc.runtime.bench.settings import Settings
@@ -25,6 +25,7 @@ from ssmc.runtime.measure.conditions import Gpu
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record, states_stay
 from ssmc.runtime.sparse24 import ModuleReport, Sparse24Report
 from tests.support.gpu import needs_cuda
 from tests.support.models import random_model

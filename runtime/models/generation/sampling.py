@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from ssmc.runtime.errors import UsageError
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
-"""From logits (B, V) to tokens (B,), both on the CPU."""
+"""From logits (B, V), wherever they are, to tokens (B,) on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Sampling:
     def chooser(self, batch: int) -> Choose:
         """A function that chooses the next tokens of `batch` sequences, with generators of its own."""
         if self.greedy:
-            return lambda logits: logits.argmax(dim=-1)
+            return lambda logits: logits.argmax(dim=-1).cpu()
         warpers = self._warpers()
         generators = [torch.Generator().manual_seed(self.seed + row) for row in range(batch)]
 
         def draw(logits: torch.Tensor) -> torch.Tensor:
-            probabilities = warpers(None, logits.float()).softmax(dim=-1)  # (B, V)
+            probabilities = warpers(None, logits.float()).softmax(dim=-1).cpu()  # (B, V)
             rows = zip(probabilities, generators, strict=True)
             return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, RecordedStep, Recorder, record
 from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask
 
 ATTENDED = "past_key_values"
@@ -21,17 +22,23 @@ def cache_name(model: nn.Module) -> str:
     return ATTENDED if ATTENDED in signature(model.forward).parameters else "cache_params"
 
 
+MOST_RECORDED = 4
+"""Numbers of sequences whose recorded steps are kept, each with states of its own."""
+
+
 class TorchSession:
     """See `Session` for what the methods promise."""
 
     runtime = "torch"
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, recorder: Recorder | None = None):
         """Start with nothing read.
 
         Args:
             model: a causal language model of transformers in eval mode, with the fast scan (`use_fast_scan`): stock
                 transformers starts the states anew in a second prefill.
+            recorder: makes what later steps of as many sequences replay; None makes a CUDA graph where the model is on
+                a GPU. A model with attention is never recorded: its cache grows.
         """
         self.model = model
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -39,6 +46,8 @@ class TorchSession:
         self._mask: torch.Tensor | None = None  # (B, all tokens so far), for models with attention
         self._cache: Any = None
         self._batch: int | None = None
+        self._recorder = recorder
+        self._recorded: dict[int, RecordedStep | None] = {}  # by the number of sequences; None: it cannot be
 
     @property
     def device(self) -> torch.device:
@@ -57,11 +66,30 @@ class TorchSession:
             mask = self._padding(mask, tokens)
         return self._run(tokens, mask)
 
+    @torch.inference_mode()
     def step(self, tokens: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Read one more token (B,) of every sequence and score what follows, (B, V)."""
         tokens = as_tokens(torch.as_tensor(tokens).view(-1, 1), self.vocab_size)
         check_batch(tokens, self._batch)
-        return self._run(tokens, None)
+        step = self._recorded_step(len(tokens))
+        if step is None:
+            return self._run(tokens, None)
+        logits, self._cache = step(tokens, self._cache), step.cache
+        return logits
+
+    def _recorded_step(self, batch: int) -> RecordedStep | None:
+        """What replays a step of so many sequences, recorded now if it was not before; None where that cannot be."""
+        recorder = self._recorder or (record if self.device.type == "cuda" else None)
+        if recorder is None or self._cache is None or self._cache_name == ATTENDED:
+            return None
+        if batch not in self._recorded:
+            if len(self._recorded) == MOST_RECORDED:
+                del self._recorded[next(iter(self._recorded))]
+            try:
+                self._recorded[batch] = RecordedStep(self.model, self._cache, batch, recorder)
+            except NotRecordable:
+                self._recorded[batch] = None
+        return self._recorded[batch]
 
     @torch.inference_mode()
     def _run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -62,7 +62,7 @@ def _stream(
     ended, tokens = torch.zeros(len(prompts), dtype=torch.bool), None
     for _ in range(max_new_tokens):
         logits = session.prefill(*pad_left(prompts)) if tokens is None else session.step(tokens)  # (B, V)
-        tokens = choose(logits.cpu())  # (B,)
+        tokens = choose(logits)  # (B,)
         ended |= torch.isin(tokens, stops)
         if ended.all():
             return

@@ -1,0 +1,170 @@
+"""One step of decoding as a CUDA graph: at small batches, launching its kernels takes longer than running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+WARM_UPS = 3
+TOLERANCE = 1e-2  # of the largest logit: a recorded step runs the same kernels
+_KINDS = ("conv_states", "recurrent_states")
+
+
+class NotRecordable(Exception):  # noqa: N818 (a finding for a report, nobody's mistake)
+    """Why a step cannot be recorded, in a few words."""
+
+
+class Step(Protocol):
+    """One token more of B sequences, from and to states that lie at fixed places."""
+
+    run: Callable[[], torch.Tensor]
+
+    def states(self) -> list[torch.Tensor]:
+        """The tensors that a step changes."""
+
+
+Recorder = Callable[[Step, torch.device], Callable[[], torch.Tensor]]
+"""`record`, or what does the same."""
+
+
+def states_of(cache: Any) -> list[torch.Tensor]:
+    """Convolution windows and SSM states of all layers in transformers' cache, those that are there."""
+    held = [state for layer in cache.layers for kind in _KINDS for state in getattr(layer, kind, {}).values()]
+    return [state for state in held if state is not None]
+
+
+class RecordedStep:
+    """A decoding step of one number of sequences, for any of them: its states are overwritten with theirs.
+
+    Attributes:
+        cache: transformers' cache that the step reads and changes.
+    """
+
+    def __init__(self, model: nn.Module, cache: Any, batch: int, record: Recorder):
+        """Record it.
+
+        Args:
+            model: whose cache is all states, none of them growing, with the fast scan.
+            cache: after a prompt; it belongs to the step from now on, with the states it has.
+            batch: sequences in the cache.
+            record: makes the replay.
+
+        Raises:
+            NotRecordable: as `record` says.
+        """
+        device = model.get_input_embeddings().weight.device
+        self.cache = cache
+        self._model = model
+        self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._states = states_of(cache)
+        self._replay = record(self, device)
+
+    def states(self) -> list[torch.Tensor]:
+        """The tensors that a step changes."""
+        return states_of(self.cache)
+
+    def run(self) -> torch.Tensor:
+        """One step as it is recorded, (B, V) float32."""
+        output = self._model(self._tokens, cache_params=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+    def __call__(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Read tokens (B, 1) after what `cache` holds; from then on `self.cache` is what holds it.
+
+        Returns:
+            Logits (B, V) in a buffer that the next call overwrites.
+        """
+        for kept, state in zip(self._states, states_of(cache), strict=True):
+            if kept is not state:
+                kept.copy_(state)
+        if cache is self.cache:
+            self._put_back()
+        self._tokens.copy_(tokens)
+        return self._replay()
+
+    def _put_back(self) -> None:
+        """Let the cache hold the tensors that the graph reads, where something else has given it others."""
+        kept = iter(self._states)
+        for layer in self.cache.layers:
+            for kind in _KINDS:
+                held = getattr(layer, kind, {})
+                for index in (index for index, state in held.items() if state is not None):
+                    held[index] = next(kept)
+
+
+@torch.inference_mode()
+def record(step: Step, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A callable that replays `step` from a CUDA graph.
+
+    Tokens and states keep their places in memory, as a graph needs it, so each replay continues the sequences as the
+    step itself does; that is checked before it is handed out, and the states are put back to what they were.
+
+    Raises:
+        NotRecordable: there is no CUDA device, or the step does something a graph cannot hold.
+    """
+    kept = [state.clone() for state in step.states()]
+    try:
+        if not states_stay(step):
+            raise NotRecordable("the states move in memory from step to step")
+        if device.type != "cuda":
+            raise NotRecordable("CUDA graphs need a CUDA device")
+        replay = capture(step.run, device)
+        difference = _difference(step, replay)
+        if not difference <= TOLERANCE:
+            raise NotRecordable(f"replayed, it gives other logits (relative difference {difference:.2g})")
+    except RuntimeError as error:
+        raise NotRecordable(str(error).strip().split("\n")[0]) from error
+    finally:
+        for state, value in zip(step.states(), kept, strict=True):
+            state.copy_(value)
+    return replay
+
+
+@torch.inference_mode()
+def states_stay(step: Step) -> bool:
+    """Whether a step leaves every state where it is in memory and changes it there."""
+    before = [state.data_ptr() for state in step.states()]
+    values = [state.clone() for state in step.states()]
+    step.run()
+    after = step.states()
+    changed = any(not torch.equal(value, state) for value, state in zip(values, after, strict=True))
+    return changed and before == [state.data_ptr() for state in after]
+
+
+def capture(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    """Record one call as a CUDA graph, after a few on a stream of their own so that everything is allocated and chosen.
+
+    What is returned holds `run`, and with it every tensor that the graph reads: a graph knows addresses only.
+
+    Raises:
+        RuntimeError: it does something a graph cannot hold.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay(holding: Callable[[], torch.Tensor] = run) -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _difference(step: Step, replay: Callable[[], torch.Tensor]) -> float:
+    """Largest difference of a logit between a step and its replay from the same states, relative to the largest."""
+    states = step.states()
+    before = [state.clone() for state in states]
+    wanted = step.run().float().clone()
+    for state, value in zip(states, before, strict=True):
+        state.copy_(value)
+    got = replay().float()
+    return float((got - wanted).abs().max() / wanted.abs().max())

@@ -1,0 +1,51 @@
+"""Sessions that replay a recorded step against sessions that launch every step."""
+
+import pytest
+import torch
+
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation import TorchSession
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
+from tests.support.gpu import HAS_CUDA
+from tests.support.models import random_model, random_tokens
+
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA GPU"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_recorded_steps_go_on_from_whatever_was_read(where):
+    """On a CPU what is replayed is the step itself: that its states are those of the session is what is tested."""
+    recorded = []
+
+    def recorder(step, device):
+        recorded.append(step)
+        return record(step, device) if where == "cuda" else step.run
+
+    model = use_fast_scan(random_model()).to(where)
+    session, launched = TorchSession(model, recorder), TorchSession(model, refuse)
+    for batch, length in ((2, 5), (3, 1), (2, 7)):
+        tokens = random_tokens((batch, 20), seed=length)
+        for both in (session, launched):
+            both.reset()
+        for begin, end in ((0, length), (length, length + 4), (length + 6, 20)):
+            got, wanted = (each.prefill(tokens[:, begin:end]).clone() for each in (session, launched))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            for position in (end, end + 1) if end < 20 else ():
+                got, wanted = session.step(tokens[:, position]), launched.step(tokens[:, position])
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert [len(step.states()[0]) for step in recorded] == [2, 3]  # each number of sequences once
+
+
+def test_a_step_that_cannot_be_recorded_leaves_the_states_as_they_were():
+    model = use_fast_scan(random_model())
+    session, tokens = TorchSession(model, record), random_tokens((2, 6))
+    session.prefill(tokens)
+    got = session.step(tokens[:, 0])  # on a CPU it is tried, with real steps
+    launched = TorchSession(model)
+    launched.prefill(tokens)
+    torch.testing.assert_close(got, launched.step(tokens[:, 0]), rtol=1e-5, atol=1e-5)
+
+
+def refuse(step, device):
+    raise NotRecordable("not here")
