@@ -1,0 +1,212 @@
+"""Gradients of Mamba-2's scan on a GPU, from the inputs alone: states are computed again, a span of chunks at a time.
+
+The forward keeps nothing but what it reads. The backward finds the states between spans in one pass, then goes over the
+spans from the last to the first: the state before and the gradient after each chunk of the span, then all gradients of
+its chunks side by side. A span has as many chunks as keep these states no larger than u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+from ssmc.runtime.scan.gpu.ssd import backward_kernels, kernels, prefill
+from ssmc.runtime.scan.inputs import SsdInputs
+
+FEWEST_CHUNKS = 8  # of a span
+PROGRAMS = 2  # of a multiprocessor
+MOST_SLICES = 8  # of a group's heads: each has its own sums for B and C
+
+
+def ssd_scan(inputs: SsdInputs, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the recurrence and read it out, with gradients; as `ssd.ssd_scan`, for tensors of a GPU.
+
+    Args:
+        inputs: what the scan reads; bias, softplus and limits of dt are applied outside, where autograd knows them.
+        state: (B, H, P, N) before the first token; None starts from zero.
+    """
+    inputs = inputs.with_time_steps()
+    return _Scan.apply(inputs.u, inputs.dt.float(), inputs.A.float(), inputs.B, inputs.C, inputs.D, state)
+
+
+class _Scan(torch.autograd.Function):
+    """The scan as autograd sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(u, dt, A, B, C, D, state)
+        ctx.set_materialize_grads(False)
+        with torch.cuda.device_of(u):
+            return prefill.scan(SsdInputs(u=u, dt=dt, A=A, B=B, C=C, D=D), state)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, dy: torch.Tensor | None, d_final: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        *tensors, state = ctx.saved_tensors
+        inputs = SsdInputs(**dict(zip(("u", "dt", "A", "B", "C", "D"), tensors, strict=True)))
+        with torch.cuda.device_of(inputs.u):
+            found = gradients(inputs, state, dy, d_final)
+        wanted = [*tensors, state]
+        return tuple(
+            gradient.to(tensor.dtype) if needed else None
+            for gradient, tensor, needed in zip(found, wanted, ctx.needs_input_grad, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How the gradients are cut into programs."""
+
+    block: int  # channels of a program
+    tokens: int  # of a chunk
+    warps: int  # of a program
+    widest: int  # most states of a tile
+    chunks: int  # of a span
+    slices: int  # of a group's heads
+
+
+def plan_for(inputs: SsdInputs, gpu: prefill.Gpu) -> BackwardPlan:
+    """How to cut the gradients for a GPU; see `prefill.plan_for`."""
+    whole = inputs.u.dtype != torch.bfloat16
+    tokens, widest = (16 if inputs.u.dtype == torch.float32 else 32, 32) if whole else (64, 64)
+    if not gpu.shared_operands:
+        tokens = min(tokens, 32)
+    block = min(64, max(prefill.SMALLEST, triton.next_power_of_2(inputs.head_dim)))
+    both = 2 * inputs.batch * inputs.d_inner * inputs.d_state * (4 if whole else 2)  # bytes a chunk
+    fit = inputs.u.nbytes // both
+    chunks = min(max(FEWEST_CHUNKS, fit), triton.cdiv(inputs.length, tokens))
+    programs = chunks * inputs.groups * inputs.batch
+    per_group = inputs.heads // inputs.groups
+    slices = min(MOST_SLICES, per_group, max(1, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs)))
+    return BackwardPlan(block, tokens, 8, widest, chunks, slices)
+
+
+def gradients(
+    inputs: SsdInputs,
+    state: torch.Tensor | None,
+    dy: torch.Tensor | None,
+    d_final: torch.Tensor | None,
+    plan: BackwardPlan | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of u, dt, A, B, C, D and the first state, from those of the output and the final state.
+
+    Args:
+        inputs: what the scan read; dt float32 after softplus.
+        state: (B, H, P, N) before the first token, or None.
+        dy: (B, L, D) or None for zeros.
+        d_final: (B, H, P, N) or None for zeros.
+        plan: how to cut the work; None chooses.
+    """
+    plan = plan or plan_for(inputs, prefill.gpu_of(inputs.u))
+    span = plan.chunks * plan.tokens
+    shape = (inputs.batch, inputs.heads, inputs.head_dim, inputs.d_state)
+    whole = {"dtype": torch.float32, "device": inputs.u.device}
+    dy = torch.zeros_like(inputs.u) if dy is None else dy.to(inputs.u.dtype)
+    last = torch.zeros(shape, **whole) if d_final is None else d_final.float().clone()
+    last = last.contiguous()
+    out = Gradients(
+        du=torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device),
+        ddt=torch.empty(inputs.dt.shape, **whole),
+        dB=torch.empty(inputs.B.shape, dtype=inputs.B.dtype, device=inputs.u.device),
+        dC=torch.empty(inputs.C.shape, dtype=inputs.C.dtype, device=inputs.u.device),
+        dA=torch.zeros(inputs.heads, **whole),
+        dD=torch.zeros(inputs.heads, **whole),
+    )
+    firsts = _states_between_spans(inputs, state, plan)
+    for number in reversed(range(len(firsts))):
+        tokens = slice(number * span, (number + 1) * span)
+        cut = {name: getattr(inputs, name)[:, tokens] for name in ("u", "dt", "B", "C")}
+        _span(replace(inputs, **cut), firsts[number], dy[:, tokens], last, plan, out.tokens(tokens))
+        firsts.pop()
+    return out.du, out.ddt, out.dA, out.dB, out.dC, out.dD, last
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the gradients go."""
+
+    du: torch.Tensor
+    ddt: torch.Tensor
+    dB: torch.Tensor
+    dC: torch.Tensor
+    dA: torch.Tensor  # (H,), added to
+    dD: torch.Tensor  # (H,), added to
+
+    def tokens(self, which: slice) -> Gradients:
+        """Those of some tokens (views)."""
+        return replace(self, **{name: getattr(self, name)[:, which] for name in ("du", "ddt", "dB", "dC")})
+
+
+def _states_between_spans(inputs: SsdInputs, state: torch.Tensor | None, plan: BackwardPlan) -> list[torch.Tensor]:
+    """The state before each span, (B, H, P, N) float32 each."""
+    before = inputs.initial_state() if state is None else state.float().contiguous()
+    launch = prefill.Launch(inputs, _forward_plan(plan))
+    found = [before]
+    if launch.stretches > 1:
+        ends, totals = launch.stretch_ends()
+        for number in range(launch.stretches - 1):
+            decay = torch.exp2(totals[:, number])[..., None, None]
+            found.append(torch.addcmul(ends[:, number], decay, found[-1]))
+    return found
+
+
+def _span(
+    inputs: SsdInputs,
+    first: torch.Tensor,
+    dy: torch.Tensor,
+    last: torch.Tensor,
+    plan: BackwardPlan,
+    out: Gradients,
+) -> None:
+    """All gradients of a span of tokens; `last` becomes the gradient of the state before it."""
+    launch = prefill.Launch(inputs, _forward_plan(plan))
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    mode = launch.options["MODE"]
+    chunks = triton.cdiv(inputs.length, plan.tokens)
+    shape = (inputs.batch, chunks, *last.shape[1:])
+    kept = torch.bfloat16 if mode == kernels.BFLOAT16.value else torch.float32
+    before, after = (torch.empty(shape, dtype=kept, device=last.device) for _ in range(2))
+    walked, sizes = (launch.grid[0], inputs.batch), (inputs.heads, inputs.heads // inputs.groups)
+    options = {name: launch.options[name] for name in ("PARTS", "BLOCK", "TOKENS", "MODE", "num_warps", "num_stages")}
+    per_head = (inputs.head_dim, inputs.d_state)
+    with_strides = (dy, *dy.stride()[:2])
+    backward_kernels.states_kernel[walked](
+        *(*launch.u, *launch.dt, *launch.B, launch.A, first, first.stride(0), before),
+        *(inputs.length, *sizes, *per_head),
+        **options,
+    )
+    backward_kernels.state_gradients_kernel[walked](
+        *(*with_strides, *launch.dt, *launch.C, launch.A, last, after, inputs.length, *sizes, *per_head),
+        **options,
+    )
+    sums = torch.empty(2, plan.slices, *inputs.B.shape, dtype=torch.float32, device=last.device)
+    of_heads = torch.empty(2, inputs.batch, chunks, inputs.heads, dtype=torch.float32, device=last.device)
+    backward_kernels.gradients_kernel[chunks, inputs.groups * plan.slices, inputs.batch](
+        *(*launch.u, *with_strides, *launch.dt, *launch.B, *launch.C, launch.A, inputs.D.contiguous(), before, after),
+        *(out.du, *out.du.stride()[:2], out.ddt, *out.ddt.stride()[:2], *sums, *of_heads, inputs.length, *sizes),
+        *(triton.cdiv(sizes[1], plan.slices), plan.slices, *per_head),
+        **options,
+    )
+    out.dB.copy_(sums[0].sum(0))
+    out.dC.copy_(sums[1].sum(0))
+    for total, parts in zip((out.dA, out.dD), of_heads, strict=True):
+        total += parts.sum((0, 1))
+
+
+def _forward_plan(plan: BackwardPlan) -> prefill.Plan:
+    """The same as the forward's kernels are told."""
+    return prefill.Plan(plan.block, plan.tokens, plan.warps, 1, plan.chunks * plan.tokens, plan.widest)
