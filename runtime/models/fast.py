@@ -37,8 +37,9 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
     already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
-    derivatives use the backend "reference". Mamba models on a GPU use our Triton scan; other models there, without
-    triton, for gradients on a GPU, and under torch.compile or tracing the stock forward runs wherever that is right.
+    derivatives use the backend "reference". On a GPU models use our Triton scan, Mamba-2 also for gradients; without
+    triton, for gradients of a Mamba there, and under torch.compile or tracing the stock forward runs wherever that is
+    right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.
@@ -116,7 +117,8 @@ def _forward(
     conv_state, state = _cached(mixer, cache_params)
     length = hidden_states.shape[1]
     on_gpu = _on_gpu(fast, mixer, hidden_states)
-    if _leave_to_stock(mixer, hidden_states, cache_params, on_gpu, continues=state is not None and length > 1):
+    ours = on_gpu or (fast.architecture.has_gpu_gradients and _on_gpu(fast, mixer, hidden_states, gradients=True))
+    if _leave_to_stock(mixer, hidden_states, cache_params, ours, continues=state is not None and length > 1):
         return type(mixer).forward(
             mixer, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
         )
@@ -164,12 +166,12 @@ def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
     return conv_state[..., conv_state.shape[-1] - length :].transpose(1, 2)
 
 
-def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether one of the scans for a GPU takes this call."""
+def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor, gradients: bool = False) -> bool:
+    """Whether one of the scans for a GPU takes this call; with `gradients`, also one that records them."""
     if not fast.architecture.has_gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     weights = mixer.parameters() if torch.is_grad_enabled() else [mixer.conv1d.weight]  # any may need a gradient
-    return accelerator(fast.backend, [hidden_states, *weights]) is not None
+    return accelerator(fast.backend, [hidden_states, *weights], gradients) is not None
 
 
 def _leave_to_stock(mixer: nn.Module, hidden_states: torch.Tensor, cache: Any, on_gpu: bool, continues: bool) -> bool:

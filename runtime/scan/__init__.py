@@ -95,8 +95,8 @@ def ssd_scan(
         inputs: what the scan reads; float16 and bfloat16 are computed in float32 on a CPU, and multiplied as they are,
             with sums in float32, on a GPU.
         state: (B, H, P, N) state before the first token; None starts from zero. It is not modified.
-        backend: as for `selective_scan`, without "mamba-ssm", but only the reference has gradients: matrix products
-            over chunks of tokens.
+        backend: as for `selective_scan`, without "mamba-ssm". The reference, matrix products over chunks of tokens, and
+            Triton's kernels have gradients.
         in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
 
     Returns:
@@ -134,7 +134,7 @@ def _choose(
     if is_ssd and backend == "mamba-ssm":
         raise UsageError("There is no mamba-ssm scan of a Mamba-2: use backend 'auto', 'triton', 'cpu' or 'reference'.")
     tensors = [t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]
-    on_gpu = accelerator(backend, tensors)
+    on_gpu = accelerator(backend, tensors, gradients=is_ssd)
     if on_gpu is not None:
         _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
         return on_gpu

@@ -17,17 +17,18 @@ _OLDEST_TRITON = (3, 6)  # older ones were not tried: other tuples, other layout
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def accelerator(backend: str, tensors: Sequence[torch.Tensor]) -> ModuleType | None:
+def accelerator(backend: str, tensors: Sequence[torch.Tensor], gradients: bool = False) -> ModuleType | None:
     """The module that runs a scan of these tensors on a GPU, or None where the CPU kernel or the reference shall.
 
     Args:
         backend: one of `BACKENDS`. "auto" takes Triton for CUDA tensors if it is there.
-        tensors: what the scan reads. None of these kernels computes gradients, so tensors that need them get None.
+        tensors: what the scan reads.
+        gradients: whether Triton's scan of this kind has gradients; otherwise tensors that need them get None.
 
     Raises:
         UsageError: the backend was asked for by name and cannot run here.
     """
-    if backend not in ("auto", *_MODULES) or _needs_gradients(tensors):
+    if backend not in ("auto", *_MODULES) or (needs_gradients(tensors) and not (gradients and backend != MAMBA_SSM)):
         return None
     if backend == "auto":
         usable = all(tensor.is_cuda for tensor in tensors) and _obstacle(TRITON, tensors) is None
@@ -43,7 +44,8 @@ def accelerates(module: ModuleType) -> bool:
     return module.__name__ in {f"{__package__}{name}" for name in _MODULES.values()}
 
 
-def _needs_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+def needs_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd records what is done with these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

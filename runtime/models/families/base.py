@@ -87,6 +87,7 @@ class Architecture(Protocol):
     """
 
     model_type: str
+    has_gpu_gradients: bool  # so has the scan's backward
     has_gpu_sums: bool  # a kernel for a GPU sums over the states without writing them
     has_gpu_scan: bool  # kernels for a GPU: then `scan_inputs` takes `fuse`, `scan` takes `in_place`
     has_normed_readers: bool  # B and C pass a norm over the states: then there are `before_norm`, `scale_readers`

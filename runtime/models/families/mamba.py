@@ -28,6 +28,7 @@ class MambaArchitecture(BackboneArchitecture):
 
     model_type = "mamba"
     has_gpu_scan = True
+    has_gpu_gradients = False
     has_gpu_sums = True
     by_state: Sequence[str] = ()  # tensors of a mixer with one number a state, beside A_log and x_proj
 

@@ -50,6 +50,7 @@ class Mamba2Architecture(BackboneArchitecture):
 
     model_type = "mamba2"
     has_gpu_scan = True
+    has_gpu_gradients = True
     has_gpu_sums = False
 
     def dimensions(self, config: Mamba2Config) -> Mamba2Dimensions:

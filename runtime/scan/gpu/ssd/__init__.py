@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ssmc.runtime.scan import ssd as plain
-from ssmc.runtime.scan.gpu.ssd import prefill
+from ssmc.runtime.scan.accelerators import needs_gradients
+from ssmc.runtime.scan.gpu.ssd import backward, prefill
 from ssmc.runtime.scan.gpu.ssd.decode import scan_token
 from ssmc.runtime.scan.gpu.ssd.norm import gated_norm
 from ssmc.runtime.scan.gpu.ssd.prefill import Plan, gpu_of, parts_of, plan_for
@@ -17,7 +18,7 @@ __all__ = ["Plan", "gated_norm", "gpu_of", "parts_of", "plan_for", "ssd_scan"]
 def ssd_scan(
     inputs: SsdInputs, state: torch.Tensor | None = None, *, in_place: bool = False, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the recurrence and read it out; as `scan.ssd.ssd_scan`, without gradients, for tensors of a GPU.
+    """Run the recurrence and read it out; as `scan.ssd.ssd_scan`, for tensors of a GPU.
 
     Args:
         inputs: what the scan reads; `dt` before or after bias and softplus.
@@ -27,6 +28,8 @@ def ssd_scan(
     """
     if not inputs.u.numel() or not inputs.d_state:  # an empty grid cannot be launched
         return plain.ssd_scan(inputs.with_time_steps(), state)
+    if needs_gradients([t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]):
+        return backward.ssd_scan(inputs, state)
     with torch.cuda.device_of(inputs.u):
         if state is not None and inputs.length == 1 and plan is None:
             return scan_token(inputs, state, in_place)

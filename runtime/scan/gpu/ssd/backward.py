@@ -53,9 +53,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, dy: torch.Tensor | None, d_final: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor | None, d_final: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         *tensors, state = ctx.saved_tensors
         inputs = SsdInputs(**dict(zip(("u", "dt", "A", "B", "C", "D"), tensors, strict=True)))
         with torch.cuda.device_of(inputs.u):
@@ -82,10 +80,9 @@ class BackwardPlan:
 def plan_for(inputs: SsdInputs, gpu: prefill.Gpu) -> BackwardPlan:
     """How to cut the gradients for a GPU; see `prefill.plan_for`."""
     whole = inputs.u.dtype != torch.bfloat16
-    tokens, widest = (16 if inputs.u.dtype == torch.float32 else 32, 32) if whole else (64, 64)
-    if not gpu.shared_operands:
-        tokens = min(tokens, 32)
-    block = min(64, max(prefill.SMALLEST, triton.next_power_of_2(inputs.head_dim)))
+    tokens = 16 if inputs.u.dtype == torch.float32 else 32 if whole or not gpu.shared_operands else 64
+    widest = 32 if inputs.u.dtype == torch.float32 else 64
+    block = min(32 if whole else 64, max(prefill.SMALLEST, triton.next_power_of_2(inputs.head_dim)))
     both = 2 * inputs.batch * inputs.d_inner * inputs.d_state * (4 if whole else 2)  # bytes a chunk
     fit = inputs.u.nbytes // both
     chunks = min(max(FEWEST_CHUNKS, fit), triton.cdiv(inputs.length, tokens))
@@ -119,12 +116,12 @@ def gradients(
     last = torch.zeros(shape, **whole) if d_final is None else d_final.float().clone()
     last = last.contiguous()
     out = Gradients(
-        du=torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device),
-        ddt=torch.empty(inputs.dt.shape, **whole),
-        dB=torch.empty(inputs.B.shape, dtype=inputs.B.dtype, device=inputs.u.device),
-        dC=torch.empty(inputs.C.shape, dtype=inputs.C.dtype, device=inputs.u.device),
-        dA=torch.zeros(inputs.heads, **whole),
-        dD=torch.zeros(inputs.heads, **whole),
+        u=torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device),
+        dt=torch.empty(inputs.dt.shape, **whole),
+        B=torch.empty(inputs.B.shape, dtype=inputs.B.dtype, device=inputs.u.device),
+        C=torch.empty(inputs.C.shape, dtype=inputs.C.dtype, device=inputs.u.device),
+        A=torch.zeros(inputs.heads, **whole),
+        D=torch.zeros(inputs.heads, **whole),
     )
     firsts = _states_between_spans(inputs, state, plan)
     for number in reversed(range(len(firsts))):
@@ -132,23 +129,23 @@ def gradients(
         cut = {name: getattr(inputs, name)[:, tokens] for name in ("u", "dt", "B", "C")}
         _span(replace(inputs, **cut), firsts[number], dy[:, tokens], last, plan, out.tokens(tokens))
         firsts.pop()
-    return out.du, out.ddt, out.dA, out.dB, out.dC, out.dD, last
+    return out.u, out.dt, out.A, out.B, out.C, out.D, last
 
 
 @dataclass(frozen=True)
 class Gradients:
     """Where the gradients go."""
 
-    du: torch.Tensor
-    ddt: torch.Tensor
-    dB: torch.Tensor
-    dC: torch.Tensor
-    dA: torch.Tensor  # (H,), added to
-    dD: torch.Tensor  # (H,), added to
+    u: torch.Tensor
+    dt: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    A: torch.Tensor  # (H,), added to
+    D: torch.Tensor  # (H,), added to
 
     def tokens(self, which: slice) -> Gradients:
         """Those of some tokens (views)."""
-        return replace(self, **{name: getattr(self, name)[:, which] for name in ("du", "ddt", "dB", "dC")})
+        return replace(self, **{name: getattr(self, name)[:, which] for name in ("u", "dt", "B", "C")})
 
 
 def _states_between_spans(inputs: SsdInputs, state: torch.Tensor | None, plan: BackwardPlan) -> list[torch.Tensor]:
@@ -197,13 +194,13 @@ def _span(
     of_heads = torch.empty(2, inputs.batch, chunks, inputs.heads, dtype=torch.float32, device=last.device)
     backward_kernels.gradients_kernel[chunks, inputs.groups * plan.slices, inputs.batch](
         *(*launch.u, *with_strides, *launch.dt, *launch.B, *launch.C, launch.A, inputs.D.contiguous(), before, after),
-        *(out.du, *out.du.stride()[:2], out.ddt, *out.ddt.stride()[:2], *sums, *of_heads, inputs.length, *sizes),
+        *(out.u, *out.u.stride()[:2], out.dt, *out.dt.stride()[:2], *sums, *of_heads, inputs.length, *sizes),
         *(triton.cdiv(sizes[1], plan.slices), plan.slices, *per_head),
         **options,
     )
-    out.dB.copy_(sums[0].sum(0))
-    out.dC.copy_(sums[1].sum(0))
-    for total, parts in zip((out.dA, out.dD), of_heads, strict=True):
+    out.B.copy_(sums[0].sum(0))
+    out.C.copy_(sums[1].sum(0))
+    for total, parts in zip((out.A, out.D), of_heads, strict=True):
         total += parts.sum((0, 1))
 
 

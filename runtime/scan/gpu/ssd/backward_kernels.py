@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ssmc.runtime.scan.gpu.kernels import LOG2_E
 from ssmc.runtime.scan.gpu.ssd.kernels import (
+    EXACT,
     added,
     advance,
     decay_between,
@@ -263,6 +264,8 @@ def gradients_kernel(
         since, until = tl.exp2(sums), tl.exp2(to_end)
         by_step = tl.zeros((TOKENS,), tl.float32)  # what multiplies dt, but for its decay
         by_sum = tl.zeros((TOKENS,), tl.float32)  # gradients of the sums S
+        by_end = tl.zeros((TOKENS,), tl.float32)  # gradients of what is left at the end of the chunk
+        by_pairs = tl.zeros((TOKENS,), tl.float32)  # gradients of dt A, from pairs of tokens around it
         by_total, by_skip = 0.0, 0.0
         for start in range(0, head_dim, BLOCK):
             p = start + tl.arange(0, BLOCK)
@@ -284,13 +287,20 @@ def gradients_kernel(
             dB = gather(dB, wide_u * (until * steps)[:, None], g, PARTS, MODE)
             dC = gather(dC, wide_dy * since[:, None], h, PARTS, MODE)
             to_after = tl.sum(wide_u * from_after, 1)
-            columns = tl.sum(d_weights, 0)
-            by_step += columns + to_after
-            by_sum += tl.sum(d_weights * steps[None, :], 1) - columns * steps
-            by_sum += tl.sum(wide_dy * from_before, 1) - to_after * steps
-            by_total += tl.sum(to_after * steps) + tl.exp2(total) * inner(g, h, PARTS)
+            by_step += tl.sum(d_weights, 0) + to_after
+            # a token's own pair depends on no decay; left in, it would drown the others before it cancels
+            d_weights = tl.where(t[:, None] > t[None, :], d_weights, 0.0)
+            if MODE == EXACT:
+                spans = tl.cumsum(d_weights * steps[None, :], 1) - d_weights * steps[None, :]
+                by_pairs += tl.sum(tl.where(t[:, None] >= t[None, :], spans, 0.0), 0)
+            else:  # the same sums as differences, which half precision does not feel
+                by_sum += tl.sum(d_weights * steps[None, :], 1) - tl.sum(d_weights, 0) * steps
+            by_sum += tl.sum(wide_dy * from_before, 1)
+            by_end += to_after * steps
+            by_total += tl.exp2(total) * inner(g, h, PARTS)
             by_skip += tl.sum(wide_dy * wide_u)
-        by_exponent = by_total + tl.sum(by_sum) - tl.cumsum(by_sum, 0) + by_sum
+        # token t's dt A is in the sums of t and later ones, and in what is left at the end of what came before t
+        by_exponent = by_total + by_pairs + tl.cumsum(by_end, 0) - by_end + tl.cumsum(by_sum, 0, reverse=True)
         tl.store(ddt_ptr + t * ddt_token + head, by_step + A * by_exponent, mask=inside)
         tl.store(dA_ptr + at + head, tl.sum(by_exponent * steps))
         tl.store(dD_ptr + at + head, by_skip)
