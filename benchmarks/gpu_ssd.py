@@ -1,13 +1,14 @@
 """Mamba-2's scan on a GPU: our Triton kernels against their bytes, mamba-ssm's and torch's chunked path.
 
-    python benchmarks/gpu_ssd.py                           # a table, and docs/gpu_ssd.json
-    python benchmarks/gpu_ssd.py --json out.json --seconds 90
-    python benchmarks/gpu_ssd.py --only tune               # other ways to cut the scan
-    python benchmarks/gpu_ssd.py --dry-run                 # toy sizes, through Triton's interpreter: does it run?
+    python -m benchmarks.gpu_ssd                           # a table, and benchmarks/results/gpu_ssd.json
+    python -m benchmarks.gpu_ssd --json out.json --seconds 90
+    python -m benchmarks.gpu_ssd --only tune               # other ways to cut the scan
+    python -m benchmarks.gpu_ssd --dry-run                 # toy sizes, through Triton's interpreter: does it run?
 
 Sections, in order of worth: `prefill` (2048 tokens) and `decode` (one token, state in place) at the shapes of Mamba-2
-130M and 2.7B, `tune` (other ways to cut the scan), `norm` (the gated norm), `rival` (mamba-ssm's prefill). Every row is
-in the file the moment it is measured; what the seconds do not suffice for is left out and said. Times are in seconds.
+130M and 2.7B, `backward` (gradients, with peak memory), `tune` (other ways to cut the scan), `norm` (the gated norm),
+`rival` (mamba-ssm's prefill). Every row is in the file the moment it is measured; what the seconds do not suffice for
+is left out and said. Times are in seconds.
 
 Each row first compares ours with the plain torch reference on fresh random inputs. `first call` includes compiling:
 Triton's cache is a fresh folder. Single kernels run from CUDA graphs over several sets of inputs, so that neither
@@ -328,6 +329,52 @@ def norm(bench: Bench) -> Iterator[dict]:
         yield row | compared(times) | {"floor": 3 * y.nbytes / bench.bandwidth}
 
 
+LEAVES = ("u", "dt", "A", "B", "C", "D")
+
+
+def backward(bench: Bench) -> Iterator[dict]:
+    """Forward and gradients, launched from Python as training does, against autograd through torch's chunked path."""
+    for batch in bench.batches:
+        shape = bench.shapes[0]
+        stepped = layer_inputs(bench, shape, bench.states[0], batch, bench.length).with_time_steps()
+        leaves = {name: getattr(stepped, name).detach().clone().requires_grad_() for name in LEAVES}
+        inputs = replace(stepped, **leaves)
+        dy = torch.randn_like(stepped.u)
+
+        def train(scan: Callable, inputs: SsdInputs = inputs, dy: torch.Tensor = dy) -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(scan(inputs)[0], [getattr(inputs, name) for name in LEAVES], dy)
+
+        got, seconds = first_call(bench, lambda train=train: train(ssd.ssd_scan))
+        wanted = train(plain.ssd_scan)
+        errors = {n: error(a, b, 2 * BOUND[bench.dtype]) for n, a, b in zip(LEAVES, got, wanted, strict=True)}
+        forward = peak(bench, lambda i=stepped: ssd.ssd_scan(i))
+        peaks = {"forward": forward, "ours": peak(bench, lambda train=train: train(ssd.ssd_scan))}
+        peaks["torch"] = peak(bench, lambda train=train: train(plain.ssd_scan))
+        eager = replace(bench, device=torch.device("cpu"))  # no graph: what autograd launches, as it launches it
+        ways = {
+            "ours": Recorded([launched(bench, lambda train=train: train(ssd.ssd_scan))], eager.device),
+            "forward": Recorded([launched(bench, lambda i=stepped: ssd.ssd_scan(i))], eager.device),
+            "torch": Recorded([launched(bench, lambda train=train: train(plain.ssd_scan))], eager.device),
+        }
+        row = {"what": f"gradients, {shape.name}, N = {stepped.d_state}, {batch} x {bench.length} tokens"}
+        row |= {"first_call": seconds, "errors": errors, "peak_mib": peaks}
+        note = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items())
+        row["note"] = f"first call {seconds:.1f} s, largest error {max(errors.values()):.1e}, peak {note}"
+        yield row | compared(timed(eager, ways))
+
+
+def launched(bench: Bench, call: Call) -> Call:
+    """The call, and the wait for what it launched."""
+
+    def run() -> None:
+        call()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
 KINDS = (
     {},
     {"warps": 8},
@@ -365,7 +412,7 @@ def tune(bench: Bench) -> Iterator[dict]:
                 yield row | {"note": f"chosen {chosen.stretch}; us by stretch {note}"}
 
 
-SECTIONS = {"prefill": prefill, "decode": decode, "tune": tune, "norm": norm, "rival": rival}
+SECTIONS = {"prefill": prefill, "decode": decode, "backward": backward, "tune": tune, "norm": norm, "rival": rival}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -405,7 +452,9 @@ def show(rows: list[dict], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--json", type=Path, help="where the figures go; docs/gpu_ssd.json unless it is a dry run")
+    parser.add_argument(
+        "--json", type=Path, help="where the figures go; benchmarks/results/gpu_ssd.json unless it is a dry run"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="after which no new row is begun")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
     parser.add_argument("--mamba-ssm-states", default="128", help="numbers of states, with commas between")
@@ -425,7 +474,7 @@ def main() -> None:
         toy = {"shapes": (Shape("toy", 32, 16),), "states": (12, 16), "batches": (1,), "decoded": (2,)}
         bench = replace(bench, **toy, length=140, cache=0, rounds=1)
     name = torch.cuda.get_device_name() if on_gpu else "CPU, interpreted: the figures mean nothing"
-    path = args.json or (None if args.dry_run else ROOT / "docs" / "gpu_ssd.json")
+    path = args.json or (None if args.dry_run else ROOT / "benchmarks" / "results" / "gpu_ssd.json")
     head = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "dtype": args.dtype}
     head |= {"length": bench.length, "copy_bytes_per_second": bench.bandwidth}
 
