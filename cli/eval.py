@@ -82,6 +82,15 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option("--perplexity/--no-perplexity", help="Measure it.", rich_help_panel=QUALITY)
     ] = True,
+    recall: Annotated[
+        bool,
+        typer.Option(
+            "--recall",
+            help="Show the loss by kind of token: repeated from before in the text, from more than 100 tokens back, "
+            "rare ones among them, and new ones. Perplexity hides what a model no longer remembers.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = False,
     text: Annotated[str | None, heldout_option("wikitext2, its test split")] = None,
     window: Window = 2048,
     max_windows: MaxWindows = 0,
@@ -140,6 +149,7 @@ def evaluate(
             data=data,
             text=text,
             perplexity=perplexity,
+            recall=recall,
             window=window,
             max_windows=max_windows or None,
             batch_size=batch_size,
@@ -176,11 +186,35 @@ def _report(terminal: Terminal, report: EvalReport) -> None:
         "where it is beyond two.",
         style="dim",
     )
+    if report.dense.recall:
+        _show_recall(terminal, report)
     for note in report.notes:
         terminal.note(note)
     read = [] if report.text is None else [f"{report.models[0].perplexity.tokens:,} tokens of {report.text.source}"]
     read += [f"{task.documents:,} of {task.available:,} documents of {task.name}" for task in report.tasks]
     terminal.say(f"Scored on {', '.join(read)}; {report.dtype} on {report.device}.", style="dim")
+
+
+SHOWN = ("repeated", "far", "rare", "new")  # kinds of tokens in the table; the report has all
+
+
+def _show_recall(terminal: Terminal, report: EvalReport) -> None:
+    """The loss by kind of token: nats, and above it what is lost against the first model."""
+    columns = []
+    for kind in SHOWN:
+        row = [next(found for found in model.recall if found.kind == kind) for model in report.models]
+        figures = [Figure(_nats(one.nll, one.stderr), _nats(one.excess, one.excess_stderr, "+"), "") for one in row]
+        columns.append(Column(f"{kind}, {row[0].tokens:,} tokens", figures))
+    show_models(terminal, "Loss by kind of token, in nats", [model.name for model in report.models], columns)
+    terminal.say(
+        "repeated: the token ends three that stood before in the same window; far: more than 100 tokens back; rare: of "
+        "those repeated, tokens that make up at most a thousandth of the text each; new: all others.",
+        style="dim",
+    )
+
+
+def _nats(value: float | None, stderr: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.4f}{_plus_minus(stderr)}"
 
 
 def _value(score: Score) -> str:

@@ -11,7 +11,7 @@ from ssmc.runtime.bench.report import TextInfo
 from ssmc.runtime.bench.settings import Settings
 from ssmc.runtime.bench.sources import Subject, label
 from ssmc.runtime.errors import CheckpointError, SsmcError
-from ssmc.runtime.measure.perplexity import Perplexity, perplexity, split_windows
+from ssmc.runtime.measure.perplexity import Perplexity, losses_of_tokens, split_windows, summarise
 from ssmc.runtime.models.checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.generation import OnnxExport, load_onnx_export
@@ -90,6 +90,13 @@ def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> N
 
 def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent) -> Perplexity:
     """Perplexity of one model, told to `progress` under its name."""
+    return summarise(*score_tokens(subject, tokens, window, progress))
+
+
+def score_tokens(
+    subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows and the loss of every prediction of one model, see `losses_of_tokens`."""
 
     def report(_: str, done: int, total: int) -> None:
         progress(f"perplexity of {subject.source.name}", done, total)
@@ -97,7 +104,7 @@ def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progres
     model = subject.checkpoint.model
     if subject.runtime == "onnx" and not model.graph.all_logits:  # timed without the logits that are not needed then
         model = load_onnx_export(subject.source.where, model.device.type, all_logits=True).model
-    return perplexity(model, tokens, window, progress=report)
+    return losses_of_tokens(model, tokens, window, progress=report)
 
 
 def shortened_note(score: Perplexity, window: int) -> list[str]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssmc.runtime.bench.quality import score as perplexity_of
-from ssmc.runtime.bench.quality import shortened_note
+from ssmc.runtime.bench.quality import score_tokens, shortened_note
 from ssmc.runtime.bench.report import TextInfo
 from ssmc.runtime.bench.sources import Subject, compute_dtype, label, load_subjects, runnable
 from ssmc.runtime.device import choose_device, choose_dtype
-from ssmc.runtime.errors import CalibrationError, SsmcError
+from ssmc.runtime.errors import CalibrationError, SsmcError, UsageError
 from ssmc.runtime.evaluation.documents import find_file
 from ssmc.runtime.evaluation.models import choose_sources
 from ssmc.runtime.evaluation.report import EvalReport, ModelResult, Score, TaskInfo
@@ -23,7 +23,8 @@ from ssmc.runtime.evaluation.settings import EvalSettings, task_names
 from ssmc.runtime.evaluation.statistics import RESAMPLES, exp_mean, paired_difference, standard_error
 from ssmc.runtime.evaluation.tasks import LoadedTask, load_tasks
 from ssmc.runtime.manifest import RUNTIMES
-from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, split_windows
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, split_windows, summarise
+from ssmc.runtime.measure.recall import kinds_of, loss_by_kind
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import OnnxExport
@@ -44,6 +45,7 @@ def evaluate_models(
     data: str | Path | None = None,
     text: str | Path | None = None,
     perplexity: bool = True,
+    recall: bool = False,
     window: int = 2048,
     max_windows: int | None = None,
     batch_size: int = 8,
@@ -64,6 +66,7 @@ def evaluate_models(
         data: a folder with local documents, see `load_tasks`; its wikitext2.jsonl or wikitext2/test.jsonl is the text.
         text: for perplexity, as in `read_texts`; by default WikiText-2's test split.
         perplexity: measure it.
+        recall: measure the loss by kind of token too, see `ssmc.runtime.measure.recall`; needs the perplexity.
         window: tokens per window of perplexity; windows do not overlap, and each starts from a fresh state.
         max_windows: windows scored at most, from the start of the text; None: all.
         batch_size: sequences at once in tasks; changes the speed, not the scores.
@@ -77,6 +80,8 @@ def evaluate_models(
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
+    if recall and not perplexity:
+        raise UsageError("recall is measured on the text of the perplexity: leave perplexity on, or recall out.")
     settings = EvalSettings(task_names(tasks), limit, window, max_windows, batch_size)
     where = choose_device(device)
     sources, left_out = runnable(choose_sources(models, dense, runtimes), where)
@@ -85,18 +90,21 @@ def evaluate_models(
     reference = subjects[0].checkpoint
     reader = load_tokenizer(reference, tokenizer)
     tokens, text_info, notes = _read_text(reference, reader, text, data, settings) if perplexity else (None, None, [])
-    measured, perplexities = [], []
+    measured, losses = [], []
     for subject in subjects:
         if subject.runtime == "torch":
             use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
-        perplexities.append(None if tokens is None else perplexity_of(subject, tokens, window, progress))
+        losses.append(None if tokens is None else score_tokens(subject, tokens, window, progress))
         measured.append(_run(loaded, subject, reader, settings, progress))
         if subject.runtime == "torch":
             subject.checkpoint.model.to("cpu")  # one model at a time on a GPU
+    perplexities = [None if found is None else summarise(*found) for found in losses]
     results = [
         _result(subject, (score, perplexities[0]), (values, measured[0]), text_info)
         for subject, score, values in zip(subjects, perplexities, measured, strict=True)
     ]
+    if recall and tokens is not None:
+        results = _with_recall(results, losses)
     if perplexities[0] is not None:
         notes += shortened_note(perplexities[0], window)
     return EvalReport(
@@ -147,6 +155,18 @@ def _local_text(name: str, data: str | Path | None) -> Path | None:
             f'{data} holds no {name}.jsonl. Put one there (an object with "text" a line), or name a text with --text.'
         )
     return path
+
+
+def _with_recall(
+    results: Sequence[ModelResult], losses: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> list[ModelResult]:
+    """The results with the loss by kind of token, compared with the first model's."""
+    kinds = kinds_of(losses[0][0])
+    dense = losses[0][1].numpy()
+    found = []
+    for result, (_, ours) in zip(results, losses, strict=True):
+        found.append(replace(result, recall=loss_by_kind(ours.numpy(), kinds, None if result.dense else dense)))
+    return found
 
 
 def _run(

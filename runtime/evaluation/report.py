@@ -17,6 +17,7 @@ from ssmc.runtime.evaluation.settings import EvalSettings
 from ssmc.runtime.evaluation.statistics import Difference
 from ssmc.runtime.files import write_text
 from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
+from ssmc.runtime.measure.recall import KindLoss
 
 SCHEMA = "ssmc-eval/1"
 JSON_NAME = "eval.json"
@@ -78,6 +79,7 @@ class ModelResult:
     perplexity: Perplexity | None
     excess: ExcessLoss | None  # of the perplexity, in nats per token above the reference
     scores: tuple[Score, ...]  # the text's perplexity first, then every metric of every task
+    recall: tuple[KindLoss, ...] = ()  # the loss by kind of token, where it was asked for
 
 
 @dataclass(frozen=True)

@@ -71,27 +71,45 @@ def perplexity(
         CalibrationError: too few tokens, or tokens the model has no embedding for.
         CheckpointError: the model's loss is not a number.
     """
+    windows, losses = losses_of_tokens(model, tokens, window, batch, progress)
+    return summarise(windows, losses)
+
+
+def losses_of_tokens(
+    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = silent
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows a text is scored in, (W, window), and the loss of every prediction in them, (W, window - 1) float64.
+
+    Args and errors: as `perplexity`.
+    """
     if batch < 1:
         raise UsageError(f"Perplexity needs a batch of at least 1, not {batch}.")
     windows = split_windows(model, tokens, window)  # (W, window)
     batch, losses = best_batch(model, batch), []
     for start in range(0, len(windows), batch):
-        losses += _window_losses(model, windows[start : start + batch])
-        progress("perplexity", len(losses), len(windows))
-    if not all(math.isfinite(loss) for loss in losses):
+        losses.append(_losses(model, windows[start : start + batch]))
+        progress("perplexity", min(start + batch, len(windows)), len(windows))
+    found = torch.cat(losses)
+    if not bool(found.isfinite().all()):
         raise CheckpointError(
             "The model's loss on this text is not a finite number, so its perplexity is undefined. "
             "Its weights or its dtype overflow: try float32, or check the checkpoint."
         )
-    mean, stderr = mean_and_stderr(losses)
+    return windows, found
+
+
+def summarise(windows: torch.Tensor, losses: torch.Tensor) -> Perplexity:
+    """The perplexity of what `losses_of_tokens` returns."""
+    each = (losses.sum(dim=1) / losses.shape[1]).tolist()
+    mean, stderr = mean_and_stderr(each)
     return Perplexity(
         nll_per_token=mean,
         ppl=math.exp(mean) if mean < 700 else math.inf,  # exp(710) is beyond float64
-        tokens=windows.shape[0] * (windows.shape[1] - 1),
+        tokens=losses.numel(),
         windows=windows.shape[0],
         window=windows.shape[1],
         stderr=stderr,
-        window_nll=tuple(losses),
+        window_nll=tuple(each),
     )
 
 
@@ -139,8 +157,7 @@ def split_windows(model: LanguageModel, tokens: torch.Tensor, window: int) -> to
     return tokens[: total // width * width].view(-1, width)
 
 
-def _window_losses(model: LanguageModel, windows: torch.Tensor) -> list[float]:
-    """Mean loss of each window of (B, L) in nats."""
+def _losses(model: LanguageModel, windows: torch.Tensor) -> torch.Tensor:
+    """The loss of every prediction in windows (B, L), (B, L - 1) in nats."""
     targets = F.pad(windows[:, 1:], (0, 1), value=IGNORED)
-    losses, _ = token_losses(model, windows, targets)
-    return (losses.sum(dim=1) / (windows.shape[1] - 1)).tolist()
+    return token_losses(model, windows, targets)[0][:, :-1]
