@@ -43,6 +43,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+LAST_WORDS = 8.0  # seconds that a section gets to end by itself when its time is up
 LEAST = 0.3  # of its seconds, that a section needs to show anything
 TESTS = (  # every file of the first kind is a process of its own: kernels of different files are different ones
     "tests/scan/test_triton*.py",
@@ -104,7 +105,7 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
     logs = [folder / f"{slug}-{i}.log" for i in range(len(commands(section, seconds, result, dry_run)))]
     begin = time.perf_counter()
     started = []
-    for log, command in zip(logs, commands(section, seconds - 5, result, dry_run), strict=True):
+    for log, command in zip(logs, commands(section, seconds - LAST_WORDS - 2, result, dry_run), strict=True):
         with log.open("wb") as file:
             environment = {"OMP_NUM_THREADS": "4", **os.environ, "PYTHONUNBUFFERED": "1"}
             started.append(
@@ -128,16 +129,25 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
 
 def wait(started: list[subprocess.Popen], end: float) -> str | None:
     """Wait for all, end those that take too long; why not all ended well, or None."""
-    reasons = []
-    for process in started:
-        try:
-            code = process.wait(max(0.1, end - time.perf_counter()))
-            reasons += [f"exit code {code}"] if code else []
-        except subprocess.TimeoutExpired:
+    late = [process for process in started if not ended(process, end - LAST_WORDS)]
+    for process in late:
+        os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
+    for process in late:
+        if not ended(process, end):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            reasons.append("stopped at its time limit")
+    codes = [process.returncode for process in started if process not in late and process.returncode]
+    reasons = [f"exit code {code}" for code in codes] + ["stopped at its time limit" for _ in late]
     return ", ".join(dict.fromkeys(reasons)) or None
+
+
+def ended(process: subprocess.Popen, end: float) -> bool:
+    """Whether it ends in time."""
+    try:
+        process.wait(max(0.1, end - time.perf_counter()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def last_line(log: Path) -> str:
