@@ -6,9 +6,9 @@
     python -m benchmarks.gpu_ssd --dry-run                 # toy sizes, through Triton's interpreter: does it run?
 
 Sections, in order of worth: `prefill` (2048 tokens) and `decode` (one token, state in place) at the shapes of Mamba-2
-130M and 2.7B, `backward` (gradients, with peak memory), `tune` (other ways to cut the scan), `norm` (the gated norm),
-`rival` (mamba-ssm's prefill). Every row is in the file the moment it is measured; what the seconds do not suffice for
-is left out and said. Times are in seconds.
+130M and 2.7B, `tune` (other ways to cut the scan), `backward` (gradients, with peak memory), `more` (prefill of other
+numbers of states), `norm` (the gated norm), `rival` (mamba-ssm's prefill). Every row is in the file the moment it is
+measured; what the seconds do not suffice for is left out and said. Times are in seconds.
 
 Each row first compares ours with the plain torch reference on fresh random inputs. `first call` includes compiling:
 Triton's cache is a fresh folder. Single kernels run from CUDA graphs over several sets of inputs, so that neither
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +34,8 @@ from pathlib import Path
 
 if "--dry-run" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssmc-triton-")
+if "--compile-kind" not in sys.argv:  # one that compiles for another shares its folder
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssmc-triton-")
 
 import torch
 import triton
@@ -247,7 +249,17 @@ def compared(times: dict[str, float]) -> dict[str, object]:
 
 def prefill(bench: Bench) -> Iterator[dict]:
     """Scans of many tokens."""
-    for states in bench.states:
+    yield from prefills(bench, bench.states[:3])
+
+
+def more(bench: Bench) -> Iterator[dict]:
+    """Scans of other numbers of states."""
+    yield from prefills(bench, bench.states[3:])
+
+
+def prefills(bench: Bench, numbers: Sequence[int]) -> Iterator[dict]:
+    """Scans of many tokens with each of these numbers of states."""
+    for states in numbers:
         for batch in bench.batches:
             for shape in bench.shapes:
                 sets = input_sets(bench, shape, states, batch)
@@ -286,7 +298,7 @@ def rival(bench: Bench) -> Iterator[dict]:
 
 def decode(bench: Bench) -> Iterator[dict]:
     """One token of every sequence, the state updated in place."""
-    for states in bench.states[:3]:
+    for states in (bench.states[0], bench.states[-1]):
         for batch in bench.decoded:
             for shape in bench.shapes:
                 inputs = layer_inputs(bench, shape, states, batch, 1)
@@ -387,9 +399,27 @@ KINDS = (
 )
 
 
+TUNED = (128, 16)  # numbers of states
+
+
+def compile_kind(bench: Bench, number: int) -> None:
+    """Compile what `tune` will run, for another process with the same folder of compiled kernels."""
+    for states in TUNED:
+        given = layer_inputs(bench, bench.shapes[0], states, 1, bench.length)
+        chosen = ssd.plan_for(given, ssd.gpu_of(given.u))
+        ssd.ssd_scan(given, plan=replace(chosen, stretch=bench.length // 2, **KINDS[number]))
+
+
+def compile_ahead() -> None:
+    """Begin to compile for `tune` in processes of their own, beside the sections before it."""
+    for number in range(1, len(KINDS)):
+        command = [sys.executable, "-m", "benchmarks.gpu_ssd", "--compile-kind", str(number)]
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def tune(bench: Bench) -> Iterator[dict]:
     """Other ways to cut the scan, against the one chosen; each new kind of program compiles for seconds."""
-    for states in (bench.states[0], 16):
+    for states in TUNED:
         cases = [(shape, batch) for shape in bench.shapes for batch in bench.batches]
         inputs = {case: layer_inputs(bench, case[0], states, case[1], bench.length) for case in cases}
         for kind in KINDS:
@@ -412,7 +442,15 @@ def tune(bench: Bench) -> Iterator[dict]:
                 yield row | {"note": f"chosen {chosen.stretch}; us by stretch {note}"}
 
 
-SECTIONS = {"prefill": prefill, "decode": decode, "backward": backward, "tune": tune, "norm": norm, "rival": rival}
+SECTIONS = {
+    "prefill": prefill,
+    "decode": decode,
+    "tune": tune,
+    "backward": backward,
+    "more": more,
+    "norm": norm,
+    "rival": rival,
+}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -459,6 +497,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
     parser.add_argument("--mamba-ssm-states", default="128", help="numbers of states, with commas between")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, without a GPU through the interpreter")
+    parser.add_argument("--compile-kind", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not args.dry_run
     if not on_gpu and not args.dry_run:
@@ -469,6 +508,11 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     until = time.monotonic() + args.seconds
     rivals = tuple(int(n) for n in args.mamba_ssm_states.split(",") if n)
+    if args.compile_kind is not None:
+        compile_kind(Bench(device, getattr(torch, args.dtype), 1.0, until, ()), args.compile_kind)
+        return
+    if on_gpu and "tune" in args.only.split(","):
+        compile_ahead()
     bench = Bench(device, getattr(torch, args.dtype), copy_bandwidth(device), until, rivals)
     if args.dry_run:
         toy = {"shapes": (Shape("toy", 32, 16),), "states": (12, 16), "batches": (1,), "decoded": (2,)}
