@@ -64,9 +64,9 @@ def inspect(
         d_state=max(1, checkpoint.dimensions.d_state // 2),
     )
     halved = checkpoint.architecture.dimensions(after)
-    runtimes = runs_where(halved, checkpoint.dimensions.d_state, found.model_type)
+    runtimes = runs_where(halved, checkpoint.dimensions.d_state, checkpoint.architecture.model_type)
     missing = missing_formats(checkpoint.architecture)
-    lacks = {**limits(found.model_type), **{f"--format {name}": reason for name, reason in missing.items()}}
+    lacks = {**limits(checkpoint.architecture), **{f"--format {name}": reason for name, reason in missing.items()}}
     _report(terminal, found, able, lacks, runtimes, halved.d_state)
     if json_file is not None:
         record = asdict(found) | {"prunable": [asdict(p) for p in able], "runs_where": [asdict(r) for r in runtimes]}

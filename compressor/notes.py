@@ -58,7 +58,7 @@ def notes_for(
     states = max(counts.states)
     if COLUMN in config.parts and states < sizes.d_state and states & (states - 1):
         notes.append(_padding(sizes.d_state, states))
-    if architecture and architecture.has_normed_readers and COLUMN in config.parts and SSM in config.targets:
+    if architecture and architecture.capabilities.normed_readers and COLUMN in config.parts and SSM in config.targets:
         notes.append(_norms(sizes.d_state, states, spreads, config.repair))
     if CHANNEL in config.parts:
         notes.append(_width(config, sizes, counts))
@@ -77,8 +77,8 @@ def notes_for(
             "The SSM of the removed layers is silent but still computed: stock loaders have no layer without one, so "
             "this makes nothing smaller or faster. It is there to compare with."
         )
-    if architecture and architecture.is_hybrid and set(config.modules) == set(FFN):
-        notes.append(_SHARED if architecture.shares_blocks else _OTHERS)
+    if architecture and not architecture.capabilities.uniform and set(config.modules) == set(FFN):
+        notes.append(_SHARED if architecture.capabilities.shared_blocks else _OTHERS)
     if config.modules and config.nm is None:
         notes.append(
             "Zeros spread over the projections make nothing smaller or faster by themselves: dense formats store them "

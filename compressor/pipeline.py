@@ -30,6 +30,7 @@ from ssmc.compressor.methods.weights.masks import Target
 from ssmc.compressor.methods.weights.projections import ModuleResult, module_targets, prune_linears, prune_modules
 from ssmc.compressor.options.config import SSM, CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN
+from ssmc.runtime.models import families
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator, scan_moments, scan_states
@@ -90,7 +91,7 @@ def prune_layers(
     if tokens is not None:
         architecture.record_arguments(model, tokens[:1])
         hidden = stage.place(_embed(architecture, model, tokens))  # (nsamples, L, d_model)
-    fits = hidden is not None and config.fits_out_proj(_mixes_readers(architecture, sizes))
+    fits = hidden is not None and config.fits_out_proj(_mixes_readers(architecture))
     run = Run(
         architecture,
         config,
@@ -107,7 +108,7 @@ def prune_layers(
     results = []
     for index, block in stage.each(blocks):
         label = f"layer {index + 1}/{len(blocks)}"
-        if hidden is not None and architecture.shares_blocks:
+        if hidden is not None and architecture.capabilities.shared_blocks:
             propagate(block, hidden, progress, f"{label}: shared block", architecture.enter)
         if run.stream is not None:
             _next_target(run, block, f"{label}: dense outputs")
@@ -125,9 +126,9 @@ def prune_layers(
     return results
 
 
-def _mixes_readers(architecture: Architecture, sizes: Dimensions) -> bool:
+def _mixes_readers(architecture: Architecture) -> bool:
     """Whether the repair of removed states folds into their C rows, exactly."""
-    return sizes.heads is None and not architecture.has_normed_readers
+    return not (architecture.capabilities.heads or architecture.capabilities.normed_readers)
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def each_alone(
         counts=kept(config, sizes),
         hidden=hidden,
         stream=hidden.clone(),
-        fits=config.fits_out_proj(_mixes_readers(architecture, sizes)),
+        fits=config.fits_out_proj(_mixes_readers(architecture)),
         targets=[],
         stored_dtypes=stored_dtypes,
         progress=silent,
@@ -217,7 +218,7 @@ def prune_layer(run: Run, block: nn.Module, index: int, label: str) -> tuple[Lay
         channels = prune_channels(
             architecture, block, run.hidden, score, keep, config.repair, seed, progress, f"{label}: channels"
         )
-        work = architecture.narrowed(block, channels)  # what follows costs only what is left
+        work = architecture.narrow(block, families.CHANNEL, channels)  # what follows costs only what is left
     mixer, result = architecture.mixer(work), LayerResult(kept=tuple(range(run.states)))
     keep = run.counts.states[index]
     if SSM in config.targets and (COLUMN not in config.parts or keep < run.sizes.d_state):
@@ -237,21 +238,21 @@ def prune_layer(run: Run, block: nn.Module, index: int, label: str) -> tuple[Lay
     if config.refine:
         refined = _refine(run, work, result, seed, f"{label}: refining")
         result = replace(result, refined=refined)
-    if architecture.is_hybrid:
+    if not architecture.capabilities.uniform:
         others = prune_linears(architecture, work, run.hidden, config, progress, f"{label}: Hessians of the others")
         result = replace(result, modules=(*result.modules, *others))
         _round(work, run.stored_dtypes, architecture.block_prefix(index))
     else:
         _round(mixer, run.stored_dtypes, architecture.mixer_prefix(index))
     if channels is not None:
-        architecture.widen(block, work, channels)
+        architecture.widen(block, work, families.CHANNEL, channels)
         result = replace(result, channels=tuple(channels))
     return result, work
 
 
 def _next_target(run: Run, block: nn.Module, label: str) -> None:
     """Take `run.stream` to what the next layer is fitted to; `block` is dense."""
-    if not run.architecture.is_hybrid:
+    if run.architecture.capabilities.uniform:
         propagate(block, run.stream, run.progress, label)
     elif run.architecture.mixer(block) is not None:
         run.stream.copy_(run.hidden)
@@ -313,7 +314,7 @@ def _prune_states(
                 part = Loss(fit.error * part.energy, fit.error_before * part.energy, part.energy)
             loss += part
             errors = dict(zip(("error", "error_unrepaired"), loss.relative(), strict=True))
-    if architecture.has_normed_readers and hidden is not None:
+    if architecture.capabilities.normed_readers and hidden is not None:
         fit = remove_states(architecture, block, hidden, kept, mixing, config.repair)
         return LayerResult(tuple(kept), fit.error, fit.error_unrepaired, config.repair, fit.spread)
     architecture.mask_states(mixer, kept, mixing)
@@ -336,7 +337,7 @@ def _prune_entries(
     groups = [
         _judged(architecture, block, hidden, index, group, config, keep, progress, label) for group in range(len(rates))
     ]
-    if A_log.dim() == 1:
+    if architecture.capabilities.heads:
         A_log.copy_(prune_heads(config.judge, groups, A_log, target, config.seed))
     else:
         A_log.copy_(prune_entries(config.judge, groups[0], target, config.seed))
@@ -358,7 +359,7 @@ def _judged(
     """One group of a layer with what its score wants to know."""
     mixer = architecture.mixer(block)
     rates = architecture.rates(mixer)
-    heads = len(mixer.A_log) // len(rates) if mixer.A_log.dim() == 1 else None
+    heads = len(mixer.A_log) // len(rates) if architecture.capabilities.heads else None
     count, length = hidden.shape[:2] if isinstance(hidden, torch.Tensor) else (0, 0)
     statistics = statistics_for(config, rates[group], keep, length, heads, count)
     if hidden is not None:
@@ -445,7 +446,7 @@ def collect(
 
 def _sums_suffice(architecture: Architecture, block: nn.Module, statistics: Sequence[Statistic], backend: str) -> bool:
     """Whether the layer is where a kernel can sum over its states, and the sums are all that is wanted."""
-    if not (architecture.has_gpu_sums and all(statistic.takes_moments for statistic in statistics)):
+    if not (architecture.capabilities.gpu_sums and all(statistic.takes_moments for statistic in statistics)):
         return False
     return accelerator(backend, list(block.parameters())) is not None
 
@@ -467,7 +468,7 @@ def _collect_sums(
     for rows, piece in zip(groups, pieces, strict=True):
         progress(label, rows.start, nsamples)
         x, z = architecture.expand(mixer, architecture.normed(block, piece))
-        moments = scan_moments(architecture.scan_inputs(mixer, x, z, fuse=True), backend=backend)
+        moments = scan_moments(architecture.scan_inputs(mixer, x, z, fused=True), backend=backend)
         for statistic in statistics:
             statistic.add_moments(moments)
     progress(label, nsamples, nsamples)

@@ -103,7 +103,7 @@ def compress(
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
-    sizes, family = checkpoint.dimensions, checkpoint.architecture.model_type
+    sizes, family = checkpoint.dimensions, checkpoint.architecture
     if target is not None and "pattern" not in options:
         config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
     check_family(config, family, target is not None)

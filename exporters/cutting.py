@@ -12,7 +12,7 @@ from torch import nn
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.manifest import BLOCK, MaskedManifest
 from ssmc.runtime.models.checkpoints import Checkpoint
-from ssmc.runtime.models.families import Architecture, Cut
+from ssmc.runtime.models.families import CHANNEL, STATE, Architecture, Cut
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def shrink(masked: Checkpoint, manifest: MaskedManifest, *, uneven: bool = False
     modules = enumerate(architecture.blocks(masked.model))
     aside = removed + [index for index, block in modules if architecture.mixer(block) is None]
     shrunk = Shrunk(masked.tensors(), masked.config, [])
-    for name, total, groups, cut in (
-        ("kept", sizes.groups * sizes.d_state, sizes.groups, "cut_states"),
-        ("kept_channels", sizes.d_inner, 1, "cut_channels"),
+    for name, total, groups, dimension in (
+        ("kept", sizes.groups * sizes.d_state, sizes.groups, STATE),
+        ("kept_channels", sizes.d_inner, 1, CHANNEL),
     ):
         kept = [list(getattr(layer, name) or range(total)) for layer in layers]
         kept = _sized(kept, aside, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
-            shrunk = _then(shrunk, *getattr(architecture, cut)(shrunk.tensors, shrunk.config, kept))
+            shrunk = _then(shrunk, *architecture.cut(shrunk.tensors, shrunk.config, dimension, kept))
     if blocks:  # a block without an SSM stays: no loader has one
         shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, blocks))
     return shrunk
@@ -74,12 +74,12 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
         mixer = architecture.mixer(blocks[index])
         if index in removed or mixer is None:
             continue
-        if not architecture.is_masked(mixer, layer.kept):
+        if not architecture.is_masked(mixer, STATE, layer.kept):
             raise CheckpointError(
                 f"Layer {index} of the model in {where} still uses states the manifest calls pruned; {changed}"
             )
         channels = layer.kept_channels
-        if channels is not None and not architecture.are_channels_masked(mixer, channels):
+        if channels is not None and not architecture.is_masked(mixer, CHANNEL, channels):
             raise CheckpointError(
                 f"Layer {index} of the model in {where} still uses channels the manifest calls pruned; {changed}"
             )
@@ -93,7 +93,7 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
 
 def _is_silent(architecture: Architecture, block: nn.Module, whole: bool) -> bool:
     """Whether a block adds nothing, or at least its SSM does not."""
-    return architecture.is_removed(block) if whole else architecture.is_masked(architecture.mixer(block), [])
+    return architecture.is_removed(block) if whole else architecture.is_masked(architecture.mixer(block), STATE, [])
 
 
 def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:

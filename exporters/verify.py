@@ -58,7 +58,7 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
         How far a logit moves by it; None where there is no such norm.
     """
     d_inner = masked.architecture.dimensions(config).d_inner
-    if masked.dimensions.heads is None or d_inner == masked.dimensions.d_inner:
+    if not masked.architecture.capabilities.heads or d_inner == masked.dimensions.d_inner:
         return None
     before = use_fast_scan(masked.model)(tokens).logits
     masked.architecture.with_epsilons_of(masked.model, config)

@@ -24,8 +24,7 @@ from ssmc.compressor import configure, prune_layers
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import architecture_for
-from ssmc.runtime.models.families.mamba import MambaArchitecture
+from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
@@ -57,7 +56,7 @@ def with_norms(tiny: nn.Module, tokens: torch.Tensor) -> FalconMambaForCausalLM:
     names = FalconMambaConfig.__dataclass_fields__.keys() - {"model_type"}
     model = FalconMambaForCausalLM(FalconMambaConfig(**{k: v for k, v in sizes.items() if k in names})).eval()
     model.load_state_dict(tiny.state_dict())
-    plain, hidden = MambaArchitecture(), tiny.get_input_embeddings()(tokens)
+    plain, hidden = architecture_for("mamba"), tiny.get_input_embeddings()(tokens)
     for block, own in zip(tiny.backbone.layers, model.backbone.layers, strict=True):
         mixer = block.mixer
         inputs = plain.scan_inputs(mixer, *plain.expand(mixer, plain.normed(block, hidden)))
@@ -90,10 +89,10 @@ def train(model: nn.Module, stream: torch.Tensor, steps: int, batch: int, length
 
 def cut(model: nn.Module, kept: list[list[int]], fold: bool) -> nn.Module:
     """The model with these states only; without `fold` every number that stays is as it was."""
-    architecture = FALCON if fold else MambaArchitecture()
+    architecture = FALCON if fold else architecture_for("mamba")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     own, smaller = tensors, copy.deepcopy(model.config)
-    own, _, _ = architecture.cut_states(tensors, model.config, kept)
+    own, _, _ = architecture.cut(tensors, model.config, STATE, kept)
     smaller.state_size = len(kept[0])
     result = FalconMambaForCausalLM(smaller).eval()
     result.load_state_dict(own)

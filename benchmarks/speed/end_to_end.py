@@ -26,11 +26,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
-import ssmc.runtime.models.families.mamba as mamba
 from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
 from ssmc import compress, export
 from ssmc.runtime.bench import Workload
 from ssmc.runtime.measure.timing import interleave
+from ssmc.runtime.models.architectures import mamba1
 from ssmc.runtime.models.fast import use_fast_scan
 
 CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ class Clocks:
             if part := MODULES.get(name.rpartition(".")[2]):
                 handles += [module.register_forward_pre_hook(self._begin)]
                 handles += [module.register_forward_hook(lambda m, *_, part=part: self._end(m, part))]
-        functions = ((mamba, "causal_conv", CONV), (mamba.MambaArchitecture, "scan", SCAN))
-        functions += ((mamba.MambaArchitecture, "scan_inputs", DT),)
+        functions = ((mamba1, "causal_conv", CONV), (mamba1.Mamba1, "scan", SCAN))
+        functions += ((mamba1.Mamba1, "scan_inputs", DT),)
         originals = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
         for owner, name, part in functions:
             setattr(owner, name, self._timed(getattr(owner, name), part))

@@ -33,8 +33,8 @@ from benchmarks.reporting import as_json, print_conditions, print_timings, write
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build
-from ssmc.exporters.onnx.families import layer_writer
 from ssmc.exporters.onnx.files import GRAPH, write_graph
+from ssmc.exporters.onnx.layers import LAYERS
 from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.exporters.onnx.running import fresh_states
@@ -62,7 +62,7 @@ def write_graphs(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
     """Graphs of a model in float32 and int8 for every target; those an earlier run left there are taken as they are."""
     tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     found = {}
-    for target in layer_writer(model.config.model_type).targets:
+    for target in LAYERS.find(model.config.model_type).TARGETS:
         first, second = ("onnx", "int8") if target == "portable" else (target, f"{target} int8")
         found |= {name: folder / name for name in (first, second)}
         if (folder / second / GRAPH).is_file():

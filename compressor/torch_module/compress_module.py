@@ -22,12 +22,13 @@ from ssmc.compressor.options.patterns import BLIND, CHANNEL, COLUMN, Score
 from ssmc.compressor.pipeline import LayerResult, Run, prune_layer
 from ssmc.compressor.torch_module.forward import Forward, Runs, Seen, evaluating, run_on, same
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
+from ssmc.runtime.models import families
 from ssmc.runtime.models.families import Cut
-from ssmc.runtime.models.families.mixers import Mixer, cut_mixer, find_mixers, tell_configurations
+from ssmc.runtime.models.mixers import Mixer, cut_mixer, find_mixers, tell_configurations
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import Progress, silent
 
-PARTS = {"mamba": (COLUMN, CHANNEL), "mamba2": (COLUMN,)}
+PARTS = {COLUMN: families.STATE, CHANNEL: families.CHANNEL}
 """What can be cut out of the mixers of a module; other patterns leave zeros or need a language model."""
 
 STREAMED = (Score.exact, Score.energy, Score.ghost, Score.sparsessm_l2, *BLIND)
@@ -42,7 +43,7 @@ class MixerResult:
     """What happened to one mixer of a module."""
 
     name: str
-    family: str  # "mamba" or "mamba2"
+    family: str  # the `model_type` of language models with such mixers
     states: tuple[int, int]  # of a group, before and after
     channels: tuple[int, int]  # d_inner before and after
     layer: LayerResult | None = None  # which states and channels stayed, and at what error; None: it was not pruned
@@ -141,7 +142,7 @@ def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
             "whole states or channels are removed."
         )
     config = configure(model=type(module).__name__, **options)
-    able = PARTS["mamba"]
+    able = tuple(PARTS)
     if wrong := [part for part in config.parts if part not in able]:
         raise UsageError(
             f"The pattern {wrong[0]} is not carried out for a torch module; {', '.join((*able, '+'.join(able)))} can "
@@ -183,12 +184,14 @@ def _counts(config: CompressConfig, mixers: list[Mixer]) -> Kept:
             )
     states, channels = [], []
     for index, mixer in enumerate(mixers):
-        if wrong := [part for part in config.parts if part not in PARTS[mixer.family]]:
+        fixed = mixer.architecture.capabilities.fixed
+        able = [part for part, dimension in PARTS.items() if dimension not in fixed]
+        if wrong := [part for part in config.parts if part not in able]:
             raise UsageError(
                 f"The pattern {wrong[0]} is not carried out for {mixer.family} ({mixer.name}); "
-                f"{', '.join(PARTS[mixer.family])} can be used."
+                f"{', '.join(able)} can be used."
             )
-        check_family(config, mixer.family)
+        check_family(config, mixer.architecture)
         own = config.model_copy(update={name: (numbers[index],) for name, numbers in listed.items()})
         count = kept(own, mixer.dimensions)
         states += count.states
@@ -210,7 +213,7 @@ class _Pruner:
         config, architecture, block = self.config, mixer.architecture, mixer.block()
         label = f"mixer {index + 1}/{total}"
         calls, sizes = self.seen[mixer.name].calls, mixer.dimensions
-        fits = config.fits_out_proj(sizes.heads is None)
+        fits = config.fits_out_proj(not architecture.capabilities.heads)
         hidden, stream = None, None
         if config.needs_text:
             hidden = _Inputs(self.runs, mixer, calls, f"{label}: inputs")
@@ -238,7 +241,7 @@ class _Pruner:
         """Whether the sums can be taken batch by batch."""
         config = self.config
         column = config.parts == (COLUMN,) and config.judge_of(COLUMN) in STREAMED
-        return column and (mixer.family == "mamba" or not config.repair)
+        return column and not (mixer.architecture.capabilities.heads and config.repair)
 
     def _cut(self, mixer: Mixer, layer: LayerResult, calls: int) -> MixerResult:
         """Cut out what is silent, unless the mixer's own forward then fails or puts out something else."""

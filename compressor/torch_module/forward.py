@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ssmc.runtime.errors import CalibrationError, SsmcError
-from ssmc.runtime.models.families.mixers import Mixer
+from ssmc.runtime.models.mixers import Mixer
 from ssmc.runtime.progress import Progress, silent
 
 AGREES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest number of an output

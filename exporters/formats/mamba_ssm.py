@@ -19,10 +19,9 @@ class MambaSsm(Safetensors):
 
     def missing(self, architecture: Architecture) -> str | None:
         """Of Mamba-1 and Mamba-2 only."""
-        from ssmc.runtime.models.checkpoints import has_layout_of
-
-        model_type = architecture.model_type
-        return None if has_layout_of(model_type) else f"mamba_ssm has no models of type {model_type}"
+        if architecture.capabilities.mamba_ssm is None:
+            return f"mamba_ssm has no models of type {architecture.model_type}"
+        return None
 
 
 MAMBA_SSM = MambaSsm()

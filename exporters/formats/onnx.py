@@ -62,9 +62,9 @@ class Onnx(Format):
 
     def missing(self, architecture: Architecture) -> str | None:
         """Of the families that have a graph."""
-        from ssmc.exporters.onnx.families import layer_writer
+        from ssmc.exporters.onnx.layers import LAYERS
 
-        if layer_writer(architecture.model_type) is None:
+        if architecture.model_type not in LAYERS.names():
             return f"there is no graph for models of type {architecture.model_type}"
         return None
 
@@ -135,11 +135,11 @@ class Onnx(Format):
 
 def about(job: Job) -> Mapping[str, Any]:
     """What is known of a graph before it is written: its settings and sizes, for the manifest and the graph itself."""
-    from ssmc.exporters.onnx.families import layer_writer
+    from ssmc.exporters.onnx.layers import LAYERS
     from ssmc.runtime.models.tokenizers import TOKENIZER_JSON
 
     config, tensors, options = job.shrunk.config, job.shrunk.tensors, job.options
-    sizes = layer_writer(config.model_type).load().sizes
+    sizes = LAYERS.find(config.model_type).sizes
     return {
         "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target")},
         "onnx": {

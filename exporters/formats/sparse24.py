@@ -48,7 +48,7 @@ class Sparse24(Safetensors):
 
     def missing(self, architecture: Architecture) -> str | None:
         """Not of hybrids."""
-        return "it knows the modules of state-space mixers alone" if architecture.is_hybrid else None
+        return "it knows the modules of state-space mixers alone" if not architecture.capabilities.uniform else None
 
     def folder(self, options: Sparse24Options) -> str:
         """Packed files have a folder of their own."""

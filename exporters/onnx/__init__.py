@@ -1,5 +1,14 @@
 """A graph with explicit states, built from the tensors of a model, that onnxruntime runs."""
 
-from ssmc.exporters.onnx.graph import Settings, build
+from __future__ import annotations
 
-__all__ = ["Settings", "build"]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes({"ssmc.exporters.onnx.graph": "Settings build"})
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

@@ -14,10 +14,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
-from ssmc.exporters.onnx.families import ORT, families, layer_writer
-from ssmc.exporters.onnx.layers.parts import Layer
-from ssmc.exporters.onnx.layers.ssd import MICROSOFT
+from ssmc.exporters.onnx.layers import LAYERS, ORT, PORTABLE, GraphLayer
 from ssmc.exporters.onnx.padding import Tokens, chosen_rows, real_first
+from ssmc.exporters.onnx.parts import Layer
+from ssmc.exporters.onnx.ssd import MICROSOFT
 from ssmc.exporters.onnx.weights import Weights
 from ssmc.runtime.errors import CheckpointError
 
@@ -52,24 +52,24 @@ class Built:
     layers: tuple[dict[str, int], ...]  # sizes of every layer, as its module names them
 
 
-def require_family(config: Any, target: str = "portable") -> None:
-    """Refuse a family that has no graph, or none of this target.
+def require_family(config: Any, target: str = PORTABLE) -> GraphLayer:
+    """What writes the layers of a family; one that has no graph, or none of this target, is refused.
 
     Raises:
         CheckpointError: naming what there is.
     """
-    writer = layer_writer(config.model_type)
-    if writer is None:
+    family = LAYERS.find(config.model_type)
+    if family is None:
         raise CheckpointError(
-            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(families())}. "
+            f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS.names())}. "
             "Export to another format."
         )
-    known = writer.targets
-    if target not in known:
+    if target not in family.TARGETS:
         raise CheckpointError(
             f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: operators of "
-            f"onnxruntime's own were not measured to help there. Use the target {' or '.join(known)}."
+            f"onnxruntime's own were not measured to help there. Use the target {' or '.join(family.TARGETS)}."
         )
+    return family
 
 
 def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) -> Built:
@@ -87,12 +87,11 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     Raises:
         CheckpointError: there is no graph for this family and target.
     """
-    require_family(config, settings.target)
+    family = require_family(config, settings.target)
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(
             f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."
         )
-    family = layer_writer(config.model_type).load()
     imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == ORT else {})
     graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=config.model_type)
     builder = GraphBuilder(graph)
@@ -143,7 +142,7 @@ def _head(
 
 
 def _name_shapes(
-    graph: ir.Graph, config: Any, settings: Settings, family: Any, layers: tuple[dict[str, int], ...]
+    graph: ir.Graph, config: Any, settings: Settings, family: GraphLayer, layers: tuple[dict[str, int], ...]
 ) -> None:
     """Give the outputs the names of their dimensions, which shape inference cannot know."""
     length = 1 if settings.logits == "last" else "length"

@@ -14,7 +14,6 @@ from ssmc.runtime.bench.sources import Subject
 from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture
-from ssmc.runtime.models.families.mamba import convolved
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import accelerator
 
@@ -59,10 +58,10 @@ def parts(model: nn.Module, architecture: Architecture, batch: int, length: int,
     hidden = architecture.embed(model, workloads.random_tokens(model, batch, length))  # (B, L, d_model)
     normed = architecture.normed(block, hidden)
     x = architecture.expand(mixer, normed)[0]
-    on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None
+    on_gpu = architecture.capabilities.gpu_scan and accelerator(backend, [x]) is not None
 
     def convolve() -> torch.Tensor:
-        return convolved(mixer, x, fuse=on_gpu)
+        return architecture.convolve(mixer, x, fused=on_gpu)
 
     scan = workloads.scan(model, architecture, batch, length, backend)
     found: dict[str, Run] = {"in_proj": lambda: mixer.in_proj(normed), "conv1d": convolve}

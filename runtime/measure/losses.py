@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.models.families import ARCHITECTURES
+from ssmc.runtime.models.families import find_family
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import OnnxSession
@@ -99,7 +99,7 @@ def _of_torch(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and "is the likeliest", both (T,), of the wanted targets, row by row."""
-    head, known = model.get_output_embeddings(), ARCHITECTURES.get(getattr(model.config, "model_type", None))
+    head, known = model.get_output_embeddings(), find_family(getattr(model.config, "model_type", None))
     scored = head if known is None else partial(known.logits, model)  # some families scale their logits
     hidden = model.base_model(inputs.to(head.weight.device), use_cache=False)[0]  # (B, L, d_model)
     rows = hidden[wanted.to(hidden.device)].to(head.weight.dtype)  # (T, d_model): what predicts the targets

@@ -131,5 +131,5 @@ def first_scan_inputs(
     block = first_block(model, architecture)
     mixer = architecture.mixer(block)
     x, z = architecture.expand(mixer, architecture.normed(block, architecture.embed(model, tokens)))
-    on_gpu = architecture.has_gpu_scan and accelerator(backend, [x]) is not None
-    return architecture.scan_inputs(mixer, x, z, **({"fuse": True} if on_gpu else {}))
+    on_gpu = architecture.capabilities.gpu_scan and accelerator(backend, [x]) is not None
+    return architecture.scan_inputs(mixer, x, z, fused=on_gpu)

@@ -117,7 +117,9 @@ def _forward(
     conv_state, state = _cached(mixer, cache_params)
     length = hidden_states.shape[1]
     on_gpu = _on_gpu(fast, mixer, hidden_states)
-    ours = on_gpu or (fast.architecture.has_gpu_gradients and _on_gpu(fast, mixer, hidden_states, gradients=True))
+    ours = on_gpu or (
+        fast.architecture.capabilities.gpu_gradients and _on_gpu(fast, mixer, hidden_states, gradients=True)
+    )
     if _leave_to_stock(mixer, hidden_states, cache_params, ours, continues=state is not None and length > 1):
         return type(mixer).forward(
             mixer, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
@@ -128,10 +130,10 @@ def _forward(
     x, z = fast.architecture.expand(mixer, hidden_states)
     width = mixer.conv_kernel_size
     history = None if conv_state is None else _history(conv_state, width - 1)
-    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, **({"fuse": True} if on_gpu else {}))
+    inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, fused=on_gpu)
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
-    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, **({"in_place": True} if on_gpu else {}))
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, in_place=on_gpu)
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
         window = x if _layer(mixer, cache_params).record_past else x[:, -width:]
@@ -168,7 +170,7 @@ def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:
 
 def _on_gpu(fast: _Fast, mixer: nn.Module, hidden_states: torch.Tensor, gradients: bool = False) -> bool:
     """Whether one of the scans for a GPU takes this call; with `gradients`, also one that records them."""
-    if not fast.architecture.has_gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not fast.architecture.capabilities.gpu_scan or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     weights = mixer.parameters() if torch.is_grad_enabled() else [mixer.conv1d.weight]  # any may need a gradient
     return accelerator(fast.backend, [hidden_states, *weights], gradients) is not None

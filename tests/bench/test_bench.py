@@ -31,7 +31,7 @@ from ssmc.runtime.measure.memory import MemoryProcessError, MemoryTask, measure_
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.tokenizers import copy_tokenizer, load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
@@ -67,7 +67,7 @@ def artefact(tmp_path_factory):
     dense, out = base / "dense", base / "ssmc-out"
     save(dense, tensors, model.config)
     copy_tokenizer(load_checkpoint("tiny").directory, dense)
-    cut, config, _ = architecture_for("mamba").cut_states(tensors, model.config, [KEPT, KEPT])
+    cut, config, _ = architecture_for("mamba").cut(tensors, model.config, STATE, [KEPT, KEPT])
     source = {"model": str(dense), "format": "transformers", "relative": "../dense"}
     manifest = {
         "kind": "masked",

@@ -17,7 +17,7 @@ from ssmc.runtime.measure.memory import MemoryProcessError
 from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
 from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import STATE, architecture_for
 from tests.support.models import random_model, save_transformers
 
 SCORE = Perplexity(2.0, 7.39, 630, 10, 64, 0.01, (2.0,) * 10)
@@ -88,7 +88,7 @@ def folder(tmp_path):
     dense = random_model(vocab_size=4096)
     tiny = load_checkpoint("tiny").directory
     tensors = {name: tensor for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
-    cut, config, _ = architecture_for("mamba").cut_states(tensors, dense.config, [[0, 2, 4]] * 3)
+    cut, config, _ = architecture_for("mamba").cut(tensors, dense.config, STATE, [[0, 2, 4]] * 3)
     for name, state, c in (("dense", tensors, dense.config), ("cut", cut, config)):
         (tmp_path / name).mkdir()
         write_checkpoint(tmp_path / name, state, c)

@@ -20,6 +20,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from ssmc.runtime.errors import CheckpointError, OutputError, UsageError
 from ssmc.runtime.files import new_directory
 from ssmc.runtime.models.checkpoints import load_checkpoint, parameter_count, unpadded_vocab_size, write_checkpoint
+from ssmc.runtime.models.families import STATE
 from ssmc.runtime.tiny import TINY_DIRECTORY
 from tests.support.models import (
     LAYERS,
@@ -359,7 +360,7 @@ def test_only_what_changed_is_changed_in_the_config(tmp_path, model_directory):
     checkpoint = load_checkpoint(model_directory("mamba-ssm"))
     original = json.loads((checkpoint.directory / "config.json").read_text())
     kept = [[0, 2, 5]] * LAYERS
-    tensors, config, _ = checkpoint.architecture.cut_states(checkpoint.tensors(), checkpoint.config, kept)
+    tensors, config, _ = checkpoint.architecture.cut(checkpoint.tensors(), checkpoint.config, STATE, kept)
     write_checkpoint(tmp_path, tensors, config, format="mamba-ssm")
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw == original | {"ssm_cfg": {"d_state": 3, "dt_rank": 5}}

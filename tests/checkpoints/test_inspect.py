@@ -9,6 +9,7 @@ import torch
 
 from ssmc.compressor.families import prospects
 from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.families import STATE
 from ssmc.runtime.models.inspection import inspect
 from tests.support.commandline import run
 from tests.support.models import LAYERS, random_mamba2, random_model, save_transformers
@@ -43,7 +44,7 @@ def test_what_columns_bring_is_what_cutting_them_brings(checkpoint):
     sizes, architecture = checkpoint.dimensions, checkpoint.architecture
     half = sizes.d_state // 2
     kept = [[g * sizes.d_state + n for g in range(sizes.groups) for n in range(half)]] * sizes.n_layer
-    tensors, _, _ = architecture.cut_states(checkpoint.tensors(), checkpoint.config, kept)
+    tensors, _, _ = architecture.cut(checkpoint.tensors(), checkpoint.config, STATE, kept)
     left = sum(tensor.numel() for tensor in tensors.values()) / inspect(checkpoint).parameters
     gains = {prospect.pattern: prospect.gain for prospect in prospects(checkpoint)}
     assert f"{1 - left:.1%} fewer parameters" in gains["column"]

@@ -11,7 +11,7 @@ from ssmc.exporters.onnx.layers import mamba
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.errors import CheckpointError, VerificationError
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import CHANNEL, STATE, architecture_for
 from tests.support.models import PADDED, random_mamba2, random_model, random_tokens
 from tests.support.onnx_runs import MASKS, assert_close, graph, read, stock, tensors_of
 
@@ -146,9 +146,9 @@ def test_layers_of_unequal_sizes(tmp_path):
     channels = [list(range(0, 48, 2)), list(range(48)), [7, 11, 40]]
     for layer, block in enumerate(model.backbone.layers):
         architecture.mask_states(block.mixer, states[layer])
-        architecture.mask_channels(block.mixer, channels[layer])
-    cut, _, _ = architecture.cut_states(tensors_of(model), config, states)
-    cut, _, _ = architecture.cut_channels(cut, config, channels)
+        architecture.mask(block.mixer, CHANNEL, channels[layer])
+    cut, _, _ = architecture.cut(tensors_of(model), config, STATE, states)
+    cut, _, _ = architecture.cut(cut, config, CHANNEL, channels)
     session = graph(model, tmp_path, cut, logits="all")
     shapes = {value.name: value.shape[1:] for value in session.get_inputs()}
     assert shapes["past_ssm_0"] == [3, 24]

@@ -12,14 +12,14 @@ from transformers import Mamba2ForCausalLM
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
-from ssmc.exporters.onnx import Settings, build
-from ssmc.exporters.onnx.layers import mamba2, ssd
+from ssmc.exporters.onnx import Settings, build, ssd
+from ssmc.exporters.onnx.layers import mamba2
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import OnnxSession, generate, open_session
 from ssmc.runtime.models.generation.onnx_graph import open_graph
@@ -140,7 +140,7 @@ def test_layers_of_unequal_sizes(target, tmp_path):
     kept = [[0, 3, 5, 7, 9, 13], [1, 12], list(range(14))]  # of two groups of 7 states
     for block, states in zip(model.backbone.layers, kept, strict=True):
         architecture.mask_states(block.mixer, states)
-    cut, _, _ = architecture.cut_states(tensors_of(model), model.config, kept)
+    cut, _, _ = architecture.cut(tensors_of(model), model.config, STATE, kept)
     session = graph(model, tmp_path, cut, logits="all", target=target)
     shapes = {value.name: value.shape[1:] for value in session.get_inputs()}
     assert [shapes[f"past_ssm_{layer}"] for layer in range(3)] == [[12, n, 4] for n in (3, 1, 7)]

@@ -28,7 +28,7 @@ from tests.support.commandline import run
 from tests.support.families import FAMILIES, falcon_mamba
 from tests.support.models import VOCAB, save_transformers
 
-NORMED = [name for name in FAMILIES if architecture_for(name).has_normed_readers]
+NORMED = [name for name in FAMILIES if architecture_for(name).capabilities.normed_readers]
 TINY_VOCAB = 4096
 NOISE = 3e-5  # of float32 sums in another order, which random models amplify
 
@@ -201,7 +201,9 @@ def test_blocks_run_alone_as_they_do_in_the_model(models, family, length):
     architecture.record_arguments(fast, ids[:1])
     hidden = architecture.embed(fast, ids[1:])
     for block in architecture.blocks(fast):
-        hidden = architecture.run(block, architecture.enter(block, hidden) if architecture.shares_blocks else hidden)
+        hidden = architecture.run(
+            block, architecture.enter(block, hidden) if architecture.capabilities.shared_blocks else hidden
+        )
     assert difference(architecture.head(fast, hidden), stock(ids[1:]).logits) < NOISE
 
 
@@ -223,7 +225,7 @@ def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, fol
             assert not torch.equal(weight, before * (weight != 0)), "SparseGPT moves what stays"
     untouched = [name for name, p in dense.named_parameters() if "experts" in name and p.ndim == 3]
     assert all(torch.equal(pruned.get_parameter(name), dense.get_parameter(name)) for name in untouched)
-    assert any("stay dense" in note for note in result.notes) == architecture_for(family).is_hybrid
+    assert any("stay dense" in note for note in result.notes) != architecture_for(family).capabilities.uniform
     done = [module.name for layer in result.layers for module in layer.modules]
     for layer in (layer for layer in result.layers if layer.kept and pattern != "2:4"):
         assert 0 < layer.a_log_zeros < 0.6
@@ -236,9 +238,11 @@ def test_inspect_says_what_a_family_is_not_for(family, folder, capsys, tmp_path)
     done = run(capsys, "inspect", folder, "--json", file)
     assert done.code == 0, done.err
     lacks = json.loads(file.read_text())["not_for_this_family"]
-    assert {"--format mamba-ssm", "--format onnx", *limits(family)} == {*lacks} - {"--format sparse24"}
+    assert {"--format mamba-ssm", "--format onnx", *limits(architecture_for(family))} == {*lacks} - {
+        "--format sparse24"
+    }
     assert f"Not for {family}" in done.words
-    for option in limits(family):
+    for option in limits(architecture_for(family)):
         assert option.split(",")[0] in done.words
 
 
@@ -269,7 +273,7 @@ def check_readers_and_gains(model, architecture):
     """C from the rows that are fitted, and the output from read-outs times gains, are those of the mixer itself."""
     block = next(block for block in architecture.blocks(model) if architecture.mixer(block) is not None)
     mixer = architecture.mixer(block)
-    width = 3 if architecture.shares_blocks else 1
+    width = 3 if architecture.capabilities.shared_blocks else 1
     hidden = torch.randn(1, 30, 24 * width, generator=torch.Generator().manual_seed(2))
     inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, hidden)))
     wanted, parts = architecture.scan(mixer, inputs)[0], []
@@ -395,7 +399,7 @@ def test_falcon_mamba_takes_the_other_patterns(tmp_path, pattern):
 
 
 def test_patterns_a_family_lacks_are_refused(family, folder, tmp_path):
-    for option, reason in limits(family).items():
+    for option, reason in limits(architecture_for(family)).items():
         pattern = option.removeprefix("--pattern ")
         if pattern != option:
             with pytest.raises(UsageError, match=f"pattern {pattern} is not carried out for {family}"):

@@ -17,7 +17,7 @@ from ssmc.compressor.options.patterns import Score
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import CHANNEL, STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.support.models import VOCAB, random_mamba2, save_mamba_ssm, save_transformers
 
@@ -85,12 +85,12 @@ def test_masked_equals_cut(options):
     assert (masked - dense(random_tokens()).logits).abs().max() > 0.01 * masked.abs().max()
     tensors, config = model.state_dict(), model.config
     if "column" in options.get("pattern", ""):
-        tensors, config, _ = ARCHITECTURE.cut_states(tensors, config, [r.kept for r in results])
+        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.kept for r in results])
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert [sum(24 * g <= c < 24 * g + 24 for c in result.channels) for g in (0, 1)] == [12, 12]
-        assert ARCHITECTURE.are_channels_masked(block.mixer, result.channels)
-        assert not ARCHITECTURE.are_channels_masked(block.mixer, result.channels[4:])
-    tensors, config, _ = ARCHITECTURE.cut_channels(tensors, config, [r.channels for r in results])
+        assert ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels)
+        assert not ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels[4:])
+    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels for r in results])
     cut = Mamba2ForCausalLM(config).eval()
     cut.load_state_dict(tensors)
     assert (config.expand, config.num_heads) == (1, 6)
@@ -106,11 +106,11 @@ def test_a_narrowed_block_computes_what_the_cut_one_will_and_widening_gives_it_b
     block = random_mamba2().backbone.layers[1]
     kept = channels_of([0, 2, 5, 6, 9, 10], 4)
     hidden = torch.randn(2, 30, 24, generator=torch.Generator().manual_seed(5))
-    narrow, masked, wide = ARCHITECTURE.narrowed(block, kept), copy.deepcopy(block), copy.deepcopy(block)
-    ARCHITECTURE.mask_channels(masked.mixer, kept)
+    narrow, masked, wide = ARCHITECTURE.narrow(block, CHANNEL, kept), copy.deepcopy(block), copy.deepcopy(block)
+    ARCHITECTURE.mask(masked.mixer, CHANNEL, kept)
     masked.mixer.norm.variance_epsilon /= 2
     torch.testing.assert_close(narrow(hidden), masked(hidden))
-    ARCHITECTURE.widen(wide, narrow, kept)
+    ARCHITECTURE.widen(wide, narrow, CHANNEL, kept)
     for (name, tensor), (_, wanted) in zip(wide.named_parameters(), masked.named_parameters(), strict=True):
         torch.testing.assert_close(tensor, wanted, msg=name)
 

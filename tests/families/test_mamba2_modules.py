@@ -14,7 +14,7 @@ from ssmc.compressor.methods.weights.sparsegpt import sparsegpt
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from tests.support.models import VOCAB, random_mamba2, save_transformers
 from tests.support.naive import hidden_states
@@ -133,8 +133,8 @@ def test_states_and_modules_together_keep_the_pruned_states_silent(tokens):
     results = pruned(model, tokens, pattern="column", target="all", sparsity=0.5)
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert [m.name for m in result.modules] == list(FFN)
-        assert ARCHITECTURE.is_masked(block.mixer, result.kept)
-    tensors, config, _ = ARCHITECTURE.cut_states(model.state_dict(), model.config, [r.kept for r in results])
+        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.kept)
+    tensors, config, _ = ARCHITECTURE.cut(model.state_dict(), model.config, STATE, [r.kept for r in results])
     shrunk = Mamba2ForCausalLM(config)
     shrunk.load_state_dict(tensors)
     wanted = model(tokens).logits

@@ -19,7 +19,7 @@ from ssmc.compressor.pipeline import collect
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
@@ -182,7 +182,7 @@ def test_masked_equals_shrunk(score):
         assert [sum(7 * g <= n < 7 * g + 7 for n in states) for g in (0, 1)] == [3, 3], "as many in each group"
     masked = model(random_tokens()).logits
     assert (masked - before).abs().max() > 0.01 * before.abs().max()
-    tensors, config, cuts = ARCHITECTURE.cut_states(model.state_dict(), model.config, kept)
+    tensors, config, cuts = ARCHITECTURE.cut(model.state_dict(), model.config, STATE, kept)
     shrunk = Mamba2ForCausalLM(config)
     shrunk.load_state_dict(tensors)
     assert config.state_size == 3
@@ -196,13 +196,13 @@ def test_masked_equals_shrunk(score):
 def test_a_silent_state_has_no_bias_left():
     """silu(bias) is not zero: zero rows of in_proj alone would leave a constant B."""
     mixer = random_mamba2().backbone.layers[0].mixer
-    assert not ARCHITECTURE.is_masked(mixer, range(1, 14))
+    assert not ARCHITECTURE.is_masked(mixer, STATE, range(1, 14))
     ARCHITECTURE.mask_states(mixer, list(range(1, 14)))
-    assert ARCHITECTURE.is_masked(mixer, range(1, 14))
-    assert not ARCHITECTURE.is_masked(mixer, range(2, 14))
+    assert ARCHITECTURE.is_masked(mixer, STATE, range(1, 14))
+    assert not ARCHITECTURE.is_masked(mixer, STATE, range(2, 14))
     for channel in (48, 48 + 14):  # B and C of state 0
         mixer.conv1d.bias[channel] = 0.1
-        assert not ARCHITECTURE.is_masked(mixer, range(1, 14))
+        assert not ARCHITECTURE.is_masked(mixer, STATE, range(1, 14))
         mixer.conv1d.bias[channel] = 0
 
 

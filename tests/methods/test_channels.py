@@ -9,6 +9,7 @@ import torch
 from ssmc.compressor import Score, configure, prune_layers
 from ssmc.compressor.methods.channels import prune as widths
 from ssmc.compressor.methods.channels.obs import RIDGE, choose_channels, eliminate_channels, fit, refit
+from ssmc.runtime.models.families import CHANNEL, STATE
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, dtypes, random_model
 
@@ -237,8 +238,8 @@ def test_cut_tensors_compute_what_the_masked_ones_do(model, tokens, pattern):
     pruned, results = prune(model, tokens, pattern=pattern, sparsity=0.5)
     tensors, config = pruned.state_dict(), pruned.config
     if pattern != "channel":
-        tensors, config, _ = ARCHITECTURE.cut_states(tensors, config, [r.kept for r in results])
-    tensors, config, _ = ARCHITECTURE.cut_channels(tensors, config, [r.channels for r in results])
+        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.kept for r in results])
+    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels for r in results])
     assert (config.intermediate_size, config.state_size) == (12, 6 if pattern == "channel" else 3)
     small = type(model)(config).eval()
     small.load_state_dict(tensors)

@@ -10,6 +10,7 @@ from ssmc.compressor import configure, prune_layers
 from ssmc.compressor.methods.weights.masks import NM
 from ssmc.compressor.methods.weights.projections import module_targets, prune_modules
 from ssmc.compressor.methods.weights.sparsegpt import sparsegpt
+from ssmc.runtime.models.families import STATE
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, dtypes, hidden_before, random_model
 
@@ -119,7 +120,7 @@ def test_states_and_modules_together_keep_the_pruned_states_silent(model, tokens
     results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert len(result.kept) == 4
-        assert ARCHITECTURE.is_masked(block.mixer, result.kept)
+        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.kept)
 
 
 def test_unstructured_a_log_in_a_whole_run(model, tokens):

@@ -12,7 +12,7 @@ from ssmc.compressor import configure, prune_layers, refine
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.manifest import read_manifest
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import CHANNEL, STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import dtypes
 from tests.support.models import LAYERS, logits, random_mamba2, random_model, random_tokens
@@ -159,8 +159,8 @@ def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
             assert not new[old == 0].any(), name
         assert not torch.equal(old, new), name
     if layer.channels is not None:
-        assert ARCHITECTURE.are_channels_masked(after, layer.channels)
-    assert ARCHITECTURE.is_masked(after, layer.kept)
+        assert ARCHITECTURE.is_masked(after, CHANNEL, layer.channels)
+    assert ARCHITECTURE.is_masked(after, STATE, layer.kept)
 
 
 def test_the_states_of_a_mamba2_stay_silent_too(tokens):
@@ -170,7 +170,7 @@ def test_the_states_of_a_mamba2_stay_silent_too(tokens):
     results = prune_layers(pruned, architecture, tokens, config, dtypes(model))
     assert any(r.refined.best_step > 0 for r in results)
     for block, result in zip(pruned.backbone.layers, results, strict=True):
-        assert architecture.is_masked(block.mixer, result.kept)
+        assert architecture.is_masked(block.mixer, STATE, result.kept)
 
 
 def test_a_hostile_rate_leaves_the_layer_as_it_was(model, tokens, monkeypatch):

@@ -28,7 +28,7 @@ from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
 import ssmc
 from ssmc.compressor import MixerResult
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
-from ssmc.runtime.models.families.mixers import find_mixers
+from ssmc.runtime.models.mixers import find_mixers
 from ssmc.runtime.scan import ScanInputs
 from tests.support.layouts import (
     INNER,

@@ -11,8 +11,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig,
 
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.models import fast
+from ssmc.runtime.models.architectures import mamba1
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.families import mamba
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.models.stock_kernels import guard_kernels
 
@@ -267,9 +267,9 @@ def test_it_can_be_repeated_and_undone():
 @torch.no_grad()
 def test_the_scan_named_is_the_scan_used(monkeypatch):
     model, used = random_model(), []
-    real = mamba.selective_scan
+    real = mamba1.selective_scan
     monkeypatch.setattr(
-        mamba, "selective_scan", lambda i, s, backend, *a: used.append(backend) or real(i, s, backend, *a)
+        mamba1, "selective_scan", lambda i, s, backend, *a: used.append(backend) or real(i, s, backend, *a)
     )
     use_fast_scan(model, "reference")(random_ids(1, 4))
     assert used == ["reference"] * 3

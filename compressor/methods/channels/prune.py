@@ -13,6 +13,7 @@ from ssmc.compressor.methods.channels.heads import channels_of, choose_heads
 from ssmc.compressor.methods.channels.obs import choose_channels, fit, refit
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.options.patterns import BLIND, Score
+from ssmc.runtime.models import families
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import Progress, silent
 
@@ -77,7 +78,7 @@ def prune_channels(
         progress(label, len(hidden), len(hidden))
     generator = torch.Generator().manual_seed(seed)
     moment = read_by_out.total if read_by_out else None
-    if mixer.A_log.dim() == 1:  # a head's channels have one rate between them and go together
+    if architecture.capabilities.heads:  # a head's channels have one rate between them and go together
         P, groups = mixer.head_dim, len(architecture.rates(mixer))
         heads = choose_heads(score, weights["out_proj"], moment, keep // P, d_inner // P, groups, generator)
         kept = channels_of(heads, P)
@@ -86,7 +87,7 @@ def prune_channels(
     if read_by_x:
         x_proj = weights["x_proj"]
         x_proj[:, kept] = refit(x_proj, read_by_x.total, kept).to(x_proj)
-    architecture.mask_channels(mixer, kept)
+    architecture.mask(mixer, families.CHANNEL, kept)
     return kept
 
 

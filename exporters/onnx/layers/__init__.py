@@ -1,1 +1,35 @@
-"""One layer of each family in an ONNX graph."""
+"""One layer of a family in an ONNX graph: a file each, named as the `model_type`, and those registered from outside.
+
+Nothing here needs the packages of ONNX before a layer is asked for, so it can be said without them what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ssmc.runtime.registry import Registry
+
+__all__ = ["LAYERS", "ORT", "PORTABLE", "GraphLayer"]
+
+PORTABLE, ORT = "portable", "ort"
+"""Targets of a graph: standard operators only; those of onnxruntime too."""
+
+
+class GraphLayer(Protocol):
+    """What writes a mixer into a graph: a module with these functions, or an object with these methods."""
+
+    TARGETS: tuple[str, ...]  # those it knows
+
+    def sizes(self, config: Any, tensors: Mapping[str, Any], layer: int) -> dict[str, int]:
+        """The sizes of a layer, read from its own tensors."""
+
+    def states(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The states of a layer of these sizes, without the batch, by name."""
+
+    def mixer(self, op: Any, layer: Any, hidden: Any) -> tuple[Any, dict[str, Any]]:
+        """What a mixer makes of (L, B, d_model), normed, and its states behind the last real token."""
+
+
+LAYERS: Registry[GraphLayer] = Registry(__name__)
+"""model_type -> what writes one of its layers."""

@@ -1,4 +1,4 @@
-"""One layer of Mamba-1 in an ONNX graph: the same steps as `runtime/models/families/mamba.py` takes in torch.
+"""One layer of Mamba-1 in an ONNX graph: the same steps as `runtime/models/architectures/mamba1.py` takes in torch.
 
 Time comes first, (L, B, ...), and the SSM state lies as (B, N, D), channels last, because that is what one step of
 ONNX's `Scan` reads and writes without a transpose.
@@ -13,9 +13,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.layers.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
+from ssmc.exporters.onnx.layers import PORTABLE
 from ssmc.exporters.onnx.padding import Tokens
+from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
 from ssmc.exporters.onnx.weights import Weights
+
+TARGETS = (PORTABLE,)
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

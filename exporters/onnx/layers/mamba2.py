@@ -1,4 +1,4 @@
-"""One layer of Mamba-2 in an ONNX graph: the same steps as `runtime/models/families/mamba2.py` takes in torch.
+"""One layer of Mamba-2 in an ONNX graph: the same steps as `runtime/models/architectures/mamba2.py` takes in torch.
 
 Time comes first, (L, B, ...), until the scan; the SSM state lies as (B, H, N, P), a matrix for each head, because that
 is what products of matrices and onnxruntime's LinearAttention read.
@@ -14,10 +14,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.families import ORT
-from ssmc.exporters.onnx.layers import ssd
-from ssmc.exporters.onnx.layers.parts import Layer, convolve, convolve_one, one_or_many, silu
-from ssmc.exporters.onnx.layers.ssd import Heads, Inputs
+from ssmc.exporters.onnx import ssd
+from ssmc.exporters.onnx.layers import ORT, PORTABLE
+from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu
+from ssmc.exporters.onnx.ssd import Heads, Inputs
+
+TARGETS = (PORTABLE, ORT)  # ORT: LinearAttention decodes
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ _HOMES = lazy.homes(
         "ssmc.runtime.models.checkpoints.checkpoint": (
             "FORMATS Checkpoint load_checkpoint parameter_count read_dimensions tensor_bytes write_checkpoint"
         ),
-        "ssmc.runtime.models.checkpoints.mamba_ssm_format": "has_layout_of unpadded_vocab_size",
+        "ssmc.runtime.models.checkpoints.mamba_ssm_format": "unpadded_vocab_size",
         "ssmc.runtime.models.checkpoints.model": "parameter_counter",
         "ssmc.runtime.models.checkpoints.sources": "EMBEDDED",
     }

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,16 @@ import torch
 from transformers import PretrainedConfig
 
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.architectures.capabilities import MambaSsmLayer
 from ssmc.runtime.models.checkpoints.reading import read_tensors, some_of
 from ssmc.runtime.models.checkpoints.transformers_format import make_config
-from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.families import Architecture, architecture_for, families, find_family
 from ssmc.runtime.progress import Progress, silent
 
 NAME = "mamba-ssm"
 REQUIRED = ("d_model", "n_layer", "vocab_size")
 KEPT_CONFIG = "mamba_ssm_config"  # the original config.json, as an extra key of transformers' configuration
 
-# ssm_cfg key -> transformers field, and mamba_ssm's default (the arguments of its Mamba and its Mamba2)
-_SHARED_FIELDS = {
-    "d_conv": ("conv_kernel", 4),
-    "dt_min": ("time_step_min", 0.001),
-    "dt_max": ("time_step_max", 0.1),
-    "dt_init_floor": ("time_step_floor", 1e-4),
-    "conv_bias": ("use_conv_bias", True),
-    "bias": ("use_bias", False),
-}
-_MAMBA_FIELDS = _SHARED_FIELDS | {
-    "d_state": ("state_size", 16),
-    "dt_rank": ("time_step_rank", "auto"),
-    "dt_init": ("time_step_init_scheme", "random"),
-    "dt_scale": ("time_step_scale", 1.0),
-}
-_MAMBA2_FIELDS = _SHARED_FIELDS | {
-    "d_state": ("state_size", 128),
-    "headdim": ("head_dim", 64),
-    "ngroups": ("n_groups", 1),
-    "dt_limit": ("time_step_limit", (0.0, math.inf)),
-    "chunk_size": ("chunk_size", 256),
-}
 # the fields of mamba_ssm's MambaConfig
 _ORDER = ("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm")
 _ORDER += ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings")
@@ -62,28 +40,7 @@ _STORED_EMBEDDING, _EMBEDDING = "backbone.embedding.weight", "backbone.embedding
 _HEAD = "lm_head.weight"
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """One kind of layer that mamba_ssm has and transformers too."""
-
-    layer: str  # ssm_cfg["layer"]
-    model_type: str
-    architecture: str
-    fields: Mapping[str, tuple[str, Any]]
-    ignored: tuple[str, ...]  # ssm_cfg keys that change nothing in the result
-    fixed: Mapping[str, tuple[Any, ...]]  # ssm_cfg keys, and their values that transformers can express
-
-
-_MAMBA = _Kind("Mamba1", "mamba", "MambaForCausalLM", _MAMBA_FIELDS, ("layer", "expand", "use_fast_path"), {})
-_MAMBA2 = _Kind(
-    "Mamba2",
-    "mamba2",
-    "Mamba2ForCausalLM",
-    _MAMBA2_FIELDS,
-    ("layer", "expand", "use_mem_eff_path", "conv_init", "A_init_range", "sequence_parallel"),
-    {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,)},
-)
-_KINDS = {kind.layer: kind for kind in (_MAMBA, _MAMBA2)}
+_DEFAULT_LAYER = "Mamba1"
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -108,7 +65,8 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     d_model, expand = raw["d_model"], ssm_cfg.get("expand", _DEFAULT_EXPAND)
     if not all(isinstance(value, int | float) and value > 0 for value in (d_model, expand)):
         raise CheckpointError(f"{path} has d_model {d_model!r} and expand {expand!r}, not positive numbers. Mend it.")
-    kind = _KINDS[ssm_cfg.get("layer", _MAMBA.layer)]
+    family = _kinds()[ssm_cfg.get("layer", _DEFAULT_LAYER)]
+    kind = family.capabilities.mamba_ssm
     values = {field: ssm_cfg.get(key, default) for key, (field, default) in kind.fields.items()}
     values |= {
         "vocab_size": _padded(raw, path),
@@ -119,10 +77,10 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
         "layer_norm_epsilon": _NORM_EPSILON,
         "residual_in_fp32": raw.get("residual_in_fp32", True),
         "tie_word_embeddings": raw.get("tie_embeddings", True),
-        "architectures": [kind.architecture],
+        "architectures": [kind.class_name],
         KEPT_CONFIG: copy.deepcopy(dict(raw)),
     }
-    return make_config(kind.model_type, values, path)
+    return make_config(family.model_type, values, path)
 
 
 def unpadded_vocab_size(config: PretrainedConfig) -> int:
@@ -167,7 +125,7 @@ def make_raw(config: PretrainedConfig) -> dict[str, Any]:
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": {} if _kind_of(config) is _MAMBA else {"layer": _kind_of(config).layer},
+        "ssm_cfg": {} if _layer_of(config).layer == _DEFAULT_LAYER else {"layer": _layer_of(config).layer},
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "fused_add_norm": True,
@@ -192,19 +150,24 @@ def make_raw(config: PretrainedConfig) -> dict[str, Any]:
     return {key: raw[key] for key in sorted(raw, key=_position)}
 
 
-def _kind_of(config: PretrainedConfig) -> _Kind:
-    for kind in _KINDS.values():
-        if kind.model_type == config.model_type:
-            return kind
-    known = ", ".join(kind.model_type for kind in _KINDS.values())
+def _kinds() -> dict[str, Architecture]:
+    """The families with a layer of mamba_ssm's, by the name of that layer."""
+    return {family.capabilities.mamba_ssm.layer: family for family in families() if family.capabilities.mamba_ssm}
+
+
+def _layer_of(config: PretrainedConfig) -> MambaSsmLayer:
+    family = find_family(config.model_type)
+    if family is not None and family.capabilities.mamba_ssm:
+        return family.capabilities.mamba_ssm
+    known = ", ".join(family.model_type for family in _kinds().values())
     raise CheckpointError(
         f"mamba_ssm has no models of type {config.model_type}, only {known}. Write the transformers layout instead."
     )
 
 
-def _widths(kind: _Kind, d_inner: int, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _widths(kind: MambaSsmLayer, d_inner: int, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """transformers' fields for d_inner: one number for Mamba-1, so many heads for Mamba-2."""
-    if kind is _MAMBA:
+    if not kind.heads:
         return {"intermediate_size": d_inner}
     head_dim = values["head_dim"]
     if not isinstance(head_dim, int) or head_dim < 1 or d_inner % head_dim:
@@ -221,7 +184,7 @@ def _position(key: str) -> int:
 def _updated_ssm_cfg(ssm_cfg: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """`ssm_cfg` with the entries changed, and only those, that say something else than `config`."""
     updated = dict(ssm_cfg)
-    for key, (field, default) in _kind_of(config).fields.items():
+    for key, (field, default) in _layer_of(config).fields.items():
         now, wanted = ssm_cfg.get(key, default), getattr(config, field)
         if key == "dt_rank":
             now, wanted = math.ceil(config.hidden_size / 16) if now == "auto" else now, int(wanted)
@@ -263,11 +226,11 @@ def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
     ssm_cfg = raw.get("ssm_cfg") or {}
     if not isinstance(ssm_cfg, dict):
         raise CheckpointError(f"{path} has the ssm_cfg {ssm_cfg!r}, which is not an object. Mend it.")
-    layer = ssm_cfg.get("layer", _MAMBA.layer)
-    if layer not in _KINDS:
-        known = " and ".join(_KINDS)
+    layer, kinds = ssm_cfg.get("layer", _DEFAULT_LAYER), _kinds()
+    if layer not in kinds:
+        known = " and ".join(kinds)
         raise CheckpointError(f"{path} describes layers of the kind {layer}; ssmc knows {known} of mamba_ssm so far.")
-    kind = _KINDS[layer]
+    kind = kinds[layer].capabilities.mamba_ssm
     if unknown := ssm_cfg.keys() - kind.fields.keys() - kind.fixed.keys() - set(kind.ignored):
         raise CheckpointError(f"{path} has ssm_cfg keys that {layer} does not know: {some_of(unknown)}. Mend it.")
     for key, expressible in kind.fixed.items():
@@ -288,7 +251,7 @@ def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
 
 def _refuse_foreign_features(config: PretrainedConfig) -> None:
     """Everything transformers' models can say that mamba_ssm cannot."""
-    _kind_of(config)
+    _layer_of(config)
     if config.layer_norm_epsilon != _NORM_EPSILON:
         raise CheckpointError(
             f"mamba_ssm's norms always use epsilon {_NORM_EPSILON}, this model uses {config.layer_norm_epsilon}; it "
@@ -299,8 +262,3 @@ def _refuse_foreign_features(config: PretrainedConfig) -> None:
             f"mamba_ssm's activation is always silu, this model's is {config.hidden_act}; it can only be written in "
             "transformers' layout."
         )
-
-
-def has_layout_of(model_type: str) -> bool:
-    """Whether mamba_ssm has models of this type of transformers'."""
-    return any(kind.model_type == model_type for kind in _KINDS.values())

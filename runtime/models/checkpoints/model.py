@@ -43,7 +43,7 @@ def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int
         other = architecture.resized(config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
         return sum(shape.numel() for shape in expected_shapes(other, "the model").values())
 
-    if architecture.is_hybrid:
+    if not architecture.capabilities.uniform:
         return count
     outside = 2 * count(1, sizes.d_inner, sizes.d_state) - count(2, sizes.d_inner, sizes.d_state)
     return lambda n_layer, d_inner, d_state: outside + n_layer * (count(1, d_inner, d_state) - outside)

@@ -1,49 +1,96 @@
-"""The model families ssmc knows, one file each, named after its transformers `model_type`."""
+"""The model families ssmc knows: a file each, named as its `model_type`, and those registered from outside.
+
+A file of this folder offers its family as `FAMILY` and is found by its name; nothing else has to know of it.
+`register_family` adds one from anywhere.
+"""
 
 from __future__ import annotations
 
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.models.families.bamba import BambaArchitecture
-from ssmc.runtime.models.families.base import Architecture, Cut, Dimensions, Readers
-from ssmc.runtime.models.families.falcon_h1 import FalconH1Architecture
-from ssmc.runtime.models.families.falcon_mamba import FalconMambaArchitecture
-from ssmc.runtime.models.families.granitemoehybrid import GraniteMoeHybridArchitecture
-from ssmc.runtime.models.families.jamba import JambaArchitecture
-from ssmc.runtime.models.families.mamba import MambaArchitecture
-from ssmc.runtime.models.families.mamba2 import Mamba2Architecture
-from ssmc.runtime.models.families.nemotron_h import NemotronHArchitecture
-from ssmc.runtime.models.families.zamba2 import Zamba2Architecture
+from ssmc.runtime.models.architectures.alone import LoneMixer
+from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
+from ssmc.runtime.models.architectures.dimensions import Dimensions
+from ssmc.runtime.models.architectures.interface import Architecture, Readers
+from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, STATE, Cut
+from ssmc.runtime.registry import Registry
 
-__all__ = ["ARCHITECTURES", "Architecture", "Cut", "Dimensions", "Readers", "architecture_for"]
+__all__ = [
+    "BLOCK",
+    "CHANNEL",
+    "HEAD",
+    "STATE",
+    "Architecture",
+    "Capabilities",
+    "Cut",
+    "Dimensions",
+    "Readers",
+    "architecture_for",
+    "families",
+    "find_family",
+    "lone_mixers",
+    "model_types",
+    "register_family",
+]
 
-_ALL = (
-    MambaArchitecture(),
-    Mamba2Architecture(),
-    FalconMambaArchitecture(),
-    JambaArchitecture(),
-    BambaArchitecture(),
-    GraniteMoeHybridArchitecture(),
-    FalconH1Architecture(),
-    NemotronHArchitecture(),
-    Zamba2Architecture(),
-)
-ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _ALL}
+_FAMILIES: Registry[Architecture] = Registry(__name__, "FAMILY")
+_ALONE: Registry[LoneMixer] = Registry(__name__, "ALONE")
+
+
+def register_family(family: Architecture, alone: LoneMixer | None = None) -> Architecture:
+    """Add a family from outside the package; it is known by its `model_type` from then on.
+
+    transformers must know the model itself (its `AutoConfig.register` and `AutoModelForCausalLM.register`).
+
+    Args:
+        family: see `Architecture`; `ssmc.runtime.models.architectures` has what most families are made of.
+        alone: its mixers where they sit in other modules than language models, if they can be known by their
+            parameters.
+
+    Returns:
+        The same family.
+
+    Raises:
+        ValueError: a family of this package has that `model_type`.
+    """
+    _FAMILIES.register(family.model_type, family)
+    if alone is not None:
+        _ALONE.register(family.model_type, alone)
+    return family
+
+
+def find_family(model_type: str | None) -> Architecture | None:
+    """The family of that name, or None where ssmc knows none."""
+    return _FAMILIES.find(model_type)
+
+
+def model_types() -> tuple[str, ...]:
+    """The names of all families, sorted."""
+    return _FAMILIES.names()
+
+
+def families() -> tuple[Architecture, ...]:
+    """All families, sorted by name."""
+    return _FAMILIES.all()
+
+
+def lone_mixers() -> tuple[LoneMixer, ...]:
+    """The families whose mixers are known by their parameters, wherever they sit, sorted by name."""
+    return _ALONE.all()
 
 
 def architecture_for(model_type: str | None, where: str = "this model") -> Architecture:
-    """The adapter of a family.
+    """The family of a model.
 
     Args:
         model_type: as in a transformers config.json.
         where: what to call the model in the error.
 
     Raises:
-        CheckpointError: no adapter knows this family.
+        CheckpointError: ssmc does not know this family.
     """
-    if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    known = ", ".join(sorted(ARCHITECTURES))
+    if (family := find_family(model_type)) is not None:
+        return family
     raise CheckpointError(
         f"{where} is not a model ssmc can compress: its config.json says model_type {model_type!r}, "
-        f"ssmc knows {known}. Point it at a Mamba checkpoint."
+        f"ssmc knows {', '.join(model_types())}. Point it at a Mamba checkpoint."
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from ssmc.runtime.models.families.mamba2_hybrid import Mamba2HybridArchitecture
+from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 
 
-class BambaArchitecture(Mamba2HybridArchitecture):
-    """Adapter for Bamba; see `Architecture` for what each method promises."""
+class BambaFamily(Mamba2Hybrid):
+    """Adapter for Bamba; see `interface` for what each method promises."""
 
     model_type = "bamba"
+    mixer_name = "mamba"
     final_norm = "final_layernorm"
+
+
+FAMILY = BambaFamily()

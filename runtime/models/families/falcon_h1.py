@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.models.families.mamba2_hybrid import Mamba2HybridArchitecture
+from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 from ssmc.runtime.scan import ScanInputs
 
 
-class FalconH1Architecture(Mamba2HybridArchitecture):
-    """Adapter for Falcon-H1; see `Architecture` for what each method promises."""
+class FalconH1Family(Mamba2Hybrid):
+    """Adapter for Falcon-H1; see `interface` for what each method promises."""
 
     model_type = "falcon_h1"
+    mixer_name = "mamba"
     final_norm = "final_layernorm"
 
     def width(self, config: Any) -> int:
@@ -66,3 +67,6 @@ class FalconH1Architecture(Mamba2HybridArchitecture):
         y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
         scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
         return F.silu(inputs.z.float()) * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
+
+
+FAMILY = FalconH1Family()

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 
 import torch
 
-from ssmc.runtime.models.families.normed import NormedMambaArchitecture
+from ssmc.runtime.models.architectures.capabilities import Capabilities
+from ssmc.runtime.models.architectures.normed import NormedMamba1
+from ssmc.runtime.models.architectures.stack import Stack
 
 
-class FalconMambaArchitecture(NormedMambaArchitecture):
-    """Adapter for Falcon-Mamba; see `Architecture` for what each method promises."""
+class FalconMambaFamily(Stack, NormedMamba1):
+    """Adapter for Falcon-Mamba; see `interface` for what each method promises."""
 
     model_type = "falcon_mamba"
+    capabilities = Capabilities(normed_readers=True, gpu_scan=True, gpu_sums=True)
     has_norm_weights = False
     behind_norm = ("out_proj.weight", "D")
 
@@ -24,3 +27,6 @@ class FalconMambaArchitecture(NormedMambaArchitecture):
         """Multiply what is read out of the states: out_proj by the factor, D by its inverse."""
         weights["out_proj.weight"].mul_(factor)
         weights["D"].div_(factor)
+
+
+FAMILY = FalconMambaFamily()

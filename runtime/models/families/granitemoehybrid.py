@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ssmc.runtime.models.families.mamba2_hybrid import Mamba2HybridArchitecture
+from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 
 # What follows "block_sparse_moe." in the names of files and of the model; transformers' own mapping for this family.
 _NAMES = {
@@ -17,10 +17,11 @@ _NAMES = {
 }
 
 
-class GraniteMoeHybridArchitecture(Mamba2HybridArchitecture):
-    """Adapter for Granite 4; see `Architecture` for what each method promises."""
+class GraniteMoeHybridFamily(Mamba2Hybrid):
+    """Adapter for Granite 4; see `interface` for what each method promises."""
 
     model_type = "granitemoehybrid"
+    mixer_name = "mamba"
     final_norm = "norm"
 
     def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -38,3 +39,6 @@ def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[st
         prefix, found, rest = key.partition(".block_sparse_moe.")
         out[prefix + found + names.get(rest, rest) if found else key] = tensor
     return out
+
+
+FAMILY = GraniteMoeHybridFamily()

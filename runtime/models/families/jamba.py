@@ -7,21 +7,44 @@ which take a factor on the read-out of the states.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ssmc.runtime.models.families.base import HybridDimensions
-from ssmc.runtime.models.families.hybrid import HybridArchitecture
-from ssmc.runtime.models.families.normed import NormedMambaArchitecture
+from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
+from ssmc.runtime.models.architectures.dimensions import HybridDimensions
+from ssmc.runtime.models.architectures.hybrid import Hybrid
+from ssmc.runtime.models.architectures.normed import NormedMamba1
+from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
 
 
-class JambaArchitecture(HybridArchitecture, NormedMambaArchitecture):
-    """Adapter for Jamba; see `Architecture` for what each method promises."""
+class JambaFamily(Hybrid, NormedMamba1):
+    """Adapter for Jamba; see `interface` for what each method promises."""
 
     model_type = "jamba"
+    capabilities = Capabilities(
+        fixed={
+            BLOCK: "which blocks are of which kind follows from their number, so none can go",
+            CHANNEL: "d_inner is a whole multiple of hidden_size in its configuration",
+        },
+        normed_readers=True,
+        uniform=False,
+        gpu_scan=True,
+        gpu_sums=True,
+    )
+    mixer_name = "mamba"
+    plan = replace(
+        NormedMamba1.plan,
+        tensors={
+            **NormedMamba1.plan.tensors,
+            "dt_layernorm.weight": ((RANK,),),
+            "b_layernorm.weight": ((STATE,),),
+            "c_layernorm.weight": ((STATE,),),
+        },
+        constant=(*NormedMamba1.plan.constant, "b_layernorm.weight", "c_layernorm.weight"),
+    )
     has_norm_weights = True
-    by_state = ("b_layernorm.weight", "c_layernorm.weight")
     behind_norm = ("b_layernorm.weight",)
     state_field = "mamba_d_state"
     final_norm = "final_layernorm"
@@ -46,3 +69,6 @@ class JambaArchitecture(HybridArchitecture, NormedMambaArchitecture):
     def scale_readout(self, weights: Mapping[str, torch.Tensor], factor: float) -> None:
         """Multiply what is read out of the states: the weights of B's norm take the factor."""
         weights["b_layernorm.weight"].mul_(factor)
+
+
+FAMILY = JambaFamily()

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmc.runtime.models.families.mamba2_hybrid import Fields, Mamba2HybridArchitecture
+from ssmc.runtime.models.architectures.mamba2_hybrid import Fields, Mamba2Hybrid
 
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
 _STORED, _PREFIX = "backbone.", "model."
 
 
-class NemotronHArchitecture(Mamba2HybridArchitecture):
-    """Adapter for Nemotron-H; see `Architecture` for what each method promises."""
+class NemotronHFamily(Mamba2Hybrid):
+    """Adapter for Nemotron-H; see `interface` for what each method promises."""
 
     model_type = "nemotron_h"
     embedding = "model.embeddings.weight"
@@ -46,3 +46,6 @@ class NemotronHArchitecture(Mamba2HybridArchitecture):
         """Tensors by the names they are stored under from those by the model's names."""
         tensors = super().to_stored(tensors)
         return {_STORED + n.removeprefix(_PREFIX) if n.startswith(_PREFIX) else n: t for n, t in tensors.items()}
+
+
+FAMILY = NemotronHFamily()

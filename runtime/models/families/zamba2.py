@@ -9,23 +9,25 @@ what the shared block put out for this layer, which `enter` computes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ssmc.runtime.models.families.base import Cut
-from ssmc.runtime.models.families.mamba2_hybrid import Fields, Mamba2HybridArchitecture
+from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
+from ssmc.runtime.models.architectures.plan import Cut
 
 _INNER, _OUTER = ".mamba_decoder.mamba.", ".mamba."  # where a layer with a shared block has its mixer, and the others
 
 
-class Zamba2Architecture(Mamba2HybridArchitecture):
-    """Adapter for Zamba2; see `Architecture` for what each method promises."""
+class Zamba2Family(Mamba2Hybrid):
+    """Adapter for Zamba2; see `interface` for what each method promises."""
 
     model_type = "zamba2"
+    capabilities = replace(CAPABILITIES, shared_blocks=True)
+    mixer_name = "mamba"
     final_norm = "final_layernorm"
-    shares_blocks = True
     fields = Fields("n_mamba_heads", "mamba_headdim", "mamba_ngroups")
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:
@@ -69,7 +71,7 @@ class Zamba2Architecture(Mamba2HybridArchitecture):
         return norm((stream + shared).to(norm.weight.dtype))
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block makes of `hidden` after `enter`, (B, L, 3 d_model) both."""
+        """What a block puts out for `hidden` after `enter`, (B, L, 3 d_model) both."""
         mask = self.recorded(block, hidden.device)["attention_mask"]
         stream, embedded, shared = hidden.chunk(3, dim=-1)
         stream = stream + self.mixer(block)(self.normed(block, hidden), attention_mask=mask)
@@ -86,15 +88,18 @@ class Zamba2Architecture(Mamba2HybridArchitecture):
         """Logits (B, L, vocab) from the last block's output (B, L, 3 d_model)."""
         return super().head(model, hidden.chunk(3, dim=-1)[0])
 
-    def cut_states(
-        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
+    def cut(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, dimension: str, kept: Sequence[Sequence[int]]
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
-        """Remove all states but `kept[layer]` from a whole state dict and its configuration."""
+        """Remove all but `kept[layer]` from a whole state dict and its configuration."""
         own = {name.replace(_INNER, _OUTER): name for name in tensors}
-        out, smaller, cuts = super().cut_states({n: tensors[name] for n, name in own.items()}, config, kept)
+        out, smaller, cuts = super().cut({n: tensors[name] for n, name in own.items()}, config, dimension, kept)
         return {own[name]: tensor for name, tensor in out.items()}, smaller, cuts
 
 
 def _layer(block: nn.Module) -> nn.Module:
     """The part of a block that holds norm and mixer."""
     return getattr(block, "mamba_decoder", block)
+
+
+FAMILY = Zamba2Family()

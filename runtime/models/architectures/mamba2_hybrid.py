@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ssmc.runtime.models.families.hybrid import HybridArchitecture
-from ssmc.runtime.models.families.mamba2 import Mamba2Architecture, Mamba2Dimensions
+from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
+from ssmc.runtime.models.architectures.dimensions import Mamba2HybridDimensions
+from ssmc.runtime.models.architectures.hybrid import Hybrid
+from ssmc.runtime.models.architectures.mamba2 import Mamba2
+from ssmc.runtime.models.architectures.plan import CHANNEL
 
-
-@dataclass(frozen=True)
-class Mamba2HybridDimensions(Mamba2Dimensions):
-    """The sizes of a hybrid whose mixers are Mamba-2's."""
-
-    mamba_layers: int
-
-    @property
-    def mixers(self) -> int:
-        """Layers with a state-space mixer."""
-        return self.mamba_layers
+CAPABILITIES = Capabilities(
+    fixed={
+        BLOCK: "cutting the list of kinds of blocks in its configuration is not built yet",
+        CHANNEL: "heads of a hybrid's mixers are not cut yet",
+    },
+    heads=True,
+    uniform=False,
+    gpu_scan=True,
+    gpu_gradients=True,
+)
 
 
 class Fields(NamedTuple):
@@ -31,9 +32,11 @@ class Fields(NamedTuple):
     d_conv: str = "mamba_d_conv"
 
 
-class Mamba2HybridArchitecture(HybridArchitecture, Mamba2Architecture):
+class Mamba2Hybrid(Hybrid, Mamba2):
     """As it stands for Bamba and GraniteMoeHybrid, whose configurations name their sizes alike."""
 
+    capabilities = CAPABILITIES
+    state_field = "mamba_d_state"
     fields = Fields()
 
     def dimensions(self, config: Any) -> Mamba2HybridDimensions:

@@ -8,28 +8,25 @@ alone. They depend on the length of the samples, not on their tokens.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ssmc.runtime.models.families.base import Cut
+from ssmc.runtime.models.architectures.experts import join_experts, split_experts
+from ssmc.runtime.models.architectures.plan import STATE, Cut
 
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
 
 
-class HybridArchitecture:
-    """The part of an adapter that is the same for all hybrids; it comes before the one that knows the mixer."""
+class Hybrid:
+    """Layout of the hybrids; it comes before the class that knows the mixer."""
 
-    is_hybrid = True
-    shares_blocks = False
     embedding = "model.embed_tokens.weight"
-    mixer_name = "mamba"  # attribute of a block
+    mixer_name: str  # attribute of a block
     norm_name = "input_layernorm"  # attribute of a block: the norm before the mixer
     final_norm: str  # attribute of the model
-    state_field = "mamba_d_state"  # of the configuration
     experts: Sequence[tuple[str, str]] = ()  # how experts are stored and what the model has, see `join_experts`
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -66,7 +63,7 @@ class HybridArchitecture:
         sizes = self.dimensions(config)
         if (n_layer, d_inner) != (sizes.n_layer, sizes.d_inner):
             raise ValueError("a hybrid of other layers or another d_inner cannot be loaded by transformers")
-        return self.with_states(config, d_state)
+        return self.with_size(config, STATE, d_state * sizes.groups)
 
     def embed(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """What the first block reads, (B, L, d_model), of (B, L) tokens."""
@@ -128,7 +125,7 @@ class HybridArchitecture:
         return hidden
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block makes of `hidden`, (B, L, d_model) both, with the arguments that were recorded."""
+        """What a block puts out for `hidden`, (B, L, d_model) both, with the arguments that were recorded."""
         output = block(hidden, **self.recorded(block, hidden.device))
         return output[0] if isinstance(output, tuple) else output
 
@@ -139,7 +136,7 @@ class HybridArchitecture:
         return hidden + mixer.out_proj(y.to(mixer.out_proj.weight.dtype))
 
     def output(self, block: nn.Module, hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What a block makes of `hidden`, (B, L, d_model): more than what out_proj makes of `y` (B, L, D)."""
+        """What a block puts out for `hidden`, (B, L, d_model): more than what out_proj makes of `y` (B, L, D)."""
         return self.run(block, hidden)
 
     def remove_block(self, block: nn.Module) -> None:
@@ -162,46 +159,3 @@ def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     return type(value)(_on(v, device) for v in value) if isinstance(value, tuple) else value
-
-
-def join_experts(tensors: dict[str, torch.Tensor], stored: str, joined: str) -> dict[str, torch.Tensor]:
-    """The weights of single experts, as files hold them, as the one tensor of all that the model has.
-
-    Args:
-        tensors: by name.
-        stored: what follows the prefix in the names of single experts: "experts.*.up_proj.weight"; several of them with
-            | between, which are joined along the outputs.
-        joined: what follows the prefix in the name of all: "experts.up_proj".
-    """
-    out, found = {}, {}
-    names = stored.split("|")
-    patterns = [re.compile(r"(.*\.)" + re.escape(name).replace(r"\*", r"(\d+)")) for name in names]
-    for key, tensor in tensors.items():
-        for part, pattern in enumerate(patterns):
-            if match := pattern.fullmatch(key):
-                found.setdefault(match[1], {})[int(match[2]), part] = tensor
-                break
-        else:
-            out[key] = tensor
-    for prefix, weights in found.items():
-        experts = range(1 + max(number for number, _ in weights))
-        try:
-            single = [torch.cat([weights[e, part] for part in range(len(names))]) for e in experts]
-            out[prefix + joined] = torch.stack(single)
-        except (KeyError, RuntimeError):  # incomplete or misshapen: whoever checks the tensors says so
-            continue
-    return out
-
-
-def split_experts(tensors: dict[str, torch.Tensor], stored: str, joined: str) -> dict[str, torch.Tensor]:
-    """The opposite of `join_experts`, with the same arguments."""
-    out, names = {}, stored.split("|")
-    for key, tensor in tensors.items():
-        prefix, found, rest = key.rpartition(joined)
-        if not found or rest or not prefix.endswith("."):
-            out[key] = tensor
-            continue
-        for number, expert in enumerate(tensor):
-            for name, part in zip(names, expert.chunk(len(names)), strict=True):
-                out[prefix + name.replace("*", str(number))] = part
-    return out

@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.models.families.base import Cut
-from ssmc.runtime.models.families.mamba import MambaArchitecture
+from ssmc.runtime.models.architectures.mamba1 import Mamba1
+from ssmc.runtime.models.architectures.plan import STATE
+from ssmc.runtime.models.architectures.surgery import Sizes
 
 LOUD = 64.0  # Euclidean norm that the longest row of B has at least, and of C, when states are gone
 
 
-class NormedMambaArchitecture(MambaArchitecture):
-    """What Falcon-Mamba and Jamba have in common; see `Architecture` for what each method promises."""
+class NormedMamba1(Mamba1):
+    """What Falcon-Mamba and Jamba have in common; see `interface` for what each method promises."""
 
-    has_normed_readers = True
     has_norm_weights: bool  # of the norms of B and C
     behind_norm: tuple[str, ...]  # tensors of a mixer that take a factor on the read-out of the states
 
@@ -39,7 +38,7 @@ class NormedMambaArchitecture(MambaArchitecture):
 
     def before_norm(self, mixer: nn.Module, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """b and c, (B, L, N) each: what the norms of B and C read where the scan reads u (B, L, D)."""
-        return tuple(F.linear(u, mixer.x_proj.weight[rows]) for rows in self._state_rows(mixer))
+        return tuple(F.linear(u, mixer.x_proj.weight[rows]) for rows in self.state_rows(mixer))
 
     def mask_states(self, mixer: nn.Module, kept: Sequence[int], mixing: torch.Tensor | None = None) -> None:
         """Silence all states but `kept` in place; `mixing` (K, N) acts on C behind its norm, in the dense model."""
@@ -51,23 +50,15 @@ class NormedMambaArchitecture(MambaArchitecture):
                 mixer.c_layernorm.weight[index] = left
         super().mask_states(mixer, kept, mixing)
         if len(kept) < mixer.ssm_state_size:
-            for rows in self._state_rows(mixer):
+            for rows in self.state_rows(mixer):
                 _amplify(mixer.x_proj.weight.data[rows])
 
-    def cut_states(
-        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Sequence[Sequence[int]]
-    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
-        """Remove all states but `kept[layer]` from a whole state dict and its configuration.
-
-        What the norms' other mean changes is undone in the weights, see the head of this file.
-        """
-        out, smaller, cuts = super().cut_states(tensors, config, kept)
-        sizes = self.dimensions(config)
-        for layer, states in enumerate(kept):
-            prefix = self.mixer_prefix(layer)
-            if prefix + "A_log" in tensors and len(states) < sizes.d_state:
-                self._undo(out, prefix, len(states) / sizes.d_state)
-        return out, smaller, cuts
+    def after_cut(
+        self, tensors: dict[str, torch.Tensor], prefix: str, dimension: str, sizes: Sizes, left: tuple[int, int]
+    ) -> None:
+        """Undo in the weights what the norms' other mean changes, see the head of this file."""
+        if dimension == STATE and left[0] < sizes[STATE]:
+            self._undo(tensors, prefix, left[0] / sizes[STATE])
 
     def _undo(self, tensors: dict[str, torch.Tensor], prefix: str, share: float) -> None:
         """Multiply the read-out of a layer by 1 / share; where that needs more digits than are stored, in float32."""
@@ -91,7 +82,7 @@ class NormedMambaArchitecture(MambaArchitecture):
         """
         with torch.no_grad():
             index = torch.as_tensor(list(kept), device=mixer.x_proj.weight.device)
-            for rows, scale in zip(self._state_rows(mixer), (b, c), strict=True):
+            for rows, scale in zip(self.state_rows(mixer), (b, c), strict=True):
                 mixer.x_proj.weight[rows][index] *= scale[:, None].to(mixer.x_proj.weight)
             if self.has_norm_weights:
                 for norm, scale in ((mixer.b_layernorm, b), (mixer.c_layernorm, c)):

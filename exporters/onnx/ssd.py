@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.layers.parts import END, subgraph, typed
+from ssmc.exporters.onnx.parts import END, subgraph, typed
 
 CHUNK = 64  # tokens: the (T, T) matrices of all heads stay in a core's cache; 32 and 128 were slower
 FORGOTTEN = -60.0

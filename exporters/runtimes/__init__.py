@@ -1,0 +1,56 @@
+"""Which runtimes take an exported model of these sizes, and where its fewer states and channels are worth something.
+
+Facts were checked in November 2026 by running the consumers or reading their source. What is special about a family
+stands in a file of its own, named as its `model_type`; for the others only what was run is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.registry import Registry
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One line of the table."""
+
+    name: str
+    reads: str  # the export format it starts from
+    runs: bool
+    remark: str
+
+
+Table = Callable[[Dimensions, str], list[Runtime]]
+"""Lines for the sizes of an exported model, and what is to be said of a Triton kernel that decodes it."""
+
+TABLES: Registry[Table] = Registry(__name__, "table")
+"""model_type -> its table."""
+
+
+def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str) -> list[Runtime]:
+    """The table for a model of these sizes.
+
+    Args:
+        sizes: of the exported model; a Mamba-2's have heads.
+        dense_d_state: N before pruning, to say what is gained.
+        model_type: of its family.
+    """
+    table = TABLES.find(model_type)
+    if table is None:
+        return [
+            Runtime("transformers", "safetensors", True, "any d_state"),
+            Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
+        ]
+    padded = 1 << (sizes.d_state - 1).bit_length()
+    decode = "gains" if padded < dense_d_state else "no gain"
+    decode += "" if padded == sizes.d_state else f": {sizes.d_state} states are padded to {padded}"
+    return table(sizes, decode)
+
+
+def needs_twice(sizes: Dimensions) -> str:
+    """What is to be said of llama.cpp's conversion, which wants a d_inner of 2 x d_model; nothing if it is that."""
+    twice = sizes.d_inner == 2 * sizes.d_model
+    return "" if twice else f"; d_inner must be 2 x d_model, here it is {sizes.d_inner}"

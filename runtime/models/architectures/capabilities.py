@@ -1,0 +1,59 @@
+"""Facts of a family that decide what can be done with its models, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCK = "block"
+"""Whole blocks, beside the dimensions of `plan`, as a key of `Capabilities.fixed`."""
+
+
+@dataclass(frozen=True)
+class MambaSsmLayer:
+    """The layer of the package mamba_ssm that computes what a family's mixers do.
+
+    Attributes:
+        layer: its name, the value of `layer` in `ssm_cfg`.
+        class_name: transformers' class of the model.
+        fields: key of `ssm_cfg` -> transformers' field and mamba_ssm's default.
+        ignored: keys of `ssm_cfg` that change nothing in the result.
+        fixed: keys of `ssm_cfg` and their values that transformers can express.
+        heads: whether a d_inner is told as so many heads.
+    """
+
+    layer: str
+    class_name: str
+    fields: Mapping[str, tuple[str, Any]]
+    ignored: tuple[str, ...]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What is particular about a family; the defaults are those of Mamba-1.
+
+    Attributes:
+        fixed: dimension of `plan`, or BLOCK, that cannot get smaller -> why.
+        heads: channels form heads, and a head has one decay rate for all of its channels and states; in_proj makes B,
+            C and dt itself. Such a family is a `HeadReaders`.
+        normed_readers: B and C pass a norm over the states. Such a family is a `NormedReaders`.
+        uniform: all blocks are alike and hold a mixer and nothing else; false for hybrids.
+        shared_blocks: something that several layers share is to `enter` what they read before they run.
+        gpu_scan: there are kernels for a GPU.
+        gpu_gradients: their backward pass, too.
+        gpu_sums: one of them sums over the states without writing them.
+        mamba_ssm: the layer of mamba_ssm that computes the same; None: there is none.
+    """
+
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    heads: bool = False
+    normed_readers: bool = False
+    uniform: bool = True
+    shared_blocks: bool = False
+    gpu_scan: bool = False
+    gpu_gradients: bool = False
+    gpu_sums: bool = False
+    mamba_ssm: MambaSsmLayer | None = None

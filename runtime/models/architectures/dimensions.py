@@ -1,0 +1,88 @@
+"""The sizes of a model in the field's terms."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a model in the field's terms."""
+
+    n_layer: int
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    vocab_size: int  # rows of the embedding, padding rows included
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels with a B and C of their own, each with `d_state` states."""
+        return 1
+
+    @property
+    def heads(self) -> int | None:
+        """Heads of channels that share a decay rate; None where every channel has its own, for every state."""
+        return None
+
+    def as_dict(self) -> dict[str, int]:
+        """The sizes by name, for manifests and reports."""
+        return asdict(self)
+
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer: all of them, but in a hybrid."""
+        return self.n_layer
+
+    def state_bytes(self, itemsize: int = 4) -> int:
+        """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
+        return self.mixers * self.d_inner * (self.d_state + self.d_conv) * itemsize
+
+
+@dataclass(frozen=True)
+class HybridDimensions(Dimensions):
+    """The sizes of a model in which some layers only have a state-space mixer."""
+
+    mamba_layers: int
+
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer."""
+        return self.mamba_layers
+
+
+@dataclass(frozen=True)
+class Mamba2Dimensions(Dimensions):
+    """The sizes of a Mamba-2; `dt_rank` is the number of heads, as in_proj puts out one time step a head."""
+
+    head_dim: int
+    n_groups: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads, each with B and C of its own."""
+        return self.n_groups
+
+    @property
+    def heads(self) -> int:
+        """Heads of head_dim channels."""
+        return self.dt_rank
+
+    def state_bytes(self, itemsize: int = 4) -> int:
+        """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
+        window = (self.d_inner + 2 * self.n_groups * self.d_state) * self.d_conv
+        return self.mixers * (self.d_inner * self.d_state + window) * itemsize
+
+
+@dataclass(frozen=True)
+class Mamba2HybridDimensions(Mamba2Dimensions):
+    """The sizes of a hybrid whose mixers are Mamba-2's."""
+
+    mamba_layers: int
+
+    @property
+    def mixers(self) -> int:
+        """Layers with a state-space mixer."""
+        return self.mamba_layers
