@@ -201,9 +201,7 @@ def test_blocks_run_alone_as_they_do_in_the_model(models, family, length):
     architecture.record_arguments(fast, ids[:1])
     hidden = architecture.embed(fast, ids[1:])
     for block in architecture.blocks(fast):
-        hidden = architecture.run(
-            block, architecture.enter(block, hidden) if architecture.capabilities.shared_blocks else hidden
-        )
+        hidden = architecture.run(block, architecture.enter(block, hidden))
     assert difference(architecture.head(fast, hidden), stock(ids[1:]).logits) < NOISE
 
 

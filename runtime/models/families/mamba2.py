@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -48,9 +49,7 @@ class Mamba2Family(Stack, Mamba2):
 class _Mamba2Alone(Alone, Mamba2Family):
     """One Mamba-2 mixer by itself; see `LoneMixer`."""
 
-    capabilities = Capabilities(
-        heads=True, gpu_scan=True, gpu_gradients=True, fixed={CHANNEL: "heads of a mixer by itself are not cut yet"}
-    )
+    capabilities = replace(Mamba2Family.capabilities, fixed={CHANNEL: "heads of a mixer by itself are not cut yet"})
     parts = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj")
 
     def read_sizes(self, mixer: nn.Module) -> SimpleNamespace | str:
@@ -104,6 +103,7 @@ class _Norm(nn.Module):
         super().__init__()
         self.own = norm
         self.variance_epsilon = norm.eps
+        self.group_size = getattr(norm, "group_size", None) or len(norm.weight)
 
     @property
     def weight(self) -> nn.Parameter:
