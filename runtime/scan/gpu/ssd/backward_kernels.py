@@ -33,7 +33,7 @@ from ssmc.runtime.scan.gpu.ssd.kernels import (
 
 
 @triton.jit
-def load_tokens(ptr, token, t, inside, p, head_dim):
+def load_tokens(ptr, token, t, inside, p, head_dim: tl.constexpr):
     """Channels of a head at the tokens of a chunk, (TOKENS, BLOCK)."""
     return tl.load(ptr + t[:, None] * token + p[None, :], mask=inside[:, None] & (p < head_dim)[None, :], other=0.0)
 
@@ -57,8 +57,8 @@ def states_kernel(
     length,
     heads,
     per_group,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -108,8 +108,8 @@ def state_gradients_kernel(
     length,
     heads,
     per_group,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -177,7 +177,7 @@ def inner(g, h, PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(ptr, t, inside, states, tiles, PARTS: tl.constexpr):
+def store_rows(ptr, t, inside, states: tl.constexpr, tiles, PARTS: tl.constexpr):
     """Store a tuple of tiles (TOKENS, PARTS[i]) to rows of N numbers that lie together."""
     first = 0
     for i in tl.static_range(len(PARTS)):
@@ -224,8 +224,8 @@ def gradients_kernel(
     per_group,
     per_slice,
     slices,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,

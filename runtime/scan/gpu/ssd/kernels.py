@@ -72,14 +72,14 @@ def decay_between(sums, rest, t, MODE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, token, t, inside, first, states, PART: tl.constexpr):
+def load_rows(ptr, token, t, inside, first, states: tl.constexpr, PART: tl.constexpr):
     """A tile of B or C, (TOKENS, PART)."""
     n = first + tl.arange(0, PART)
     return tl.load(ptr + t[:, None] * token + n[None, :], mask=inside[:, None] & (n < states)[None, :], other=0.0)
 
 
 @triton.jit
-def load_state(ptr, p, head_dim, first, states, PART: tl.constexpr):
+def load_state(ptr, p, head_dim: tl.constexpr, first, states: tl.constexpr, PART: tl.constexpr):
     """A tile of a state (P, N), (BLOCK, PART)."""
     n = first + tl.arange(0, PART)
     wanted = (p < head_dim)[:, None] & (n < states)[None, :]
@@ -87,7 +87,7 @@ def load_state(ptr, p, head_dim, first, states, PART: tl.constexpr):
 
 
 @triton.jit
-def store_state(ptr, p, head_dim, first, states, value, PART: tl.constexpr):
+def store_state(ptr, p, head_dim: tl.constexpr, first, states: tl.constexpr, value, PART: tl.constexpr):
     """Store what `load_state` loads."""
     n = first + tl.arange(0, PART)
     wanted = (p < head_dim)[:, None] & (n < states)[None, :]
@@ -95,7 +95,7 @@ def store_state(ptr, p, head_dim, first, states, value, PART: tl.constexpr):
 
 
 @triton.jit
-def load_states(ptr, p, head_dim, states, PARTS: tl.constexpr):
+def load_states(ptr, p, head_dim: tl.constexpr, states: tl.constexpr, PARTS: tl.constexpr):
     """A state as a tuple of tiles (BLOCK, PARTS[i])."""
     tiles = ()
     first = 0
@@ -106,7 +106,7 @@ def load_states(ptr, p, head_dim, states, PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_states(ptr, p, head_dim, states, tiles, PARTS: tl.constexpr):
+def store_states(ptr, p, head_dim: tl.constexpr, states: tl.constexpr, tiles, PARTS: tl.constexpr):
     """Store what `load_states` loads."""
     first = 0
     for i in tl.static_range(len(PARTS)):
@@ -130,7 +130,7 @@ def zero_states(BLOCK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_all_rows(ptr, token, t, inside, states, PARTS: tl.constexpr):
+def load_all_rows(ptr, token, t, inside, states: tl.constexpr, PARTS: tl.constexpr):
     """B or C of a chunk as a tuple of tiles (TOKENS, PARTS[i])."""
     tiles = ()
     first = 0
@@ -169,7 +169,18 @@ def read_state(C, h, PARTS: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def carry(h, ends_ptr, totals_ptr, count, step, total_step, p, head_dim, states, PARTS: tl.constexpr):
+def carry(
+    h,
+    ends_ptr,
+    totals_ptr,
+    count,
+    step,
+    total_step,
+    p,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """The state after `count` stretches, from what each made of a zero state and the logarithm of its decay."""
     for _ in range(count):
         decay = tl.exp2(tl.load(totals_ptr))
@@ -203,8 +214,8 @@ def ends_kernel(
     stretch,
     heads,
     per_group,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     low,
     high,
     PARTS: tl.constexpr,
@@ -277,8 +288,8 @@ def scan_kernel(
     stretch,
     heads,
     per_group,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     low,
     high,
     PARTS: tl.constexpr,
@@ -357,8 +368,8 @@ def token_kernel(
     y_ptr,
     heads,
     per_group,
-    head_dim,
-    states,
+    head_dim: tl.constexpr,
+    states: tl.constexpr,
     low,
     high,
     PART: tl.constexpr,
