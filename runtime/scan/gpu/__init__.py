@@ -10,16 +10,20 @@ import torch
 from triton import JITFunction
 
 from ssmc.runtime.scan import reference
-from ssmc.runtime.scan.gpu import kernels, moments, prefill
+from ssmc.runtime.scan.gpu import chunks, kernels, lanes, moments
+from ssmc.runtime.scan.gpu.chunks import Chunks, parts_of
 from ssmc.runtime.scan.gpu.conv import causal_conv_silu
 from ssmc.runtime.scan.gpu.decode import scan_token
-from ssmc.runtime.scan.gpu.prefill import Plan, parts_of, plan_for
+from ssmc.runtime.scan.gpu.lanes import Lanes
+from ssmc.runtime.scan.gpu.plans import Plan, chunks_for, gpu_of, plan_for
 from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_scan
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments
 
 __all__ = [
     "INTERPRETED",
+    "Chunks",
+    "Lanes",
     "Plan",
     "causal_conv_silu",
     "gated_norm",
@@ -31,7 +35,7 @@ __all__ = [
     "ssd_scan",
 ]
 
-INTERPRETED = not isinstance(kernels.scan_kernel, JITFunction)  # the kernels run on CPU tensors
+INTERPRETED = not isinstance(kernels.token_kernel, JITFunction)  # the kernels run on CPU tensors
 
 
 def selective_scan(
@@ -50,15 +54,20 @@ def selective_scan(
     with torch.cuda.device_of(inputs.u):
         if state is not None and inputs.length == 1 and plan is None:
             return scan_token(inputs, state, in_place)
-        return prefill.selective_scan(inputs, state, plan)
+        plan = plan or plan_for(inputs)
+        design = lanes if isinstance(plan, Lanes) else chunks
+        return design.selective_scan(inputs, state, plan)
 
 
-def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Plan | None = None) -> torch.Tensor:
+def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Chunks | None = None) -> torch.Tensor:
     """All hidden states; as `reference.scan_states`, without gradients, for tensors of a GPU."""
     if not inputs.u.numel():
         return reference.scan_states(inputs.with_time_steps(), state)
     with torch.cuda.device_of(inputs.u):
-        return prefill.scan_states(inputs, state, plan)
+        if plan is None:
+            channels = inputs.batch * inputs.d_inner
+            plan = chunks_for(channels, inputs.d_state, inputs.length, gpu_of(inputs.u)[1])
+        return chunks.scan_states(inputs, state, plan)
 
 
 def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None) -> Moments:

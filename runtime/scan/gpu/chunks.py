@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..inputs import ScanInputs
-from .kernels import LOG2_E, advance, read_out, silu, time_step, zero_tiles
-from .lanes import chain, later
+from ssmc.runtime.scan.gpu.kernels import LOG2_E, advance, read_out, silu, time_step, zero_tiles
+from ssmc.runtime.scan.gpu.lanes import chain, later
+from ssmc.runtime.scan.inputs import ScanInputs
 
 WARP = 32
 GROUP = tl.constexpr(8)  # chunks whose ends `carry_kernel` loads together
@@ -102,7 +102,7 @@ def load_readers(ptr, token, left, PARTS: tl.constexpr, ALIGNED: tl.constexpr, T
     return rows
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "zero"])
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "zero"])
 def chunk_kernel(
     u_ptr,
     u_batch,
@@ -146,9 +146,9 @@ def chunk_kernel(
     """One chunk of a block of channels of one sequence, by MODE.
 
     Grid (blocks of channels, chunks, sequences). `starts` (B, chunks, N, D) has the state each chunk starts from, read
-    if STARTED. ENDS writes what the chunk makes of a zero state to the next chunk's place there, and the sum of its time
-    steps to `sums` (B, chunks, D). OUTPUTS writes `y` (B, L, D), and the last chunk `final` (B, D, N). STATES writes all
-    states to `y` (B, L + 1, N, D), those before the first token included.
+    if STARTED. ENDS writes what the chunk makes of a zero state to the next chunk's place there, and the sum of its
+    time steps to `sums` (B, chunks, D). OUTPUTS writes `y` (B, L, D), and the last chunk `final` (B, D, N). STATES
+    writes all states to `y` (B, L + 1, N, D), those before the first token included.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     across = d + zero * LANE  # the same, but Triton loads no wider vectors of it than of half precision
@@ -314,8 +314,11 @@ class Chunked:
             "num_warps": plan.warps,
             "enable_fp_fusion": True,  # Triton 3.10 will not by itself
         }
-        before = None if state is None else state.float()
-        self.starts = self._starts(before) if self.chunks > 1 else None if before is None else before.transpose(1, 2)
+        self.starts: torch.Tensor | None = None  # (B, chunks, N, D); None: the only chunk starts from zero
+        if self.chunks > 1:
+            self.starts = self._starts(state)
+        elif state is not None:
+            self.starts = state.float().transpose(1, 2).contiguous()
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -329,10 +332,10 @@ class Chunked:
         starts = torch.empty(shape, dtype=torch.float32, device=inputs.u.device)
         sums = starts.new_empty(inputs.batch, chunks, inputs.d_inner)
         blocks, _, batch = self.grid
-        self.run(ENDS, (blocks, chunks - 1, batch), starts, sums, sums, started=False)
+        self.run(ENDS, (blocks, chunks - 1, batch), starts, sums)
         size = inputs.d_state * inputs.d_inner
         carry_kernel[triton.cdiv(size, CARRIED), batch](
-            *(starts, sums, self.rates, starts if state is None else state.contiguous()),
+            *(starts, sums, self.rates, starts if state is None else state.float().contiguous()),
             *(chunks, inputs.d_inner, inputs.d_state),
             CONTINUES=state is not None,
             BLOCK=CARRIED,
@@ -346,13 +349,13 @@ class Chunked:
         mode: tl.constexpr,
         grid: tuple[int, int, int],
         starts: torch.Tensor | None,
-        y: torch.Tensor,
-        other: torch.Tensor,
-        started: bool,
+        *written: torch.Tensor,
     ) -> None:
-        """Launch `chunk_kernel`; `other` is `sums` or `final`, whichever the mode writes."""
+        """Launch `chunk_kernel`; `written` is what the mode writes: sums, or y and the final state, or all states."""
         inputs = self.inputs
+        started = mode.value != ENDS.value and starts is not None
         starts = self.rates if starts is None else starts
+        y, other = written[0], written[-1]
         chunk_kernel[grid](
             *self.sequences,
             *(self.rates, self.bias, inputs.D.contiguous(), starts, other, y, other),
@@ -364,15 +367,12 @@ class Chunked:
         )
 
 
-def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None, plan: Chunks
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(inputs: ScanInputs, state: torch.Tensor | None, plan: Chunks) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU."""
     scan = Chunked(inputs, state, plan)
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
     final = y.new_empty(inputs.batch, inputs.d_inner, inputs.d_state, dtype=torch.float32)
-    starts = None if scan.starts is None else scan.starts.contiguous()
-    scan.run(OUTPUTS, scan.grid, starts, y, final, started=starts is not None)
+    scan.run(OUTPUTS, scan.grid, scan.starts, y, final)
     return y, final
 
 
@@ -381,6 +381,5 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None, plan: Chunks) ->
     scan = Chunked(inputs, state, plan)
     shape = (inputs.batch, inputs.length + 1, inputs.d_state, inputs.d_inner)
     states = torch.empty(shape, dtype=torch.float32, device=inputs.u.device)
-    starts = None if scan.starts is None else scan.starts.contiguous()
-    scan.run(STATES, scan.grid, starts, states, states, started=starts is not None)
+    scan.run(STATES, scan.grid, scan.starts, states)
     return states

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ssmc.runtime.scan.gpu import kernels
-from ssmc.runtime.scan.gpu.prefill import rows
+from ssmc.runtime.scan.gpu.chunks import rows
 
 BLOCK, TOKENS, WARPS = 128, 16, 4
 

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ssmc.runtime.scan.gpu import kernels
-from ssmc.runtime.scan.gpu.prefill import parts_of, rows
+from ssmc.runtime.scan.gpu.chunks import parts_of, rows
 from ssmc.runtime.scan.inputs import ScanInputs
 
 BLOCK = 64  # channels of a program

@@ -1,4 +1,4 @@
-"""The Triton kernels of the selective scan: what one program of a grid computes; `prefill` and `decode` launch them.
+"""What the Triton kernels of the selective scan share, and those of one token, of sums over states, of the convolution.
 
 A block of channels lies in the lanes of a warp and every state of it in registers, as tiles of (states, channels). N is
 cut into powers of two (12 = 8 + 4), one tile each, because a tile's sides must be powers of two: so 12 states cost
@@ -154,387 +154,6 @@ def read_out(h, C, PARTS: tl.constexpr):
 
 
 @triton.jit
-def carry(h, rates, ends_ptr, sums_ptr, chunks, d, across, channels, states, PARTS: tl.constexpr, WHOLE: tl.constexpr):
-    """The state after `chunks` whole chunks, from what each did to a zero state and the sum of its time steps.
-
-    prod_t exp(dt_t A) = exp(A sum_t dt_t): a chunk's decay needs one number a channel.
-    """
-    for _ in range(chunks):
-        total = load_row(sums_ptr, d, channels, WHOLE)
-        ends = load_tiles(ends_ptr, across, channels, channels, 1, PARTS, WHOLE)
-        after = ()
-        for i in tl.static_range(len(PARTS)):
-            after = after + (tl.exp2(total[None, :] * rates[i]) * h[i] + ends[i],)
-        h = after
-        sums_ptr += channels
-        ends_ptr += channels * states
-    return h
-
-
-@triton.jit
-def drive_tokens(
-    h,
-    total,
-    rates,
-    bias,
-    u_ptr,
-    u_token,
-    dt_ptr,
-    dt_token,
-    B_ptr,
-    B_token,
-    d,
-    channels,
-    PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """The states and the sum of time steps COUNT tokens later. All loads come first, so that they wait together."""
-    us, dts, Bs = (), (), ()
-    for k in tl.static_range(COUNT):
-        us = us + (load_row(u_ptr + k * u_token, d, channels, WHOLE),)
-        dts = dts + (load_row(dt_ptr + k * dt_token, d, channels, WHOLE),)
-        Bs = Bs + (load_vectors(B_ptr + k * B_token, PARTS),)
-    for k in tl.static_range(COUNT):
-        step = time_step(dts[k], bias, SOFTPLUS)
-        total += step
-        h = advance(h, rates, step, step * us[k].to(tl.float32), Bs[k], PARTS)
-    return h, total
-
-
-@triton.jit
-def read_tokens(
-    h,
-    rates,
-    bias,
-    skip,
-    u_ptr,
-    u_token,
-    dt_ptr,
-    dt_token,
-    z_ptr,
-    z_token,
-    B_ptr,
-    B_token,
-    C_ptr,
-    C_token,
-    y_ptr,
-    d,
-    channels,
-    PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    GATED: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """The states COUNT tokens later, after writing what they are read out to."""
-    us, dts, zs, Bs, Cs, ys = (), (), (), (), (), ()
-    for k in tl.static_range(COUNT):
-        us = us + (load_row(u_ptr + k * u_token, d, channels, WHOLE),)
-        dts = dts + (load_row(dt_ptr + k * dt_token, d, channels, WHOLE),)
-        Bs = Bs + (load_vectors(B_ptr + k * B_token, PARTS),)
-        Cs = Cs + (load_vectors(C_ptr + k * C_token, PARTS),)
-        if GATED:
-            zs = zs + (load_row(z_ptr + k * z_token, d, channels, WHOLE),)
-    for k in tl.static_range(COUNT):
-        u = us[k].to(tl.float32)
-        step = time_step(dts[k], bias, SOFTPLUS)
-        h = advance(h, rates, step, step * u, Bs[k], PARTS)
-        y = read_out(h, Cs[k], PARTS) + skip * u
-        if GATED:
-            y = y * silu(zs[k].to(tl.float32))
-        ys = ys + (y.to(y_ptr.dtype.element_ty),)
-    for k in tl.static_range(COUNT):  # a store between the loads would hold them up, as it might write what they read
-        store_row(y_ptr + k * channels, d, channels, ys[k], WHOLE)
-    return h
-
-
-@triton.jit(do_not_specialize=["chunk", "zero"])
-def chunk_ends_kernel(
-    u_ptr,
-    u_batch,
-    u_token,
-    dt_ptr,
-    dt_batch,
-    dt_token,
-    B_ptr,
-    B_batch,
-    B_token,
-    rates_ptr,
-    bias_ptr,
-    ends_ptr,
-    sums_ptr,
-    chunk,
-    channels,
-    states,
-    zero,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-):
-    """What each chunk but the last makes of a zero state, and the sum of its time steps.
-
-    Grid (blocks of channels, chunks - 1, sequences). `ends` (B, chunks - 1, N, D), `sums` (B, chunks - 1, D). Every
-    chunk here is whole: `chunk` is a multiple of TOKENS.
-    """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    across = d + zero * LANE
-    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = part.to(tl.int64) * chunk
-    u_ptr += row * u_batch + first * u_token
-    dt_ptr += row * dt_batch + first * dt_token
-    B_ptr += row * B_batch + first * B_token
-    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
-    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
-    h = zero_tiles(PARTS, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, chunk, TOKENS):
-        h, total = drive_tokens(
-            h,
-            total,
-            rates,
-            bias,
-            u_ptr,
-            u_token,
-            dt_ptr,
-            dt_token,
-            B_ptr,
-            B_token,
-            d,
-            channels,
-            PARTS,
-            WHOLE,
-            SOFTPLUS,
-            TOKENS,
-        )
-        u_ptr += TOKENS * u_token
-        dt_ptr += TOKENS * dt_token
-        B_ptr += TOKENS * B_token
-    at = row * tl.num_programs(1) + part
-    store_row(sums_ptr + at * channels, d, channels, total, WHOLE)
-    store_tiles(ends_ptr + at * channels * states, across, channels, channels, 1, h, PARTS, WHOLE)
-
-
-@triton.jit(do_not_specialize=["length", "chunk", "zero"])
-def scan_kernel(
-    u_ptr,
-    u_batch,
-    u_token,
-    dt_ptr,
-    dt_batch,
-    dt_token,
-    z_ptr,
-    z_batch,
-    z_token,
-    B_ptr,
-    B_batch,
-    B_token,
-    C_ptr,
-    C_batch,
-    C_token,
-    rates_ptr,
-    bias_ptr,
-    skip_ptr,
-    state_ptr,
-    ends_ptr,
-    sums_ptr,
-    y_ptr,
-    final_ptr,
-    length,
-    chunk,
-    channels,
-    states,
-    zero,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    GATED: tl.constexpr,
-    CONTINUES: tl.constexpr,
-):
-    """The outputs of one chunk, and of the last one the final state.
-
-    Grid (blocks of channels, chunks, sequences). `state` (B, N, D) before the first token, read if CONTINUES; `y`
-    (B, L, D) contiguous; `final` (B, D, N) contiguous.
-    """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    across = d + zero * LANE
-    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
-    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
-    skip = load_row(skip_ptr, d, channels, WHOLE).to(tl.float32)
-    if CONTINUES:
-        h = load_tiles(state_ptr + row * channels * states, across, channels, channels, 1, PARTS, WHOLE)
-    else:
-        h = zero_tiles(PARTS, BLOCK)
-    before = row * (tl.num_programs(1) - 1)
-    ends_ptr += before * channels * states
-    h = carry(h, rates, ends_ptr, sums_ptr + before * channels, part, d, across, channels, states, PARTS, WHOLE)
-
-    first = part.to(tl.int64) * chunk
-    count = tl.minimum(length - part * chunk, chunk)
-    u_ptr += row * u_batch + first * u_token
-    dt_ptr += row * dt_batch + first * dt_token
-    z_ptr += row * z_batch + first * z_token
-    B_ptr += row * B_batch + first * B_token
-    C_ptr += row * C_batch + first * C_token
-    y_ptr += (row * length + first) * channels
-    for _ in range(0, count // TOKENS):
-        h = read_tokens(
-            h,
-            rates,
-            bias,
-            skip,
-            u_ptr,
-            u_token,
-            dt_ptr,
-            dt_token,
-            z_ptr,
-            z_token,
-            B_ptr,
-            B_token,
-            C_ptr,
-            C_token,
-            y_ptr,
-            d,
-            channels,
-            PARTS,
-            WHOLE,
-            SOFTPLUS,
-            GATED,
-            TOKENS,
-        )
-        u_ptr += TOKENS * u_token
-        dt_ptr += TOKENS * dt_token
-        z_ptr += TOKENS * z_token
-        B_ptr += TOKENS * B_token
-        C_ptr += TOKENS * C_token
-        y_ptr += TOKENS * channels
-    for _ in range(0, count % TOKENS):
-        h = read_tokens(
-            h,
-            rates,
-            bias,
-            skip,
-            u_ptr,
-            u_token,
-            dt_ptr,
-            dt_token,
-            z_ptr,
-            z_token,
-            B_ptr,
-            B_token,
-            C_ptr,
-            C_token,
-            y_ptr,
-            d,
-            channels,
-            PARTS,
-            WHOLE,
-            SOFTPLUS,
-            GATED,
-            1,
-        )
-        u_ptr += u_token
-        dt_ptr += dt_token
-        z_ptr += z_token
-        B_ptr += B_token
-        C_ptr += C_token
-        y_ptr += channels
-    if part == tl.num_programs(1) - 1:
-        final_ptr += row * channels * states
-        store_tiles(final_ptr, d, channels, 1, states, h, PARTS, WHOLE)
-
-
-@triton.jit(do_not_specialize=["length", "chunk", "zero"])
-def states_kernel(
-    u_ptr,
-    u_batch,
-    u_token,
-    dt_ptr,
-    dt_batch,
-    dt_token,
-    B_ptr,
-    B_batch,
-    B_token,
-    rates_ptr,
-    bias_ptr,
-    state_ptr,
-    ends_ptr,
-    sums_ptr,
-    states_ptr,
-    length,
-    chunk,
-    channels,
-    states,
-    zero,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANE: tl.constexpr,
-    TOKENS: tl.constexpr,  # not used: every token waits for its store
-    WHOLE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    CONTINUES: tl.constexpr,
-):
-    """All states of one chunk, to `states` (B, L + 1, N, D); the first chunk also writes those before its first token.
-
-    Grid (blocks of channels, chunks, sequences).
-    """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    across = d + zero * LANE
-    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rates = load_tiles(rates_ptr, across, channels, channels, 1, PARTS, WHOLE)
-    bias = load_row(bias_ptr, d, channels, WHOLE) if SOFTPLUS else 0.0
-    size = channels * states
-    if CONTINUES:
-        h = load_tiles(state_ptr + row * size, across, channels, channels, 1, PARTS, WHOLE)
-    else:
-        h = zero_tiles(PARTS, BLOCK)
-    before = row * (tl.num_programs(1) - 1)
-    ends_ptr += before * size
-    h = carry(h, rates, ends_ptr, sums_ptr + before * channels, part, d, across, channels, states, PARTS, WHOLE)
-    total = tl.zeros((BLOCK,), tl.float32)
-
-    first = part.to(tl.int64) * chunk
-    u_ptr += row * u_batch + first * u_token
-    dt_ptr += row * dt_batch + first * dt_token
-    B_ptr += row * B_batch + first * B_token
-    states_ptr += (row * (length + 1) + first) * size
-    if part == 0:
-        store_tiles(states_ptr, across, channels, channels, 1, h, PARTS, WHOLE)
-    for _ in range(0, tl.minimum(length - part * chunk, chunk)):
-        h, total = drive_tokens(
-            h,
-            total,
-            rates,
-            bias,
-            u_ptr,
-            u_token,
-            dt_ptr,
-            dt_token,
-            B_ptr,
-            B_token,
-            d,
-            channels,
-            PARTS,
-            WHOLE,
-            SOFTPLUS,
-            1,
-        )
-        u_ptr += u_token
-        dt_ptr += dt_token
-        B_ptr += B_token
-        states_ptr += size
-        store_tiles(states_ptr, across, channels, channels, 1, h, PARTS, WHOLE)
-
-
-@triton.jit
 def token_kernel(
     u_ptr,
     u_batch,
@@ -616,9 +235,7 @@ def moments_kernel(
     C_token,
     rates_ptr,
     bias_ptr,
-    state_ptr,
-    ends_ptr,
-    sums_ptr,
+    starts_ptr,
     before_ptr,
     after_ptr,
     readouts_ptr,
@@ -632,13 +249,14 @@ def moments_kernel(
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
-    CONTINUES: tl.constexpr,
+    STARTED: tl.constexpr,
 ):
     """Sums over the states of one chunk, which never leave the registers.
 
     Grid (blocks of channels, chunks, sequences). Over time: `before`, `after` and `readouts` (B, chunks, N, D), the
     sums of h_{t-1}^2, h_t^2 and (C_t h_t)^2. Over the block's channels: `grams` (blocks, B, L, N, N), the sums of
     g_t^2 h_t h_t', g = silu(z). Nothing is added up across programs: that would make the order of the sums chance.
+    `starts` (B, chunks, N, D), the state each chunk starts from, is read if STARTED.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, PART)
@@ -646,15 +264,11 @@ def moments_kernel(
     size = channels * states
     rates = load_padded(rates_ptr, d, channels, channels, 1, states, PART)
     bias = load_row(bias_ptr, d, channels, False) if SOFTPLUS else 0.0
-    if CONTINUES:
-        h = load_padded(state_ptr + row * size, d, channels, channels, 1, states, PART)
+    if STARTED:
+        at = (row * tl.num_programs(1) + part) * size
+        h = load_padded(starts_ptr + at, d, channels, channels, 1, states, PART)
     else:
         h = tl.zeros((PART, BLOCK), tl.float32)
-    earlier = row * (tl.num_programs(1) - 1)
-    for i in range(0, part):
-        total = load_row(sums_ptr + (earlier + i) * channels, d, channels, False)
-        ends = load_padded(ends_ptr + (earlier + i) * size, d, channels, channels, 1, states, PART)
-        h = tl.exp2(total[None, :] * rates) * h + ends
 
     first = part.to(tl.int64) * chunk
     u_ptr += row * u_batch + first * u_token

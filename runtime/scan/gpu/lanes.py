@@ -1,10 +1,10 @@
 """The scan with time along the lanes of a warp: each exponential once, one launch, one program for a few channels.
 
 A recurrence h_t = a_t h_{t-1} + b_t is associative in the pairs (a, b), so that time can be split among lanes. A warp
-has one channel. Its lane l holds V R consecutive tokens; for each state the warp computes a_t and b_t of all of them,
-folds each lane's tokens to one pair, scans the 32 pairs by shuffles, and lets each lane run through its tokens once more
-from the state the lanes before it leave behind. States come one after the other: N of them cost N turns of that loop,
-whatever N is. The state at the end of a tile of 32 V R tokens waits in memory (`final`) for the next tile.
+has one channel. Each of its lanes holds V R consecutive tokens; for each state the warp computes a_t and b_t of all of
+them, folds each lane's tokens to one pair, scans the 32 pairs by shuffles, and lets each lane run through its tokens
+once more from the state the lanes before it leave behind. States come one after the other: N of them cost N turns of
+that loop, whatever N is. The state at the end of a tile of 32 V R tokens waits in memory (`final`) for the next tile.
 
 Loads of B and C must give a lane V numbers at once, so a first, small kernel (`pack_kernel`) lays them out with time
 last, in the order in which the lanes hold it. u, dt and z are read as they lie and change places in shared memory, once
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..inputs import ScanInputs
-from .kernels import LOG2_E, silu, softplus
+from ssmc.runtime.scan.gpu.kernels import LOG2_E, silu, softplus
+from ssmc.runtime.scan.inputs import ScanInputs
 
 WARP = tl.constexpr(32)
 VECTOR_BYTES = 16  # what a lane loads at once
@@ -258,9 +258,7 @@ def pack(inputs: ScanInputs, plan: Lanes) -> tuple[torch.Tensor, int]:
     return packed, vector
 
 
-def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None, plan: Lanes
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(inputs: ScanInputs, state: torch.Tensor | None, plan: Lanes) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU."""
     packed, vector = pack(inputs, plan)
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)

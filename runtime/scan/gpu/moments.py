@@ -6,7 +6,8 @@ import torch
 import triton
 
 from ssmc.runtime.scan.gpu import kernels
-from ssmc.runtime.scan.gpu.prefill import Plan, Scan, multiprocessors, plan_for, rows
+from ssmc.runtime.scan.gpu.chunks import Chunked, Chunks
+from ssmc.runtime.scan.gpu.plans import chunks_for, gpu_of
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments, added, quartic_of_grams, stretches
 
@@ -41,28 +42,24 @@ def scan_moments(
 
 def _moments(inputs: ScanInputs, state: torch.Tensor | None, longest: int) -> Moments:
     """The sums over a stretch that is short enough to keep an (N, N) matrix per token and block of channels."""
-    plan = plan_for(inputs, multiprocessors(inputs.u))
+    plan = chunks_for(inputs.batch * inputs.d_inner, inputs.d_state, inputs.length, gpu_of(inputs.u)[1])
     chunk = triton.cdiv(min(plan.chunk, longest), plan.tokens) * plan.tokens
-    scan = Scan(inputs, state, Plan(BLOCK, 1, plan.tokens, chunk))
+    scan = Chunked(inputs, state, Chunks(BLOCK, 1, plan.tokens, chunk))
     blocks, chunks, batch = scan.grid
     N, D = inputs.d_state, inputs.d_inner
     squares = torch.empty(3, batch, chunks, N, D, dtype=torch.float32, device=inputs.u.device)
     grams = torch.empty(blocks, batch, inputs.length, N, N, dtype=torch.float32, device=inputs.u.device)
     final = torch.empty(batch, D, N, dtype=torch.float32, device=inputs.u.device)
-    z = inputs.u if inputs.z is None else rows(inputs.z)
+    starts = scan.rates if scan.starts is None else scan.starts
     kernels.moments_kernel[scan.grid](
-        *scan.u,
-        *scan.dt,
-        *(z, z.stride(0), z.stride(1)),
-        *scan.B,
-        *scan.C,
-        *(scan.rates, scan.bias, scan.state, scan.ends, scan.sums, *squares, grams, final),
-        *(inputs.length, chunk, D, N),
+        *scan.sequences,
+        *(scan.rates, scan.bias, starts, *squares, grams, final),
+        *(inputs.length, scan.chunk, D, N),
         PART=max(SMALLEST_DOT, triton.next_power_of_2(N)),
         BLOCK=BLOCK,
         SOFTPLUS=inputs.dt_bias is not None,
         GATED=inputs.z is not None,
-        CONTINUES=state is not None,
+        STARTED=scan.starts is not None,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

@@ -1,0 +1,205 @@
+"""Find the fastest way to run a scan on the GPU that is here, and keep it for later.
+
+    from ssmc.runtime.scan.gpu.tune import tune
+    tune()          # about a minute and a half; `plan_for` uses what it found from then on
+
+Every design and cut is timed for the numbers of channels and states of `WORKS`, from CUDA graphs over several sets of
+inputs, so that neither launching nor the cache is what is timed. The fastest of each goes to a JSON file in the user's
+cache folder (`plans.stored_path`), under the name of the GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.scan.gpu import chunks, lanes
+from ssmc.runtime.scan.gpu.chunks import Chunks
+from ssmc.runtime.scan.gpu.lanes import Lanes
+from ssmc.runtime.scan.gpu.plans import Choice, Plan, gpu_of, stored_path, write
+from ssmc.runtime.scan.inputs import ScanInputs
+
+LENGTH = 2048
+UNCACHED = 160 << 20  # bytes of inputs that no cache holds
+COMPILING = 16  # threads; Triton compiles without Python's lock for the most part
+REPLAYS = 7
+LANES = (
+    *(Lanes(channels, warps, runs) for channels, warps in ((4, 4), (2, 2), (8, 8), (8, 4)) for runs in (1, 2)),
+    *(Lanes(channels, warps, runs, wide=True) for channels, warps in ((4, 4), (2, 2), (8, 8)) for runs in (2, 4)),
+)
+BLOCKS = ((64, 4), (64, 2), (32, 4))  # channels and tokens of `Chunks`
+CUTS = (1, 2, 4, 8, 16, 32)  # chunks
+
+
+@dataclass(frozen=True)
+class Work:
+    """A scan that is timed."""
+
+    d_inner: int
+    batch: int
+    states: int
+
+    @property
+    def channels(self) -> int:
+        """Of all sequences."""
+        return self.d_inner * self.batch
+
+
+WORKS = tuple(
+    Work(d_inner, batch, states)
+    for d_inner, batch in ((1536, 1), (5120, 1), (1536, 8), (5120, 8))
+    for states in (16, 8, 4, 2, 12)
+)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One way to do a work, and what it takes."""
+
+    work: Work
+    plan: Plan
+    microseconds: float
+
+
+def tune(seconds: float = 100.0, works: Sequence[Work] = WORKS, dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
+    """Time all designs and cuts on the current GPU, store the fastest of each work, return them.
+
+    Args:
+        seconds: after which nothing more is timed; what was timed until then is stored.
+        works: what is timed, most important first.
+        dtype: of the sequences.
+
+    Raises:
+        UsageError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device to tune the scan for. Without one, nothing needs to be tuned.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = fastest(list(timings(device, seconds, works, dtype)))
+    write(stored_path(), gpu_of(torch.empty(0, device=device))[0], found)
+    return found
+
+
+def fastest(timed: Sequence[Timed]) -> list[Choice]:
+    """The fastest plan of each work, in the order of the works."""
+    best: dict[Work, Timed] = {}
+    for each in timed:
+        if each.work not in best or each.microseconds < best[each.work].microseconds:
+            best[each.work] = each
+    return [Choice(w.channels, w.states, t.plan, round(t.microseconds, 2)) for w, t in best.items()]
+
+
+@torch.inference_mode()
+def timings(
+    device: torch.device, seconds: float, works: Sequence[Work] = WORKS, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Timed]:
+    """The time of every candidate for every work, as long as there are seconds left."""
+    end = time.monotonic() + seconds
+    compile_all(device, works, dtype, end)
+    for work in works:
+        if time.monotonic() > end:
+            return
+        first = random_inputs(work.batch, LENGTH, work.d_inner, work.states, dtype, device)
+        count = max(1, min(12, UNCACHED // (4 * first.u.nbytes)))
+        sets = [
+            first,
+            *(replace(first, u=first.u.clone(), dt=first.dt.clone(), z=first.z.clone()) for _ in range(count - 1)),
+        ]
+        for plan in candidates(work):
+            if time.monotonic() > end:
+                return
+            seconds_each = seconds_of(lambda i, p=plan: run(i, p), sets)
+            yield Timed(work, plan, 1e6 * seconds_each)
+
+
+def candidates(work: Work) -> list[Plan]:
+    """The plans worth trying for a work."""
+    plans: list[Plan] = [] if work.states > 64 else [*LANES]
+    for block, tokens in BLOCKS:
+        programs = work.batch * triton.cdiv(work.d_inner, block)
+        for cut in CUTS:
+            if 128 <= programs * cut <= 8192:
+                plans.append(Chunks(block, 1, tokens, triton.cdiv(LENGTH, cut * tokens) * tokens))
+    return plans
+
+
+def run(inputs: ScanInputs, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan by this plan."""
+    design = lanes if isinstance(plan, Lanes) else chunks
+    return design.selective_scan(inputs, None, plan)
+
+
+def compile_all(device: torch.device, works: Sequence[Work], dtype: torch.dtype, end: float) -> None:
+    """Compile what the candidates need, several at once, by running short scans."""
+    jobs = {}
+    for work in works:
+        for plan in candidates(work):
+            key = (replace(plan, chunk=0), plan.chunk < LENGTH, work.states) if isinstance(plan, Chunks) else (plan,)
+            jobs.setdefault((work.d_inner % 16 == 0, *key), (work, plan))
+
+    def job(work: Work, plan: Plan) -> None:
+        if time.monotonic() > end:
+            return
+        cut = isinstance(plan, Chunks) and plan.chunk < LENGTH
+        length = 512
+        plan = replace(plan, chunk=256) if cut else plan
+        with torch.inference_mode(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
+            run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan)
+
+    with ThreadPoolExecutor(COMPILING) as pool:
+        list(pool.map(lambda pair: job(*pair), jobs.values()))
+    torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[ScanInputs], object], sets: Sequence[ScanInputs]) -> float:
+    """Seconds of one call, from a CUDA graph that calls it with each of the inputs in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        kept = [call(inputs) for inputs in sets]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(inputs) for inputs in sets]
+    spans = []
+    for _ in range(REPLAYS):
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        finish.record()
+        finish.synchronize()
+        spans.append(begin.elapsed_time(finish) / 1e3 / len(sets))
+    del kept  # what the graph writes and the sets it reads lived until here
+    return statistics.median(spans[1:])
+
+
+def random_inputs(
+    batch: int, length: int, d_inner: int, d_state: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> ScanInputs:
+    """What a real layer hands to the scan: z, B and C are slices of wider projections, dt is before softplus."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+    rank = max(1, d_inner // 32)
+    low_rank = normal(batch, length, rank + 2 * d_state).to(dtype)
+    return ScanInputs(
+        u=F.silu(normal(batch, length, d_inner)).to(dtype),
+        dt=normal(batch, length, d_inner).to(dtype),
+        A=-torch.exp(0.5 * normal(d_inner, d_state)) * torch.arange(1, d_state + 1, device=device),
+        B=low_rank[..., rank : rank + d_state],
+        C=low_rank[..., rank + d_state :],
+        D=torch.ones(d_inner, device=device, dtype=dtype),
+        z=normal(batch, length, 2 * d_inner).to(dtype)[..., d_inner:],
+        dt_bias=normal(d_inner) - 4,
+    )

@@ -1,0 +1,94 @@
+"""Which design and cut a scan on a GPU gets: from measurements stored here, from shipped ones, or estimated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.scan.test_scan import difference, naive, random_inputs
+
+pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
+gpu = pytest.importorskip("ssmc.runtime.scan.gpu")
+plans = pytest.importorskip("ssmc.runtime.scan.gpu.plans")
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """An empty cache folder, and the file in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans.choices.cache_clear()
+    yield tmp_path / "ssmc" / "scan-plans.json"
+    plans.choices.cache_clear()
+
+
+def test_a_batch_that_fills_the_gpu_gets_one_pass_and_little_work_time_along_the_lanes():
+    def plan(channels: int, length: int = 2048, states: int = 16) -> gpu.Plan:
+        return plans.estimated(channels, states, length, multiprocessors=132)
+
+    assert isinstance(plan(1536), gpu.Lanes)
+    assert isinstance(plan(5120, 16), gpu.Lanes)
+    full = plan(64 * 132 * 4 * 3)
+    assert isinstance(full, gpu.Chunks)
+    assert full.chunk >= 2048
+    assert isinstance(plan(1536, states=100), gpu.Chunks)  # all the states of a channel do not go through one loop
+
+
+def test_chunks_are_as_many_as_fill_the_gpu():
+    def chunks(batch: int, length: int) -> int:
+        plan = plans.chunks_for(batch * 5120, 16, length, multiprocessors=132)
+        assert plan.chunk % plan.tokens == 0
+        return -(-length // plan.chunk)
+
+    assert chunks(1, 2048) == 20
+    assert chunks(8, 2048) == 1
+    assert chunks(1, 16) == 1
+
+
+def test_what_was_stored_for_this_gpu_is_used_and_the_nearest_of_it(stored):
+    few, many = gpu.Lanes(2, 2, 1), gpu.Chunks(64, 1, 2, 4)
+    found = [plans.Choice(1536, 16, few, 30.0), plans.Choice(1536, 4, many, 10.0), plans.Choice(40960, 16, many, 99.0)]
+    plans.write(stored, "another GPU", [plans.Choice(64, 16, gpu.Lanes(8, 8, 1))])
+    plans.write(stored, "interpreter", found)
+    assert plans.read(stored).keys() == {"another GPU", "interpreter"}
+    assert plans.choices("interpreter") == tuple(found)
+    assert plans.nearest(found, 1536, 12).plan == few
+    assert plans.nearest(found, 1536, 3).plan == many
+    assert plans.nearest(found, 30000, 16).plan == many
+    inputs = random_inputs(1, 6, 3, 2)
+    assert plans.plan_for(inputs) == many
+    assert difference(gpu.selective_scan(inputs)[0], naive(inputs)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps({"version": 99, "gpus": {}}),
+        json.dumps({"version": 1, "gpus": {"interpreter": [{"channels": 1, "states": 0, "plan": {}}]}}),
+        json.dumps(
+            {
+                "version": 1,
+                "gpus": {"interpreter": [{"channels": 1, "states": 1, "plan": {"design": "lanes", "warps": "4"}}]},
+            }
+        ),
+    ],
+)
+def test_a_broken_file_is_named_and_left_aside(stored, content):
+    stored.parent.mkdir()
+    stored.write_text(content)
+    with pytest.warns(UserWarning, match="scan-plans.json holds no plans of the scan"):
+        assert plans.choices("interpreter") == ()
+    plans.write(stored, "interpreter", [plans.Choice(64, 16, gpu.Lanes())])
+    assert plans.choices("interpreter")[0].plan == gpu.Lanes()
+
+
+def test_a_plan_from_the_table_of_the_package_serves_gpus_it_names():
+    if not plans.SHIPPED.is_file():
+        pytest.skip("no table is shipped: no GPU was measured")
+    for name, found in plans.read(plans.SHIPPED).items():
+        assert name
+        assert found
+        assert torch.tensor([choice.microseconds for choice in found]).min() > 0
