@@ -28,7 +28,7 @@ def test_a_batch_that_fills_the_gpu_gets_one_pass_and_little_work_time_along_the
         return plans.estimated(channels, states, length, multiprocessors=132)
 
     assert isinstance(plan(1536), gpu.Lanes)
-    assert isinstance(plan(5120, 16), gpu.Lanes)
+    assert isinstance(plan(5120, 256), gpu.Lanes)
     full = plan(64 * 132 * 4 * 3)
     assert isinstance(full, gpu.Chunks)
     assert full.chunk >= 2048
@@ -56,9 +56,10 @@ def test_what_was_stored_for_this_gpu_is_used_and_the_nearest_of_it(stored):
     assert plans.nearest(found, 1536, 12).plan == few
     assert plans.nearest(found, 1536, 3).plan == many
     assert plans.nearest(found, 30000, 16).plan == many
-    inputs = random_inputs(1, 6, 3, 2)
+    inputs = random_inputs(1, 70, 3, 2)
     assert plans.plan_for(inputs) == many
     assert difference(gpu.selective_scan(inputs)[0], naive(inputs)[0]) < 1e-5
+    assert isinstance(plans.plan_for(random_inputs(1, 6, 3, 16)), gpu.Chunks)  # too short for a tile
 
 
 @pytest.mark.parametrize(
