@@ -104,8 +104,11 @@ def timings(
 ) -> Iterator[Timed]:
     """The time of every candidate for every work, as long as there are seconds left."""
     end = time.monotonic() + seconds
-    compile_all(device, works, dtype, end)
+    size = None
     for work in works:
+        if (work.d_inner, work.batch) != size:  # what the works of a size need is compiled together
+            size = (work.d_inner, work.batch)
+            compile_all(device, [w for w in works if (w.d_inner, w.batch) == size], dtype, end)
         if time.monotonic() > end:
             return
         first = random_inputs(work.batch, LENGTH, work.d_inner, work.states, dtype, device)
