@@ -18,8 +18,10 @@ from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.families import Architecture, architecture_for
+from ssmc.runtime.models.fast_norms import use_fast_norms, use_stock_norms
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.scan import accelerator, check_backend
+from ssmc.runtime.scan.accelerators import needs_gradients
 
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
 
@@ -63,6 +65,7 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     for mixer in mixers:
         mixer.forward = MethodType(_forward, mixer)  # a bound method: deepcopy binds the copy to the copied mixer
         setattr(mixer, _MARK, _Fast(architecture, backend))
+    use_fast_norms(model, backend)
     return model
 
 
@@ -76,6 +79,7 @@ def use_stock_scan(model: nn.Module) -> nn.Module:
         if _MARK in vars(mixer):
             delattr(mixer, _MARK)
             del mixer.forward
+    use_stock_norms(model)
     return model
 
 
@@ -136,8 +140,7 @@ def _forward(
     y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, in_place=on_gpu)
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
-        window = x if _layer(mixer, cache_params).record_past else x[:, -width:]
-        cache_params.update_conv_state(window.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
+        _keep_window(_layer(mixer, cache_params), cache_params, mixer, x, on_gpu)
         cache_params.update_recurrent_state(state, mixer.layer_idx)
     return mixer.out_proj(y.to(hidden_states.dtype))
 
@@ -158,6 +161,19 @@ def _layer(mixer: nn.Module, cache: Any) -> Any:
     layers = getattr(cache, "layers", ())
     layer = layers[mixer.layer_idx] if len(layers) > mixer.layer_idx else None
     return layer if isinstance(getattr(layer, "has_previous_state", None), dict) else None
+
+
+def _keep_window(layer: Any, cache: Any, mixer: nn.Module, x: torch.Tensor, on_gpu: bool) -> None:
+    """Let the cache hold the last inputs x (B, L, D) of the convolution; on a GPU one more token is one kernel."""
+    width, window = mixer.conv_kernel_size, layer.conv_states[0]
+    one_more = x.shape[1] == 1 and layer.has_previous_state[0] and not layer.record_past
+    if on_gpu and one_more and window.shape[-1] == width and window.is_contiguous() and not needs_gradients([x]):
+        from ssmc.runtime.scan.gpu.step import shift_window  # imports triton, which is there
+
+        shift_window(window, x)
+        return
+    last = x if layer.record_past else x[:, -width:]
+    cache.update_conv_state(last.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
 
 
 def _history(conv_state: torch.Tensor, length: int) -> torch.Tensor:

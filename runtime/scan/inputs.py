@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from ssmc.runtime.scan.accelerators import needs_gradients
+
 _Inputs = TypeVar("_Inputs", bound="_Sequences")
 
 
@@ -151,3 +153,12 @@ class SsdInputs(_Sequences):
     def initial_state(self) -> torch.Tensor:
         """The zero state every sequence starts from, (B, H, P, N) float32."""
         return self.u.new_zeros(self.batch, self.heads, self.head_dim, self.d_state, dtype=torch.float32)
+
+
+def decay_rates(a_log: torch.Tensor, fused: bool = False) -> torch.Tensor:
+    """A = -exp(A_log) in float32, of any shape; in one kernel of a GPU's if `fused`."""
+    if fused and not needs_gradients([a_log]):
+        from ssmc.runtime.scan.gpu import step  # imports triton, which a scan on a GPU has
+
+        return step.decay_rates(a_log)
+    return -torch.exp(a_log.float())

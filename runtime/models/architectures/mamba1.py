@@ -15,6 +15,7 @@ from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
 from ssmc.runtime.scan import ScanInputs, selective_scan
+from ssmc.runtime.scan.inputs import decay_rates
 
 PLAN = Plan(
     tensors={
@@ -95,7 +96,7 @@ class Mamba1(Convolution, PlannedSurgery):
         dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
         if not fused:  # transformers adds the bias in float32 whatever the weights' dtype
             dt, bias = F.softplus(dt.float().add_(bias.float())), None
-        return ScanInputs(u=u, dt=dt, A=-torch.exp(mixer.A_log.float()), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
+        return ScanInputs(u=u, dt=dt, A=decay_rates(mixer.A_log, fused), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
 
     def after_x_proj(
         self, mixer: nn.Module, low_rank: torch.Tensor, B: torch.Tensor, C: torch.Tensor

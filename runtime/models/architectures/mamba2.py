@@ -21,6 +21,7 @@ from ssmc.runtime.models.architectures.interface import Readers
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE, Plan, Selection
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
 from ssmc.runtime.scan import ScanInputs, SsdInputs, accelerator, ssd_scan
+from ssmc.runtime.scan.inputs import decay_rates
 
 _EXPANDED = (CHANNEL, CHANNEL, STATE, STATE, HEAD)  # z, x, B, C, dt
 _CONVOLVED = (CHANNEL, STATE, STATE)  # x, B, C
@@ -117,7 +118,7 @@ class Mamba2(Convolution, PlannedSurgery):
         inputs = SsdInputs(
             u=u,
             dt=dt,
-            A=-torch.exp(mixer.A_log.float()),
+            A=decay_rates(mixer.A_log, fused),
             B=B.unflatten(2, (g, n)),
             C=C.unflatten(2, (g, n)),
             D=mixer.D,
@@ -162,7 +163,7 @@ class Mamba2(Convolution, PlannedSurgery):
                 ScanInputs(
                     u=inputs.u[..., channels],
                     dt=by_channel[..., channels],
-                    A=-torch.exp(A_log.float()),
+                    A=decay_rates(A_log),
                     B=inputs.B[:, :, group],
                     C=inputs.C[:, :, group],
                     D=skip[channels],

@@ -1,0 +1,80 @@
+"""The small kernels around the scan, against torch: on a GPU, or through Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
+from tests.support.families import FAMILIES
+from tests.support.gpu import HAS_CUDA
+from tests.support.models import random_mamba2, random_model, random_tokens
+
+pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
+step = pytest.importorskip("ssmc.runtime.scan.gpu.step")
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 24, 130])
+def test_a_norm_is_its_formula(dtype, weight_dtype, width):
+    x, weight = (3 * normal(2, 5, width)).to(dtype), normal(width, seed=1).to(weight_dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    wanted = exact * weight.double()
+    got = step.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-3).cpu()
+    assert got.dtype == torch.promote_types(dtype, weight_dtype)
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(got.dtype).eps)  # of the norm, then of the product
+    torch.testing.assert_close(got.double(), wanted, rtol=2 * rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decay_rates_are_minus_the_exponential(dtype):
+    a_log = normal(37, 9).to(dtype)
+    got = step.decay_rates(a_log.to(DEVICE)).cpu()
+    torch.testing.assert_close(got.double(), -a_log.double().exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("batch", "channels", "width"), [(1, 5, 2), (3, 300, 4)])
+def test_a_window_moves_on_in_place(batch, channels, width):
+    window, wide = normal(batch, channels, width), normal(batch, 1, 2 * channels, seed=1)
+    x = wide[..., channels:]  # as in_proj puts it out
+    wanted = torch.cat([window[..., 1:], x.transpose(1, 2)], dim=-1)
+    given = window.to(DEVICE)
+    step.shift_window(given, wide.to(DEVICE)[..., channels:])
+    assert torch.equal(given.cpu(), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mamba", "mamba2", *FAMILIES])
+def test_every_family_computes_the_same_with_them(family):
+    model = {"mamba": random_model, "mamba2": random_mamba2, **FAMILIES}[family]().to(DEVICE)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and hasattr(m, "variance_epsilon")]
+    tokens, fast = random_tokens((2, 7)).to(DEVICE), use_fast_scan(copy.deepcopy(model), "triton")
+    ran = []
+    for norm in fast.modules():
+        if "_ssmc_norm" in vars(norm):
+            norm.register_forward_hook(lambda module, given, got: ran.append(module))
+    wanted = model(tokens).logits
+    torch.testing.assert_close(fast(tokens).logits, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    assert len(set(map(id, ran))) == len(norms) > 0
+    use_stock_scan(fast)
+    assert not any("forward" in vars(module) for module in fast.modules())
+
+
+def test_a_norm_that_needs_gradients_has_them():
+    model = use_fast_scan(random_model().to(DEVICE), "triton")
+    norm = model.backbone.norm_f
+    x = normal(2, 3, 24).to(DEVICE).requires_grad_()
+    norm(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert isinstance(norm.weight.grad, torch.Tensor)
+    assert isinstance(norm, nn.Module)
