@@ -34,8 +34,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from ssmc.runtime.bench.report import finite
 from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.files import finite
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
 from ssmc.runtime.scan import ScanInputs, accelerator, mamba_ssm_scan, reference

@@ -27,9 +27,9 @@ from transformers.utils import logging
 from benchmarks.gpu_common import TOY, Row, Sizes, mamba
 from benchmarks.gpu_sparse24 import sparse_model, sparse_modules
 from ssmc.runtime.bench import benchmark, summary
-from ssmc.runtime.bench.report import finite
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.files import finite
 from ssmc.runtime.measure import workloads as work
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.timing import Timing, interleave

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ssmc.runtime.errors import OutputError
 
@@ -235,3 +237,12 @@ def _sync(path: Path) -> None:
 def _mib(nbytes: int) -> int:
     """Bytes in MB, rounded up."""
     return -(-nbytes // MIB)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: a perplexity beyond float64 becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,8 @@ from ssmc.runtime import lazy
 _HOMES = lazy.homes(
     {
         "ssmc.runtime.bench.run": "benchmark",
-        "ssmc.runtime.bench.report": "Measurement Model Report check_output",
+        "ssmc.runtime.bench.report": "Report check_output",
+        "ssmc.runtime.bench.results": "Measurement Model",
         "ssmc.runtime.bench.summary": "Row findings summary_rows",
         "ssmc.runtime.measure.latency": "LatencyTable Workload measure_latency read_latency_table time_sizes",
         "ssmc.runtime.measure.timing": "Ratio",

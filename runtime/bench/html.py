@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ssmc.runtime.bench import summary, tradeoff
 from ssmc.runtime.bench.plots import plots
-from ssmc.runtime.bench.report import SCHEMA, Model, Report
+from ssmc.runtime.bench.results import SCHEMA, Model, Results
 from ssmc.runtime.bench.summary import Row
 
 
@@ -26,7 +26,7 @@ class Table:
     columns: tuple[str, ...] | None = None
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """The page as one string, without any address to load from."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
     )
 
 
-def _tables(report: Report) -> list[Table]:
+def _tables(report: Results) -> list[Table]:
     gpu = report.conditions.device == "cuda"
     longest, batch = max(report.settings.lengths), max(report.settings.batch_sizes)
     smallest = min(report.settings.batch_sizes)
@@ -110,18 +110,18 @@ def _tables(report: Report) -> list[Table]:
     ]
 
 
-def _sequences_note(report: Report) -> str:
+def _sequences_note(report: Results) -> str:
     if report.conditions.device == "cuda":
         return "From the allocator's peaks of a decoding step at two batch sizes, weights and CUDA context apart."
     return "RAM that was available before the model, less its weights, over the state of a sequence alone."
 
 
-def _timings(report: Report, kind: str) -> list[Row]:
+def _timings(report: Results, kind: str) -> list[Row]:
     names = None if kind == "stock" else report.names
     return [summary.timing_row(measurement, names) for measurement in report.of_kind(kind)]
 
 
-def _file_rows(report: Report) -> list[Row]:
+def _file_rows(report: Results) -> list[Row]:
     """One more line for every format beyond the timed one."""
     rows = []
     for position, model in enumerate(report.models):
@@ -133,7 +133,7 @@ def _file_rows(report: Report) -> list[Row]:
     return rows
 
 
-def _perplexity_note(report: Report) -> str:
+def _perplexity_note(report: Results) -> str:
     score = report.dense.perplexity
     if score is None or report.text is None:
         return ""
@@ -149,7 +149,8 @@ def _perplexity_note(report: Report) -> str:
 def _recipe(model: Model) -> str:
     if not model.recipe:
         return ""
-    return f"{model.name}: {', '.join(f'{key} {_value(value)}' for key, value in model.recipe.items())}"
+    chosen = {key: value for key, value in model.recipe.items() if value is not None}  # None: the default was used
+    return f"{model.name}: {', '.join(f'{key} {_value(value)}' for key, value in chosen.items())}"
 
 
 def _value(value: Any) -> str:
@@ -159,7 +160,7 @@ def _value(value: Any) -> str:
     return str(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
-def _settings(report: Report) -> dict[str, str]:
+def _settings(report: Results) -> dict[str, str]:
     settings = report.settings
     rounds = [len(t.seconds) for m in report.measurements for t in m.timings.values()]
     return {
@@ -169,7 +170,7 @@ def _settings(report: Report) -> dict[str, str]:
     }
 
 
-def _conditions(report: Report) -> dict[str, str]:
+def _conditions(report: Results) -> dict[str, str]:
     """Names and values for the page; what is unknown is left out."""
     c = report.conditions
     load = "" if c.load_average is None else " / ".join(f"{x:.2f}" for x in c.load_average)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.results import Measurement
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import Subject
 from ssmc.runtime.measure import workloads
+from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import Progress, silent

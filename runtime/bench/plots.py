@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from ssmc.runtime.bench.report import Measurement, Report
+from ssmc.runtime.bench.results import Measurement, Results
 from ssmc.runtime.bench.tradeoff import trade_offs
 
 # Matplotlib writes plain colours; these stand for the page's CSS variables and are replaced by them in the SVG.
@@ -47,9 +47,9 @@ _STYLE = {
 }
 
 
-def plots(report: Report) -> dict[str, str]:
+def plots(report: Results) -> dict[str, str]:
     """All plots there is data for: name -> SVG element."""
-    drawings: dict[str, tuple[Callable[[Axes, Report], None], str]] = {
+    drawings: dict[str, tuple[Callable[[Axes, Results], None], str]] = {
         "prefill": (_prefill, "Prefill time over length, one line for every model"),
         "decode": (_decode, "Time of a decoding step over batch size, one bar for every model"),
         "speedup": (_speedup, "Speed-up of the scan alone beside the speed-up of the whole prefill"),
@@ -65,7 +65,7 @@ def plots(report: Report) -> dict[str, str]:
     return drawn
 
 
-def _prefill(axes: Axes, report: Report) -> None:
+def _prefill(axes: Axes, report: Results) -> None:
     measured = _smallest_batch(report.of_kind("prefill"))
     lengths = [m.length for m in measured]
     for model, color in zip(report.models, SERIES, strict=False):
@@ -82,7 +82,7 @@ def _prefill(axes: Axes, report: Report) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _decode(axes: Axes, report: Report) -> None:
+def _decode(axes: Axes, report: Results) -> None:
     measured = report.of_kind("decode")
     groups = [f"batch {m.batch}" for m in measured]
     series = {model.name: [m.timings[model.name] for m in measured] for model in report.models}
@@ -95,12 +95,12 @@ def _decode(axes: Axes, report: Report) -> None:
     axes.set(title="Decode, ms per step (one token of every sequence)")
 
 
-def _has_scans(report: Report) -> bool:
+def _has_scans(report: Results) -> bool:
     """Whether the scan alone was timed of the dense model and of a compressed one."""
     return any(report.dense.name in m.timings and m.ratios for m in report.of_kind("scan"))
 
 
-def _speedup(axes: Axes, report: Report) -> None:
+def _speedup(axes: Axes, report: Results) -> None:
     """The first compressed model in torch: its kernel beside what is left of it end to end."""
     model = next(iter(report.of_kind("scan")[0].ratios))
     scans = {(m.length, m.batch): m for m in report.of_kind("scan")}
@@ -117,7 +117,7 @@ def _speedup(axes: Axes, report: Report) -> None:
     axes.set(title="Speed over dense: the kernel alone, the whole model")
 
 
-def _sizes(axes: Axes, report: Report) -> None:
+def _sizes(axes: Axes, report: Results) -> None:
     rows = [
         ("parameters", lambda m: m.parameters),
         ("weights on disk", lambda m: m.files[0].bytes),
@@ -131,7 +131,7 @@ def _sizes(axes: Axes, report: Report) -> None:
     axes.set(title="Size, % of the dense model")
 
 
-def _trade_off(axes: Axes, report: Report) -> None:
+def _trade_off(axes: Axes, report: Results) -> None:
     """Loss above the dense model over time relative to it: filled for prefill, hollow for decoding."""
     colors = {model.name: SERIES[i % len(SERIES)] for i, model in enumerate(report.models)}
     for off, filled in zip(trade_offs(report), (True, False), strict=False):
@@ -177,7 +177,7 @@ def _smallest_batch(measured: tuple[Measurement, ...]) -> list[Measurement]:
     return [m for m in measured if m.batch == measured[0].batch]
 
 
-def _svg(name: str, draw: Callable[[Axes, Report], None], description: str, report: Report) -> str:
+def _svg(name: str, draw: Callable[[Axes, Results], None], description: str, report: Results) -> str:
     # a Figure of its own, not pyplot's: no window system, no global state
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(5.6, 3.7), layout="constrained")

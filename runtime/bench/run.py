@@ -11,10 +11,18 @@ import torch
 
 from ssmc.runtime.bench.graphs import measure_graphs
 from ssmc.runtime.bench.parts import measure_parts
-from ssmc.runtime.bench.quality import read_tokens, require_same_tokens, score, shortened_note
-from ssmc.runtime.bench.report import Model, Report, WeightFiles
+from ssmc.runtime.bench.report import Report
+from ssmc.runtime.bench.results import Model, WeightFiles
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import (
+from ssmc.runtime.bench.speed import measure_speed
+from ssmc.runtime.bench.throughput import UNLIMITED, measure_throughput
+from ssmc.runtime.device import choose_device, choose_dtype
+from ssmc.runtime.manifest import RUNTIMES
+from ssmc.runtime.measure.conditions import Conditions, busy_note, conditions, load_average
+from ssmc.runtime.measure.memory import Memory, MemoryProcessError, MemoryTask, measure_memory
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss
+from ssmc.runtime.measure.quality import read_tokens, require_same_tokens, score, shortened_note
+from ssmc.runtime.measure.sources import (
     Subject,
     compute_dtype,
     dtypes_note,
@@ -26,13 +34,6 @@ from ssmc.runtime.bench.sources import (
     stored_dtype,
     weight_bytes,
 )
-from ssmc.runtime.bench.speed import measure_speed
-from ssmc.runtime.bench.throughput import UNLIMITED, measure_throughput
-from ssmc.runtime.device import choose_device, choose_dtype
-from ssmc.runtime.manifest import RUNTIMES
-from ssmc.runtime.measure.conditions import Conditions, busy_note, conditions, load_average
-from ssmc.runtime.measure.memory import Memory, MemoryProcessError, MemoryTask, measure_memory
-from ssmc.runtime.measure.perplexity import Perplexity, excess_loss
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.sparse24 import Sparse24Report, use_sparse24
@@ -99,7 +100,7 @@ def benchmark(
     subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device=where.type)
     in_torch = [subject for subject in subjects if subject.runtime == "torch"]
     checkpoints = [subject.checkpoint for subject in subjects]
-    tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, settings)
+    tokens, text_info, notes = read_tokens(checkpoints, text, tokenizer, (window, max_windows))
     require_same_tokens(subjects, tokenizer)
     load_before = load_average()
     notes += left_out + busy_note(load_before) + dtypes_note(subjects)

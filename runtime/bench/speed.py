@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.results import Measurement
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import Subject
 from ssmc.runtime.measure import workloads
+from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.progress import Progress, silent

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ssmc.runtime.bench.report import Measurement, Model, Report
+from ssmc.runtime.bench.results import Measurement, Model, Results
 from ssmc.runtime.measure.memory import Memory
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Ratio, Timing
 
@@ -47,7 +47,7 @@ class Row:
     verdicts: tuple[str, ...]  # "better", "worse", "same" or "" for each change
 
 
-def summary_rows(report: Report) -> list[Row]:
+def summary_rows(report: Results) -> list[Row]:
     """What matters at a glance: sizes, memory, the longest prefill, decode, the scan, perplexity."""
     rows = [*size_rows(report), *memory_rows(report)[-1:]]
     for kind in ("prefill", "decode", "graph", "scan"):
@@ -60,7 +60,7 @@ def summary_rows(report: Report) -> list[Row]:
     return rows + perplexity_rows(report)
 
 
-def size_rows(report: Report) -> list[Row]:
+def size_rows(report: Results) -> list[Row]:
     """Exact figures: parameters, weights on disk, recurrent state."""
     return [
         _size_row(report, "Parameters", lambda m: m.parameters, lambda n: f"{n:,}"),
@@ -70,7 +70,7 @@ def size_rows(report: Report) -> list[Row]:
     ]
 
 
-def memory_rows(report: Report) -> list[Row]:
+def memory_rows(report: Results) -> list[Row]:
     """High-water marks; empty where a process gave no answer."""
     if any(model.memory is None for model in report.models):
         return []
@@ -88,7 +88,7 @@ def memory_rows(report: Report) -> list[Row]:
     return [*rows, _memory_row(report, "Peak GPU memory" if gpu else "Peak memory of the process", lambda m: m.peak)]
 
 
-def sequence_rows(report: Report) -> list[Row]:
+def sequence_rows(report: Results) -> list[Row]:
     """What a sequence takes while decoding and how many fit; empty where a process gave no answer."""
     if any(model.memory is None for model in report.models):
         return []
@@ -103,12 +103,12 @@ def sequence_rows(report: Report) -> list[Row]:
     return [*rows, Row(name, tuple(f"{n:,}" for n in counts), tuple(f"{f:.2f}×" for f in factors), verdicts)]
 
 
-def part_rows(report: Report) -> list[Row]:
+def part_rows(report: Results) -> list[Row]:
     """The parts of the first layer, and the head; all of one length and batch."""
     return [replace(timing_row(m, report.names), metric=m.part) for m in report.of_kind("part")]
 
 
-def token_rows(report: Report) -> list[Row]:
+def token_rows(report: Results) -> list[Row]:
     """Tokens per second of every prefill and of decoding at every batch size."""
     names, rows = report.names, []
     absent = tuple("does not fit" if model.runtime == "torch" else "" for model in report.models)
@@ -125,7 +125,7 @@ def token_rows(report: Report) -> list[Row]:
     return rows
 
 
-def sparse24_rows(report: Report) -> list[Row]:
+def sparse24_rows(report: Results) -> list[Row]:
     """Every 2:4 linear map of every model: shape, dense and sparse time, their ratio, and which one is used; none where
     there are no sparse tensor cores, which a note of the report says."""
     rows = []
@@ -158,7 +158,7 @@ def timing_row(measurement: Measurement, names: Sequence[str] | None = None) -> 
     )
 
 
-def perplexity_rows(report: Report) -> list[Row]:
+def perplexity_rows(report: Results) -> list[Row]:
     """Perplexity, and the loss above the dense model in nats; empty if it was not measured."""
     if report.dense.perplexity is None:
         return []
@@ -174,7 +174,7 @@ def perplexity_rows(report: Report) -> list[Row]:
     return [Row("Perplexity", tuple(values), tuple(changes), tuple(verdicts))]
 
 
-def findings(report: Report) -> list[str]:
+def findings(report: Results) -> list[str]:
     """The outcome in plain sentences, what does not help included; one list for every compressed model."""
     sentences = []
     for model in report.compressed:
@@ -228,12 +228,12 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _memory_row(report: Report, metric: str, read: Callable[[Memory], int]) -> Row:
+def _memory_row(report: Results, metric: str, read: Callable[[Memory], int]) -> Row:
     return _size_row(report, metric, lambda model: read(model.memory), format_bytes, noise=MEMORY_NOISE)
 
 
 def _size_row(
-    report: Report, metric: str, read: Callable[[Model], Any], show: Callable[[Any], str], noise: float = WORTH_SAYING
+    report: Results, metric: str, read: Callable[[Model], Any], show: Callable[[Any], str], noise: float = WORTH_SAYING
 ) -> Row:
     sizes = [read(model) for model in report.models]
     factors = [sizes[0] / size if size else 1.0 for size in sizes[1:]]
@@ -278,7 +278,7 @@ def _speed_sentence(who: str, model: Model, measurement: Measurement) -> str:
     return f"{workload_name(measurement)}: {who}{format_ratio(ratio)} the dense model's speed, {verdict}."
 
 
-def _scan_sentence(report: Report, model: Model) -> list[str]:
+def _scan_sentence(report: Results, model: Model) -> list[str]:
     """How much of the scan's gain is left end to end, at the longest prefill both were timed at."""
     scans = {(m.length, m.batch): m for m in report.of_kind("scan")}
     both = [m for m in report.of_kind("prefill") if (m.length, m.batch) in scans]

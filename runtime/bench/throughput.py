@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from ssmc.runtime.bench.report import Measurement
+from ssmc.runtime.bench.results import Measurement
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import Subject
+from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.measure.workloads import decoding
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssmc.runtime.bench.report import Measurement, Model, Report
+from ssmc.runtime.bench.results import Measurement, Model, Results
 from ssmc.runtime.bench.summary import MIN_WINDOWS, Row, workload_name
 
 EQUAL = 0.05
@@ -54,7 +54,7 @@ class TradeOff:
         )
 
 
-def trade_offs(report: Report) -> tuple[TradeOff, ...]:
+def trade_offs(report: Results) -> tuple[TradeOff, ...]:
     """Loss over time for the longest prefill and for decoding, at the smallest batch; empty without perplexity."""
     if report.dense.perplexity is None or any(model.excess is None for model in report.compressed):
         return ()
@@ -65,7 +65,7 @@ def trade_offs(report: Report) -> tuple[TradeOff, ...]:
     return tuple(_trade_off(report, measurement) for measurement in chosen)
 
 
-def trade_off_rows(report: Report) -> list[Row]:
+def trade_off_rows(report: Results) -> list[Row]:
     """One line a model: its time over the dense model's at every workload, and its loss; the first the dense one's."""
     offs = trade_offs(report)
     if not offs or len(report.compressed) < 2:
@@ -81,12 +81,12 @@ def trade_off_rows(report: Report) -> list[Row]:
     return rows
 
 
-def trade_off_columns(report: Report) -> tuple[str, ...]:
+def trade_off_columns(report: Results) -> tuple[str, ...]:
     """What stands above the figures of `trade_off_rows`."""
     return ("how it was made", *(off.workload for off in trade_offs(report)), "perplexity", "loss above dense, nats")
 
 
-def trade_off_findings(report: Report) -> list[str]:
+def trade_off_findings(report: Results) -> list[str]:
     """Who is best at its speed, and what models of equal speed lose, in sentences."""
     if len(report.compressed) < 2:
         return []
@@ -119,7 +119,7 @@ def _by_part(value: object) -> str:
     return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _trade_off(report: Report, measurement: Measurement) -> TradeOff:
+def _trade_off(report: Results, measurement: Measurement) -> TradeOff:
     points = [Point(report.dense.name, 1.0, 1.0, 1.0, 0.0, None)]
     for model in report.compressed:
         ratio = measurement.ratios[model.name]  # dense over compressed
@@ -128,7 +128,7 @@ def _trade_off(report: Report, measurement: Measurement) -> TradeOff:
     return TradeOff(workload_name(measurement), tuple(sorted(points, key=lambda p: (p.time, p.nats))))
 
 
-def _equal_speed(workload: str, one: Point, other: Point, report: Report) -> str:
+def _equal_speed(workload: str, one: Point, other: Point, report: Results) -> str:
     better, worse = sorted((one, other), key=lambda p: p.nats)
     noise = 2.4 * ((better.stderr or 0) ** 2 + (worse.stderr or 0) ** 2) ** 0.5
     few = report.dense.perplexity.windows < MIN_WINDOWS

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-from ssmc.runtime.bench.quality import score_tokens, shortened_note
-from ssmc.runtime.bench.report import TextInfo
-from ssmc.runtime.bench.sources import Subject, compute_dtype, label, load_subjects, runnable
 from ssmc.runtime.device import choose_device, choose_dtype
 from ssmc.runtime.errors import CalibrationError, SsmcError, UsageError
 from ssmc.runtime.evaluation.documents import find_file
@@ -24,7 +21,9 @@ from ssmc.runtime.evaluation.statistics import RESAMPLES, exp_mean, paired_diffe
 from ssmc.runtime.evaluation.tasks import LoadedTask, load_tasks
 from ssmc.runtime.manifest import RUNTIMES
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, split_windows, summarise
+from ssmc.runtime.measure.quality import TextInfo, score_tokens, shortened_note
 from ssmc.runtime.measure.recall import kinds_of, loss_by_kind
+from ssmc.runtime.measure.sources import Subject, compute_dtype, label, load_subjects, runnable
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import OnnxExport

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmc.runtime.bench.sources import Source, dense_source, find_sources
 from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, ExportManifest, read_manifest
+from ssmc.runtime.measure.sources import Source, dense_source, find_sources
 
 DEFAULT_DIRECTORY = "ssmc-out"
 

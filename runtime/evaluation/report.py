@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ssmc.runtime.bench.report import TextInfo, finite
 from ssmc.runtime.errors import OutputError
 from ssmc.runtime.evaluation.settings import EvalSettings
 from ssmc.runtime.evaluation.statistics import Difference
-from ssmc.runtime.files import write_text
+from ssmc.runtime.files import finite, write_text
 from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
+from ssmc.runtime.measure.quality import TextInfo
 from ssmc.runtime.measure.recall import KindLoss
 
 SCHEMA = "ssmc-eval/1"

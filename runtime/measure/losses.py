@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmc.runtime.models.families import find_family
+from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import OnnxSession
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The target of a position whose loss is not asked for (cross_entropy's own convention)."""
-
-LOGITS_AT_ONCE = 2**24
-"""Entries of the float32 logits held at a time (64 MiB): 2048 tokens of a 50k vocabulary would be 400 MiB."""
 
 STEPPED_BATCH = 16
 """Sequences at once that a graph without all logits reads: it reads token by token, and weights are read for each."""

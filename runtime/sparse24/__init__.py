@@ -5,21 +5,21 @@ backends_for       the backends that take a shape
 use_sparse24       run the 2:4 modules of a model on sparse tensor cores where that is faster
 """
 
-from ssmc.runtime.sparse24.backends import HALF, TILES, backends_for, obstacle
-from ssmc.runtime.sparse24.packing import Packed24, is_24, pack24, unpack24
-from ssmc.runtime.sparse24.use import ModuleReport, Sparse24Linear, Sparse24Report, use_sparse24
+from __future__ import annotations
 
-__all__ = [
-    "HALF",
-    "TILES",
-    "ModuleReport",
-    "Packed24",
-    "Sparse24Linear",
-    "Sparse24Report",
-    "backends_for",
-    "is_24",
-    "obstacle",
-    "pack24",
-    "unpack24",
-    "use_sparse24",
-]
+from typing import Any
+
+from ssmc.runtime import lazy
+
+_HOMES = lazy.homes(
+    {
+        "ssmc.runtime.sparse24.backends": "HALF TILES backends_for obstacle",
+        "ssmc.runtime.sparse24.packing": "Packed24 is_24 pack24 unpack24",
+        "ssmc.runtime.sparse24.use": "ModuleReport Sparse24Linear Sparse24Report use_sparse24",
+    }
+)
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazy.fetch(__name__, _HOMES, name)

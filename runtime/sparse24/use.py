@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.measure.timing import Ratio, Timing, interleave, paired_ratio
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.sparse24.backends import obstacle
 from ssmc.runtime.sparse24.cuda import first_line, to_sparse, why_dense
 from ssmc.runtime.sparse24.packing import is_24
-
-if TYPE_CHECKING:
-    from ssmc.runtime.measure.timing import Ratio, Timing
 
 DENSE = "dense"
 LARGEST_ERROR = 0.02  # relative, of a sparse product in half precision; bf16 rounding alone is below 0.01
@@ -152,6 +150,8 @@ def modules_24(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Linear]]:
     architecture = architecture_for(getattr(model.config, "model_type", None), f"This {type(model).__name__}")
     for layer, block in enumerate(architecture.blocks(model)):
         mixer = architecture.mixer(block)
+        if mixer is None:  # a block of a hybrid without one
+            continue
         for name, module in mixer.named_children():
             if isinstance(module, nn.Linear) and is_24(module.weight):
                 yield architecture.mixer_prefix(layer) + name, mixer, module
@@ -190,8 +190,6 @@ def compare(
         rounds: at most.
         refused: backend -> why it is no candidate.
     """
-    from ssmc.runtime.measure.timing import interleave  # the package of which imports this one
-
     refused, wanted = dict(refused or {}), module(x)
     ways: dict[str, Callable[[], Any]] = {DENSE: lambda: module(x)}
     for backend, candidate in candidates.items():
@@ -212,8 +210,6 @@ def choose(name: str, shape: tuple[int, ...], timings: Mapping[str, Timing]) -> 
         shape: (out, in).
         timings: DENSE and every sparse backend, interleaved.
     """
-    from ssmc.runtime.measure.timing import paired_ratio
-
     dense = timings[DENSE]
     ratios = {backend: paired_ratio(dense, timing) for backend, timing in timings.items() if backend != DENSE}
     best = max(ratios, key=lambda backend: ratios[backend].median)

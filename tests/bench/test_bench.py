@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssmc.runtime.bench import benchmark, check_output, findings, summary_rows
 from ssmc.runtime.bench.html import render
-from ssmc.runtime.bench.quality import read_tokens
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import find_sources, label, load_subjects
 from ssmc.runtime.bench.speed import measure_speed
 from ssmc.runtime.errors import CheckpointError, OutputError, UsageError
 from ssmc.runtime.manifest import write_manifest
 from ssmc.runtime.measure.conditions import conditions as read_conditions
 from ssmc.runtime.measure.memory import MemoryProcessError, MemoryTask, measure_memory
 from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.measure.quality import read_tokens
+from ssmc.runtime.measure.sources import find_sources, label, load_subjects
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
 from ssmc.runtime.models.families import STATE, architecture_for
@@ -338,6 +338,15 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
+def test_the_page_says_how_a_model_was_compressed_and_nothing_of_defaults(report):
+    recipe = {"pattern": "column", "sparsity": {"column": 0.5}, "score": None, "repair": True}
+    text = render(
+        dataclasses.replace(report, models=(report.dense, dataclasses.replace(report.models[1], recipe=recipe)))
+    )
+    assert "pattern column, sparsity 0.5 of column, repair yes" in text
+    assert "None" not in text
+
+
 def test_the_page_loads_nothing_and_shows_everything(report, artefact):
     report.write(artefact)
     text = (artefact / "bench.html").read_text(encoding="utf-8")
@@ -442,12 +451,12 @@ def test_one_model_alone_needs_no_tokenizer(artefact):
     settings = Settings((8,), (1,), 4, MIN_ROUNDS, 0.0, 64, 2, "auto")
     bare = load_subjects(find_sources(artefact, models=[artefact / "safetensors"]), None)
     checkpoints = [subject.checkpoint for subject in bare]
-    tokens, info, notes = read_tokens(checkpoints, None, None, settings)
+    tokens, info, notes = read_tokens(checkpoints, None, None, (64, 2))
     assert (tokens, info) == (None, None)
     assert notes[0].startswith("Perplexity was not measured")
     with pytest.raises(CheckpointError, match="without a tokenizer"):
-        read_tokens(checkpoints, heldout_path(), None, settings)
-    assert read_tokens(checkpoints, None, "tiny", settings)[0].shape == (2 * 64,)
+        read_tokens(checkpoints, heldout_path(), None, (64, 2))
+    assert read_tokens(checkpoints, None, "tiny", (64, 2))[0].shape == (2 * 64,)
     measurements = measure_speed(bare, settings, CPU, stock=False)
     assert [(m.kind, m.ratios) for m in measurements] == [("prefill", {}), ("decode", {}), ("scan", {})]
 

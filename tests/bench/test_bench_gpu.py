@@ -18,10 +18,10 @@ from ssmc.runtime.bench.graphs import measure_graphs
 from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.parts import parts
 from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import dtypes_note, find_sources, load_subjects
 from ssmc.runtime.bench.throughput import is_out_of_memory, measure_throughput
 from ssmc.runtime.measure import workloads as work
 from ssmc.runtime.measure.conditions import Gpu
+from ssmc.runtime.measure.sources import dtypes_note, find_sources, load_subjects
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan

@@ -13,11 +13,11 @@ pytest.importorskip("onnxruntime", reason="ONNX exports need the extra `onnx`")
 from ssmc.cli import main
 from ssmc.exporters import export
 from ssmc.runtime.bench import benchmark, findings, summary_rows
-from ssmc.runtime.bench.sources import find_sources, runnable
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.evaluation import evaluate_models
 from ssmc.runtime.measure.memory import MemoryProcessError
 from ssmc.runtime.measure.perplexity import perplexity
+from ssmc.runtime.measure.sources import find_sources, runnable
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import (

@@ -13,8 +13,8 @@ from transformers import MambaForCausalLM
 import ssmc
 from ssmc.compressor import compress
 from ssmc.exporters import export
-from ssmc.runtime.bench.sources import find_sources, weight_bytes
 from ssmc.runtime.errors import CheckpointError, OutputError, UsageError, VerificationError
+from ssmc.runtime.measure.sources import find_sources, weight_bytes
 from ssmc.runtime.models.checkpoints import load_checkpoint, tensor_bytes, write_checkpoint
 from ssmc.runtime.models.checkpoints.packed_format import FILE, pack_tensors
 from ssmc.runtime.sparse24 import HALF, TILES, Packed24, backends_for, is_24, obstacle, pack24, unpack24

@@ -20,6 +20,7 @@ from ssmc.runtime.measure.timing import Timing
 from ssmc.runtime.sparse24 import Sparse24Linear, cuda, is_24, use_sparse24
 from ssmc.runtime.sparse24.use import choose, compare, modules_24
 from tests.exporters.test_sparse24 import matrix_24
+from tests.support.families import jamba
 from tests.support.gpu import HAS_CUDA
 from tests.support.models import logits, random_model, random_tokens
 
@@ -70,6 +71,15 @@ def test_only_24_modules_are_found():
     names = [name for name, _, _ in modules_24(model)]
     assert len(names) == 3 * 4 - 1
     assert "backbone.layers.1.mixer.in_proj" not in names
+
+
+def test_blocks_without_a_mixer_are_passed_over():
+    model = jamba(hidden_size=32, mamba_dt_rank=16)  # mixers in blocks 0, 1 and 3, attention in block 2
+    weight = model.model.layers[3].mamba.in_proj.weight
+    with torch.no_grad():
+        weight.mul_(matrix_24(*weight.shape, kept=(2,)) != 0)
+    assert [name for name, _, _ in modules_24(model)] == ["model.layers.3.mamba.in_proj"]
+    assert use_sparse24(model).reason.startswith("2:4 modules run dense")
 
 
 def test_the_reasons_why_a_gpu_runs_dense():

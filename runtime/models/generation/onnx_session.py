@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.measure.losses import LOGITS_AT_ONCE
 from ssmc.runtime.models.generation.onnx_graph import IDS, LOGITS, MASK, Graph, Slot, reason
-from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask
+from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE, Tokens, as_tokens, check_batch, check_mask
 
 
 class OnnxSession:

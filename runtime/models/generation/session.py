@@ -9,6 +9,9 @@ import torch
 
 from ssmc.runtime.errors import UsageError
 
+LOGITS_AT_ONCE = 2**24
+"""Entries of the float32 logits held at a time (64 MiB): 2048 tokens of a 50k vocabulary would be 400 MiB."""
+
 Tokens = torch.Tensor | Sequence[Sequence[int]] | Sequence[int]
 
 

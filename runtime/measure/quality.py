@@ -1,17 +1,16 @@
-"""Perplexity of a benchmark: which text, which tokens of it, and what to say about them."""
+"""Perplexity of models beside each other: which text, which tokens of it, and what to say about them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ssmc.runtime.bench.report import TextInfo
-from ssmc.runtime.bench.settings import Settings
-from ssmc.runtime.bench.sources import Subject, label
 from ssmc.runtime.errors import CheckpointError, SsmcError
 from ssmc.runtime.measure.perplexity import Perplexity, losses_of_tokens, split_windows, summarise
+from ssmc.runtime.measure.sources import Subject, label
 from ssmc.runtime.models.checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.generation import OnnxExport, load_onnx_export
@@ -23,8 +22,21 @@ from ssmc.runtime.tiny import heldout_path
 EMBEDDED = "embedded held-out stories"
 
 
+@dataclass(frozen=True)
+class TextInfo:
+    """The text perplexity was measured on."""
+
+    source: str
+    sha256: str
+    tokens: int  # all of them; Perplexity.tokens says how many were scored
+    embedded: bool  # the sample that comes with `tiny`
+
+
 def read_tokens(
-    checkpoints: Sequence[Checkpoint | OnnxExport], source: str | Path | None, tokenizer: str | None, settings: Settings
+    checkpoints: Sequence[Checkpoint | OnnxExport],
+    source: str | Path | None,
+    tokenizer: str | None,
+    windows: tuple[int, int | None],
 ) -> tuple[torch.Tensor | None, TextInfo | None, list[str]]:
     """The tokens perplexity is measured on, what they are, and what to say about them.
 
@@ -32,7 +44,7 @@ def read_tokens(
         checkpoints: the models; the first that has a tokenizer reads the text.
         source: the text, as in `read_texts`; None: the held-out sample that comes with `tiny`.
         tokenizer: directory or hub id; None: what lies with the model.
-        settings: how many windows of how many tokens.
+        windows: of how many tokens, and how many at most; None: all.
 
     Returns:
         Tokens (T,) and their description, both None if the user named no text and the default cannot be read, and
@@ -41,12 +53,12 @@ def read_tokens(
     Raises:
         SsmcError: the text or the tokenizer the user named cannot be read.
     """
-    dense = checkpoints[0]
+    dense, (window, most) = checkpoints[0], windows
     try:
         texts = read_texts(heldout_path() if source is None else source, split="test")
         owner = next((c for c in checkpoints if tokenizer_directory(c, tokenizer) is not None), dense)
         tokens = tokenize(texts, load_tokenizer(owner, tokenizer))
-        split_windows(dense.model, tokens, settings.window)  # see now, not after minutes, that it can be scored
+        split_windows(dense.model, tokens, window)  # see now, not after minutes, that it can be scored
     except SsmcError as error:
         if source is not None or tokenizer is not None:
             raise
@@ -54,8 +66,8 @@ def read_tokens(
     info = TextInfo(
         EMBEDDED if source is None else label(source), texts.sha256, tokens.numel(), embedded=source is None
     )
-    if settings.max_windows is not None:
-        tokens = tokens[: settings.max_windows * settings.window]
+    if most is not None:
+        tokens = tokens[: most * window]
     notes = []
     if source is None and dense.source not in EMBEDDED_MODELS:
         notes.append(
