@@ -23,7 +23,6 @@ from ssmc.runtime.bench.html import render
 from ssmc.runtime.bench.settings import Settings
 from ssmc.runtime.bench.speed import measure_speed
 from ssmc.runtime.errors import CheckpointError, OutputError, UsageError
-from ssmc.runtime.manifest import write_manifest
 from ssmc.runtime.measure.conditions import conditions as read_conditions
 from ssmc.runtime.measure.memory import MemoryProcessError, MemoryTask, measure_memory
 from ssmc.runtime.measure.perplexity import perplexity
@@ -35,6 +34,7 @@ from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.tokenizers import copy_tokenizer, load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
+from tests.support.models import write_manifest
 
 KEPT = [0, 2, 5]  # of 8 states
 CPU = torch.device("cpu")

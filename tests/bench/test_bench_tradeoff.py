@@ -12,14 +12,13 @@ from ssmc.runtime.bench.report import Report
 from ssmc.runtime.bench.results import Measurement, Model
 from ssmc.runtime.bench.tradeoff import Point, TradeOff, how, trade_off_columns, trade_off_findings, trade_off_rows
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.manifest import write_manifest
 from ssmc.runtime.measure.memory import MemoryProcessError
 from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
 from ssmc.runtime.measure.sources import find_sources
 from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
 from ssmc.runtime.models.families import STATE, architecture_for
-from tests.support.models import random_model, save_transformers
+from tests.support.models import random_model, save_transformers, write_manifest
 
 SCORE = Perplexity(2.0, 7.39, 630, 10, 64, 0.01, (2.0,) * 10)
 

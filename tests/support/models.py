@@ -5,10 +5,12 @@ Where mamba_ssm is installed, a stock model runs on a CPU only after `guard_kern
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
+from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.stock_kernels import guard_kernels
 
 VOCAB, PADDED = 61, 64  # mamba_ssm pads the embedding to a multiple of 8
@@ -88,3 +90,8 @@ def random_tokens(shape=(2, 9), seed=3):
 @torch.no_grad()
 def logits(model, tokens=None):
     return model(random_tokens() if tokens is None else tokens).logits
+
+
+def write_manifest(folder: Path, content: dict) -> None:
+    """Make a folder an artefact, as version 0.1 of ssmc described one."""
+    (folder / MANIFEST).write_text(json.dumps({"schema": 1, **content}), encoding="utf-8")
