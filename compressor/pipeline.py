@@ -33,7 +33,7 @@ from ssmc.compressor.options.patterns import CHANNEL, COLUMN
 from ssmc.runtime.models import families
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.progress import Progress, silent
-from ssmc.runtime.scan import accelerator, scan_moments, scan_states
+from ssmc.runtime.scan import accelerator, scan_states
 
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them
@@ -426,7 +426,7 @@ def collect(
             collect(architecture, block, piece, statistics, silent, label, group, backend)
         return
     if _sums_suffice(architecture, block, statistics, backend):
-        _collect_sums(architecture, block, hidden, statistics, progress, label, backend)
+        _collect_sums(architecture, block, hidden, statistics, progress, label, group, backend)
         return
     nsamples, length, _ = hidden.shape
     carried, device = _Carried(nsamples), device_of(block)
@@ -458,6 +458,7 @@ def _collect_sums(
     statistics: Sequence[Statistic],
     progress: Progress,
     label: str,
+    group: int,
     backend: str,
 ) -> None:
     """As `collect`, a few whole samples at a time, without the states themselves."""
@@ -468,7 +469,7 @@ def _collect_sums(
     for rows, piece in zip(groups, pieces, strict=True):
         progress(label, rows.start, nsamples)
         x, z = architecture.expand(mixer, architecture.normed(block, piece))
-        moments = scan_moments(architecture.scan_inputs(mixer, x, z, fused=True), backend=backend)
+        moments = architecture.moments(mixer, architecture.scan_inputs(mixer, x, z, fused=True), group, backend)
         for statistic in statistics:
             statistic.add_moments(moments)
     progress(label, nsamples, nsamples)

@@ -12,19 +12,21 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import reference, ssd
 from ssmc.runtime.scan.accelerators import accelerates, accelerator
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
-from ssmc.runtime.scan.moments import Moments, moments_of_states, quartic_moment, sum_of_squares
+from ssmc.runtime.scan.moments import Moments, SsdMoments, moments_of_states, quartic_moment, sum_of_squares
 
 __all__ = [
     "BACKENDS",
     "Moments",
     "ScanInputs",
     "SsdInputs",
+    "SsdMoments",
     "accelerator",
     "check_backend",
     "quartic_moment",
     "scan_moments",
     "scan_states",
     "selective_scan",
+    "ssd_moments",
     "ssd_scan",
     "sum_of_squares",
 ]
@@ -110,6 +112,29 @@ def ssd_scan(
     if accelerates(module):
         return module.ssd_scan(inputs, state, in_place=in_place)
     return module.ssd_scan(inputs.with_time_steps(), state)
+
+
+def ssd_moments(
+    inputs: SsdInputs, gain: torch.Tensor, state: torch.Tensor | None = None, backend: str = "auto"
+) -> SsdMoments:
+    """Sums over all hidden states of a Mamba-2 with one group of heads, on a GPU, none of which reaches its memory.
+
+    Args:
+        inputs: what the scan reads.
+        gain: (B, L, D) by which a read-out is multiplied on its way to out_proj.
+        state: (B, H, P, N) before the first token; None starts from zero.
+        backend: "triton", or "auto" for tensors of a GPU.
+
+    Raises:
+        UsageError: there is no kernel for these tensors.
+        ValueError: the shapes do not belong together.
+    """
+    module = _choose(backend, inputs, state)
+    if not accelerates(module):
+        raise UsageError("Sums over a Mamba-2's states need a GPU and triton: elsewhere, sum over `scan_states`.")
+    if inputs.groups != 1 or gain.shape != inputs.u.shape:
+        raise ValueError(f"there must be one group and a gain for every channel, not {inputs.groups}, {gain.shape}")
+    return module.ssd_moments(inputs, gain, state)
 
 
 def check_backend(backend: str) -> str:

@@ -31,6 +31,24 @@ class Moments:
     quartic: torch.Tensor  # (N N, N N): see `quartic_moment`
 
 
+@dataclass(frozen=True)
+class SsdMoments:
+    """Sums over all sequences and tokens of one scan of a Mamba-2, over a group's H heads of P channels, D in all.
+
+    x_t[d, n] = gain_t[d] C_t[n] h_t[d, n] is what a state contributes to a channel on its way to out_proj. float64 but
+    for the state.
+    """
+
+    state: torch.Tensor  # (B, H, P, N) float32 after the last token
+    before: torch.Tensor  # (N, D): sum of h_{t-1}^2
+    after: torch.Tensor  # (N, D): sum of h_t^2
+    readouts: torch.Tensor  # (N, D): sum of (C_t h_t)^2
+    readers: torch.Tensor  # (N,): sum of C_t^2
+    gram: torch.Tensor  # (N, N): sum of x_t[d, n] x_t[d, m] over channels, too
+    cross: torch.Tensor  # (H, N): sum of x_t[d, n] gain_t[d] u_t[d] over the channels of a head
+    skip: torch.Tensor  # (H,): sum of (gain_t[d] u_t[d])^2 over the channels of a head
+
+
 def moments_of_states(
     inputs: ScanInputs,
     state: torch.Tensor | None = None,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ssmc.compressor.methods.states.statistics import Chunk, Statistic
+from ssmc.runtime.scan import SsdMoments
 
 
 @dataclass
@@ -41,6 +42,12 @@ class Contributions(Statistic):
         cross = torch.einsum("btnd,btd->dn", read, skip).double()
         self.cross = self.cross + cross.unflatten(0, (self.heads, -1)).sum(1)
         self.skip = self.skip + skip.square().sum((0, 1)).double().unflatten(0, (self.heads, -1)).sum(1)
+
+    def add_moments(self, moments: SsdMoments) -> None:
+        """Take in sums over the states of a few samples."""
+        self.gram = self.gram + moments.gram
+        self.cross = self.cross + moments.cross
+        self.skip = self.skip + moments.skip
 
     def errors(self, repair: bool) -> torch.Tensor:
         """(N, N) matrix whose sum over R x R is the squared error of losing R, with the skip refitted or not."""

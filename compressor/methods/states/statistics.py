@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ssmc.compressor.methods.weights.second_moments import StateMoment
 from ssmc.compressor.options.config import Weighting
-from ssmc.runtime.scan import Moments, ScanInputs, quartic_moment, sum_of_squares
+from ssmc.runtime.scan import Moments, ScanInputs, SsdMoments, quartic_moment, sum_of_squares
 
 STRETCH = 64  # time steps whose hidden states exist at once
 
@@ -54,7 +54,7 @@ class Statistic:
         """Take in the states of a few samples."""
         raise NotImplementedError
 
-    def add_moments(self, moments: Moments) -> None:
+    def add_moments(self, moments: Moments | SsdMoments) -> None:
         """Take in sums over the states of a few samples, where `takes_moments`."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class SquaredStates(Statistic):
         """Take in the states of a few samples."""
         self.value = self.value + sum_of_squares(chunk.before).double()
 
-    def add_moments(self, moments: Moments) -> None:
+    def add_moments(self, moments: Moments | SsdMoments) -> None:
         """Take in sums over the states of a few samples."""
         self.value = self.value + moments.before
 
@@ -97,7 +97,7 @@ class SquaredReadout(Statistic):
         self.readers = self.readers + C.square().sum((0, 1)).double()
         self.products = self.products + sum_of_squares(chunk.after, C).double()
 
-    def add_moments(self, moments: Moments) -> None:
+    def add_moments(self, moments: Moments | SsdMoments) -> None:
         """Take in sums over the states of a few samples."""
         self.states = self.states + moments.after
         self.readers = self.readers + moments.readers

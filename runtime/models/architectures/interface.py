@@ -18,6 +18,7 @@ from ssmc.runtime.models.architectures.capabilities import Capabilities
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import Cut, Plan
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
+from ssmc.runtime.scan.moments import Moments, SsdMoments
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ class Mixing(Protocol):
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
         """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
         (B, L, N, D); None: by the gate silu(z)."""
+
+    def moments(self, mixer: nn.Module, inputs: Any, group: int, backend: str = "auto") -> Moments | SsdMoments:
+        """Sums over a group's states, with `Capabilities.gpu_sums` and tensors that the kernels take."""
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""

@@ -14,7 +14,7 @@ from ssmc.runtime.models.architectures.convolution import Convolution
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
-from ssmc.runtime.scan import ScanInputs, selective_scan
+from ssmc.runtime.scan import Moments, ScanInputs, scan_moments, selective_scan
 from ssmc.runtime.scan.inputs import decay_rates
 
 PLAN = Plan(
@@ -122,6 +122,10 @@ class Mamba1(Convolution, PlannedSurgery):
     def rates(self, mixer: nn.Module) -> list[torch.Tensor]:
         """A_log itself, (D, N)."""
         return [mixer.A_log]
+
+    def moments(self, mixer: nn.Module, inputs: ScanInputs, group: int, backend: str = "auto") -> Moments:
+        """Sums over the states, by a kernel for a GPU."""
+        return scan_moments(inputs, backend=backend)
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:
         """The gate alone stands between the scan and out_proj."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.architectures.interface import Readers
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE, Plan, Selection
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
-from ssmc.runtime.scan import ScanInputs, SsdInputs, accelerator, ssd_scan
+from ssmc.runtime.scan import ScanInputs, SsdInputs, SsdMoments, accelerator, ssd_moments, ssd_scan
 from ssmc.runtime.scan.inputs import decay_rates
 
 _EXPANDED = (CHANNEL, CHANNEL, STATE, STATE, HEAD)  # z, x, B, C, dt
@@ -150,7 +151,7 @@ class Mamba2(Convolution, PlannedSurgery):
 
     def norm_form(self, mixer: nn.Module) -> tuple[int, bool]:
         """Of how many groups of channels the gated norm takes the mean square, and whether the gate comes first."""
-        return mixer.intermediate_size // mixer.norm.group_size, True
+        return mixer.intermediate_size // mixer.norm.group_size, not getattr(mixer.norm, "norm_before_gate", False)
 
     def scan_groups(self, mixer: nn.Module, inputs: SsdInputs) -> list[ScanInputs]:
         """The groups of heads; a head is a Mamba-1 whose channels have one time step and one rate between them."""
@@ -179,10 +180,31 @@ class Mamba2(Convolution, PlannedSurgery):
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor:
         """Gate and gated norm; the norm's factor is that of the whole read-out, with all states there."""
-        gate = F.silu(inputs.z.float())  # (B, L, D)
         y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
+        return self.gains_of(mixer, group, y, inputs.z)
+
+    def gains_of(self, mixer: nn.Module, group: int, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The same from a group's read-out, skip included, and its gate before silu, (B, L, D / G) each."""
+        gate = F.silu(z.float())
         scale = torch.rsqrt((y * gate).square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
         return gate * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
+
+    def moments(self, mixer: nn.Module, inputs: SsdInputs, group: int, backend: str = "auto") -> SsdMoments:
+        """Sums over the states of a group, by a kernel for a GPU."""
+        heads, channels = (slice(group * n, (group + 1) * n) for n in _per_group(inputs))
+        inputs = replace(
+            inputs,
+            u=inputs.u[..., channels],
+            dt=inputs.dt[..., heads],
+            A=inputs.A[heads],
+            B=inputs.B[:, :, group : group + 1],
+            C=inputs.C[:, :, group : group + 1],
+            D=inputs.D[heads],
+            z=inputs.z[..., channels],
+            dt_bias=None if inputs.dt_bias is None else inputs.dt_bias[heads],
+        )
+        y, _ = ssd_scan(inputs, backend=backend)
+        return ssd_moments(inputs, self.gains_of(mixer, group, y.float(), inputs.z), backend=backend)
 
     def readers(self, mixer: nn.Module, group: int) -> Readers:
         """The C rows of in_proj and the C channels of conv1d of a group."""
@@ -309,3 +331,8 @@ class Mamba2(Convolution, PlannedSurgery):
 def _norm_factor(whole: int, width: int) -> float:
     """What the gated norm's weight is multiplied by when its mean is over `width` channels and the rest are silent."""
     return (whole / width) ** 0.5
+
+
+def _per_group(inputs: SsdInputs) -> tuple[int, int]:
+    """Heads and channels of a group."""
+    return inputs.heads // inputs.groups, inputs.d_inner // inputs.groups

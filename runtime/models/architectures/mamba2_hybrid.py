@@ -20,6 +20,7 @@ CAPABILITIES = Capabilities(
     uniform=False,
     gpu_scan=True,
     gpu_gradients=True,
+    gpu_sums=True,
 )
 
 

@@ -60,13 +60,16 @@ class FalconH1Family(Mamba2Hybrid):
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> torch.Tensor | None:
         """The gate, alone or with a norm behind or before it."""
+        return super().gains(mixer, group, inputs, states) if mixer.mamba_rms_norm else None
+
+    def gains_of(self, mixer: nn.Module, group: int, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The same from a group's read-out, skip included, and its gate before silu, (B, L, D / G) each."""
         if not mixer.mamba_rms_norm:
-            return None
+            return F.silu(z.float())
         if not mixer.norm.norm_before_gate:
-            return super().gains(mixer, group, inputs, states)
-        y = (inputs.C.float()[:, :, None] @ states).squeeze(2) + inputs.D.float() * inputs.u.float()  # (B, L, D)
+            return super().gains_of(mixer, group, y, z)
         scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-        return F.silu(inputs.z.float()) * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
+        return F.silu(z.float()) * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
 
 
 FAMILY = FalconH1Family()

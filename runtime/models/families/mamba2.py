@@ -43,7 +43,7 @@ class Mamba2Family(Stack, Mamba2):
     """Mamba-2; see `interface` for what each method promises."""
 
     model_type = "mamba2"
-    capabilities = Capabilities(heads=True, gpu_scan=True, gpu_gradients=True, mamba_ssm=_MAMBA_SSM)
+    capabilities = Capabilities(heads=True, gpu_scan=True, gpu_gradients=True, gpu_sums=True, mamba_ssm=_MAMBA_SSM)
 
 
 class _Mamba2Alone(Alone, Mamba2Family):
@@ -104,6 +104,7 @@ class _Norm(nn.Module):
         self.own = norm
         self.variance_epsilon = norm.eps
         self.group_size = getattr(norm, "group_size", None) or len(norm.weight)
+        self.norm_before_gate = getattr(norm, "norm_before_gate", False)
 
     @property
     def weight(self) -> nn.Parameter:

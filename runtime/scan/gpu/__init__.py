@@ -16,7 +16,7 @@ from ssmc.runtime.scan.gpu.conv import causal_conv_silu
 from ssmc.runtime.scan.gpu.decode import scan_token
 from ssmc.runtime.scan.gpu.lanes import Lanes
 from ssmc.runtime.scan.gpu.plans import Plan, chunks_for, gpu_of, plan_for
-from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_scan
+from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_moments, ssd_scan
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments
 
@@ -32,6 +32,7 @@ __all__ = [
     "scan_moments",
     "scan_states",
     "selective_scan",
+    "ssd_moments",
     "ssd_scan",
 ]
 

@@ -6,13 +6,14 @@ import torch
 
 from ssmc.runtime.scan import ssd as plain
 from ssmc.runtime.scan.accelerators import needs_gradients
-from ssmc.runtime.scan.gpu.ssd import backward, prefill
+from ssmc.runtime.scan.gpu.ssd import backward, moments, prefill
 from ssmc.runtime.scan.gpu.ssd.decode import scan_token
 from ssmc.runtime.scan.gpu.ssd.norm import gated_norm
 from ssmc.runtime.scan.gpu.ssd.prefill import Plan, gpu_of, parts_of, plan_for
 from ssmc.runtime.scan.inputs import SsdInputs
+from ssmc.runtime.scan.moments import SsdMoments
 
-__all__ = ["Plan", "gated_norm", "gpu_of", "parts_of", "plan_for", "ssd_scan"]
+__all__ = ["Plan", "gated_norm", "gpu_of", "parts_of", "plan_for", "ssd_moments", "ssd_scan"]
 
 
 def ssd_scan(
@@ -34,3 +35,9 @@ def ssd_scan(
         if state is not None and inputs.length == 1 and plan is None:
             return scan_token(inputs, state, in_place)
         return prefill.scan(inputs, state, plan)
+
+
+def ssd_moments(inputs: SsdInputs, gain: torch.Tensor, state: torch.Tensor | None = None) -> SsdMoments:
+    """Sums over all states of one group of heads, without gradients, for tensors of a GPU; see `scan.ssd_moments`."""
+    with torch.cuda.device_of(inputs.u):
+        return moments.ssd_moments(inputs, gain, state)
