@@ -27,7 +27,7 @@ from ssmc.runtime.manifest import (
     write_manifest,
 )
 from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
-from ssmc.runtime.models.tokenizers import copy_tokenizer
+from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.versions import versions
 
 
@@ -65,9 +65,8 @@ def write_artefact(
     tensors = checkpoint.tensors()
     require_space(out, tensor_bytes(tensors))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
-        files = write_checkpoint(folder, tensors, checkpoint.config)
-        if tokenizer_directory is not None:
-            files += copy_tokenizer(tokenizer_directory, folder)
+        files = write_checkpoint(folder, tensors, checkpoint.config, like=checkpoint)
+        files += copy_companions(checkpoint.directory, tokenizer_directory, folder)
         files.append(write_recipe(folder, config))
         part = BLOCK if LAYER in config.parts else SSM
         manifest = MaskedManifest(
@@ -81,7 +80,7 @@ def write_artefact(
             removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in pruned.removals),
             target=target,
             parameters=parameter_count(tensors),
-            files=file_records(files),
+            files=file_records(files, folder),
         )
         write_manifest(folder, manifest)
     return manifest.to_json()

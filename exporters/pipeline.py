@@ -14,8 +14,8 @@ from ssmc.exporters.verify import Comparison
 from ssmc.runtime.files import new_directory, refuse_existing, require_space
 from ssmc.runtime.manifest import MANIFEST, CutRecord, ExportManifest, MaskedManifest, file_records, write_manifest
 from ssmc.runtime.models.checkpoints import parameter_count, tensor_bytes
+from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.models.families import Cut
-from ssmc.runtime.models.tokenizers import copy_tokenizer
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.versions import versions
 
@@ -97,12 +97,11 @@ def export(
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         progress("writing", 2, STEPS)
         files = chosen.write(job, folder)
-        if source.tokenizer is not None:
-            files += copy_tokenizer(source.tokenizer, folder)
+        files += copy_companions(source.checkpoint.directory, source.tokenizer, folder)
         progress("comparing with the model", 3, STEPS)
         proof = chosen.verify(job, folder)
         weight_bytes = chosen.weight_bytes(job, folder)
-        write_manifest(folder, _manifest(chosen, job, proof, files))
+        write_manifest(folder, _manifest(chosen, job, proof, file_records(files, folder)))
     progress("done", STEPS, STEPS)
     return ExportResult(
         directory=out,
@@ -124,7 +123,7 @@ def _place(directory: str | Path, name: str, manifest: MaskedManifest | None) ->
     return Path(f"{Path(directory).name}-{name}") if manifest is None else Path(directory).expanduser() / name
 
 
-def _manifest(format: Format, job: Job, proof: Proof, files: list[Path]) -> ExportManifest:
+def _manifest(format: Format, job: Job, proof: Proof, files: dict[str, dict[str, Any]]) -> ExportManifest:
     source, shrunk, compared = job.source, job.shrunk, proof.comparison
     return ExportManifest(
         source=source.origin,
@@ -144,6 +143,6 @@ def _manifest(format: Format, job: Job, proof: Proof, files: list[Path]) -> Expo
         }
         | ({"ways": [asdict(way) for way in proof.ways]} if proof.ways else {}),
         parameters=parameter_count(shrunk.tensors),
-        files=file_records(files),
+        files=files,
         about=proof.about,
     )

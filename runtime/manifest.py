@@ -283,9 +283,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def file_records(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files by name, for a manifest."""
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(files)}
+def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files by name within `folder`, or by their own names, for a manifest."""
+    names = {file: file.name if folder is None else file.relative_to(folder).as_posix() for file in sorted(files)}
+    return {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file, name in names.items()}
 
 
 def read_manifest(directory: Path) -> Manifest:

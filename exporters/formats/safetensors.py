@@ -29,9 +29,12 @@ class Safetensors(Format):
         """Write config.json and weights."""
         from ssmc.runtime.models.checkpoints import write_checkpoint
 
-        config = job.shrunk.config
+        checkpoint, config = job.source.checkpoint, job.shrunk.config
         config.ssmc = job.source.provenance  # transformers keeps keys it does not know
-        return write_checkpoint(folder, job.shrunk.tensors, config, format=self.layout_of(job))
+        sizes = checkpoint.architecture.dimensions(config)
+        if sizes.heads is not None and not checkpoint.architecture.is_hybrid:
+            config.intermediate_size = sizes.d_inner  # mlx-lm and llama.cpp read it; transformers computes it
+        return write_checkpoint(folder, job.shrunk.tensors, config, format=self.layout_of(job), like=checkpoint)
 
     def layout_of(self, job: Job) -> str:
         """The checkpoint format to write."""

@@ -13,7 +13,8 @@ from ssmc.exporters.format import Job
 from ssmc.exporters.onnx.files import write_graph
 from ssmc.exporters.onnx.graph import Settings, build
 from ssmc.exporters.onnx.quantize import quantize_int8
-from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count
+from ssmc.runtime.models.checkpoints import parameter_count
+from ssmc.runtime.models.checkpoints.transformers_format import write_config
 from ssmc.runtime.versions import versions
 
 ON_THE_WAY = _FLOAT, _INT8 = ".float32", ".int8"  # folders for graphs that are gone before the result appears
@@ -48,23 +49,13 @@ def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
             final = build(shrunk.config, shrunk.tensors, half).model
         final.metadata_props.update(known)
         files = write_graph(folder, final)
-    return files + write_config(folder, job.source.checkpoint, shrunk.config)
+    stored = job.source.checkpoint.stored_config
+    return [*files, write_config(folder / "config.json", shrunk.tensors, shrunk.config, stored)]
 
 
 def proven_folder(job: Job, folder: Path) -> Path:
     """Where the float32 graph lies while `folder` is being filled."""
     return folder / _FLOAT if job.options.lossy else folder
-
-
-def write_config(folder: Path, source: Checkpoint, config: Any) -> list[Path]:
-    """Write config.json, and generation_config.json where there is one; the files."""
-    files = [folder / "config.json"]
-    files[0].write_text(config.to_json_string(use_diff=True), encoding="utf-8", newline="\n")
-    generation = source.directory / "generation_config.json"
-    if generation.is_file():
-        files.append(folder / generation.name)
-        files[-1].write_bytes(generation.read_bytes())
-    return files
 
 
 def metadata(model: ir.Model, job: Job, about: Mapping[str, Any]) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Checkpoint:
         format: of the directory it was read from: "transformers", "mamba-ssm" or "sparse24-packed".
         source: as the user named it.
         directory: where it was read from.
+        stored_config: the content of its config.json, in transformers' layout; None where it is in another one.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Checkpoint:
     format: str
     source: str
     directory: Path
+    stored_config: Mapping[str, Any] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -84,14 +86,14 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype} is no dtype to compute in. Use float32, float16 or bfloat16.")
     directory = find_directory(source)
-    layout, config = _read_config(directory, str(source))
+    layout, config, raw = _read_config(directory, str(source))
     architecture = architecture_for(config.model_type, str(source))
     tensors = check_tensors(architecture.from_stored(layout.read(directory, progress)), config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model = build_model(config, tensors, dtype, str(source))
     _read_generation_config(model, directory)
-    return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory)
+    return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory, layout.words_of(raw))
 
 
 def read_dimensions(directory: Path) -> Dimensions:
@@ -100,7 +102,7 @@ def read_dimensions(directory: Path) -> Dimensions:
     Raises:
         CheckpointError: there is none, or it describes no model ssmc knows.
     """
-    _, config = _read_config(directory, str(directory))
+    _, config, _ = _read_config(directory, str(directory))
     return architecture_for(config.model_type, str(directory)).dimensions(config)
 
 
@@ -111,6 +113,7 @@ def write_checkpoint(
     *,
     format: str = transformers_format.NAME,
     max_shard_size: int | str = "5GB",
+    like: Checkpoint | None = None,
 ) -> list[Path]:
     """Write a model into an existing directory; same input, same bytes, wherever the directory is.
 
@@ -121,6 +124,7 @@ def write_checkpoint(
         format: "transformers" (config.json and safetensors), "mamba-ssm" (config.json and pytorch_model.bin) or
             "sparse24-packed" (2:4 matrices in 9/16 of their space, which only ssmc reads).
         max_shard_size: bytes of a safetensors file, or like "5GB"; mamba_ssm reads single files only.
+        like: the model it was made from, whose config.json is taken over key by key but for the sizes that differ.
 
     Returns:
         The files written.
@@ -134,7 +138,8 @@ def write_checkpoint(
     checked = check_tensors(tensors, config, "the model to write")
     stored = architecture_for(config.model_type).to_stored(checked)
     try:
-        return FORMATS[format].write(directory, {k: _own(v) for k, v in stored.items()}, config, max_shard_size)
+        words = None if like is None else like.stored_config
+        return FORMATS[format].write(directory, {k: _own(v) for k, v in stored.items()}, config, max_shard_size, words)
     except (SafetensorError, RuntimeError) as error:
         raise _system_error(error) from error
 
@@ -149,7 +154,7 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig]:
+def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig, dict[str, Any]]:
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{where} holds no config.json, so it is not a model. Name the folder that holds both.")
@@ -158,7 +163,7 @@ def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig]:
         if layout.recognises(raw):
             if "model_type" in raw:
                 architecture_for(str(raw["model_type"]), where)
-            return layout, layout.read_config(raw, path)
+            return layout, layout.read_config(raw, path), raw
     raise CheckpointError(
         f"{path} has neither model_type (transformers) nor d_model (mamba_ssm), so it does not describe a model ssmc "
         "knows. Copy the model's own config.json."

@@ -20,8 +20,8 @@ from transformers import PretrainedConfig
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.architectures.capabilities import MambaSsmLayer
+from ssmc.runtime.models.checkpoints.config_reading import make_config
 from ssmc.runtime.models.checkpoints.reading import read_tensors, some_of
-from ssmc.runtime.models.checkpoints.transformers_format import make_config
 from ssmc.runtime.models.families import Architecture, architecture_for, families, find_family
 from ssmc.runtime.progress import Progress, silent
 
@@ -88,8 +88,16 @@ def unpadded_vocab_size(config: PretrainedConfig) -> int:
     return getattr(config, KEPT_CONFIG, {}).get("vocab_size", config.vocab_size)
 
 
+def words_of(raw: Mapping[str, Any]) -> None:
+    """None: a config.json in this layout has no words that transformers' layout could take over."""
+
+
 def write(
-    directory: Path, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig, max_shard_size: int | str
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    max_shard_size: int | str,
+    stored: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write config.json and pytorch_model.bin; same input, same bytes.
 
@@ -98,11 +106,12 @@ def write(
         tensors: by transformers' names, contiguous, without a tied head.
         config: transformers' configuration of the model.
         max_shard_size: not used, mamba_ssm reads one file only.
+        stored: not used, `config` carries what was read from this layout.
 
     Raises:
         CheckpointError: mamba_ssm has no such model.
     """
-    del max_shard_size
+    del max_shard_size, stored
     # the name of the format's own file, as mamba_ssm's save_pretrained dumps it
     text = json.dumps(make_raw(config), indent=4)
     stored = {(_STORED_EMBEDDING if name == _EMBEDDING else name): tensor for name, tensor in tensors.items()}

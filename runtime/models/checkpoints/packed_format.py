@@ -66,8 +66,17 @@ def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor
         raise CheckpointError(f"{directory / FILE} is damaged: {error}. Export it again.") from error
 
 
+def words_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The content of config.json without the mark, to write a model of other sizes in the same words."""
+    return {key: value for key, value in raw.items() if key != MARK}
+
+
 def write(
-    directory: Path, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig, max_shard_size: int | str
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    max_shard_size: int | str,
+    stored: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write config.json, the packed file and a README; same input, same bytes.
 
@@ -76,10 +85,13 @@ def write(
         tensors: by transformers' names, contiguous, without a tied head.
         config: of the model.
         max_shard_size: not used, there is one file.
+        stored: the config.json that `config` was read from, in transformers' layout; None where it was another one.
     """
     del max_shard_size
-    written = [transformers_format.write_config(directory / "config.json", tensors, config, {MARK: NAME})]
-    save_file(pack_tensors(tensors), directory / FILE, metadata={"format": "pt", "layout": NAME})
+    written = [transformers_format.write_config(directory / "config.json", tensors, config, stored, {MARK: NAME})]
+    save_file(
+        pack_tensors(tensors), directory / FILE, metadata={"layout": NAME}
+    )  # one key: several are written in any order
     (directory / "README.md").write_text(_README, encoding="utf-8", newline="\n")
     return [*written, directory / FILE, directory / "README.md"]
 

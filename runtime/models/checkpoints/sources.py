@@ -16,6 +16,8 @@ EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DESCRIPTIONS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json")
 _DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template.jinja")
+# What goes wherever the model goes: templates, processors, licence, README; see runtime/models/companions.py.
+_COMPANIONS = ("*.json", "*.jinja", "*.md", "*.txt", "*.model", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 def find_directory(source: str | Path) -> Path:
@@ -75,9 +77,9 @@ def download(hub_id: str) -> Path:
     Raises:
         CheckpointError: there is no network, or no such model.
     """
-    folder = _snapshot(hub_id, [*_DESCRIPTIONS, "*.safetensors"])
+    folder = _snapshot(hub_id, [*_DESCRIPTIONS, *_COMPANIONS, "*.safetensors"])
     if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(hub_id, [*_DESCRIPTIONS, "pytorch_model*.bin"])
+        folder = _snapshot(hub_id, [*_DESCRIPTIONS, *_COMPANIONS, "pytorch_model*.bin"])
     return folder
 
 

@@ -17,22 +17,15 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints.config_reading import read_config
 from ssmc.runtime.models.checkpoints.reading import read_tensors
+from ssmc.runtime.models.checkpoints.stored_config import in_new_words, in_own_words
 from ssmc.runtime.progress import Progress, silent
 
 NAME = "transformers"
-LAYERS = "num_hidden_layers"
-REQUIRED = ("vocab_size", "hidden_size", LAYERS)
-LISTS = ("layers_block_type", "hybrid_override_pattern")  # name every layer, so that nobody needs to count
-DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5, and before
-_SPECIAL = ("Infinity", "-Infinity", "NaN")
-_MOST_LAYERS = 10_000  # transformers makes lists of this length before anything can be compared with the weights
-
-# Set anew when writing, or (the last) no part of the model: it may name a path of the machine that wrote it.
-_NOT_PASSED_ON = ("model_type", "transformers_version", "_name_or_path", *DTYPE_KEYS)
+__all__ = ["NAME", "main_dtype", "read", "read_config", "recognises", "words_of", "write", "write_config"]
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -40,41 +33,9 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "model_type" in raw
 
 
-def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
-    """A transformers configuration from the content of config.json.
-
-    Raises:
-        CheckpointError: a size is missing or makes no sense.
-    """
-    listed = any(name in raw for name in LISTS)
-    missing = [key for key in REQUIRED if key not in raw and not (key == LAYERS and listed)]
-    if missing:
-        raise CheckpointError(f"{path} does not say {', '.join(missing)}. Copy the model's own config.json.")
-    return make_config(raw["model_type"], {k: _plain(v) for k, v in raw.items() if k not in _NOT_PASSED_ON}, path)
-
-
-def _plain(value: Any) -> Any:
-    """A value of config.json with transformers' stand-ins for numbers that JSON has not, {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        special = value.get("__float__") if len(value) == 1 else None
-        return float(special) if special in _SPECIAL else {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
-
-
-def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> PretrainedConfig:
-    """Build transformers' configuration of a family.
-
-    Raises:
-        CheckpointError: transformers refuses a value.
-    """
-    layers = values.get(LAYERS)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise CheckpointError(f"{path} speaks of {layers} layers, which makes no sense. Mend it.")
-    try:
-        return CONFIG_MAPPING[model_type](**values)
-    except Exception as error:  # the strict dataclasses, torch and transformers each raise their own
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise CheckpointError(f"{path} has a value that makes no sense ({reason}). Mend it.") from error
+def words_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The content of config.json, to write a model of other sizes in the same words."""
+    return raw
 
 
 def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
@@ -83,7 +44,11 @@ def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor
 
 
 def write(
-    directory: Path, tensors: Mapping[str, torch.Tensor], config: PretrainedConfig, max_shard_size: int | str
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    max_shard_size: int | str,
+    stored: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write config.json and safetensors; same input, same bytes.
 
@@ -92,11 +57,12 @@ def write(
         tensors: by transformers' names, contiguous, without a tied head.
         config: of the model.
         max_shard_size: bytes, or like "5GB"; above it the weights go to several files with an index.
+        stored: the config.json that `config` was read from, in this layout; None where it was another one.
     """
     split = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    written = [write_config(directory / "config.json", tensors, config)]
+    written = [write_config(directory / "config.json", tensors, config, stored)]
     for filename, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
         written.append(directory / filename)
@@ -119,12 +85,17 @@ def write_config(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PretrainedConfig,
+    stored: Mapping[str, Any] | None = None,
     marks: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write config.json for these tensors, with `marks` as extra keys."""
-    config = copy.deepcopy(config)
-    config.dtype = main_dtype(tensors)
-    for key, value in marks.items():
-        setattr(config, key, value)
-    path.write_text(config.to_json_string(use_diff=True), encoding="utf-8", newline="\n")
+    """Write config.json for these tensors, in the words of `stored` if there are any, with `marks` as extra keys."""
+    dtype = main_dtype(tensors)
+    if stored is None:
+        config = copy.deepcopy(config)
+        config.dtype = dtype
+        content = in_new_words(config)
+    else:
+        content = in_own_words(stored, config, dtype)
+    text = json.dumps(content | dict(marks), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
     return path
