@@ -32,7 +32,7 @@ class Safetensors(Format):
         checkpoint, config = job.source.checkpoint, job.shrunk.config
         config.ssmc = job.source.provenance  # transformers keeps keys it does not know
         sizes = checkpoint.architecture.dimensions(config)
-        if sizes.heads is not None and not checkpoint.architecture.is_hybrid:
+        if sizes.heads is not None and checkpoint.architecture.capabilities.uniform:
             config.intermediate_size = sizes.d_inner  # mlx-lm and llama.cpp read it; transformers computes it
         return write_checkpoint(folder, job.shrunk.tensors, config, format=self.layout_of(job), like=checkpoint)
 

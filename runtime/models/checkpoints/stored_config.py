@@ -53,7 +53,13 @@ def in_own_words(stored: Mapping[str, Any], config: PretrainedConfig, dtype: tor
         out |= dict.fromkeys(words, _plain(value))
     _change_kinds(out, stored, then, now)
     architecture = architecture_for(config.model_type)
-    _change_sizes(out, stored, architecture.dimensions(before), architecture.dimensions(config), architecture.is_hybrid)
+    _change_sizes(
+        out,
+        stored,
+        architecture.dimensions(before),
+        architecture.dimensions(config),
+        not architecture.capabilities.uniform,
+    )
     if dtype != config.dtype:
         keys = [key for key in DTYPE_KEYS if key in stored] or [DTYPE_KEYS[0]]
         out |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
