@@ -1,7 +1,8 @@
 """The model families ssmc knows: a file each, named as its `model_type`, and those registered from outside.
 
 A file of this folder offers its family as `FAMILY` and is found by its name; nothing else has to know of it.
-`register_family` adds one from anywhere.
+`register_family` adds one from anywhere; an installed package does so when an entry point of the group `ssmc.families`,
+named as the `model_type`, is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
     "register_family",
 ]
 
-_FAMILIES: Registry[Architecture] = Registry(__name__, "FAMILY")
+_FAMILIES: Registry[Architecture] = Registry(__name__, "FAMILY", group="ssmc.families")
 _ALONE: Registry[LoneMixer] = Registry(__name__, "ALONE")
 
 
