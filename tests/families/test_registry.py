@@ -76,9 +76,7 @@ def test_things_from_outside_stand_beside_the_files_and_never_replace_them():
 
 def test_an_installed_package_offers_a_family_by_an_entry_point(tmp_path, monkeypatch):
     """It is imported when it is asked for, and not before."""
-    (tmp_path / "plug.py").write_text(
-        "from ssmc.runtime.registry import LOADED\nLOADED.register('plugged', 'a family')\n"
-    )
+    (tmp_path / "plug.py").write_text("from ssmc.runtime.registry import LOADED\nLOADED.register('plugged', 'mine')\n")
     about = tmp_path / "plug-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
@@ -88,5 +86,5 @@ def test_an_installed_package_offers_a_family_by_an_entry_point(tmp_path, monkey
     monkeypatch.setattr("ssmc.runtime.registry.LOADED", registry, raising=False)
     assert "plugged" in registry.names()
     assert "plug" not in sys.modules
-    assert registry.find("plugged") == "a family"
+    assert registry.find("plugged") == "mine"
     assert registry.find("mamba") is find_family("mamba")
