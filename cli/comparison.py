@@ -54,10 +54,12 @@ class Column:
 
 def show_models(terminal: Terminal, title: str, names: Sequence[str], columns: Sequence[Column]) -> None:
     """Print a line for every model; where the columns are too many for one table, several below one another."""
-    room = WIDTH - min(_NAME, max(map(len, ("model", *names)))) - 2 * _FRAME
+    named = min(_NAME, max(map(len, ("model", *names))))
+    room = WIDTH - named - _FRAME - 1
     for number, group in enumerate(_fitting(columns, room)):
         shown = table(title if number == 0 else "", "model", *(column.heading for column in group))
-        shown.columns[0].max_width = _NAME
+        for column, width in zip(shown.columns, (named, *(column.width for column in group)), strict=True):
+            column.width = width
         for line, name in enumerate(names):
             shown.add_row(Text(name), *(column.figures[line].text() for column in group))
         terminal.show(shown)

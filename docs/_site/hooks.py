@@ -1,0 +1,178 @@
+"""What the documentation site takes from the code itself: the reference of the command line, and tables of what there is.
+
+A page asks for a table with a comment of its own line: `<!-- table: NAME -->`; `TABLES` has the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from typer.main import get_command
+
+from ssmc.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+_MARK = re.compile(r"^<!-- table: ([\w-]+) -->$", re.MULTILINE)
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that nobody writes by hand."""
+    files.append(File.generated(config, "command-line.md", content=command_line()))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "changelog.md", content=_OUTSIDE.sub(r"\1", changelog)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables where a page asks for them."""
+    return _MARK.sub(lambda match: TABLES[match[1]](), markdown)
+
+
+def command_line() -> str:
+    """The reference of the command line, from the commands themselves."""
+    group = get_command(app)
+    parts = ["# Command line", "Generated from the commands. `ssmc COMMAND --help` prints the same.", _prose(group.epilog)]
+    for name, command in group.commands.items():
+        parts += [f"## ssmc {name}", _prose(command.help), *_parameters(command)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parameters(command: Any) -> Iterable[str]:
+    """A table for every panel of a command's help."""
+    panels: dict[str, list[list[str]]] = {}
+    for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
+        panel = getattr(parameter, "rich_help_panel", None) or "Arguments"
+        panels.setdefault(panel, []).append(_parameter(parameter))
+    for panel, rows in panels.items():
+        yield f"**{panel}**"
+        yield table(("", "", "default"), rows)
+
+
+def _parameter(parameter: Any) -> list[str]:
+    names = [name for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("-")]
+    metavar = parameter.metavar or _choices(parameter)
+    shown = ", ".join(f"`{name}`" for name in names) or f"`{parameter.metavar}`"
+    if names and metavar:
+        shown += f" `{metavar}`"
+    return [shown, parameter.help or "", _default(parameter)]
+
+
+def _choices(parameter: Any) -> str:
+    kind = getattr(parameter, "click_type", None) or getattr(parameter, "type", None)
+    choices = getattr(kind, "choices", None)
+    return "|".join(map(str, choices)) if choices else ""
+
+
+def _default(parameter: Any) -> str:
+    if isinstance(parameter.show_default, str):
+        return parameter.show_default
+    value = parameter.default
+    if parameter.show_default is False or value is None or callable(value) or value is False or str(value) == "":
+        return ""
+    return "" if "UNSET" in repr(value) else f"`{value}`" if value is not True else f"`{parameter.opts[0]}`"
+
+
+def _prose(text: str | None) -> str:
+    """The help of a command: its indented examples become a block."""
+    lines, block = [], []
+    for line in (text or "").splitlines():
+        if line.startswith("    "):
+            block.append(line.strip())
+        elif block and not line.strip():
+            continue
+        else:
+            lines += [*_fenced(block), line]
+            block = []
+    return "\n".join([*lines, *_fenced(block)])
+
+
+def _fenced(block: Sequence[str]) -> list[str]:
+    return ["```bash", *block, "```", ""] if block else []
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def scores() -> str:
+    """Which scores judge which pattern, the default first."""
+    from ssmc.compressor.options.patterns import PATTERNS, scores_of
+
+    rows = [(f"`{pattern}`", ", ".join(f"`{score}`" for score in scores_of(pattern))) for pattern in PATTERNS]
+    return table(("pattern", "importance scores, the default first"), rows)
+
+
+def families() -> str:
+    """What every family can be pruned by and exported to."""
+    from ssmc.compressor.families import limits
+    from ssmc.compressor.options.patterns import PATTERNS
+    from ssmc.exporters import FORMATS, missing_formats
+    from ssmc.runtime.models.families import ARCHITECTURES
+
+    rows = []
+    for name, family in ARCHITECTURES.items():
+        refused = limits(name)
+        able = [f"`{pattern}`" for pattern in PATTERNS if f"--pattern {pattern}" not in refused]
+        missing = missing_formats(name, family.is_hybrid)
+        formats = [f"`{format}`" for format in FORMATS if format not in missing]
+        rows.append((f"`{name}`", ", ".join(able), ", ".join(formats)))
+    return table(("`model_type`", "patterns", "formats"), rows)
+
+
+def refusals() -> str:
+    """What is refused for which family, and why."""
+    from ssmc.compressor.families import limits
+    from ssmc.exporters import missing_formats
+    from ssmc.runtime.models.families import ARCHITECTURES
+
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, family in ARCHITECTURES.items():
+        missing = {f"--format {k}": v for k, v in missing_formats(name, family.is_hybrid).items()}
+        for option, reason in (limits(name) | missing).items():
+            reasons.setdefault((option, reason.replace(name, "this type")), []).append(f"`{name}`")
+    rows = [(f"`{option}`", ", ".join(names), reason) for (option, reason), names in reasons.items()]
+    return table(("option", "families", "why"), sorted(rows))
+
+
+def runtimes() -> str:
+    """Which runtimes take the two main families, for the embedded models with half of their states."""
+    from ssmc.exporters import runs_where
+    from ssmc.runtime.models.checkpoints import load_checkpoint
+
+    parts = []
+    for name in ("tiny", "tiny-mamba2"):
+        checkpoint = load_checkpoint(name)
+        sizes = checkpoint.dimensions
+        changed = {"n_layer": sizes.n_layer, "d_inner": sizes.d_inner, "d_state": sizes.d_state // 2}
+        halved = checkpoint.architecture.dimensions(checkpoint.architecture.resized(checkpoint.config, **changed))
+        found = runs_where(halved, sizes.d_state, checkpoint.architecture.model_type)
+        rows = [(r.name, f"`{r.reads}`", "yes" if r.runs else "no", r.remark) for r in found]
+        parts += [f"`{name}` with {halved.d_state} of {sizes.d_state} states:", table(("runtime", "format", "runs", ""), rows)]
+    return "\n\n".join(parts)
+
+
+def exit_codes() -> str:
+    """The error classes with their exit codes."""
+    from ssmc.runtime import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    rows = [(str(c.exit_code), f"`{c.__name__}`", " ".join((c.__doc__ or "").split())) for c in classes]
+    return table(("exit code", "class", "what it means"), sorted(rows))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "scores": scores,
+    "families": families,
+    "refusals": refusals,
+    "runtimes": runtimes,
+    "exit-codes": exit_codes,
+}
