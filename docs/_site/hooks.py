@@ -6,6 +6,7 @@ A page asks for a table with a comment of its own line: `<!-- table: NAME -->`; 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ from ssmc.cli.app import app
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = re.compile(r"^<!-- table: ([\w-]+) -->$", re.MULTILINE)
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)")
+
+
+def on_startup(**_: Any) -> None:
+    """Lay the sources out as they are installed, since the reference of Python is read from files, not imported."""
+    package = ROOT / "build" / "sources" / "ssmc"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "ssmc", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("cli", "compressor", "exporters", "runtime"):
+        for source in (ROOT / name).rglob("*.py"):
+            target = package / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -36,7 +49,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def command_line() -> str:
     """The reference of the command line, from the commands themselves."""
     group = get_command(app)
-    parts = ["# Command line", "Generated from the commands. `ssmc COMMAND --help` prints the same.", _prose(group.epilog)]
+    parts = [
+        "# Command line",
+        "Generated from the commands. `ssmc COMMAND --help` prints the same.",
+        _prose(group.epilog),
+    ]
     for name, command in group.commands.items():
         parts += [f"## ssmc {name}", _prose(command.help), *_parameters(command)]
     return "\n\n".join(parts) + "\n"
@@ -115,15 +132,15 @@ def families() -> str:
     """What every family can be pruned by and exported to."""
     from ssmc.compressor.families import limits
     from ssmc.compressor.options.patterns import PATTERNS
-    from ssmc.exporters import FORMATS, missing_formats
+    from ssmc.exporters import all_formats, missing_formats
     from ssmc.runtime.models.families import ARCHITECTURES
 
     rows = []
     for name, family in ARCHITECTURES.items():
         refused = limits(name)
         able = [f"`{pattern}`" for pattern in PATTERNS if f"--pattern {pattern}" not in refused]
-        missing = missing_formats(name, family.is_hybrid)
-        formats = [f"`{format}`" for format in FORMATS if format not in missing]
+        missing = missing_formats(family)
+        formats = [f"`{format}`" for format in all_formats() if format not in missing]
         rows.append((f"`{name}`", ", ".join(able), ", ".join(formats)))
     return table(("`model_type`", "patterns", "formats"), rows)
 
@@ -136,7 +153,7 @@ def refusals() -> str:
 
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, family in ARCHITECTURES.items():
-        missing = {f"--format {k}": v for k, v in missing_formats(name, family.is_hybrid).items()}
+        missing = {f"--format {k}": v for k, v in missing_formats(family).items()}
         for option, reason in (limits(name) | missing).items():
             reasons.setdefault((option, reason.replace(name, "this type")), []).append(f"`{name}`")
     rows = [(f"`{option}`", ", ".join(names), reason) for (option, reason), names in reasons.items()]
@@ -156,7 +173,10 @@ def runtimes() -> str:
         halved = checkpoint.architecture.dimensions(checkpoint.architecture.resized(checkpoint.config, **changed))
         found = runs_where(halved, sizes.d_state, checkpoint.architecture.model_type)
         rows = [(r.name, f"`{r.reads}`", "yes" if r.runs else "no", r.remark) for r in found]
-        parts += [f"`{name}` with {halved.d_state} of {sizes.d_state} states:", table(("runtime", "format", "runs", ""), rows)]
+        parts += [
+            f"`{name}` with {halved.d_state} of {sizes.d_state} states:",
+            table(("runtime", "format", "runs", ""), rows),
+        ]
     return "\n\n".join(parts)
 
 
