@@ -25,6 +25,7 @@ Plots of this demo: ssmc-demo/bench.html"""
 
 
 def main() -> None:
+    """Print the screen."""
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     dense, *others = report["models"]
     print("What pays where: what is left of the dense model, and the loss that comes with it\n")

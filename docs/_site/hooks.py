@@ -1,4 +1,4 @@
-"""What the documentation site takes from the code itself: the reference of the command line, and tables of what there is.
+"""What the site takes from the code itself: the reference of the command line, and tables of what there is.
 
 A page asks for a table with a comment of its own line: `<!-- table: NAME -->`; `TABLES` has the names.
 """

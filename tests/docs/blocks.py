@@ -5,7 +5,7 @@ page, in one folder for the page. `text` is output, `yaml` a recipe. Comments in
 
     <!-- not run: REASON -->         the next block cannot run here: no GPU, no network, hours
     <!-- run first: COMMAND -->      what an earlier page has done; the reader does not see it
-    <!-- exit code: N -->            the last command of the next block fails so; the `text` block behind it is its error
+    <!-- exit code: N -->            the last command of the next block fails so; a `text` block behind it is its error
 
 In the folder there are a model of the user, `my-model`, and texts, `my-text.jsonl` and `my-heldout.jsonl`.
 """
