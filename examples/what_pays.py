@@ -6,6 +6,7 @@ python examples/what_pays.py ssmc-demo/bench.json
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def main() -> None:
     print("What pays where: what is left of the dense model, and the loss that comes with it\n")
     for model in others:
         loss = model["excess"]["nats"]
-        print(f"{how(model['recipe'])}: loss {loss:+.4f} nats per token ({100 * loss:+.1f} % of perplexity)")
+        print(f"{how(model['recipe'])}: loss {loss:+.4f} nats per token (perplexity {math.expm1(loss):+.1%})")
         for name, share in shares(report, dense, model).items():
             print(f"    {name:<22}{bar(share)} {share:.2f}")
     print(NEXT)

@@ -130,18 +130,16 @@ def scores() -> str:
 
 def families() -> str:
     """What every family can be pruned by and exported to."""
-    from ssmc.compressor.families import limits
-    from ssmc.compressor.options.patterns import PATTERNS
+    from ssmc.compressor.families import parts_of
     from ssmc.exporters import all_formats, missing_formats
-    from ssmc.runtime.models.families import ARCHITECTURES
+    from ssmc.runtime.models import families as known
 
     rows = []
-    for name, family in ARCHITECTURES.items():
-        refused = limits(name)
-        able = [f"`{pattern}`" for pattern in PATTERNS if f"--pattern {pattern}" not in refused]
+    for family in known.families():
         missing = missing_formats(family)
-        formats = [f"`{format}`" for format in all_formats() if format not in missing]
-        rows.append((f"`{name}`", ", ".join(able), ", ".join(formats)))
+        able = ", ".join(f"`{pattern}`" for pattern in parts_of(family))
+        formats = ", ".join(f"`{format}`" for format in all_formats() if format not in missing)
+        rows.append((f"`{family.model_type}`", able, formats))
     return table(("`model_type`", "patterns", "formats"), rows)
 
 
@@ -149,13 +147,14 @@ def refusals() -> str:
     """What is refused for which family, and why."""
     from ssmc.compressor.families import limits
     from ssmc.exporters import missing_formats
-    from ssmc.runtime.models.families import ARCHITECTURES
+    from ssmc.runtime.models import families as known
 
     reasons: dict[tuple[str, str], list[str]] = {}
-    for name, family in ARCHITECTURES.items():
-        missing = {f"--format {k}": v for k, v in missing_formats(family).items()}
-        for option, reason in (limits(name) | missing).items():
-            reasons.setdefault((option, reason.replace(name, "this type")), []).append(f"`{name}`")
+    for family in known.families():
+        missing = {f"--format {name}": reason for name, reason in missing_formats(family).items()}
+        for option, reason in (limits(family) | missing).items():
+            key = (option, reason.replace(family.model_type, "this type"))
+            reasons.setdefault(key, []).append(f"`{family.model_type}`")
     rows = [(f"`{option}`", ", ".join(names), reason) for (option, reason), names in reasons.items()]
     return table(("option", "families", "why"), sorted(rows))
 
