@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -205,6 +206,37 @@ def _profiled(folder: Path, device: torch.device, options: tuple[object, ...]) -
     return Row("the second run under cProfile", note="see the log of this section")
 
 
+# --- every command ---------------------------------------------------------------------------------------------------
+
+LINES = (
+    "compress tiny --nsamples 8 --seqlen 256",
+    "export --format safetensors",
+    "export --format mamba-ssm",
+    "export --format onnx",
+    "eval ssmc-out --text text.txt",
+    "generate ssmc-out Once --max-new-tokens 32",
+    "bench --time-budget 5 --lengths 256 --batch-sizes 1 --window 256 --max-windows 2",
+    "compress tiny-mamba2 --nsamples 8 --seqlen 256 --out second",
+    "export second",
+    "generate second Once --max-new-tokens 32",
+)
+
+
+def every_command(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """The commands as a user types them, on the embedded models; with mamba_ssm beside them where it is installed."""
+    beside = [name for name in ("mamba_ssm", "causal_conv1d") if find_spec(name) is not None]
+    yield Row("installed beside ssmc", after=", ".join(beside) or "neither mamba_ssm nor causal_conv1d")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "text.txt").write_text("Once upon a time there was a bear. " * 200, encoding="utf-8")
+        for line in LINES:
+            begin = time.perf_counter()
+            command = [sys.executable, "-c", "import sys; from ssmc.cli import main; sys.exit(main(sys.argv[1:]))"]
+            done = subprocess.run([*command, *line.split()], cwd=folder, capture_output=True, text=True, check=False)
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            note = f"exit code {done.returncode}: {last}" if done.returncode else ""
+            yield Row(f"ssmc {line}", after=f"{time.perf_counter() - begin:.1f} s", note=note)
+
+
 # --- refine and bench ------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +292,7 @@ def write_models(sizes: Sizes, folder: Path, states: dict[str, int]) -> None:
 SECTIONS: dict[str, Callable[[Sizes, torch.device], Iterator[Row]]] = {
     "decode": decode,
     "compress": compress_command,
+    "commands": every_command,
     "2:4": sparse_modules,
     "2:4 model": sparse_model,
     "refine": refine,
