@@ -28,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,9 @@ TESTS = (  # every file of the first kind is a process of its own: kernels of di
         "tests/scan/test_fast.py",
     ),
 )
+
+
+OUTCOME = re.compile(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,8 @@ def test_rows(log: str) -> list[dict[str, str]]:
     """How many tests passed, and a row for each that did not."""
     outcomes: dict[str, str] = {}
     for line in log.splitlines():
-        name, _, rest = line.partition(" ")
-        if name.startswith("tests/") and "::" in name and rest:
-            outcomes[name] = rest.split()[0]
+        if found := OUTCOME.match(line):  # ids may have spaces
+            outcomes[found[1]] = found[2]
     reasons = {}
     for line in log.splitlines():
         if line.startswith(("FAILED ", "ERROR ")):

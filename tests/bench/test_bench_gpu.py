@@ -109,6 +109,7 @@ def test_without_a_gpu_there_is_no_graph_and_nothing_is_said():
 
 
 @needs_cuda
+@torch.inference_mode()
 @pytest.mark.parametrize("use", [use_stock_scan, use_fast_scan])
 def test_a_replayed_step_continues_the_sequences(use):
     model = use(random_model()).cuda()

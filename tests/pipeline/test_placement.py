@@ -161,8 +161,11 @@ def test_on_a_gpu_it_is_nearly_the_same_and_only_a_layer_is_there(tmp_path, opti
     torch.cuda.reset_peak_memory_stats()
     compress("tiny", out=tmp_path / "gpu", device="cuda", **small)
     one, other = (load_checkpoint(tmp_path / name) for name in ("cpu", "gpu"))
-    changed = sum(int((a != b).sum()) for a, b in zip(one.tensors().values(), other.tensors().values(), strict=True))
-    assert changed < 0.02 * sum(t.numel() for t in one.tensors().values())
+    pairs = [(a.float(), b.float()) for a, b in zip(one.tensors().values(), other.tensors().values(), strict=True)]
+    other_mask = sum(int(((a == 0) != (b == 0)).sum()) for a, b in pairs)
+    assert other_mask < 0.02 * sum(a.numel() for a, _ in pairs)
+    # numbers that are repaired differ by rounding, in float16 often by a unit in the last place
+    assert sum((a - b).square().sum() for a, b in pairs) < 0.02**2 * sum(a.square().sum() for a, _ in pairs)
 
 
 @needs_cuda

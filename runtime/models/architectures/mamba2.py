@@ -151,7 +151,8 @@ class Mamba2(Convolution, PlannedSurgery):
 
     def norm_form(self, mixer: nn.Module) -> tuple[int, bool]:
         """Of how many groups of channels the gated norm takes the mean square, and whether the gate comes first."""
-        return mixer.intermediate_size // mixer.norm.group_size, not getattr(mixer.norm, "norm_before_gate", False)
+        group_size = getattr(mixer.norm, "group_size", mixer.intermediate_size)  # transformers before 5.2x has none
+        return mixer.intermediate_size // group_size, not getattr(mixer.norm, "norm_before_gate", False)
 
     def scan_groups(self, mixer: nn.Module, inputs: SsdInputs) -> list[ScanInputs]:
         """The groups of heads; a head is a Mamba-1 whose channels have one time step and one rate between them."""
