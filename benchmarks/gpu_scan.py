@@ -4,9 +4,9 @@
     python benchmarks/gpu_scan.py --section tune --json tune.json --seconds 90   # every design and cut, the best stored
     python benchmarks/gpu_scan.py --section scan --dry-run                       # toy sizes, in Triton's interpreter
 
-- `scan`: first prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8. `floor` is the time the bytes alone take (u, dt,
-  z, B, C read once, y and the state written once) at the bandwidth of a large copy, bytes read and written counted.
-  mamba-ssm gets its tensors in its own layout, time last, and makes no copies of them. Then `tune`, if time is left.
+- `scan`: first prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8. `floor` is the time the bytes alone take
+  (u, dt, z, B, C read once, y and the state written once) at the bandwidth of a large copy, bytes read and written
+  counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies. Then `tune`, if time is left.
 - `tune`: what `ssmc.runtime.scan.gpu.tune` times, every figure of it.
 - `gradients`: forward and backward against mamba-ssm's, with the memory they take.
 - `sums`: what calibration needs, from registers, against the states written to memory and summed by torch.
@@ -173,7 +173,10 @@ def has_mamba_ssm() -> str | None:
 
 
 def scans(bench: Bench) -> Iterator[Row]:
-    """Prefill scans by the chosen plan, by the other design, by mamba-ssm; ratios to the first number of states."""
+    """Prefill scans by the chosen plan, by the other design, by mamba-ssm; ratios to the first number of states.
+
+    A wrong result is told in its row and stops nothing: the others are worth their time.
+    """
     gpu = triton(bench)
     missing = has_mamba_ssm()
     if missing is not None:
@@ -190,23 +193,22 @@ def scans(bench: Bench) -> Iterator[Row]:
             errors = {}
             for way, plan in plans.items():
                 y, state = gpu.selective_scan(sets[0], plan=plan)
-                errors[way] = max(error_of(y, wanted), error_of(state, wanted_state))
-                check(f"the {way} scan's output", y, wanted, BOUND[bench.dtype])
-                check(f"the {way} scan's final state", state, wanted_state, 1e-4)
+                errors[way] = max(error_of(y, wanted) / BOUND[bench.dtype], error_of(state, wanted_state) / 1e-4)
             ways = {
                 w: in_turns(bench, [lambda i=i, p=p: gpu.selective_scan(i, plan=p) for i in sets])
                 for w, p in plans.items()
             }
             if missing is None:
                 calls = [in_its_layout(i) for i in sets]
-                check("mamba-ssm's scan", calls[0]()[0].transpose(1, 2), wanted, BOUND[bench.dtype])
+                errors["mamba-ssm"] = error_of(calls[0]()[0].transpose(1, 2), wanted) / BOUND[bench.dtype]
                 ways["mamba-ssm"] = in_turns(bench, calls)
             timings = bench.time(ways, len(sets))
             ours, *others = timings.items()
             most = ours[1].median if d_state == bench.sizes.states[0] else most
             against = [] if most is None else [f"N = {bench.sizes.states[0]} {most / ours[1].median:.2f}x"]
             against += [f"{way} {1e6 * t.median:.1f} us {faster(t, ours[1])}" for way, t in others]
-            note = f"{plans['ours']}; largest error in norm {max(errors.values()):.1e}"
+            wrong = [f"WRONG RESULT of {way}: {e:.1f} times the bound" for way, e in errors.items() if not e < 1]
+            note = "; ".join([str(plans["ours"]), f"errors of {max(errors.values()):.2f} of the bound", *wrong])
             what = f"{name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
             floor = scan_bytes(sets[0]) / bench.bandwidth
             yield Row("scan", what, ours[1].median, floor, ", ".join(against), note)

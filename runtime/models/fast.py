@@ -39,9 +39,8 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
     already holds some) continues from the state, as one pass would. Training on a CPU is fast, too; for second
-    derivatives use the backend "reference". On a GPU models use our Triton scan, Mamba-2 also for gradients; without
-    triton, for gradients of a Mamba there, and under torch.compile or tracing the stock forward runs wherever that is
-    right.
+    derivatives use the backend "reference". On a GPU models use our Triton scan, also for gradients; without triton,
+    and under torch.compile or tracing, the stock forward runs wherever that is right.
 
     Args:
         model: a transformers MambaForCausalLM, changed in place.

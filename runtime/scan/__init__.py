@@ -46,9 +46,8 @@ def selective_scan(
         state: (B, D, N) state before the first token; None starts from zero. It is not modified.
         backend: "cpu" the numba kernels, "triton" our kernels for a GPU, "mamba-ssm" that package's where it is
             installed, "reference" plain torch on any device, "auto" the numba kernels for CPU tensors, Triton for those
-            of a GPU if it is there, and the reference for everything else. The numba kernels and the reference have
-            gradients, but only those of the reference can be differentiated again; the kernels for a GPU leave a scan
-            that needs gradients to the reference.
+            of a GPU if it is there, and the reference for everything else. All but mamba-ssm's, which leave that to the
+            reference, have gradients here, but only those of the reference can be differentiated again.
         in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
 
     Returns:
@@ -159,7 +158,7 @@ def _choose(
     if is_ssd and backend == "mamba-ssm":
         raise UsageError("There is no mamba-ssm scan of a Mamba-2: use backend 'auto', 'triton', 'cpu' or 'reference'.")
     tensors = [t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]
-    on_gpu = accelerator(backend, tensors, gradients=is_ssd)
+    on_gpu = accelerator(backend, tensors, gradients=is_ssd or with_gradients is not None)
     if on_gpu is not None:
         _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
         return on_gpu

@@ -63,7 +63,7 @@ def test_equals_the_formula(d_state, dtype):
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 17, 65])
-@pytest.mark.parametrize("plan", [SHORT_CHUNKS, gpu.Chunks(32, 1, 4, 24)], ids=["one-turn", "several"])
+@pytest.mark.parametrize("plan", [gpu.Chunks(32, 1, 2, 4), gpu.Chunks(32, 1, 4, 24)], ids=["short", "long"])
 def test_any_length_and_several_blocks_of_channels(length, plan):
     inputs = random_inputs(1, length, 70 if length < 8 else 33, 5, gated=False)
     y, states = naive(inputs)
@@ -202,16 +202,6 @@ def test_a_stock_model_computes_the_same_with_it(dtype, monkeypatch):
     if dtype == torch.float32:
         assert difference(got, wanted) < 1e-5
     assert (got - truth).norm() < 1.2 * (wanted - truth).norm() + 1e-5 * truth.norm()
-
-
-def test_gradients_are_left_to_the_reference():
-    inputs = random_inputs(1, 3, 4, 2)
-    needing = moved(inputs, u=inputs.u.clone().requires_grad_())
-    y, _ = selective_scan(needing, backend="triton")
-    assert difference(y.detach().cpu(), naive(inputs)[0]) < EXACT
-    assert y.requires_grad
-    with torch.no_grad():
-        assert not selective_scan(needing, backend="triton")[0].requires_grad
 
 
 def test_the_public_call_takes_dt_before_softplus_whatever_runs_it():

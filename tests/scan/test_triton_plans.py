@@ -7,11 +7,16 @@ import json
 import pytest
 import torch
 
+from ssmc.runtime.scan import ScanInputs
 from tests.scan.test_scan import difference, naive, random_inputs
+from tests.support.gpu import HAS_CUDA
 
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 gpu = pytest.importorskip("ssmc.runtime.scan.gpu")
 plans = pytest.importorskip("ssmc.runtime.scan.gpu.plans")
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 
 
 @pytest.fixture
@@ -50,15 +55,17 @@ def test_what_was_stored_for_this_gpu_is_used_and_the_nearest_of_it(stored):
     few, many = gpu.Lanes(2, 2, 1), gpu.Chunks(64, 1, 2, 4)
     found = [plans.Choice(1536, 16, few, 30.0), plans.Choice(1536, 4, many, 10.0), plans.Choice(40960, 16, many, 99.0)]
     plans.write(stored, "another GPU", [plans.Choice(64, 16, gpu.Lanes(8, 8, 1))])
-    plans.write(stored, "interpreter", found)
-    assert plans.read(stored).keys() == {"another GPU", "interpreter"}
-    assert plans.choices("interpreter") == tuple(found)
+    name, _ = plans.gpu_of(torch.empty(0, device=DEVICE))
+    plans.write(stored, name, found)
+    assert plans.read(stored).keys() == {"another GPU", name}
+    assert plans.choices(name) == tuple(found)
     assert plans.nearest(found, 1536, 12).plan == few
     assert plans.nearest(found, 1536, 3).plan == many
     assert plans.nearest(found, 30000, 16).plan == many
     inputs = random_inputs(1, 70, 3, 2)
-    assert plans.plan_for(inputs) == many
-    assert difference(gpu.selective_scan(inputs)[0], naive(inputs)[0]) < 1e-5
+    given = ScanInputs(**{n: t if t is None else t.to(DEVICE) for n, t in vars(inputs).items()})
+    assert plans.plan_for(given) == many
+    assert difference(gpu.selective_scan(given)[0].cpu(), naive(inputs)[0]) < 1e-5
     assert isinstance(plans.plan_for(random_inputs(1, 6, 3, 16)), gpu.Chunks)  # too short for a tile
 
 

@@ -19,7 +19,7 @@ class FalconMambaFamily(Stack, NormedMamba1):
     """Adapter for Falcon-Mamba; see `interface` for what each method promises."""
 
     model_type = "falcon_mamba"
-    capabilities = Capabilities(normed_readers=True, gpu_scan=True, gpu_sums=True)
+    capabilities = Capabilities(normed_readers=True, gpu_scan=True, gpu_gradients=True, gpu_sums=True)
     has_norm_weights = False
     behind_norm = ("out_proj.weight", "D")
 

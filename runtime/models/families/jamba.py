@@ -31,6 +31,7 @@ class JambaFamily(Hybrid, NormedMamba1):
         normed_readers=True,
         uniform=False,
         gpu_scan=True,
+        gpu_gradients=True,
         gpu_sums=True,
     )
     mixer_name = "mamba"

@@ -39,7 +39,7 @@ class MambaFamily(Stack, Mamba1):
     """Mamba-1; see `interface` for what each method promises."""
 
     model_type = "mamba"
-    capabilities = Capabilities(gpu_scan=True, gpu_sums=True, mamba_ssm=_MAMBA_SSM)
+    capabilities = Capabilities(gpu_scan=True, gpu_gradients=True, gpu_sums=True, mamba_ssm=_MAMBA_SSM)
 
 
 class _MambaAlone(Alone, MambaFamily):

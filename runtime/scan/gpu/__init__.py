@@ -10,12 +10,13 @@ import torch
 from triton import JITFunction
 
 from ssmc.runtime.scan import reference
-from ssmc.runtime.scan.gpu import chunks, kernels, lanes, moments
+from ssmc.runtime.scan.accelerators import needs_gradients
+from ssmc.runtime.scan.gpu import backward, chunks, kernels, moments
 from ssmc.runtime.scan.gpu.chunks import Chunks, parts_of
 from ssmc.runtime.scan.gpu.conv import causal_conv_silu
 from ssmc.runtime.scan.gpu.decode import scan_token
 from ssmc.runtime.scan.gpu.lanes import Lanes
-from ssmc.runtime.scan.gpu.plans import Plan, chunks_for, gpu_of, plan_for
+from ssmc.runtime.scan.gpu.plans import Plan, chunks_for, gpu_of, plan_for, run
 from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_moments, ssd_scan
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments
@@ -42,7 +43,7 @@ INTERPRETED = not isinstance(kernels.token_kernel, JITFunction)  # the kernels r
 def selective_scan(
     inputs: ScanInputs, state: torch.Tensor | None = None, *, in_place: bool = False, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the recurrence and read it out; as `reference.selective_scan`, without gradients, for tensors of a GPU.
+    """Run the recurrence and read it out; as `reference.selective_scan`, with first derivatives, for a GPU's tensors.
 
     Args:
         inputs: what the scan reads; `dt` before or after bias and softplus.
@@ -52,12 +53,13 @@ def selective_scan(
     """
     if not inputs.u.numel():  # an empty grid cannot be launched
         return reference.selective_scan(inputs.with_time_steps(), state)
+    grad = needs_gradients([t for t in (*vars(inputs).values(), state) if t is not None])
     with torch.cuda.device_of(inputs.u):
-        if state is not None and inputs.length == 1 and plan is None:
+        if state is not None and inputs.length == 1 and plan is None and not grad:
             return scan_token(inputs, state, in_place)
-        plan = plan or plan_for(inputs)
-        design = lanes if isinstance(plan, Lanes) else chunks
-        return design.selective_scan(inputs, state, plan)
+        if grad:
+            return backward.selective_scan(inputs, state)
+        return run(inputs, state, plan)
 
 
 def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Chunks | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ssmc.runtime.scan.gpu.kernels import LOG2_E, advance, read_out, silu, time_step, zero_tiles
-from ssmc.runtime.scan.gpu.lanes import chain, later
+from ssmc.runtime.scan.gpu.lanes import chain
 from ssmc.runtime.scan.inputs import ScanInputs
 
 WARP = 32
@@ -231,6 +231,12 @@ def chunk_kernel(
             store_states(final_ptr + row * size, d, channels, 1, states, h, PARTS)
 
 
+@triton.jit
+def last_of(tile, COUNT: tl.constexpr):
+    """The last row of (COUNT, any). Rows may be in several lanes, where only a sum does not depend on their order."""
+    return tl.sum(tl.where((tl.arange(0, COUNT) == COUNT - 1)[:, None], tile, 0.0), axis=0)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def carry_kernel(
     starts_ptr,
@@ -271,7 +277,7 @@ def carry_kernel(
         through, made = tl.associative_scan((tl.exp2(total * rate[None, :]), end), 0, chain)
         state = through * h[None, :] + made
         tl.store(starts_ptr + (c + 1) * size + i[None, :], state, mask=there)
-        h = tl.reduce(state, 0, later)
+        h = last_of(state, GROUP)
 
 
 def parts_of(states: int) -> tuple[int, ...]:
@@ -318,7 +324,7 @@ class Chunked:
         if self.chunks > 1:
             self.starts = self._starts(state)
         elif state is not None:
-            self.starts = state.float().transpose(1, 2).contiguous()
+            self.starts = state.float().transpose(1, 2).contiguous()[:, None]
 
     @property
     def grid(self) -> tuple[int, int, int]:

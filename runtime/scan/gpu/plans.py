@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 
+from ssmc.runtime.scan.gpu import chunks, lanes
 from ssmc.runtime.scan.gpu.chunks import WARP, Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
 from ssmc.runtime.scan.inputs import ScanInputs
@@ -61,6 +62,15 @@ def plan_for(inputs: ScanInputs) -> Plan:
     return estimated(channels, inputs.d_state, inputs.length, multiprocessors)
 
 
+def run(
+    inputs: ScanInputs, state: torch.Tensor | None = None, plan: Plan | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan by this plan, or by the one for it; as `reference.selective_scan`, without gradients."""
+    plan = plan or plan_for(inputs)
+    design = lanes if isinstance(plan, Lanes) else chunks
+    return design.selective_scan(inputs, state, plan)
+
+
 def nearest(known: Sequence[Choice], channels: int, states: int) -> Choice:
     """The choice measured nearest to so many channels and states: by the ratios of both, those of states first."""
     return min(known, key=lambda c: 2 * abs(log2(c.states / states)) + abs(log2(c.channels / channels)))
@@ -90,8 +100,8 @@ def chunks_for(channels: int, states: int, length: int, multiprocessors: int) ->
     block = WARP * lane
     programs = triton.cdiv(channels, block)
     slots = multiprocessors * SCHEDULERS
-    chunks = 1 if programs >= slots else triton.cdiv(slots * WARPS_EACH, programs)
-    chunk = max(SHORTEST_CHUNK, triton.cdiv(length, chunks))
+    count = 1 if programs >= slots else triton.cdiv(slots * WARPS_EACH, programs)
+    chunk = max(SHORTEST_CHUNK, triton.cdiv(length, count))
     return Chunks(block, 1, tokens, triton.cdiv(chunk, tokens) * tokens)
 
 

@@ -22,10 +22,9 @@ import torch.nn.functional as F
 import triton
 
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.scan.gpu import chunks, lanes
 from ssmc.runtime.scan.gpu.chunks import Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
-from ssmc.runtime.scan.gpu.plans import Choice, Plan, gpu_of, stored_path, write
+from ssmc.runtime.scan.gpu.plans import Choice, Plan, gpu_of, run, stored_path, write
 from ssmc.runtime.scan.inputs import ScanInputs
 
 LENGTH = 2048
@@ -120,7 +119,7 @@ def timings(
         for plan in candidates(work):
             if time.monotonic() > end:
                 return
-            seconds_each = seconds_of(lambda i, p=plan: run(i, p), sets)
+            seconds_each = seconds_of(lambda i, p=plan: run(i, plan=p), sets)
             yield Timed(work, plan, 1e6 * seconds_each)
 
 
@@ -133,12 +132,6 @@ def candidates(work: Work) -> list[Plan]:
             if 128 <= programs * cut <= 8192:
                 plans.append(Chunks(block, 1, tokens, triton.cdiv(LENGTH, cut * tokens) * tokens))
     return plans
-
-
-def run(inputs: ScanInputs, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan by this plan."""
-    design = lanes if isinstance(plan, Lanes) else chunks
-    return design.selective_scan(inputs, None, plan)
 
 
 def compile_all(device: torch.device, works: Sequence[Work], dtype: torch.dtype, end: float) -> None:
@@ -156,7 +149,7 @@ def compile_all(device: torch.device, works: Sequence[Work], dtype: torch.dtype,
         length = 512
         plan = replace(plan, chunk=256) if cut else plan
         with torch.inference_mode(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
-            run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan)
+            run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan=plan)
 
     with ThreadPoolExecutor(COMPILING) as pool:
         list(pool.map(lambda pair: job(*pair), jobs.values()))
