@@ -135,6 +135,7 @@ def compress(
     spreads = [layer.norm_spread for layer in pruned.layers if layer.norm_spread is not None]
     notes = notes_for(config, calibration, sizes, kept(config, sizes), checkpoint.architecture, spreads)
     notes += [] if met is None else met.notes
+    notes += checkpoint.notes
     return CompressResult(out, config, manifest, pruned.layers, pruned.removals, tuple(notes))
 
 

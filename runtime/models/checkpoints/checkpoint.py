@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.models.checkpoints import mamba_ssm_format, packed_format, transformers_format
 from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_tensors
-from ssmc.runtime.models.checkpoints.reading import read_json
+from ssmc.runtime.models.checkpoints.names import model_names
+from ssmc.runtime.models.checkpoints.reading import read_json, refuse_adapter, refuse_quantised
 from ssmc.runtime.models.checkpoints.sources import find_directory
 from ssmc.runtime.models.families import Architecture, Dimensions, architecture_for
 from ssmc.runtime.progress import Progress, silent
@@ -36,6 +37,7 @@ class Checkpoint:
         source: as the user named it.
         directory: where it was read from.
         stored_config: the content of its config.json, in transformers' layout; None where it is in another one.
+        notes: what was not as it should be in its files, and was read nevertheless, in sentences.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,7 @@ class Checkpoint:
     source: str
     directory: Path
     stored_config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> PretrainedConfig:
@@ -88,12 +91,16 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, pro
     directory = find_directory(source)
     layout, config, raw = _read_config(directory, str(source))
     architecture = architecture_for(config.model_type, str(source))
-    tensors = check_tensors(architecture.from_stored(layout.read(directory, progress)), config, str(source))
+    named, note = model_names(layout.read(directory, progress), architecture, config)
+    tensors = check_tensors(named, config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model = build_model(config, tensors, dtype, str(source))
-    _read_generation_config(model, directory)
-    return Checkpoint(model, architecture, dtypes, layout.NAME, str(source), directory, layout.words_of(raw))
+    notes = [note for note in (note, _read_generation_config(model, directory)) if note]
+    stored_config = layout.words_of(raw)
+    return Checkpoint(
+        model, architecture, dtypes, layout.NAME, str(source), directory, stored_config, notes=tuple(notes)
+    )
 
 
 def read_dimensions(directory: Path) -> Dimensions:
@@ -157,8 +164,10 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig, dict[str, Any]]:
     path = directory / "config.json"
     if not path.is_file():
+        refuse_adapter(directory, where)
         raise CheckpointError(f"{where} holds no config.json, so it is not a model. Name the folder that holds both.")
     raw = read_json(path)
+    refuse_quantised(raw, where)
     for layout in FORMATS.values():
         if layout.recognises(raw):
             if "model_type" in raw:
@@ -170,10 +179,27 @@ def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig, di
     )
 
 
-def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
-    """How the model wants to generate, as transformers' own loading does."""
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig(**read_json(directory / "generation_config.json"))
+def _read_generation_config(model: PreTrainedModel, directory: Path) -> str | None:
+    """How the model wants to generate, as transformers' own loading does.
+
+    Returns:
+        What of it this version of transformers does not take, in a sentence; older ones had other values.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    taken, left = {}, []
+    for key, value in read_json(path).items():
+        try:
+            GenerationConfig(**taken, **{key: value})
+        except Exception:  # whatever its checks raise
+            left.append(key)
+        else:
+            taken[key] = value
+    model.generation_config = GenerationConfig(**taken)
+    if not left:
+        return None
+    return f"{path.name} has {', '.join(left)} with a value that this version of transformers does not know; left out."
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

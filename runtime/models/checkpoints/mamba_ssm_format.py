@@ -51,7 +51,11 @@ def recognises(raw: Mapping[str, Any]) -> bool:
 def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
     """All stored tensors by the names they have in transformers' model; errors as `read_tensors`."""
     stored = read_tensors(directory, progress)
-    return {(_EMBEDDING if name == _STORED_EMBEDDING else name): tensor for name, tensor in stored.items()}
+    # also behind what a wrapper around the model put before its name
+    renamed = {
+        name: name.removesuffix(_STORED_EMBEDDING) + _EMBEDDING for name in stored if name.endswith(_STORED_EMBEDDING)
+    }
+    return {renamed.get(name, name): tensor for name, tensor in stored.items()}
 
 
 def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:

@@ -10,12 +10,11 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.models.checkpoints.reading import some_of
+from ssmc.runtime.models.checkpoints.reading import HEAD, some_of
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD = "lm_head.weight"
 
 _LAYER = re.compile(r"\w+\.layers\.(\d+)\.")
 
@@ -69,7 +68,13 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig,
     tensors = dict(tensors)
     if config.tie_word_embeddings and HEAD in tensors:
         _check_tied(tensors.pop(HEAD), tensors.get(architecture_for(config.model_type).embedding), where)
-    if missing := expected.keys() - tensors.keys():
+    missing = expected.keys() - tensors.keys()
+    if missing == {HEAD}:
+        raise CheckpointError(
+            f"{where} lacks {HEAD}, and its config.json does not say that the head is the embedding: only the body of "
+            "the model was saved. Save the whole language model (AutoModelForCausalLM)."
+        )
+    if missing:
         raise CheckpointError(f"{where} lacks the tensor{_s(missing)} {some_of(missing)}. Copy or download it again.")
     if extra := tensors.keys() - expected.keys():
         raise CheckpointError(

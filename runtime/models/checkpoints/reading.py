@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.progress import Progress, silent
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+HEAD = "lm_head.weight"
+_ADAPTER = "adapter_config.json"  # of peft
 
 _EXPLAINED = (SafetensorError, RuntimeError)  # errors whose text means something to a reader
 
@@ -98,7 +100,8 @@ def _read_indexed(index: Path, suffix: str, progress: Progress) -> dict[str, tor
             raise CheckpointError(f"{index.parent / name} is missing, though {index.name} names it. Copy it again.")
     tensors = _read_shards([index.parent / name for name in names], progress)
     for what, missing in (
-        ("the index names but no shard holds", weight_map.keys() - tensors.keys()),
+        # whether a head is missing is for whoever knows the configuration to say: it may be the embedding
+        ("the index names but no shard holds", weight_map.keys() - tensors.keys() - {HEAD}),
         ("a shard holds but the index does not name", tensors.keys() - weight_map.keys()),
     ):
         if missing:
@@ -164,6 +167,38 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} holds {name!r}, which is no tensor. Save the model's state dict alone and try again."
             )
     return {name: value.detach() for name, value in content.items()}
+
+
+def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a model whose config.json says that its weights are quantised.
+
+    Raises:
+        CheckpointError: saying by what.
+    """
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
+        return
+    maker = settings.get("quant_method") if isinstance(settings, dict) else None
+    raise CheckpointError(
+        f"{where} is quantised{f' by {maker}' if maker else ''}, says its config.json: its files hold codes, not "
+        "weights that could be pruned. Name the full-precision model it was made from, and quantise what ssmc writes."
+    )
+
+
+def refuse_adapter(directory: Path, where: str) -> None:
+    """Refuse a folder that holds an adapter and no model.
+
+    Raises:
+        CheckpointError: naming the model that the adapter belongs to.
+    """
+    if not (directory / _ADAPTER).is_file():
+        return
+    settings = read_json(directory / _ADAPTER)
+    base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
+    raise CheckpointError(
+        f"{where} holds {f'a {kind}' if kind else 'an'} adapter{f' of {base}' if base else ''}, not a model. Merge it "
+        "into its model (peft: merge_and_unload, then save_pretrained) and name the folder with the result."
+    )
 
 
 def some_of(names: Any, most: int = 3) -> str:

@@ -1,0 +1,133 @@
+"""Files as people really have them: other names, a body alone, quantised weights, adapters, old configurations."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from ssmc.compressor import compress
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from tests.support.checkpoints import HEAD, change_json, refused
+from tests.support.families import bamba, jamba, nemotron_h
+from tests.support.models import logits, random_model, random_tokens, save_mamba_ssm, save_transformers
+
+
+def rename(directory, change):
+    """Give the tensors of a model other names."""
+    path = directory / "model.safetensors"
+    if path.is_file():
+        tensors = {change(name): tensor for name, tensor in safetensors.torch.load_file(path).items()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        path = directory / "pytorch_model.bin"
+        torch.save({change(name): tensor for name, tensor in torch.load(path, weights_only=True).items()}, path)
+    return directory
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [random_model, jamba, bamba, nemotron_h])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "net."])
+def test_a_prefix_of_all_names_is_taken_away_with_a_note(tmp_path, make, prefix):
+    model = make()
+    directory = rename(save_transformers(model, tmp_path / "m"), lambda name: prefix + name)
+    checkpoint = load_checkpoint(directory)
+    tokens = random_tokens()
+    assert torch.equal(checkpoint.model(tokens).logits, model(tokens).logits)
+    assert all(part in checkpoint.notes[0] for part in prefix.split(".") if part)
+
+
+def test_compiled_parts_and_models_of_mamba_ssm_too(tmp_path):
+    inside = rename(
+        save_transformers(random_model(), tmp_path / "a"), lambda n: n.replace("mixer.", "mixer._orig_mod.")
+    )
+    behind = rename(save_mamba_ssm(random_model(), tmp_path / "b"), lambda name: "module." + name)
+    for directory in (inside, behind):
+        checkpoint = load_checkpoint(directory)
+        assert torch.equal(logits(checkpoint.model, random_tokens()), logits(random_model(), random_tokens()))
+        assert len(checkpoint.notes) == 1
+
+
+@pytest.mark.parametrize("make", [random_model, jamba, bamba])
+def test_a_body_saved_alone_is_read_as_stock_reads_it(tmp_path, make):
+    model = make(tie_word_embeddings=True)
+    model.base_model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert "CausalLM" not in config["architectures"][0]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    checkpoint = load_checkpoint(tmp_path / "m")
+    tokens = random_tokens()
+    assert torch.equal(checkpoint.model(tokens).logits, stock(tokens).logits)
+    assert "the body of the model was saved alone" in checkpoint.notes[0]
+
+
+def test_a_body_without_the_head_it_needs_is_refused(tmp_path):
+    random_model(tie_word_embeddings=False).base_model.save_pretrained(tmp_path / "m")
+    refused(tmp_path / "m", HEAD, "only the body", "AutoModelForCausalLM")
+
+
+def test_what_is_made_of_such_a_model_has_the_names_of_all_others(tmp_path, tiny):
+    wrapped = rename(save_transformers(tiny.model, tmp_path / "m"), lambda name: "_orig_mod." + name)
+    result = compress(wrapped, out=tmp_path / "out", score="magnitude", repair=False)
+    assert any("'_orig_mod.'" in note for note in result.notes)
+    assert load_checkpoint(tmp_path / "out").notes == ()
+
+
+def test_names_that_nothing_helps_stay_what_they_are_in_the_message(tmp_path):
+    directory = rename(
+        save_transformers(random_model(), tmp_path / "m"), lambda name: name.replace("embeddings", "words")
+    )
+    refused(directory, "lacks the tensor backbone.embeddings.weight")
+
+
+# --- other kinds of files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by bitsandbytes"),
+        ({"bits": 4}, "is quantised, says"),
+    ],
+)
+def test_quantised_models_are_refused_by_name(tmp_path, settings, named):
+    """As GPTQ leaves one: packed integers in place of weights."""
+    directory = rename(
+        save_transformers(random_model(), tmp_path / "m"), lambda n: n.replace("_proj.weight", "_proj.qweight")
+    )
+    change_json(directory / "config.json", quantization_config=settings)
+    refused(directory, named, "full-precision")
+
+
+def test_an_adapter_alone_names_its_model(tmp_path):
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "owner/stories", "r": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    refused(tmp_path, "a LORA adapter of owner/stories", "merge_and_unload")
+
+
+def test_an_outdated_generation_config_loses_only_what_is_outdated(tmp_path):
+    directory = save_transformers(random_model(), tmp_path / "m")
+    values = {"cache_implementation": "mamba", "eos_token_id": 7, "temperature": 0.7, "do_sample": True}
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="cache_implementation"):
+        GenerationConfig(**values)
+    checkpoint = load_checkpoint(directory)
+    read = checkpoint.model.generation_config
+    assert (read.eos_token_id, read.temperature, read.do_sample) == (7, 0.7, True)
+    assert "generation_config.json has cache_implementation" in checkpoint.notes[0]
+
+
+def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):
+    directory = save_transformers(random_model(), tmp_path / "m", max_shard_size="8KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"][HEAD] = index["weight_map"]["backbone.embeddings.weight"]
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    stock = AutoModelForCausalLM.from_pretrained(directory).eval()
+    assert torch.equal(logits(load_checkpoint(directory).model, random_tokens()), logits(stock, random_tokens()))
+    change_json(directory / "config.json", tie_word_embeddings=False)
+    refused(directory, HEAD)
