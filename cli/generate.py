@@ -13,6 +13,7 @@ from ssmc.cli.options import (
     GENERAL,
     Device,
     Dtype,
+    Revision,
     ScanBackend,
     Verbose,
     complete_model,
@@ -22,6 +23,7 @@ from ssmc.cli.options import (
 )
 from ssmc.cli.terminal import Terminal
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import Generation, LoadedSession
@@ -88,6 +90,7 @@ def generate(
     device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    revision: Revision = None,
     verbose: Verbose = False,
     quiet: QuietText = False,
 ) -> None:
@@ -107,6 +110,7 @@ def generate(
     text = _prompt(prompt, prompt_file)
     if greedy and (temperature, top_k, top_p) != (None, None, None):
         raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-k and --top-p, or it.")
+    model = at_revision(model, revision)
     check_models([model])
     import torch
 

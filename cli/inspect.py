@@ -10,8 +10,9 @@ import typer
 
 from ssmc.cli.checks import check_models
 from ssmc.cli.compress import MODEL_HELP
-from ssmc.cli.options import OUTPUT, Quiet, Verbose, complete_model
+from ssmc.cli.options import OUTPUT, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
+from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
     from ssmc.compressor.families import Prospect
@@ -27,6 +28,7 @@ def inspect(
         typer.Option("--json", metavar="FILE", help="Write the same as JSON, too.", rich_help_panel=OUTPUT),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.", rich_help_panel=OUTPUT)] = False,
+    revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -41,6 +43,7 @@ def inspect(
         ssmc inspect state-spaces/mamba2-130m --json mamba2.json
     """
     terminal = context.ensure_object(Terminal)
+    model = at_revision(model, revision)
     check_models([model])
     from dataclasses import asdict
 
@@ -93,6 +96,8 @@ def _report(
         f"{size(found.weight_bytes)} of {' and '.join(found.dtypes)}."
     )
     terminal.say(", ".join(f"{name} {value}" for name, value in _sizes(found.dimensions).items()))
+    for note in found.notes:
+        terminal.note(note)
     parts = table("Where it sits", "part", "parameters", "share", "multiply-adds a token", "share")
     for part in sorted(found.parts, key=lambda part: -part.multiply_adds):
         parts.add_row(

@@ -49,6 +49,16 @@ def _switch(name: str) -> Callable[[typer.Context, bool], bool]:
     return switch
 
 
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        help="Of a model of the hub: a branch, a tag or a commit. owner/name@NAME is the same.",
+        show_default="the newest",
+        rich_help_panel=GENERAL,
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option(

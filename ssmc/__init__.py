@@ -41,13 +41,14 @@ _HOMES = {
 
 
 def load(
-    source: str | Path, dtype: torch.dtype | None = None, fast: bool = True
+    source: str | Path, dtype: torch.dtype | None = None, fast: bool = True, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a model and its tokenizer.
 
     Args:
         source: a transformers or mamba_ssm directory (`compress` and `export` write such), a hub id, or "tiny".
         dtype: of the weights in memory; None keeps what is stored. float32 is the fast one on a CPU.
+        revision: of a model of the hub: a branch, a tag or a commit; `owner/name@revision` is the same.
         fast: attach ssmc's scan, so that the model does not loop over tokens in Python.
 
     Returns:
@@ -57,10 +58,11 @@ def load(
         CheckpointError: there is no model, it is not a Mamba, or its tokenizer is missing.
     """
     from ssmc.runtime.models.checkpoints import load_checkpoint
+    from ssmc.runtime.models.checkpoints.sources import at_revision
     from ssmc.runtime.models.fast import use_fast_scan
     from ssmc.runtime.models.tokenizers import load_tokenizer
 
-    checkpoint = load_checkpoint(source, dtype=dtype)
+    checkpoint = load_checkpoint(at_revision(str(source), revision), dtype=dtype)
     model = use_fast_scan(checkpoint.model) if fast else checkpoint.model
     return model, load_tokenizer(checkpoint)
 

@@ -51,6 +51,7 @@ class Inspection:
     ssm_state_bytes: int  # of one sequence, float32, all layers
     conv_state_bytes: int
     parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()  # what was not as it should be in its files
 
     @property
     def multiply_adds(self) -> int:
@@ -78,6 +79,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         ssm_state_bytes=4 * states,
         conv_state_bytes=sizes.state_bytes() - 4 * states,
         parts=tuple(_parts(checkpoint, tensors, 3 * states)),
+        notes=checkpoint.notes,
     )
 
 

@@ -12,11 +12,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+import ssmc
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.tokenizers import GPT_NEOX, load_tokenizer, tokenizer_directory
 from ssmc.runtime.tiny import TINY_DIRECTORY
-from tests.support.models import random_model, save_mamba_ssm
+from tests.support.commandline import run
+from tests.support.models import random_model, save_mamba_ssm, save_transformers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,6 +29,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     repositories: dict[str, Path]
     closed: set[str]
     fetched: list[str]
+    tags: set[str]
+    asked: list[str]  # revisions
 
     def do_HEAD(self):
         self.do_GET()
@@ -41,7 +45,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name not in self.repositories:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         directory = self.repositories[name]
+        if api and rest[0] == "revision" and rest[1] not in ("main", COMMIT, *self.tags):
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if api and rest[0] == "revision":
+            self.asked.append(rest[1])
             return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
         if api and rest[0] == "tree":
             files = [p for p in sorted(directory.rglob("*")) if p.is_file()]
@@ -75,7 +82,7 @@ def etag(path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with nothing in it, an empty cache, and the client pointed at both."""
-    handler = type("Handler", (Hub,), {"repositories": {}, "closed": set(), "fetched": []})
+    handler = type("Handler", (Hub,), {"repositories": {}, "closed": set(), "fetched": [], "tags": set(), "asked": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -174,3 +181,42 @@ def test_another_tokenizer_by_hub_id(hub, tmp_path, tiny):
     assert "model.safetensors" not in hub.fetched
     with pytest.raises(CheckpointError, match="owner/typo"):
         load_tokenizer(tiny, "owner/typo")
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, tmp_path, tiny, capsys):
+    hub.repositories["owner/stories"] = published(tmp_path)
+    hub.tags.add("v1.0")
+    checkpoint = load_checkpoint("owner/stories@v1.0")
+    assert checkpoint.source == "owner/stories@v1.0"  # so that a manifest says it
+    assert hub.asked == ["v1.0"]
+    model, _ = ssmc.load("owner/stories", torch.float32, revision="v1.0")
+    assert torch.equal(model.lm_head.weight, tiny.model.lm_head.weight)
+    done = run(capsys, "inspect", "owner/stories", "--revision", "v1.0")
+    assert done.code == 0, done.err
+    assert set(hub.asked) == {"v1.0"}
+    with pytest.raises(CheckpointError, match="owner/stories of the hub has no revision 'v9'"):
+        load_checkpoint("owner/stories@v9")
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(hub, tmp_path, capsys):
+    save_mamba_ssm(random_model(), tmp_path / "m")
+    for source in ("tiny", str(tmp_path / "m"), "owner/stories@v1.0"):
+        done = run(capsys, "inspect", source, "--revision", "v2")
+        assert done.code != 0
+        assert "Leave --revision out" in done.err
+    assert hub.asked == []
+
+
+def test_one_set_of_weights_is_fetched(hub, tmp_path):
+    """Shards, where there are other formats and a consolidated file of somebody's own beside them."""
+    directory = save_transformers(random_model(), tmp_path / "m", max_shard_size="8KB")
+    shards = {path.name for path in directory.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    for extra in ("consolidated.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "model.gguf"):
+        (directory / extra).write_bytes(b"not for us")
+    hub.repositories["owner/shards"] = directory
+    checkpoint = load_checkpoint("owner/shards")
+    assert torch.equal(checkpoint.model.lm_head.weight, random_model().lm_head.weight)
+    others = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert set(hub.fetched) == shards | others
+    assert len(hub.fetched) == len(set(hub.fetched))

@@ -18,11 +18,12 @@ from transformers import PretrainedConfig
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.checkpoints import transformers_format
 from ssmc.runtime.models.checkpoints.reading import read_tensors
+from ssmc.runtime.models.checkpoints.sources import PACKED_FILE
 from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.sparse24 import Packed24, is_24, pack24, unpack24
 
 NAME = "sparse24-packed"
-FILE = "model.sparse24-packed.safetensors"
+FILE = PACKED_FILE
 MARK = "ssmc_storage"  # key of config.json
 VALUES, INDICES = ".sparse24_values", ".sparse24_indices"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.tiny import TINY_DIRECTORY
 from ssmc.runtime.tiny2 import TINY2_DIRECTORY
 
@@ -13,7 +14,10 @@ TINY = "tiny"
 EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY}
 """The models that come with ssmc, by name; both have the tokenizer and the texts of `tiny`."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
+PACKED_FILE = "model.sparse24-packed.safetensors"
+"""Weights in ssmc's own layout, see `packed_format`."""
 _DESCRIPTIONS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json")
 _DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template.jinja")
 # What goes wherever the model goes: templates, processors, licence, README; see runtime/models/companions.py.
@@ -25,8 +29,8 @@ def find_directory(source: str | Path) -> Path:
 
     Args:
         source: "tiny" or "tiny-mamba2" for an embedded model (a folder of that name is "./tiny"), a directory, or
-            `owner/name` on the hub. What exists here, starts with `.`, `/` or `~` or is not of the form owner/name
-            never goes to the hub.
+            `owner/name` on the hub, or `owner/name@revision` for a branch, a tag or a commit of it. What exists here,
+            starts with `.`, `/` or `~` or is not of that form never goes to the hub.
 
     Raises:
         CheckpointError: there is no such directory, or it cannot be downloaded.
@@ -65,22 +69,55 @@ def check_source(source: str | Path) -> Path | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name."""
+    """Whether `source` has the form owner/name, or owner/name@revision."""
     return _HUB_ID.fullmatch(source) is not None
 
 
-def download(hub_id: str) -> Path:
-    """Bring a model of the hub into the hub's cache; only JSON, tokenizer files and weights, never code.
-
-    .bin files are fetched only where there is no safetensors.
+def at_revision(source: str, revision: str | None) -> str:
+    """A model of the hub at a branch, a tag or a commit, as one name; without a revision as it is.
 
     Raises:
-        CheckpointError: there is no network, or no such model.
+        UsageError: the model is not of the hub, or names a revision already.
     """
-    folder = _snapshot(hub_id, [*_DESCRIPTIONS, *_COMPANIONS, "*.safetensors"])
-    if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(hub_id, [*_DESCRIPTIONS, *_COMPANIONS, "pytorch_model*.bin"])
-    return folder
+    if revision is None:
+        return source
+    match = _HUB_ID.fullmatch(source)
+    named = f"{source}@{revision}"
+    if check_source(source) is not None or not match or match[2] or not _HUB_ID.fullmatch(named):
+        raise UsageError(
+            f"A revision ({revision}) goes with a model of the hub, owner/name, and {source!r} is none, or names one "
+            "already. Leave --revision out."
+        )
+    return named
+
+
+def download(hub_id: str) -> Path:
+    """Bring a model of the hub into the hub's cache: what describes it, and one set of weights, never code.
+
+    Of the weights that may lie there those are fetched that `reading.read_tensors` takes: model.safetensors, else its
+    shards, else the same of pytorch_model.bin.
+
+    Raises:
+        CheckpointError: there is no network, no such model or no such revision.
+    """
+    described = [*_DESCRIPTIONS, *_COMPANIONS]
+    folder = _snapshot(hub_id, [*described, _SAFETENSORS, PACKED_FILE])
+    if (folder / _SAFETENSORS).exists() or (folder / PACKED_FILE).exists():
+        return folder
+    for weights in (_SAFETENSORS, _BIN):
+        index = folder / f"{weights}.index.json"
+        if index.is_file():
+            return _snapshot(hub_id, [*described, *_shards(index)])
+    return _snapshot(hub_id, [*described, _BIN])
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; one that is damaged is judged when it is read."""
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({name for name in named if re.fullmatch(r"[\w.-]+", name)})
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return []
 
 
 def download_tokenizer(hub_id: str) -> Path:
@@ -94,15 +131,25 @@ def download_tokenizer(hub_id: str) -> Path:
 
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     what = f"There is no folder {hub_id!r} here, and it"
+    name, revision = _HUB_ID.fullmatch(hub_id).groups()
     try:
         # only files at the top: other folders of a repository hold other formats of the model
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{what} is a closed model of the hub: ask for access there, then `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"The model {name} of the hub has no revision {revision!r}. Name a branch, a tag or a commit of it."
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{what} is no model of the hub that you may read. Check the name.") from error
