@@ -212,7 +212,63 @@ def scans(bench: Bench) -> Iterator[Row]:
             what = f"{name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
             floor = scan_bytes(sets[0]) / bench.bandwidth
             yield Row("scan", what, ours[1].median, floor, ", ".join(against), note)
-    yield from tuned(bench)  # with the time that is left
+    yield from tuned(replace(bench, end=bench.end - 12))  # with most of the time that is left
+    yield from gradients(bench)
+
+
+def gradients(bench: Bench) -> Iterator[Row]:
+    """Forward and backward of one sequence, launched from Python, with the memory they take at most."""
+    gpu = triton(bench)
+    missing = has_mamba_ssm()
+    for name, d_inner, batch in bench.sizes.works[:2]:
+        for d_state in bench.sizes.states[:3:2]:
+            if bench.over:
+                return
+            options = (d_inner, d_state, bench.dtype, bench.device)
+            wrong = gradient_error(gpu, gpu.tune.random_inputs(1, min(256, bench.sizes.length), *options))
+            inputs = gpu.tune.random_inputs(batch, bench.sizes.length, *options)
+            ways = {"ours": backward_of(inputs, lambda i: gpu.selective_scan(i)[0])}
+            if missing is None:
+                ways["mamba-ssm"] = backward_of(turned(inputs), in_turned_layout)
+            timings = bench.time(ways)
+            against = "" if missing else f"mamba-ssm {faster(timings['mamba-ssm'], timings['ours'])}"
+            with torch.no_grad():
+                forward = peaks(bench, {"forward alone": lambda i=inputs: gpu.selective_scan(i)})
+            note = f"errors of {wrong:.2f} of the bound; {forward}; {peaks(bench, ways)}"
+            what = f"gradients, {name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
+            yield Row("gradients", what, timings["ours"].median, None, against, note)
+
+
+def backward_of(inputs: ScanInputs, scan: Callable[[ScanInputs], torch.Tensor]) -> Callable[[], object]:
+    """Forward and backward of a scan for everything it reads."""
+    leaves = {name: t.detach().requires_grad_() for name, t in vars(inputs).items() if t is not None}
+    weight = torch.ones_like(inputs.u)
+
+    def run() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(scan(ScanInputs(**leaves)), list(leaves.values()), weight)
+
+    return run
+
+
+def gradient_error(gpu: ModuleType, inputs: ScanInputs) -> float:
+    """The largest error of a gradient in norm, over the bound, against autograd through the reference in float32."""
+    rough = backward_of(inputs, lambda i: gpu.selective_scan(i)[0])()
+    single = ScanInputs(**{name: t if t is None else t.float() for name, t in vars(inputs).items()})
+    exact = backward_of(single, lambda i: reference.selective_scan(i.with_time_steps())[0])()
+    return max(error_of(a, b) for a, b in zip(rough, exact, strict=True)) / BOUND[inputs.u.dtype]
+
+
+def turned(inputs: ScanInputs) -> ScanInputs:
+    """The same sequences with time last, as mamba-ssm wants them."""
+    names = ("u", "dt", "B", "C", "z")
+    return replace(inputs, **{name: getattr(inputs, name).transpose(1, 2).contiguous() for name in names})
+
+
+def in_turned_layout(i: ScanInputs) -> torch.Tensor:
+    """mamba-ssm's scan of what `turned` gives."""
+    scan, _ = mamba_ssm_scan.kernels()
+    return scan(i.u, i.dt, i.A, i.B, i.C, i.D.float(), z=i.z, delta_bias=i.dt_bias.float(), delta_softplus=True)
 
 
 def both_plans(gpu: ModuleType, inputs: ScanInputs) -> dict[str, object]:
@@ -231,13 +287,20 @@ def warm_up(bench: Bench, gpu: ModuleType) -> None:
     def compile_one(work: tuple[int, int, int]) -> None:
         d_inner, batch, d_state = work
         inputs = gpu.tune.random_inputs(batch, bench.sizes.length, d_inner, d_state, bench.dtype, bench.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             for plan in both_plans(gpu, inputs).values():
                 gpu.selective_scan(inputs, plan=plan)
 
+    def compile_gradients(d_state: int) -> None:
+        options = (1536, d_state, bench.dtype, bench.device)
+        backward_of(gpu.tune.random_inputs(1, 64, *options), lambda i: gpu.selective_scan(i)[0])()
+
     works = [(d, b, n) for _, d, b in bench.sizes.works for n in bench.sizes.states if b == 1 or d < 2000]
     with ThreadPoolExecutor(16) as pool:
+        slow = [pool.submit(compile_gradients, n) for n in bench.sizes.states[:3:2]]
         list(pool.map(compile_one, works))
+        for job in slow:
+            job.result()
 
 
 def in_its_layout(inputs: ScanInputs) -> Callable[[], object]:
@@ -356,6 +419,7 @@ def peaks(bench: Bench, ways: dict[str, Callable[[], object]]) -> str:
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "scan": scans,
+    "gradients": gradients,
     "tune": tuned,
     "sums": sums,
     "token": tokens,
@@ -396,7 +460,7 @@ def main() -> None:
     end = time.monotonic() + args.seconds
     record: dict[str, object] = {"sizes": asdict(sizes), "rows": []}
     rows: list[Row] = []
-    with torch.inference_mode(args.section != "gradients"):
+    with torch.no_grad():
         bench = Bench(sizes, device, getattr(torch, args.dtype), bandwidth(sizes, device), end)
         record["conditions"] = asdict(conditions(device, bench.dtype, load_average()))
         record["copy_bytes_per_second"] = bench.bandwidth

@@ -97,7 +97,7 @@ def fastest(timed: Sequence[Timed]) -> list[Choice]:
     return [Choice(w.channels, w.states, t.plan, round(t.microseconds, 2)) for w, t in best.items()]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def timings(
     device: torch.device, seconds: float, works: Sequence[Work] = WORKS, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Timed]:
@@ -148,7 +148,7 @@ def compile_all(device: torch.device, works: Sequence[Work], dtype: torch.dtype,
         cut = isinstance(plan, Chunks) and plan.chunk < LENGTH
         length = 512
         plan = replace(plan, chunk=256) if cut else plan
-        with torch.inference_mode(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
+        with torch.no_grad(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
             run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan=plan)
 
     with ThreadPoolExecutor(COMPILING) as pool:
