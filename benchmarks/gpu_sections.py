@@ -65,9 +65,10 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield Row(f"{shapes}, batch {batch}: Python", summary.format_timing(launched), note=note)
         with_session = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens)
         yield Row(f"{shapes}, batch {batch}: a session, choosing included", after=f"{1e3 * with_session:.3f} ms")
+        if device.type == "cuda" and batch == min(sizes.steps):
+            yield from launched_kernels(model, batch)
+    for batch in sizes.steps:  # last: its kernels take long to compile
         yield from mamba_ssm_decode(sizes, device, dtype, batch)
-    if device.type == "cuda":
-        yield from launched_kernels(model, 1)
 
 
 def _row(what: str, before: Timing, after: Timing, note: str = "") -> Row:
@@ -139,7 +140,8 @@ def launched_kernels(model: nn.Module, batch: int) -> Iterator[Row]:
 # --- compress --------------------------------------------------------------------------------------------------------
 
 COMMAND = """
-import sys, time
+import faulthandler, sys, time
+faulthandler.dump_traceback_later(2, repeat=True)  # where it is every two seconds, for the log
 begin = time.perf_counter()
 from ssmc.cli import main
 code = main(sys.argv[1:])
@@ -160,17 +162,16 @@ def compress_command(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     what = f"column 0.5, {shapes}, {sizes.nsamples} x {sizes.seqlen} tokens"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(sizes, folder, {"dense": 16})
+        write_models(sizes, folder, {"dense": 16}, device)
+        yield _compressed("the same with 1 x 16 tokens: start-up", folder, device, ("--nsamples", 1, "--seqlen", 16))
         for number in ("first run", "second run"):
             options = ("--nsamples", sizes.nsamples, "--seqlen", sizes.seqlen)
             yield _compressed(f"{what}, {number}", folder, device, options)
-        yield _compressed("the same with 1 x 16 tokens", folder, device, ("--nsamples", 1, "--seqlen", 16))
         for what, statement in IMPORTS.items():
             begin = time.perf_counter()
             code = subprocess.run([sys.executable, "-c", statement], check=False).returncode
             note = f"exit code {code}" if code else ""
             yield Row(f"start-up: {what}", after=f"{time.perf_counter() - begin:.1f} s", note=note)
-        yield _profiled(folder, device, ("--nsamples", sizes.nsamples, "--seqlen", sizes.seqlen))
 
 
 def _compress(folder: Path, device: torch.device, options: tuple[object, ...]) -> list[str]:
@@ -180,30 +181,14 @@ def _compress(folder: Path, device: torch.device, options: tuple[object, ...]) -
 
 def _compressed(what: str, folder: Path, device: torch.device, options: tuple[object, ...]) -> Row:
     begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *_compress(folder, device, options)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", COMMAND, *_compress(folder, device, options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=False)
     seconds = time.perf_counter() - begin
     measured = [line.split() for line in done.stdout.splitlines() if line.startswith("MEASURED")]
     if done.returncode or not measured:
-        return Row(what, note=f"failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        return Row(what, note=f"exit code {done.returncode}, see the log of this section")
     note = f"peak GPU memory {summary.format_bytes(int(measured[0][2]))}" if device.type == "cuda" else ""
     return Row(what, after=f"{seconds:.1f} s", note=note)
-
-
-def _profiled(folder: Path, device: torch.device, options: tuple[object, ...]) -> Row:
-    """Where the time goes, into the log."""
-    script = "import sys; from ssmc.cli import main; main(sys.argv[1:])"
-    (folder / "profiled.py").write_text(script, encoding="utf-8")
-    command = ["-m", "cProfile", "-s", "cumulative", str(folder / "profiled.py")]
-    done = subprocess.run(
-        [sys.executable, *command, *_compress(folder, device, options)], capture_output=True, text=True, check=False
-    )
-    print("\n".join(done.stdout.splitlines()[:150]), file=sys.stderr)
-    return Row("the second run under cProfile", note="see the log of this section")
 
 
 # --- every command ---------------------------------------------------------------------------------------------------
@@ -245,10 +230,9 @@ def refine(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     tokens = ("--nsamples", max(2, sizes.nsamples // 8), "--seqlen", sizes.seqlen)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(replace(sizes, small_layers=min(sizes.small_layers, 6)), folder, {"dense": 16})
-        shapes = (
-            f"{min(sizes.small_layers, 6)} layers of d_model {sizes.small_d_model}, {tokens[1]} x {tokens[3]} tokens"
-        )
+        few = replace(sizes, small_layers=min(sizes.small_layers, 6))
+        write_models(few, folder, {"dense": 16}, device)
+        shapes = f"{few.small_layers} layers of d_model {few.small_d_model}, {tokens[1]} x {tokens[3]} tokens"
         for steps in (0, sizes.refine_steps):
             yield _compressed(f"{shapes}, refine {steps}", folder, device, (*tokens, "--refine", steps))
 
@@ -257,7 +241,7 @@ def bench(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The report of `ssmc bench`, of which the overview becomes rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(sizes, folder, {"dense": 16, "pruned": 8})
+        write_models(sizes, folder, {"dense": 16, "pruned": 8}, device)
         report = benchmark(
             models=[folder / "dense", folder / "pruned"],
             lengths=sizes.lengths,
@@ -275,11 +259,12 @@ def bench(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     yield from (Row("note", note=note) for note in report.notes)
 
 
-def write_models(sizes: Sizes, folder: Path, states: dict[str, int]) -> None:
+def write_models(sizes: Sizes, folder: Path, states: dict[str, int], device: torch.device) -> None:
     """130M shapes with so many states each, with the embedded tokenizer so that there is text to read."""
     for name, d_state in states.items():
         (folder / name).mkdir()
-        model = mamba(sizes.small_d_model, sizes.small_layers, sizes.vocab, d_state)
+        with device:  # random numbers come fast there
+            model = mamba(sizes.small_d_model, sizes.small_layers, sizes.vocab, d_state).cpu()
         write_checkpoint(
             folder / name, {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, model.config
         )
