@@ -6,15 +6,15 @@
     python -m benchmarks.gpu_ssd --dry-run                 # toy sizes, through Triton's interpreter: does it run?
 
 Sections, in order of worth: `prefill` (2048 tokens) and `decode` (one token, state in place) at the shapes of Mamba-2
-130M and 2.7B, `tune` (other ways to cut the scan), `backward` (gradients, with peak memory), `more` (prefill of other
-numbers of states), `norm` (the gated norm), `rival` (mamba-ssm's prefill). Every row is in the file the moment it is
+130M and 2.7B, `rival` (mamba-ssm's prefill), `backward` (gradients, with peak memory), `tune` (other ways to cut the
+scan), `more` (prefill of other numbers of states), `norm` (the gated norm). Every row is in the file the moment it is
 measured; what the seconds do not suffice for is left out and said. Times are in seconds.
 
 Each row first compares ours with the plain torch reference on fresh random inputs. `first call` includes compiling:
 Triton's cache is a fresh folder. Single kernels run from CUDA graphs over several sets of inputs, so that neither
 launching them nor the cache is what is timed; a graph keeps its inputs alive. `bytes` is the time the bytes alone take
 at the bandwidth of a large copy. mamba-ssm tunes itself for a minute at every new number of states, so its prefill is
-a section of its own, at the numbers given by --mamba-ssm-states only.
+timed at the numbers given by --mamba-ssm-states only, and processes of their own compile what it will try meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 
 if "--dry-run" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if "--compile-kind" not in sys.argv:  # one that compiles for another shares its folder
+if not {"--compile-kind", "--compile-rival"} & set(sys.argv):  # one that compiles for another shares its folder
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssmc-triton-")
 
 import torch
@@ -341,6 +341,7 @@ def norm(bench: Bench) -> Iterator[dict]:
         yield row | compared(times) | {"floor": 3 * y.nbytes / bench.bandwidth}
 
 
+RIVAL_COMPILERS = 8
 LEAVES = ("u", "dt", "A", "B", "C", "D")
 
 
@@ -389,16 +390,13 @@ def launched(bench: Bench, call: Call) -> Call:
 
 KINDS = (
     {},
-    {"warps": 8},
-    {"stages": 1},
-    {"widest": 64},
-    {"tokens": 32},
     {"stages": 3},
+    {"registers": 168},
     {"block": 32},
+    {"widest": 64},
+    {"stages": 1},
     {"tokens": 128, "warps": 8, "stages": 1},
 )
-
-
 TUNED = (128, 16)  # numbers of states
 
 
@@ -413,8 +411,30 @@ def compile_kind(bench: Bench, number: int) -> None:
 def compile_ahead() -> None:
     """Begin to compile for `tune` in processes of their own, beside the sections before it."""
     for number in range(1, len(KINDS)):
-        command = [sys.executable, "-m", "benchmarks.gpu_ssd", "--compile-kind", str(number)]
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begin("--compile-kind", number)
+
+
+def begin(what: str, number: int) -> None:
+    """Begin to compile something in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu_ssd", what, str(number)]
+    subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def compile_rival(bench: Bench, number: int) -> None:
+    """Compile a share of all that mamba-ssm will try, without running it."""
+
+    def compile_only(self: triton.runtime.Autotuner, *args: object, **kwargs: object) -> None:
+        kwargs.pop("warmup", None)
+        self.configs = self.configs[number::RIVAL_COMPILERS]
+        if self.configs:
+            self.warmup(*args, **kwargs)
+
+    triton.runtime.Autotuner.run = compile_only
+    for states in bench.rivals:
+        for shape in bench.shapes:
+            call = rival_scan(layer_inputs(bench, shape, states, 1, bench.length))
+            if call is not None:
+                call()
 
 
 def tune(bench: Bench) -> Iterator[dict]:
@@ -445,11 +465,11 @@ def tune(bench: Bench) -> Iterator[dict]:
 SECTIONS = {
     "prefill": prefill,
     "decode": decode,
-    "tune": tune,
+    "rival": rival,
     "backward": backward,
+    "tune": tune,
     "more": more,
     "norm": norm,
-    "rival": rival,
 }
 
 
@@ -498,6 +518,7 @@ def main() -> None:
     parser.add_argument("--mamba-ssm-states", default="128", help="numbers of states, with commas between")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, without a GPU through the interpreter")
     parser.add_argument("--compile-kind", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-rival", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not args.dry_run
     if not on_gpu and not args.dry_run:
@@ -508,9 +529,16 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     until = time.monotonic() + args.seconds
     rivals = tuple(int(n) for n in args.mamba_ssm_states.split(",") if n)
-    if args.compile_kind is not None:
-        compile_kind(Bench(device, getattr(torch, args.dtype), 1.0, until, ()), args.compile_kind)
+    if args.compile_kind is not None or args.compile_rival is not None:
+        bench = Bench(device, getattr(torch, args.dtype), 1.0, until, rivals)
+        if args.compile_kind is None:
+            compile_rival(bench, args.compile_rival)
+        else:
+            compile_kind(bench, args.compile_kind)
         return
+    if on_gpu and "rival" in args.only.split(","):
+        for number in range(RIVAL_COMPILERS):
+            begin("--compile-rival", number)
     if on_gpu and "tune" in args.only.split(","):
         compile_ahead()
     bench = Bench(device, getattr(torch, args.dtype), copy_bandwidth(device), until, rivals)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmc.runtime.scan.gpu.kernels import LOG2_E
 from ssmc.runtime.scan.gpu.ssd.kernels import (
     EXACT,
     added,
@@ -26,6 +25,7 @@ from ssmc.runtime.scan.gpu.ssd.kernels import (
     operand,
     pairs_of,
     product,
+    rate_of,
     running_sums,
     store_states,
     zero_states,
@@ -74,7 +74,7 @@ def states_kernel(
     dt_ptr += row * dt_batch + head
     B_ptr += row * B_batch + head // per_group * B_group
     before_ptr += (row * tl.cdiv(length, TOKENS) * heads + head) * size
-    rate = tl.load(A_ptr + head) * LOG2_E
+    rate = rate_of(tl.load(A_ptr + head))
     t = tl.arange(0, TOKENS)
     for start in range(0, length, TOKENS):
         inside = t < length - start
@@ -131,7 +131,7 @@ def state_gradients_kernel(
     dt_ptr += row * dt_batch + head + final * TOKENS * dt_token
     C_ptr += row * C_batch + head // per_group * C_group + final * TOKENS * C_token
     after_ptr += ((row * chunks + final) * heads + head) * size
-    rate = tl.load(A_ptr + head) * LOG2_E
+    rate = rate_of(tl.load(A_ptr + head))
     t = tl.arange(0, TOKENS)
     for done in range(0, chunks):
         inside = t < length - (chunks - 1 - done) * TOKENS
@@ -259,7 +259,7 @@ def gradients_kernel(
         A = tl.load(A_ptr + head)
         skip = tl.load(D_ptr + head).to(tl.float32)
         steps = tl.load(dt_ptr + t * dt_token + head, mask=inside, other=0.0)
-        sums, rest, total, to_end = running_sums(steps * (A * LOG2_E), MODE)
+        sums, rest, total, to_end = running_sums(steps * rate_of(A), MODE)
         decay = decay_between(sums, rest, t, MODE)
         since, until = tl.exp2(sums), tl.exp2(to_end)
         by_step = tl.zeros((TOKENS,), tl.float32)  # what multiplies dt, but for its decay

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ssmc.runtime.scan.gpu.kernels import LOG2_E, silu, softplus
 
+NOTHING = tl.constexpr(-160.0)  # 2^-160 is 0 in float32
 BFLOAT16, TF32, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # MODE: what tensor cores multiply
 
 
@@ -38,22 +39,19 @@ def added(a, b, sums, MODE: tl.constexpr):
 
 
 @triton.jit
-def load_steps(dt_ptr, dt_token, t, inside, bias, low, high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
-    """Time steps (TOKENS,) of a head in float32; 0, which changes nothing, where there is no token."""
-    steps = tl.load(dt_ptr + t * dt_token, mask=inside, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        steps = softplus(steps + bias)
-    if LIMITED:
-        steps = tl.minimum(tl.maximum(steps, low), high)
-    return tl.where(inside, steps, 0.0)
+def rate_of(A):
+    """The exponent of a unit of time to the base of 2; finite, so that no time is no exponent."""
+    return tl.maximum(A * LOG2_E, -1e30)
 
 
 @triton.jit
 def running_sums(exponents, MODE: tl.constexpr):
     """Sums up to each token, what float32 does not hold of them, the sum of all, and sums from behind each token.
 
-    Differences of long sums are what counts; in half precision they are exact enough.
+    Differences of long sums are what counts; in half precision they are exact enough. Less than `NOTHING` is left of
+    what decays by more: cut there, no sum is infinite.
     """
+    exponents = tl.maximum(exponents, NOTHING)
     if MODE == EXACT:
         exponents = exponents.to(tl.float64)
     sums = tl.cumsum(exponents, 0)
@@ -69,6 +67,16 @@ def decay_between(sums, rest, t, MODE: tl.constexpr):
     if MODE == EXACT:
         lag += rest[:, None] - rest[None, :]
     return tl.exp2(tl.where(t[:, None] >= t[None, :], lag, -float("inf")))
+
+
+@triton.jit
+def weigh(pairs, sums, rest, columns, t, MODE: tl.constexpr):
+    """What token s drives times what remains of it at token t, as `steps_kernel` prepares it, times `pairs` (t, s)."""
+    if MODE == EXACT:
+        pairs *= decay_between(sums, rest, t, MODE) * columns[None, :]
+    else:
+        pairs *= tl.exp2(tl.where(t[:, None] >= t[None, :], sums[:, None] - columns[None, :], -float("inf")))
+    return pairs
 
 
 @triton.jit
@@ -182,7 +190,7 @@ def carry(
     PARTS: tl.constexpr,
 ):
     """The state after `count` stretches, from what each made of a zero state and the logarithm of its decay."""
-    for _ in range(count):
+    for _ in tl.range(0, count, num_stages=2):
         decay = tl.exp2(tl.load(totals_ptr))
         ends = load_states(ends_ptr, p, head_dim, states, PARTS)
         after = ()
@@ -194,20 +202,68 @@ def carry(
     return h
 
 
+@triton.jit(do_not_specialize=["length", "heads"])
+def steps_kernel(
+    dt_ptr,
+    dt_batch,
+    dt_token,
+    A_ptr,
+    bias_ptr,
+    columns_ptr,
+    sums_ptr,
+    rest_ptr,
+    kept_ptr,
+    length,
+    heads,
+    low,
+    high,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """What the scan wants to know of the time steps of a chunk, so that nothing in its loop waits for it.
+
+    Grid (chunks, blocks of H, sequences). All (B, H, chunks x TOKENS) float32, without effect behind the last token:
+    the sums of `running_sums` and what they lack; `kept`, time steps times what is left at the end of the chunk; and
+    `columns`, the time steps or, in half precision, the sums without the logarithms of the time steps, which saves a
+    product for every pair of tokens.
+    """
+    head, row = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    here = head < heads
+    inside = (t < length)[:, None] & here[None, :]
+    at = row * dt_batch + t.to(tl.int64)[:, None] * dt_token + head[None, :]
+    steps = tl.load(dt_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if SOFTPLUS:
+        steps = softplus(steps + tl.load(bias_ptr + head, mask=here, other=0.0).to(tl.float32)[None, :])
+    if LIMITED:
+        steps = tl.minimum(tl.maximum(steps, low), high)
+    steps = tl.where(inside, steps, 0.0)
+    rates = rate_of(tl.load(A_ptr + head, mask=here, other=0.0))
+    sums, rest, _total, to_end = running_sums(steps * rates[None, :], MODE)
+    at = (row * heads + head)[None, :] * (tl.num_programs(0) * TOKENS) + t[:, None]
+    tl.store(sums_ptr + at, sums, mask=here[None, :])
+    tl.store(kept_ptr + at, steps * tl.exp2(to_end), mask=here[None, :])
+    if MODE == EXACT:
+        tl.store(columns_ptr + at, steps, mask=here[None, :])
+        tl.store(rest_ptr + at, rest, mask=here[None, :])
+    else:
+        tl.store(columns_ptr + at, sums - tl.log2(steps), mask=here[None, :])
+
+
 @triton.jit(do_not_specialize=["length", "stretch", "heads", "per_group"])
 def ends_kernel(
     u_ptr,
     u_batch,
     u_token,
-    dt_ptr,
-    dt_batch,
-    dt_token,
+    sums_ptr,
+    kept_ptr,
     B_ptr,
     B_batch,
     B_token,
     B_group,
-    A_ptr,
-    bias_ptr,
     ends_ptr,
     totals_ptr,
     length,
@@ -216,13 +272,9 @@ def ends_kernel(
     per_group,
     head_dim: tl.constexpr,
     states: tl.constexpr,
-    low,
-    high,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """What each stretch but the last makes of a zero state, and the logarithm (base 2) of its decay.
@@ -235,25 +287,26 @@ def ends_kernel(
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     first = part.to(tl.int64) * stretch
     u_ptr += row * u_batch + first * u_token + head * head_dim
-    dt_ptr += row * dt_batch + first * dt_token + head
+    at = (row * heads + head) * (tl.cdiv(length, TOKENS) * TOKENS) + first
+    sums_ptr += at
+    kept_ptr += at
     B_ptr += row * B_batch + first * B_token + head // per_group * B_group
-    rate = tl.load(A_ptr + head) * LOG2_E
-    bias = tl.load(bias_ptr + head).to(tl.float32) if SOFTPLUS else 0.0
     t = tl.arange(0, TOKENS)
     h = zero_states(BLOCK, PARTS)
     sum_of_all = 0.0
     for _ in range(0, stretch, TOKENS):
         inside = t < TOKENS  # every stretch here is whole
-        steps = load_steps(dt_ptr, dt_token, t, inside, bias, low, high, SOFTPLUS, LIMITED)
+        kept = tl.load(kept_ptr + t)
+        total = tl.load(sums_ptr + TOKENS - 1)
         u = tl.load(
             u_ptr + t[:, None] * u_token + p[None, :], mask=inside[:, None] & (p < head_dim)[None, :], other=0.0
         )
         B = load_all_rows(B_ptr, B_token, t, inside, states, PARTS)
-        _sums, _rest, total, to_end = running_sums(steps * rate, MODE)
-        h = advance(h, u, B, steps * tl.exp2(to_end), total, PARTS, MODE)
+        h = advance(h, u, B, kept, total, PARTS, MODE)
         sum_of_all += total
         u_ptr += TOKENS * u_token
-        dt_ptr += TOKENS * dt_token
+        sums_ptr += TOKENS
+        kept_ptr += TOKENS
         B_ptr += TOKENS * B_token
     at = (row * tl.num_programs(1) + part) * heads + head
     tl.store(totals_ptr + at, sum_of_all)
@@ -265,9 +318,10 @@ def scan_kernel(
     u_ptr,
     u_batch,
     u_token,
-    dt_ptr,
-    dt_batch,
-    dt_token,
+    columns_ptr,
+    sums_ptr,
+    rest_ptr,
+    kept_ptr,
     B_ptr,
     B_batch,
     B_token,
@@ -276,8 +330,6 @@ def scan_kernel(
     C_batch,
     C_token,
     C_group,
-    A_ptr,
-    bias_ptr,
     D_ptr,
     state_ptr,
     ends_ptr,
@@ -290,20 +342,16 @@ def scan_kernel(
     per_group,
     head_dim: tl.constexpr,
     states: tl.constexpr,
-    low,
-    high,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr,
     CONTINUES: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """The output of a stretch of time, and after the last one the final state.
 
-    Grid (H x blocks of P, stretches, sequences). `ends` and `totals` as `ends_kernel` writes them; `y` (B, L, D) and
-    `state`, `final` (B, H, P, N) float32 lie together.
+    Grid (H x blocks of P, stretches, sequences). `columns`, `sums`, `rest`, `kept`, `ends`, `totals` as `steps_kernel`
+    and `ends_kernel` write them; `y` (B, L, D) and `state`, `final` (B, H, P, N) float32 lie together.
     """
     blocks = tl.cdiv(head_dim, BLOCK)
     head, part, row = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -317,30 +365,36 @@ def scan_kernel(
     h = carry(h, ends_ptr + at * size, totals_ptr + at, part, heads * size, heads, p, head_dim, states, PARTS)
     first = part.to(tl.int64) * stretch
     u_ptr += row * u_batch + first * u_token + head * head_dim
-    dt_ptr += row * dt_batch + first * dt_token + head
+    at = (row * heads + head) * (tl.cdiv(length, TOKENS) * TOKENS) + first
+    columns_ptr += at
+    sums_ptr += at
+    rest_ptr += at
+    kept_ptr += at
     B_ptr += row * B_batch + first * B_token + head // per_group * B_group
     C_ptr += row * C_batch + first * C_token + head // per_group * C_group
     y_ptr += (row * length + first) * heads * head_dim + head * head_dim
-    rate = tl.load(A_ptr + head) * LOG2_E
     skip = tl.load(D_ptr + head).to(tl.float32)
-    bias = tl.load(bias_ptr + head).to(tl.float32) if SOFTPLUS else 0.0
     t = tl.arange(0, TOKENS)
     left = tl.minimum(stretch, length - part * stretch)
     for start in range(0, left, TOKENS):
         inside = t < left - start
         there = inside[:, None] & (p < head_dim)[None, :]
-        steps = load_steps(dt_ptr, dt_token, t, inside, bias, low, high, SOFTPLUS, LIMITED)
+        columns, sums, kept = tl.load(columns_ptr + t), tl.load(sums_ptr + t), tl.load(kept_ptr + t)
+        rest = tl.load(rest_ptr + t) if MODE == EXACT else sums  # read by nobody
+        total = tl.load(sums_ptr + TOKENS - 1)
         u = tl.load(u_ptr + t[:, None] * u_token + p[None, :], mask=there, other=0.0)
         B = load_all_rows(B_ptr, B_token, t, inside, states, PARTS)
         C = load_all_rows(C_ptr, C_token, t, inside, states, PARTS)
-        sums, rest, total, to_end = running_sums(steps * rate, MODE)
-        weights = pairs_of(C, B, PARTS, MODE) * decay_between(sums, rest, t, MODE) * steps[None, :]
-        y = read_state(C, h, PARTS, MODE) * tl.exp2(sums)[:, None] + skip * u.to(tl.float32)
-        y = added(operand(weights, MODE), operand(u, MODE), y, MODE)
+        y = read_state(C, h, PARTS, MODE) * tl.exp2(sums)[:, None]
+        weights = weigh(pairs_of(C, B, PARTS, MODE), sums, rest, columns, t, MODE)
+        y = added(operand(weights, MODE), operand(u, MODE), y, MODE) + skip * u.to(tl.float32)
         tl.store(y_ptr + t[:, None] * (heads * head_dim) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
-        h = advance(h, u, B, steps * tl.exp2(to_end), total, PARTS, MODE)
+        h = advance(h, u, B, kept, total, PARTS, MODE)
         u_ptr += TOKENS * u_token
-        dt_ptr += TOKENS * dt_token
+        columns_ptr += TOKENS
+        sums_ptr += TOKENS
+        rest_ptr += TOKENS
+        kept_ptr += TOKENS
         B_ptr += TOKENS * B_token
         C_ptr += TOKENS * C_token
         y_ptr += TOKENS * heads * head_dim

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmc.runtime.scan.gpu.kernels import LOG2_E
-from ssmc.runtime.scan.gpu.ssd.kernels import added, load_state, store_state
+from ssmc.runtime.scan.gpu.ssd.kernels import added, load_state, rate_of, store_state
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def moments_kernel(
     dt_ptr += row * dt_batch + first * dt_token + head
     B_ptr += row * B_batch + first * B_token + head // per_group * B_group
     C_ptr += row * C_batch + first * C_token + head // per_group * C_group
-    rate = tl.load(A_ptr + head) * LOG2_E
+    rate = rate_of(tl.load(A_ptr + head))
     after, readouts = tl.zeros((BLOCK, TILE), tl.float32), tl.zeros((BLOCK, TILE), tl.float32)
     cross, gram = tl.zeros((BLOCK, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32)
     for _ in range(0, tl.minimum(stretch, length - part * stretch)):

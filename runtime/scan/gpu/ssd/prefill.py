@@ -9,6 +9,7 @@ many of these as it takes to fill the GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -20,6 +21,7 @@ INTERPRETED = not isinstance(kernels.scan_kernel, triton.JITFunction)
 SMALLEST = 16  # side of a tile that tensor cores multiply
 WIDEST = 128  # tile of the states
 PROGRAMS = 2  # of a multiprocessor
+STEPS_BLOCK = 8  # heads whose time steps a program goes through
 MOST_STRETCHES = 16  # each adds up the states of all before it
 
 
@@ -41,6 +43,7 @@ class Plan:
     stages: int  # chunks in flight
     stretch: int  # tokens of a program; a multiple of `tokens`
     widest: int = WIDEST  # most states of a tile
+    registers: int | None = None  # of a thread, at most
 
 
 def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
@@ -82,10 +85,8 @@ def scan(
     final = torch.empty(launch.state_shape, dtype=torch.float32, device=y.device)
     before = final if state is None else state.float().contiguous()
     kernels.scan_kernel[launch.grid](
-        *(*launch.u, *launch.dt, *launch.B, *launch.C, launch.A, launch.bias, inputs.D.contiguous(), before),
-        *launch.stretch_ends(),
-        *(y, final),
-        *launch.sizes,
+        *(*launch.u, *launch.of_steps, *launch.B, *launch.C, inputs.D.contiguous(), before),
+        *(*launch.stretch_ends(), y, final, *launch.sizes),
         **launch.options,
         CONTINUES=state is not None,
     )
@@ -105,20 +106,40 @@ class Launch:
         self.stretches = max(1, triton.cdiv(inputs.length, plan.stretch))
         self.grid = (inputs.heads * triton.cdiv(inputs.head_dim, plan.block), self.stretches, inputs.batch)
         self.state_shape = (inputs.batch, inputs.heads, inputs.head_dim, inputs.d_state)
-        low, high = inputs.dt_limit
         per_group = inputs.heads // inputs.groups
-        sizes = (inputs.length, plan.stretch, inputs.heads, per_group, inputs.head_dim, inputs.d_state)
-        self.sizes = (*sizes, float(low), float(high))
+        self.sizes = (inputs.length, plan.stretch, inputs.heads, per_group, inputs.head_dim, inputs.d_state)
+        self.limits = tuple(float(limit) for limit in inputs.dt_limit)
+        self.has_bias, self.is_limited = inputs.dt_bias is not None, inputs.is_limited
         self.options = {
             "PARTS": parts_of(inputs.d_state, plan.widest),
             "BLOCK": plan.block,
             "TOKENS": plan.tokens,
-            "SOFTPLUS": inputs.dt_bias is not None,
-            "LIMITED": inputs.is_limited,
             "MODE": _mode(dtype),
             "num_warps": plan.warps,
             "num_stages": plan.stages,
+            "maxnreg": plan.registers,
         }
+
+    @cached_property
+    def of_steps(self) -> tuple[torch.Tensor, ...]:
+        """What `steps_kernel` makes of the time steps."""
+        batch, heads, _, _ = self.state_shape
+        chunks = triton.cdiv(self.sizes[0], self.options["TOKENS"])
+        exact = self.options["MODE"] == kernels.EXACT.value
+        shape = (4 if exact else 3, batch, heads, chunks * self.options["TOKENS"])
+        columns, sums, kept, *rest = torch.empty(shape, dtype=torch.float32, device=self.A.device)
+        rest = rest[0] if exact else sums  # read by nobody
+        block = min(STEPS_BLOCK, triton.next_power_of_2(heads))
+        kernels.steps_kernel[chunks, triton.cdiv(heads, block), batch](
+            *(*self.dt, self.A, self.bias, columns, sums, rest, kept, self.sizes[0], heads, *self.limits),
+            TOKENS=self.options["TOKENS"],
+            HEADS=block,
+            SOFTPLUS=self.has_bias,
+            LIMITED=self.is_limited,
+            MODE=self.options["MODE"],
+            num_warps=4,
+        )
+        return columns, sums, rest, kept
 
     def stretch_ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What each stretch but the last makes of a zero state, and the logarithm of its decay."""
@@ -128,8 +149,9 @@ class Launch:
         ends = torch.empty(batch, self.stretches - 1, *shape, dtype=torch.float32, device=self.A.device)
         totals = torch.empty(batch, self.stretches - 1, shape[0], dtype=torch.float32, device=self.A.device)
         programs, _, _ = self.grid
+        _columns, sums, _rest, kept = self.of_steps
         kernels.ends_kernel[programs, self.stretches - 1, batch](
-            *(*self.u, *self.dt, *self.B, self.A, self.bias, ends, totals), *self.sizes, **self.options
+            *(*self.u, sums, kept, *self.B, ends, totals), *self.sizes, **self.options
         )
         return ends, totals
 
