@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
             "Load the model without offloading, or remove the hooks, before giving it the fast scan."
         )
     for mixer in mixers:
-        mixer.forward = MethodType(_forward, mixer)  # a bound method: deepcopy binds the copy to the copied mixer
+        mixer.forward = partial(_forward, mixer)  # which copies and pickles with the mixer, as no bound method does
         setattr(mixer, _MARK, _Fast(architecture, backend))
     use_fast_norms(model, backend)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def use_fast_norms(model: nn.Module, backend: str) -> None:
     """
     for norm in _norms(model):
         if _MARK in vars(norm) or "forward" not in vars(norm):
-            norm.forward = MethodType(_forward, norm)
+            norm.forward = partial(_forward, norm)
             setattr(norm, _MARK, backend)
 
 

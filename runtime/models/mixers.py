@@ -17,6 +17,7 @@ from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.architectures.alone import CHANNEL_NAMES, CONFIGURATIONS, STATE_NAMES, LoneMixer
+from ssmc.runtime.models.architectures.convolution import is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, STATE, Cut
 from ssmc.runtime.models.families import lone_mixers
@@ -60,6 +61,7 @@ def find_mixers(module: nn.Module) -> list[Mixer]:
         family = next((family for family in known if not missing[family.model_type]), None)
         reason = None
         if family is not None:
+            _refuse_adapters(name, candidate, family.parts)
             sizes = family.read_sizes(candidate)
             if not isinstance(sizes, str):
                 found.append(Mixer(name, candidate, family, sizes))
@@ -81,6 +83,22 @@ def _nothing(module: nn.Module, near: Sequence[str]) -> str:
         f"There is no Mamba or Mamba-2 mixer in this {type(module).__name__}: no part of it has {looked}, with shapes "
         f"that belong together.{came} Give a module that contains one."
     )
+
+
+def _refuse_adapters(name: str, candidate: nn.Module, parts: Sequence[str]) -> None:
+    """Refuse a mixer with a projection that is more than its weight.
+
+    Raises:
+        CheckpointError: naming the projection and what is around it.
+    """
+    for part in parts:
+        module = getattr(candidate, part)
+        if isinstance(module, nn.Module) and is_wrapped(module):
+            kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+            raise CheckpointError(
+                f"{part} of {name or 'the mixer'} is wrapped in an adapter ({kind}), whose part in it would be lost. "
+                "Merge the adapter first (peft: merge_and_unload)."
+            )
 
 
 def _missing(candidate: nn.Module, parts: Sequence[str]) -> list[str]:

@@ -14,12 +14,26 @@ class Convolution:
         self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
     ) -> torch.Tensor:
         """The activated convolution of (B, L, D) behind `history` (B, d_conv - 1, D), in one kernel if `fused`."""
+        if is_wrapped(mixer.conv1d):  # an adapter: its weight alone is not what it computes
+            return mixer.act(_by_module(mixer.conv1d, x, history))
         weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
         if fused and mixer.activation in ("silu", "swish"):
             from ssmc.runtime.scan.gpu import causal_conv_silu  # imports triton, which a scan on a GPU has
 
             return causal_conv_silu(x, weight, bias, history)
         return mixer.act(causal_conv(x, weight, bias, history))
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether something else computes around a module's weight, as adapters do: the weight is not its own parameter."""
+    return "weight" not in module._parameters and not hasattr(module, "parametrizations")
+
+
+def _by_module(conv1d: nn.Module, x: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+    """The convolution of (B, L, D) by calling the module, which pads with K - 1 zeros on both sides."""
+    before = 0 if history is None else history.shape[1]
+    read = x if history is None else torch.cat([history.to(x.dtype), x], dim=1)
+    return conv1d(read.transpose(1, 2))[..., before : before + x.shape[1]].transpose(1, 2)
 
 
 def causal_conv(

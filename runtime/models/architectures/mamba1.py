@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.models.architectures.convolution import Convolution
+from ssmc.runtime.models.architectures.convolution import Convolution, is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
@@ -93,10 +93,19 @@ class Mamba1(Convolution, PlannedSurgery):
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         low_rank, B, C = self.after_x_proj(mixer, *mixer.x_proj(u).split([r, n, n], dim=-1))
-        dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
-        if not fused:  # transformers adds the bias in float32 whatever the weights' dtype
-            dt, bias = F.softplus(dt.float().add_(bias.float())), None
+        dt, bias = self.time_step(mixer, low_rank, fused)
         return ScanInputs(u=u, dt=dt, A=decay_rates(mixer.A_log, fused), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
+
+    def time_step(
+        self, mixer: nn.Module, low_rank: torch.Tensor, fused: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dt (B, L, D) of what dt_proj reads, and the bias that is not in it yet; then softplus is not, either."""
+        if is_wrapped(mixer.dt_proj):  # an adapter: its weight alone is not what it computes
+            return F.softplus(mixer.dt_proj(low_rank).float()), None
+        dt, bias = F.linear(low_rank, mixer.dt_proj.weight), mixer.dt_proj.bias
+        if fused:
+            return dt, bias
+        return F.softplus(dt.float().add_(bias.float())), None  # transformers adds in float32 whatever the dtype
 
     def after_x_proj(
         self, mixer: nn.Module, low_rank: torch.Tensor, B: torch.Tensor, C: torch.Tensor
