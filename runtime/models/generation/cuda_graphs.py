@@ -41,6 +41,7 @@ class RecordedStep:
 
     Attributes:
         cache: transformers' cache that the step reads and changes.
+        overtaken: whether something else may have changed the cache since the last step; whoever does must say so.
     """
 
     def __init__(self, model: nn.Module, cache: Any, batch: int, record: Recorder):
@@ -57,6 +58,7 @@ class RecordedStep:
         """
         device = model.get_input_embeddings().weight.device
         self.cache = cache
+        self.overtaken = False
         self._model = model
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._states = states_of(cache)
@@ -77,16 +79,17 @@ class RecordedStep:
         Returns:
             Logits (B, V) in a buffer that the next call overwrites.
         """
-        for kept, state in zip(self._states, states_of(cache), strict=True):
-            if kept is not state:
-                kept.copy_(state)
-        if cache is self.cache:
-            self._put_back()
+        if cache is not self.cache or self.overtaken:
+            self._take(cache)
         self._tokens.copy_(tokens)
         return self._replay()
 
-    def _put_back(self) -> None:
-        """Let the cache hold the tensors that the graph reads, where something else has given it others."""
+    def _take(self, cache: Any) -> None:
+        """Copy the states of a cache to where the graph reads them, and let the step's own cache hold them there."""
+        for kept, state in zip(self._states, states_of(cache), strict=True):
+            if kept is not state:
+                kept.copy_(state)
+        self.overtaken = False
         kept = iter(self._states)
         for layer in self.cache.layers:
             for kind in _KINDS:

@@ -106,6 +106,8 @@ class TorchSession:
             **given,
         )
         self._cache, self._batch = getattr(output, self._cache_name), len(tokens)
+        for step in filter(None, self._recorded.values()):
+            step.overtaken = True
         return output.logits[:, -1].float()
 
     def _attended(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

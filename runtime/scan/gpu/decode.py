@@ -33,7 +33,7 @@ def scan_token(inputs: ScanInputs, state: torch.Tensor, in_place: bool = False) 
     kernels.token_kernel[triton.cdiv(inputs.d_inner, BLOCK), inputs.batch](
         *(u, u.stride(0), dt, dt.stride(0), z, z.stride(0), B, B.stride(0), C, C.stride(0)),
         inputs.A.contiguous(),
-        dt if inputs.dt_bias is None else inputs.dt_bias.float().contiguous(),
+        dt if inputs.dt_bias is None else inputs.dt_bias.contiguous(),
         inputs.D.contiguous(),
         *(before, after, y, inputs.d_inner),
         STATES=inputs.d_state,

@@ -130,7 +130,7 @@ def load_vectors(ptr, PARTS: tl.constexpr):
 def time_step(raw, bias, SOFTPLUS: tl.constexpr):
     """dt of a block of channels in float32, from what is stored."""
     if SOFTPLUS:
-        return softplus(raw.to(tl.float32) + bias)
+        return softplus(raw.to(tl.float32) + bias.to(tl.float32))
     return raw.to(tl.float32)
 
 
