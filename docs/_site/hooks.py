@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from mkdocs.structure.files import File, Files
 from typer.main import get_command
@@ -82,9 +82,11 @@ def _parameter(parameter: Any) -> list[str]:
 
 
 def _choices(parameter: Any) -> str:
-    kind = getattr(parameter, "click_type", None) or getattr(parameter, "type", None)
-    choices = getattr(kind, "choices", None)
-    return "|".join(map(str, choices)) if choices else ""
+    """The words of a Literal, of which the type of an option is made."""
+    annotation = getattr(parameter.type_descriptor, "annotation", None)
+    inner = [entry for entry in get_args(annotation) if get_origin(entry) is Literal]
+    words = get_args(inner[0] if inner else annotation) if inner or get_origin(annotation) is Literal else ()
+    return "|".join(map(str, words))
 
 
 def _default(parameter: Any) -> str:
@@ -117,7 +119,7 @@ def _fenced(block: Sequence[str]) -> list[str]:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def scores() -> str:
