@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssmc.compressor.families import Prospect
     from ssmc.exporters import Runtime
     from ssmc.runtime.models.inspection import Inspection
+    from ssmc.runtime.models.outline import Outline
 
 
 def inspect(
@@ -50,26 +51,18 @@ def inspect(
     from ssmc.compressor.families import limits, prospects
     from ssmc.exporters import missing_formats, runs_where
     from ssmc.runtime.errors import OutputError
-    from ssmc.runtime.models.checkpoints import load_checkpoint
     from ssmc.runtime.models.inspection import inspect as run
 
-    terminal.hush_libraries()
     if json_file is not None and json_file.exists() and not force:
         raise OutputError(f"{json_file} exists already. Use --force to overwrite it, or another name.")
-    with terminal.progress() as progress:
-        checkpoint = load_checkpoint(model, progress=progress)
-        found = run(checkpoint)
-    able = prospects(checkpoint)
-    after = checkpoint.architecture.resized(
-        checkpoint.config,
-        n_layer=checkpoint.dimensions.n_layer,
-        d_inner=checkpoint.dimensions.d_inner,
-        d_state=max(1, checkpoint.dimensions.d_state // 2),
-    )
-    halved = checkpoint.architecture.dimensions(after)
-    runtimes = runs_where(halved, checkpoint.dimensions.d_state, checkpoint.architecture.model_type)
-    missing = missing_formats(checkpoint.architecture)
-    lacks = {**limits(checkpoint.architecture), **{f"--format {name}": reason for name, reason in missing.items()}}
+    outline = _outline(terminal, model)
+    architecture, sizes = outline.architecture, outline.dimensions
+    found, able = run(outline), prospects(outline)
+    changed = {"n_layer": sizes.n_layer, "d_inner": sizes.d_inner, "d_state": max(1, sizes.d_state // 2)}
+    halved = architecture.dimensions(architecture.resized(outline.config, **changed))
+    runtimes = runs_where(halved, sizes.d_state, architecture.model_type)
+    missing = missing_formats(architecture)
+    lacks = {**limits(architecture), **{f"--format {name}": reason for name, reason in missing.items()}}
     _report(terminal, found, able, lacks, runtimes, halved.d_state)
     if json_file is not None:
         record = asdict(found) | {"prunable": [asdict(p) for p in able], "runs_where": [asdict(r) for r in runtimes]}
@@ -81,6 +74,19 @@ def inspect(
                 f"{json_file} cannot be written: {error.strerror or error}. Name another file."
             ) from error
         terminal.say(f"Wrote {json_file}.")
+
+
+def _outline(terminal: Terminal, model: str) -> Outline:
+    """From the headers of its files where that can be, which takes no time; else the model is read."""
+    from ssmc.runtime.models.outline import outline, read_outline
+
+    if (read := read_outline(model)) is not None:
+        return read
+    from ssmc.runtime.models.checkpoints import load_checkpoint
+
+    terminal.hush_libraries()
+    with terminal.progress() as progress:
+        return outline(load_checkpoint(model, progress=progress))
 
 
 def _report(
@@ -99,7 +105,7 @@ def _report(
     for note in found.notes:
         terminal.note(note)
     parts = table("Where it sits", "part", "parameters", "share", "multiply-adds a token", "share")
-    for part in sorted(found.parts, key=lambda part: -part.multiply_adds):
+    for part in found.parts:
         parts.add_row(
             part.name,
             f"{part.parameters:,}",

@@ -19,8 +19,8 @@ from ssmc.compressor.options.patterns import (
 )
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
-from ssmc.runtime.models.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
+from ssmc.runtime.models.outline import Outline
 
 _TARGETS = "--target-latency, --target-params, --max-ppl-increase"
 _MANY = "widths and depths of a hybrid are not tried"
@@ -119,10 +119,9 @@ class Prospect:
     gain: str  # at a sparsity of one half
 
 
-def prospects(checkpoint: Checkpoint) -> list[Prospect]:
+def prospects(outline: Outline) -> list[Prospect]:
     """What a model can be pruned by and what that makes smaller, from its sizes alone."""
-    sizes, able = checkpoint.dimensions, parts_of(checkpoint.architecture)
-    count = parameter_counter(checkpoint.config)
+    sizes, able, count = outline.dimensions, parts_of(outline.architecture), outline.count
     whole = count(sizes.n_layer, sizes.d_inner, sizes.d_state)
 
     def smaller(**changes: int) -> str:
@@ -135,7 +134,7 @@ def prospects(checkpoint: Checkpoint) -> list[Prospect]:
         if pattern == COLUMN:
             gain = f"half of the SSM state and its scan, {smaller(d_state=max(1, sizes.d_state // 2))}"
         elif pattern == CHANNEL:
-            if checkpoint.architecture.capabilities.heads:
+            if outline.architecture.capabilities.heads:
                 found += _heads(sizes, smaller)
                 continue
             gain = smaller(d_inner=max(1, sizes.d_inner // 2))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import torch
-
-from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count, tensor_bytes
+from ssmc.runtime.models.outline import Outline
 
 SCAN = "scan"
 EMBEDDING, HEAD = "embedding", "head"
@@ -59,46 +58,46 @@ class Inspection:
         return sum(part.multiply_adds for part in self.parts)
 
 
-def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Count, without running the model.
+def inspect(outline: Outline) -> Inspection:
+    """Count, without running the model or reading a number of it.
 
     A multiply-add of a matrix product is one weight used once; a state of the scan takes three a token (it decays, is
     driven, and is read). On a CPU or GPU that decodes one sequence, time goes by the bytes of the weights instead.
     """
-    sizes, tensors = checkpoint.dimensions, checkpoint.tensors()
+    sizes = outline.dimensions
     states = sizes.mixers * sizes.d_inner * sizes.d_state
-    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()})
     return Inspection(
-        source=checkpoint.source,
-        model_type=checkpoint.architecture.model_type,
-        format=checkpoint.format,
-        dtypes=tuple(dtypes),
+        source=outline.source,
+        model_type=outline.architecture.model_type,
+        format=outline.format,
+        dtypes=tuple(sorted(set(outline.dtypes.values()))),
         dimensions=sizes.as_dict(),
-        parameters=parameter_count(tensors),
-        weight_bytes=tensor_bytes(tensors),
+        parameters=outline.parameters,
+        weight_bytes=outline.weight_bytes,
         ssm_state_bytes=4 * states,
         conv_state_bytes=sizes.state_bytes() - 4 * states,
-        parts=tuple(_parts(checkpoint, tensors, 3 * states)),
-        notes=checkpoint.notes,
+        parts=tuple(_parts(outline, 3 * states)),
+        notes=outline.notes,
     )
 
 
-def _parts(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], scan: int) -> list[Part]:
-    """The modules in the order they first appear, then the scan; a tied head works without parameters of its own."""
+def _parts(outline: Outline, scan: int) -> list[Part]:
+    """The modules and the scan, most work first; a tied head works without parameters of its own."""
     parameters: dict[str, int] = defaultdict(int)
     work: dict[str, int] = defaultdict(int)
-    architecture, config = checkpoint.architecture, checkpoint.config
-    for name, tensor in tensors.items():
+    architecture, config = outline.architecture, outline.config
+    for name, shape in outline.shapes.items():
         part = EMBEDDING if name == architecture.embedding else _part(name, architecture.mixer_name)
-        parameters[part] += tensor.numel()
-        if tensor.ndim > 1 and part not in (EMBEDDING, "A_log"):
-            work[part] += round(tensor.numel() * architecture.uses(name, config))
+        parameters[part] += prod(shape)
+        if len(shape) > 1 and part not in (EMBEDDING, "A_log"):
+            work[part] += round(prod(shape) * architecture.uses(name, config))
     if config.tie_word_embeddings:
         parameters[HEAD] += 0
         work[HEAD] += parameters[EMBEDDING]
     parameters[SCAN] += 0
     work[SCAN] += scan
-    return [Part(name, count, work[name]) for name, count in parameters.items()]
+    parts = [Part(name, count, work[name]) for name, count in parameters.items()]
+    return sorted(parts, key=lambda part: (-part.multiply_adds, -part.parameters, part.name))
 
 
 def _part(name: str, mixer: str) -> str:

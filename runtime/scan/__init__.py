@@ -6,11 +6,10 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-import torch
-
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.later import torch
 from ssmc.runtime.scan import reference, ssd
-from ssmc.runtime.scan.accelerators import accelerates, accelerator
+from ssmc.runtime.scan.accelerators import accelerates, accelerator, is_plain
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
 from ssmc.runtime.scan.moments import Moments, SsdMoments, moments_of_states, quartic_moment, sum_of_squares
 
@@ -32,8 +31,6 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cpu", "triton", "mamba-ssm", "reference")
-
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # anything else may have no memory to read
 
 
 def selective_scan(
@@ -182,7 +179,7 @@ def _obstacle(tensors: list[torch.Tensor]) -> str | None:
     for tensor in tensors:
         if not tensor.is_cpu:
             return "a tensor is not in CPU memory"
-        if type(tensor) not in _PLAIN:
+        if not is_plain(tensor):
             return "a tensor is of a special type, without plain memory"
     if _kernels("cpu") is None:
         return "numba cannot be imported"

@@ -7,14 +7,12 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-import torch
-
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.later import torch
 
 TRITON, MAMBA_SSM = "triton", "mamba-ssm"
 _MODULES = {TRITON: ".gpu", MAMBA_SSM: ".mamba_ssm_scan"}
 _OLDEST_TRITON = (3, 6)  # older ones were not tried: other tuples, other layouts of registers
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def accelerator(backend: str, tensors: Sequence[torch.Tensor], gradients: bool = False) -> ModuleType | None:
@@ -51,7 +49,7 @@ def needs_gradients(tensors: Sequence[torch.Tensor]) -> bool:
 
 def _obstacle(backend: str, tensors: Sequence[torch.Tensor]) -> str | None:
     """Why this backend cannot take these tensors, or None."""
-    if any(type(tensor) not in _PLAIN for tensor in tensors):
+    if any(not is_plain(tensor) for tensor in tensors):
         return "a tensor is of a special type, without plain memory"
     devices = {tensor.device.type for tensor in tensors}
     if devices == {"cpu"}:
@@ -86,3 +84,8 @@ def _missing(backend: str) -> str | None:
 
 def _module(backend: str) -> ModuleType:
     return import_module(_MODULES[backend], __package__)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor and nothing that only acts as one, which may have no memory to read."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)

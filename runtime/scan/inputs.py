@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
-import torch.nn.functional as F
-
+from ssmc.runtime.later import F, torch
 from ssmc.runtime.scan.accelerators import needs_gradients
 
 _Inputs = TypeVar("_Inputs", bound="_Sequences")

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-
+from ssmc.runtime.later import F, torch
 from ssmc.runtime.scan import reference
 from ssmc.runtime.scan.inputs import ScanInputs
 

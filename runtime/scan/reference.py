@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-import torch.nn.functional as F
-
+from ssmc.runtime.later import F, torch
 from ssmc.runtime.scan.inputs import ScanInputs
 
 

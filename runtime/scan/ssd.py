@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
+from ssmc.runtime.later import torch
 from ssmc.runtime.scan.inputs import SsdInputs
 
 CHUNK = 64  # tokens: the (T, T) matrices of all heads stay in a core's cache

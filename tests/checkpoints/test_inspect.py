@@ -11,6 +11,7 @@ from ssmc.compressor.families import prospects
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import STATE
 from ssmc.runtime.models.inspection import inspect
+from ssmc.runtime.models.outline import outline
 from tests.support.commandline import run
 from tests.support.models import LAYERS, random_mamba2, random_model, save_transformers
 
@@ -24,7 +25,7 @@ def checkpoint(request, tmp_path):
 
 @torch.no_grad()
 def test_counts_are_those_of_the_model(checkpoint):
-    found, model = inspect(checkpoint), checkpoint.model
+    found, model = inspect(outline(checkpoint)), checkpoint.model
     assert found.parameters == sum(part.parameters for part in found.parts) == model.num_parameters()
     assert found.weight_bytes == 4 * found.parameters
     by_name = {part.name: part for part in found.parts}
@@ -45,8 +46,8 @@ def test_what_columns_bring_is_what_cutting_them_brings(checkpoint):
     half = sizes.d_state // 2
     kept = [[g * sizes.d_state + n for g in range(sizes.groups) for n in range(half)]] * sizes.n_layer
     tensors, _, _ = architecture.cut(checkpoint.tensors(), checkpoint.config, STATE, kept)
-    left = sum(tensor.numel() for tensor in tensors.values()) / inspect(checkpoint).parameters
-    gains = {prospect.pattern: prospect.gain for prospect in prospects(checkpoint)}
+    left = sum(tensor.numel() for tensor in tensors.values()) / inspect(outline(checkpoint)).parameters
+    gains = {prospect.pattern: prospect.gain for prospect in prospects(outline(checkpoint))}
     assert f"{1 - left:.1%} fewer parameters" in gains["column"]
 
 

@@ -61,10 +61,11 @@ def loaded_by(folder, commands):
             ["eval"],
             ["generate", "nowhere", "Once"],
         ],
+        [["inspect", "tiny"], ["inspect", "tiny-mamba2", "--json", "found.json"]],
     ],
-    ids=["help", "options", "paths"],
+    ids=["help", "options", "paths", "inspect"],
 )
-def test_what_is_refused_at_once_loads_nothing_heavy(tmp_path, commands):
+def test_what_only_looks_loads_nothing_heavy(tmp_path, commands):
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "notes.txt").write_text("mine")
     lines = loaded_by(tmp_path, commands)

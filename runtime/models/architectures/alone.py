@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.interface import Architecture
 
 CONFIGURATIONS = ("config", "args")

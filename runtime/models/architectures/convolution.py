@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+from ssmc.runtime.later import F, nn, torch
 
 
 class Convolution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import torch
+from ssmc.runtime.later import torch
 
 
 def join_experts(tensors: dict[str, torch.Tensor], stored: str, joined: str) -> dict[str, torch.Tensor]:

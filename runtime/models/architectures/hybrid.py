@@ -11,9 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.experts import join_experts, split_experts
 from ssmc.runtime.models.architectures.plan import STATE, Cut
 

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import Cut, Plan

@@ -6,10 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.convolution import Convolution, is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan

@@ -12,10 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.convolution import Convolution
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.architectures.interface import Readers

@@ -13,10 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.mamba1 import Mamba1
 from ssmc.runtime.models.architectures.plan import STATE
 from ssmc.runtime.models.architectures.surgery import Sizes

@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from ssmc.runtime.later import nn, torch
 
 MODEL, CHANNEL, STATE, HEAD, RANK = "d_model", "channel", "state", "head", "dt_rank"
 """The dimensions of the mixers of this package; states are numbered over all groups. A table may have others."""
 
 Axis = tuple[str, ...]
-Selection = Mapping[str, torch.Tensor]
+Selection = Mapping[str, "torch.Tensor"]
 """Dimension -> the numbers, ascending, of those that are meant."""
 
 
@@ -125,19 +124,17 @@ def cut_tensors(tensors: dict[str, torch.Tensor], cuts: list[Cut], places: Itera
         cuts.append(Cut(name, tuple(before.shape), tuple(tensors[name].shape)))
 
 
-@torch.no_grad()
 def silence(mixer: nn.Module, places: Iterable[Place]) -> None:
     """Zero these entries of a mixer's parameters in place."""
     for place in places:
-        tensor = mixer.get_parameter(place.name)
+        tensor = mixer.get_parameter(place.name).detach()
         tensor.index_fill_(place.axis, place.index.to(tensor.device), 0)
 
 
-@torch.no_grad()
 def are_silent(mixer: nn.Module, places: Iterable[Place]) -> bool:
     """Whether all these entries of a mixer's parameters are zero."""
     for place in places:
-        tensor = mixer.get_parameter(place.name)
+        tensor = mixer.get_parameter(place.name).detach()
         if bool(tensor.index_select(place.axis, place.index.to(tensor.device)).any()):
             return False
     return True
@@ -152,9 +149,8 @@ def take(mixer: nn.Module, places: Iterable[Place]) -> None:
         setattr(mixer.get_submodule(parent), leaf, nn.Parameter(part, requires_grad=False))
 
 
-@torch.no_grad()
 def put_back(mixer: nn.Module, narrow: Mapping[str, torch.Tensor], places: Iterable[Place]) -> None:
     """The opposite of `take`: write the tensors of a narrow mixer to their places in a whole one."""
     for place in places:
-        tensor = mixer.get_parameter(place.name)
+        tensor = mixer.get_parameter(place.name).detach()
         tensor.index_copy_(place.axis, place.index.to(tensor.device), narrow[place.name])

@@ -7,9 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.plan import Cut
 
 

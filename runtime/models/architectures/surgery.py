@@ -6,9 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.plan import (
     Cut,
     Plan,

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 from ssmc.runtime.scan import ScanInputs
 

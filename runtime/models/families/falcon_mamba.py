@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
+from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.stack import Stack

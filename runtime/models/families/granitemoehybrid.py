@@ -5,8 +5,7 @@ Mamba-2 layers among layers of attention, each with an MLP and, in some models, 
 
 from __future__ import annotations
 
-import torch
-
+from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 
 # What follows "block_sparse_moe." in the names of files and of the model; transformers' own mapping for this family.

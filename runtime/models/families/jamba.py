@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
 from ssmc.runtime.models.architectures.dimensions import HybridDimensions
 from ssmc.runtime.models.architectures.hybrid import Hybrid

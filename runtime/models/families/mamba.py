@@ -9,8 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-
+from ssmc.runtime.later import nn
 from ssmc.runtime.models.architectures.alone import Alone, misfit
 from ssmc.runtime.models.architectures.capabilities import Capabilities, MambaSsmLayer
 from ssmc.runtime.models.architectures.mamba1 import Mamba1

@@ -8,9 +8,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn
 from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone, misfit, stated
 from ssmc.runtime.models.architectures.capabilities import Capabilities, MambaSsmLayer
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
@@ -89,29 +87,13 @@ class _Mamba2Alone(Alone, Mamba2Family):
         low, high = stated(own, ("time_step_limit", "dt_limit")) or (0.0, float("inf"))
         view.time_step_limit = (low, high)
         if not hasattr(own.norm, "variance_epsilon"):
-            view.norm = _Norm(own.norm)
+            from ssmc.runtime.models.architectures.gated_norm import GatedNorm
+
+            view.norm = GatedNorm(own.norm)
 
     def other_sizes(self, sizes: Any) -> dict[tuple[str, ...], int]:
         """The channels of conv1d."""
         return {("conv_dim",): sizes.intermediate_size + 2 * sizes.n_groups * sizes.state_size}
-
-
-class _Norm(nn.Module):
-    """A gated norm of another library, with transformers' name for its epsilon."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.own = norm
-        self.variance_epsilon = norm.eps
-        self.group_size = getattr(norm, "group_size", None) or len(norm.weight)
-        self.norm_before_gate = getattr(norm, "norm_before_gate", False)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.own.weight
-
-    def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.own(y, gate)
 
 
 FAMILY = Mamba2Family()

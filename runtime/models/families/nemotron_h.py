@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Fields, Mamba2Hybrid
 
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
+from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.plan import Cut
 
