@@ -131,3 +131,18 @@ def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):
     assert torch.equal(logits(load_checkpoint(directory).model, random_tokens()), logits(stock, random_tokens()))
     change_json(directory / "config.json", tie_word_embeddings=False)
     refused(directory, HEAD)
+
+
+def test_models_quantised_by_mlx_are_refused_by_name(tmp_path):
+    directory = save_transformers(random_model(), tmp_path / "m")
+    change_json(directory / "config.json", quantization={"group_size": 64, "bits": 4})
+    refused(directory, "quantised by MLX")
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("m.gguf", "llama.cpp"), ("best.pth", "ssmc.compress(module, batches)"), ("model.safetensors", "Name the folder")],
+)
+def test_a_file_says_what_to_name_instead(tmp_path, name, named):
+    (tmp_path / name).write_bytes(b"x")
+    refused(tmp_path / name, "is a file", named)

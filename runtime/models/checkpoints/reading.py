@@ -25,6 +25,7 @@ from ssmc.runtime.progress import Progress, silent
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"  # of peft
+_QUANTISED = ("quantization_config", "compression_config", "quantization")  # in config.json; the last is MLX's
 
 _EXPLAINED = (SafetensorError, RuntimeError)  # errors whose text means something to a reader
 
@@ -102,7 +103,7 @@ def _read_indexed(index: Path, suffix: str, progress: Progress) -> dict[str, tor
     for what, missing in (
         # whether a head is missing is for whoever knows the configuration to say: it may be the embedding
         ("the index names but no shard holds", weight_map.keys() - tensors.keys() - {HEAD}),
-        ("a shard holds but the index does not name", tensors.keys() - weight_map.keys()),
+        ("a shard holds but the index does not name", tensors.keys() - weight_map.keys() - {HEAD}),
     ):
         if missing:
             raise CheckpointError(f"{index} and its shards disagree: {what} {some_of(missing)}. Copy the model again.")
@@ -175,10 +176,11 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
     Raises:
         CheckpointError: saying by what.
     """
-    settings = config.get("quantization_config") or config.get("compression_config")
+    settings = next((config[key] for key in _QUANTISED if config.get(key)), None)
     if not settings:
         return
     maker = settings.get("quant_method") if isinstance(settings, dict) else None
+    maker = maker or ("MLX" if "quantization" in config else None)
     raise CheckpointError(
         f"{where} is quantised{f' by {maker}' if maker else ''}, says its config.json: its files hold codes, not "
         "weights that could be pruned. Name the full-precision model it was made from, and quantise what ssmc writes."

@@ -24,6 +24,18 @@ _DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", 
 _COMPANIONS = ("*.json", "*.jinja", "*.md", "*.txt", "*.model", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
+_NAME_THE_FOLDER = "Name the folder that holds the model's config.json and weights."
+_ABOUT_FILES = {
+    ".gguf": "GGUF is what llama.cpp runs, quantised or not: name the checkpoint it was made from.",
+    ".onnx": "Name the folder of the export that holds it, or the model it was made from.",
+} | dict.fromkeys(
+    (".pt", ".pth", ".ckpt"),
+    "Weights without a config.json can be those of any module: load them into it, and give it to "
+    "ssmc.compress(module, batches) in Python.",
+)
+"""What to do with a file that is no folder, by its suffix."""
+
+
 def find_directory(source: str | Path) -> Path:
     """The directory of a model, downloaded first if it is a hub id.
 
@@ -59,7 +71,7 @@ def check_source(source: str | Path) -> Path | None:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{source} cannot be read: {reason}. Check the path.") from error
     if is_file:
-        raise CheckpointError(f"{source} is a file. Name the folder that holds the model's config.json and weights.")
+        raise CheckpointError(f"{source} is a file. {_ABOUT_FILES.get(path.suffix, _NAME_THE_FOLDER)}")
     if isinstance(source, str) and is_hub_id(source):
         return None
     raise CheckpointError(
