@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tests.support.gpu  # noqa: F401 (float32 is float32 on a GPU)
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.text import read_texts
 from ssmc.runtime.tiny import heldout_path
@@ -40,3 +41,10 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "held-out.txt"
     path.write_text(read_texts(heldout_path()).joined()[:5000])
     return str(path)
+
+
+def pytest_collection_modifyitems(items):
+    """Files named test_triton* run kernels; see `tests/support/gpu.py`."""
+    for item in items:
+        if item.path.name.startswith("test_triton"):
+            item.add_marker(pytest.mark.gpu)

@@ -26,7 +26,6 @@ from tests.support.models import random_model, random_tokens
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 gpu = pytest.importorskip("ssmc.runtime.scan.gpu")
 
-pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 EXACT = 1e-6 if DEVICE.type == "cpu" else 1e-5  # a GPU's exponential is off by two units in the last place
 ROUNDED = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter cuts numbers off to bfloat16

@@ -14,7 +14,6 @@ from tests.support.models import random_mamba2, random_model, random_tokens
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 step = pytest.importorskip("ssmc.runtime.scan.gpu.step")
 
-pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
