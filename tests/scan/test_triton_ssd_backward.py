@@ -85,7 +85,7 @@ def test_several_spans_slices_and_blocks_of_channels(which):
     """A head of more channels than a program takes, states of several tiles, heads that do not divide into slices."""
     inputs = random_inputs(batch=1, length=50, heads=3, groups=1, d_state=33, head_dim=18)
     state = random_state(inputs)
-    plan = backward.BackwardPlan(block=16, tokens=16, warps=4, widest=16, chunks=2, slices=2)
+    plan = backward.BackwardPlan(block=16, tokens=16, warps=4, widest=16, chunks=2, slices=2, head_slices=2)
     exact = leaves(inputs, state, torch.float64)
     y, end = recurrence(*exact)
     g = torch.Generator().manual_seed(7)

@@ -18,7 +18,7 @@ from ssmc.runtime.scan.inputs import SsdInputs
 
 FEWEST_CHUNKS = 8  # of a span
 PROGRAMS = 2  # of a multiprocessor
-MOST_SLICES = 8  # of a group's heads: each has its own sums for B and C
+MOST_SLICES = 8  # of a group's heads
 
 
 def ssd_scan(inputs: SsdInputs, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +74,8 @@ class BackwardPlan:
     warps: int  # of a program
     widest: int  # most states of a tile
     chunks: int  # of a span
-    slices: int  # of a group's heads
+    slices: int  # of a group's heads, for what they share: each has its own sums for B and C
+    head_slices: int  # for what heads have of their own
 
 
 def plan_for(inputs: SsdInputs, gpu: prefill.Gpu) -> BackwardPlan:
@@ -88,8 +89,10 @@ def plan_for(inputs: SsdInputs, gpu: prefill.Gpu) -> BackwardPlan:
     chunks = min(max(FEWEST_CHUNKS, fit), triton.cdiv(inputs.length, tokens))
     programs = chunks * inputs.groups * inputs.batch
     per_group = inputs.heads // inputs.groups
-    slices = min(MOST_SLICES, per_group, max(1, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs)))
-    return BackwardPlan(block, tokens, 8, widest, chunks, slices)
+    wanted = max(1, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs))
+    return BackwardPlan(
+        block, tokens, 8, widest, chunks, min(MOST_SLICES, per_group, wanted), min(per_group, 2 * wanted)
+    )
 
 
 def gradients(
@@ -192,12 +195,15 @@ def _span(
     )
     sums = torch.empty(2, plan.slices, *inputs.B.shape, dtype=torch.float32, device=last.device)
     of_heads = torch.empty(2, inputs.batch, chunks, inputs.heads, dtype=torch.float32, device=last.device)
-    backward_kernels.gradients_kernel[chunks, inputs.groups * plan.slices, inputs.batch](
-        *(*launch.u, *with_strides, *launch.dt, *launch.B, *launch.C, launch.A, inputs.D.contiguous(), before, after),
-        *(out.u, *out.u.stride()[:2], out.dt, *out.dt.stride()[:2], *sums, *of_heads, inputs.length, *sizes),
-        *(triton.cdiv(sizes[1], plan.slices), plan.slices, *per_head),
-        **options,
-    )
+    for what, slices in (("OF_HEADS", plan.head_slices), ("OF_GROUPS", plan.slices)):
+        backward_kernels.gradients_kernel[chunks, inputs.groups * slices, inputs.batch](
+            *(*launch.u, *with_strides, *launch.dt, *launch.B, *launch.C, launch.A, inputs.D.contiguous()),
+            *(before, after, out.u, *out.u.stride()[:2], out.dt, *out.dt.stride()[:2], *sums, *of_heads),
+            *(inputs.length, *sizes, triton.cdiv(sizes[1], slices), slices, *per_head),
+            **options,
+            OF_HEADS=what == "OF_HEADS",
+            OF_GROUPS=what == "OF_GROUPS",
+        )
     out.B.copy_(sums[0].sum(0))
     out.C.copy_(sums[1].sum(0))
     for total, parts in zip((out.A, out.D), of_heads, strict=True):

@@ -230,10 +230,13 @@ def gradients_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     MODE: tl.constexpr,
+    OF_HEADS: tl.constexpr,
+    OF_GROUPS: tl.constexpr,
 ):
     """All gradients of one chunk, of some heads of a group; the sums for B and C stay in registers from head to head.
 
-    Grid (chunks, G x slices of its heads, sequences). `dB`, `dC` (slices, B, L, G, N), `dA`, `dD` (B, chunks, H).
+    Grid (chunks, G x slices of its heads, sequences). `dB`, `dC` (slices, B, L, G, N), `dA`, `dD` (B, chunks, H). Where
+    registers do not hold all, what heads have of their own and what their group shares is computed by two launches.
     """
     chunk, row = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     group, part = tl.program_id(1) // slices, tl.program_id(1) % slices
@@ -274,38 +277,41 @@ def gradients_kernel(
             h = load_states(before_ptr + (at + head) * head_dim * states, p, head_dim, states, PARTS)
             g = load_states(after_ptr + (at + head) * head_dim * states, p, head_dim, states, PARTS)
             d_weights = product(operand(dy, MODE), tl.trans(operand(u, MODE)), MODE) * decay
-            d_pairs += d_weights * steps[None, :]
-            d_weights *= pairs
-            from_after = back_through_state(B, g, PARTS, MODE) * until[:, None]
-            from_before = back_through_state(C, h, PARTS, MODE) * since[:, None]
             wide_u, wide_dy = u.to(tl.float32), dy.to(tl.float32)
-            weights = operand(tl.trans(pairs * decay * steps[None, :]), MODE)
-            du = added(weights, operand(dy, MODE), skip * wide_dy + from_after * steps[:, None], MODE)
-            there = inside[:, None] & (p < head_dim)[None, :]
-            du_at = du_ptr + head * head_dim + t[:, None] * du_token + p[None, :]
-            tl.store(du_at, du.to(du_ptr.dtype.element_ty), mask=there)
-            dB = gather(dB, wide_u * (until * steps)[:, None], g, PARTS, MODE)
-            dC = gather(dC, wide_dy * since[:, None], h, PARTS, MODE)
-            to_after = tl.sum(wide_u * from_after, 1)
-            by_step += tl.sum(d_weights, 0) + to_after
-            # a token's own pair depends on no decay; left in, it would drown the others before it cancels
-            d_weights = tl.where(t[:, None] > t[None, :], d_weights, 0.0)
-            if MODE == EXACT:
-                spans = tl.cumsum(d_weights * steps[None, :], 1) - d_weights * steps[None, :]
-                by_pairs += tl.sum(tl.where(t[:, None] >= t[None, :], spans, 0.0), 0)
-            else:  # the same sums as differences, which half precision does not feel
-                by_sum += tl.sum(d_weights * steps[None, :], 1) - tl.sum(d_weights, 0) * steps
-            by_sum += tl.sum(wide_dy * from_before, 1)
-            by_end += to_after * steps
-            by_total += tl.exp2(total) * inner(g, h, PARTS)
-            by_skip += tl.sum(wide_dy * wide_u)
-        # token t's dt A is in the sums of t and later ones, and in what is left at the end of what came before t
-        by_exponent = by_total + by_pairs + tl.cumsum(by_end, 0) - by_end + tl.cumsum(by_sum, 0, reverse=True)
-        tl.store(ddt_ptr + t * ddt_token + head, by_step + A * by_exponent, mask=inside)
-        tl.store(dA_ptr + at + head, tl.sum(by_exponent * steps))
-        tl.store(dD_ptr + at + head, by_skip)
-    dC = gather(dC, d_pairs, B, PARTS, MODE)
-    dB = gather(dB, tl.trans(d_pairs), C, PARTS, MODE)
-    t_at = ((part * tl.num_programs(2) + row) * length + chunk * TOKENS) * groups * states + group * states
-    store_rows(dB_ptr + t_at, t * groups, inside, states, dB, PARTS)
-    store_rows(dC_ptr + t_at, t * groups, inside, states, dC, PARTS)
+            if OF_GROUPS:
+                d_pairs += d_weights * steps[None, :]
+                dB = gather(dB, wide_u * (until * steps)[:, None], g, PARTS, MODE)
+                dC = gather(dC, wide_dy * since[:, None], h, PARTS, MODE)
+            if OF_HEADS:
+                from_after = back_through_state(B, g, PARTS, MODE) * until[:, None]
+                weights = operand(tl.trans(pairs * decay * steps[None, :]), MODE)
+                du = added(weights, operand(dy, MODE), skip * wide_dy + from_after * steps[:, None], MODE)
+                there = inside[:, None] & (p < head_dim)[None, :]
+                du_at = du_ptr + head * head_dim + t[:, None] * du_token + p[None, :]
+                tl.store(du_at, du.to(du_ptr.dtype.element_ty), mask=there)
+                to_after = tl.sum(wide_u * from_after, 1)
+                d_weights *= pairs
+                by_step += tl.sum(d_weights, 0) + to_after
+                # a token's own pair depends on no decay; left in, it would drown the others before it cancels
+                d_weights = tl.where(t[:, None] > t[None, :], d_weights, 0.0)
+                if MODE == EXACT:
+                    spans = tl.cumsum(d_weights * steps[None, :], 1) - d_weights * steps[None, :]
+                    by_pairs += tl.sum(tl.where(t[:, None] >= t[None, :], spans, 0.0), 0)
+                else:  # the same sums as differences, which half precision does not feel
+                    by_sum += tl.sum(d_weights * steps[None, :], 1) - tl.sum(d_weights, 0) * steps
+                by_sum += tl.sum(wide_dy * back_through_state(C, h, PARTS, MODE) * since[:, None], 1)
+                by_end += to_after * steps
+                by_total += tl.exp2(total) * inner(g, h, PARTS)
+                by_skip += tl.sum(wide_dy * wide_u)
+        if OF_HEADS:
+            # token t's dt A is in the sums of t and later ones, and in what is left at the end of what came before t
+            by_exponent = by_total + by_pairs + tl.cumsum(by_end, 0) - by_end + tl.cumsum(by_sum, 0, reverse=True)
+            tl.store(ddt_ptr + t * ddt_token + head, by_step + A * by_exponent, mask=inside)
+            tl.store(dA_ptr + at + head, tl.sum(by_exponent * steps))
+            tl.store(dD_ptr + at + head, by_skip)
+    if OF_GROUPS:
+        dC = gather(dC, d_pairs, B, PARTS, MODE)
+        dB = gather(dB, tl.trans(d_pairs), C, PARTS, MODE)
+        t_at = ((part * tl.num_programs(2) + row) * length + chunk * TOKENS) * groups * states + group * states
+        store_rows(dB_ptr + t_at, t * groups, inside, states, dB, PARTS)
+        store_rows(dC_ptr + t_at, t * groups, inside, states, dC, PARTS)
