@@ -8,8 +8,8 @@ import triton
 from ssmc.runtime.scan.gpu.ssd import kernels
 from ssmc.runtime.scan.inputs import SsdInputs
 
-WARPS = 4
 LOADS = 16  # numbers of the state a thread holds
+SMALL = 1 << 22  # numbers in all states: below, what counts is how soon a program is done, and one warp never waits
 
 
 def scan_token(inputs: SsdInputs, state: torch.Tensor, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,8 @@ def scan_token(inputs: SsdInputs, state: torch.Tensor, in_place: bool = False) -
     y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
     u, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (inputs.u, inputs.dt, inputs.B, inputs.C))
     part = triton.next_power_of_2(inputs.d_state)
-    block = max(1, min(triton.next_power_of_2(inputs.head_dim), 32 * WARPS * LOADS // part))
+    warps = 1 if before.numel() <= SMALL else 4
+    block = max(1, min(triton.next_power_of_2(inputs.head_dim), 32 * warps * LOADS // part))
     A = inputs.A.float().contiguous()
     low, high = inputs.dt_limit
     kernels.token_kernel[triton.cdiv(inputs.head_dim, block), inputs.heads, inputs.batch](
@@ -41,6 +42,6 @@ def scan_token(inputs: SsdInputs, state: torch.Tensor, in_place: bool = False) -
         BLOCK=block,
         SOFTPLUS=inputs.dt_bias is not None,
         LIMITED=inputs.is_limited,
-        num_warps=WARPS,
+        num_warps=warps,
     )
     return y, after

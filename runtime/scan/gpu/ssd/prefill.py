@@ -61,7 +61,8 @@ def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
         tokens, warps, stages, widest = 64, 8 if wide else 4, 1 if wide else 2, WIDEST
     block = min(64, max(SMALLEST, triton.next_power_of_2(inputs.head_dim)))
     programs = inputs.batch * inputs.heads * triton.cdiv(inputs.head_dim, block)
-    stretches = max(1, min(MOST_STRETCHES, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs)))
+    filled = programs >= gpu.multiprocessors  # then a second pass costs more than it fills
+    stretches = 1 if filled else min(MOST_STRETCHES, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs))
     stretch = max(128, triton.cdiv(triton.cdiv(inputs.length, tokens), stretches) * tokens)
     return Plan(block, tokens, warps, stages, stretch, widest)
 
