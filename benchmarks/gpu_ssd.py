@@ -279,6 +279,9 @@ def prefills(bench: Bench, numbers: Sequence[int]) -> Iterator[dict]:
 
 def rival(bench: Bench) -> Iterator[dict]:
     """Prefill against mamba-ssm's, which compiles and tries for a minute first."""
+    if bench.until - time.monotonic() < LEAST_RIVAL:
+        yield {"what": "mamba-ssm", "note": "too little time was left for it to tune itself"}
+        return
     for states in bench.rivals:
         for batch in bench.batches:
             for shape in bench.shapes:
@@ -342,6 +345,8 @@ def norm(bench: Bench) -> Iterator[dict]:
 
 
 RIVAL_COMPILERS = 8
+LEAST_RIVAL = 25.0  # seconds
+AHEAD = 55.0  # seconds below which what is compiled ahead would not be run
 LEAVES = ("u", "dt", "A", "B", "C", "D")
 
 
@@ -536,10 +541,10 @@ def main() -> None:
         else:
             compile_kind(bench, args.compile_kind)
         return
-    if on_gpu and "rival" in args.only.split(","):
+    if on_gpu and args.seconds >= AHEAD and "rival" in args.only.split(","):
         for number in range(RIVAL_COMPILERS):
             begin("--compile-rival", number)
-    if on_gpu and "tune" in args.only.split(","):
+    if on_gpu and args.seconds >= AHEAD and "tune" in args.only.split(","):
         compile_ahead()
     bench = Bench(device, getattr(torch, args.dtype), copy_bandwidth(device), until, rivals)
     if args.dry_run:
