@@ -1,11 +1,11 @@
-"""What the Triton kernels of the scan compile to, without a GPU: registers, spills, and instructions per token.
+"""What the Triton kernels of the scan compile to, without a GPU: registers, spills, and instructions.
 
     python benchmarks/gpu_kernels.py                       # for Hopper (sm_90)
     python benchmarks/gpu_kernels.py --capability 80       # for Ampere
 
 A multiprocessor starts ordinary instructions for 128 lanes a cycle, but those of its special-function unit (MUFU: 2^x
-and 1/x) for 16. So a loop that needs I instructions for 32 channels of one token, M of them special, takes at least
-max(I, 8 M) cycles of a scheduler, of which there are 4. Nothing here is a measurement of time.
+and 1/x) for 16. So a loop that needs I instructions for 32 lanes, M of them special, takes at least max(I, 8 M) cycles
+of a scheduler, of which there are 4. Nothing here is a measurement of time.
 """
 
 from __future__ import annotations
@@ -25,42 +25,53 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssmc.runtime.scan.gpu import kernels, parts_of
+from ssmc.runtime.scan.gpu import chunks, lanes, parts_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SEQUENCES = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr")
+SEQUENCES = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "skip_ptr")
+SLICES = ("B_ptr", "C_ptr", "B_token", "C_token")  # of wider rows: nothing is known of their alignment
 SLOTS_PER_MUFU = 8  # cycles of a scheduler that one special-function instruction of a warp takes
+LANES = 32  # of a warp
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop over tokens of one compiled kernel."""
+    """A loop of one compiled kernel."""
 
     registers: int
     spilled: int  # bytes of stack
     instructions: Counter[str]  # of one turn
 
+    def per(self, share: float) -> tuple[str, str, str, str]:
+        """Instructions, cycles of the special-function unit, loads, shuffles and shared memory, over `share`."""
+        counts = self.instructions
+        moved = sum(counts[i] for i in ("SHFL", "BAR", "LDS", "STS", "LDSM", "STSM"))
+        figures = (counts.total(), SLOTS_PER_MUFU * counts["MUFU"], counts["LDG"], moved)
+        return tuple(f"{figure / share:.1f}" for figure in figures)
 
-def compiled(kernel: triton.JITFunction, capability: int, dtype: str, **constants: object) -> Loop:
-    """Compile a kernel for tensors of `dtype` and take apart its longest loop."""
+
+def compiled(
+    kernel: triton.JITFunction, capability: int, types: dict[str, str], warps: int, **constants: object
+) -> list[Loop]:
+    """Compile a kernel and take apart its loops that compute exponentials, the longest first."""
     names = kernel.arg_names
-    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
-    types |= {name: f"*{dtype}" for name in SEQUENCES if name in names}
-    aligned = [name for name in names if name.endswith(("_ptr", "_batch", "_token")) or name == "channels"]
+    types = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    known = [n for n in names if n.endswith(("_ptr", "_batch", "_token")) or n in ("channels", "padded")]
     source = ASTSource(
         kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in known if n not in (*SLICES, *constants)},
     )
     target = GPUTarget("cuda", capability, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": True}).asm["cubin"]
+    binary = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True}).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         usage, code = (_output(tool, file.name) for tool in (["cuobjdump", "-res-usage"], ["nvdisasm"]))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return Loop(int(found[1]), int(found[2]), max(_loops(code), key=Counter.total))
+    loops = sorted((loop for loop in _loops(code) if loop["MUFU"]), key=Counter.total, reverse=True)
+    return [Loop(int(found[1]), int(found[2]), loop) for loop in loops]
 
 
 def _output(tool: list[str], file: str) -> str:
@@ -86,6 +97,46 @@ def _loops(code: str) -> list[Counter[str]]:
     return found
 
 
+def lanes_table(capability: int, dtype: str) -> Table:
+    """The design with time along the lanes: what a token costs, and what a state of a token costs."""
+    title = f"Time along the lanes, sm_{capability}, {dtype}, triton {triton.__version__}; per 32 lanes of one token"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "registers", "spilled", "I", "8 M", "loads", "shuffles, shared"):
+        table.add_column(column, justify="left" if not column else "right")
+    ones = {"u_channel": 1, "dt_channel": 1, "z_channel": 1}
+    flags = {"SOFTPLUS": True, "GATED": True, "CONTINUES": False, **ones}
+    for channels, warps, runs, wide in ((4, 4, 1, 0), (4, 4, 2, 0), (4, 4, 4, 1), (8, 4, 1, 0), (2, 2, 2, 0)):
+        vector = 4 if wide or dtype == "fp32" else 8
+        types = dict.fromkeys(SEQUENCES, f"*{dtype}") | {"packed_ptr": "*fp32" if wide else f"*{dtype}"}
+        options = {"CHANNELS": channels, "V": vector, "RUNS": runs, **flags}
+        outer, inner = compiled(lanes.lanes_kernel, capability, types, warps, **options)
+        share = vector * runs * channels / warps
+        outer = Loop(outer.registers, outer.spilled, outer.instructions - inner.instructions)
+        for what, loop in (("a state of a token", inner), ("a token", outer)):
+            cut = f"{channels} channels, {warps} warps, {runs} runs{', wide' if wide else ''}: {what}"
+            table.add_row(cut, str(loop.registers), str(loop.spilled), *loop.per(share))
+    return table
+
+
+def chunks_table(capability: int, dtype: str) -> Table:
+    """The design with channels along the lanes: both passes, all states of a token."""
+    title = f"Chunks of time, sm_{capability}, {dtype}, triton {triton.__version__}; per 32 channels of one token"
+    table = Table(title=title, title_justify="left")
+    for column in ("pass", "N", "channels", "tokens", "registers", "spilled", "I", "8 M", "loads", "shared"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    types = dict.fromkeys(SEQUENCES, f"*{dtype}")
+    for states in (16, 12, 8, 4, 2):
+        for block, tokens in ((64, 2), (64, 4), (32, 4)):
+            options = {"PARTS": parts_of(states), "BLOCK": block, "LANE": block // LANES, "TOKENS": tokens}
+            options |= {"B_ALIGNED": 16, "C_ALIGNED": 8 if states == 12 else 16, "SOFTPLUS": True, "GATED": True}
+            for name, mode in (("1", chunks.ENDS), ("2", chunks.OUTPUTS)):
+                started = {"MODE": mode.value, "STARTED": mode is chunks.OUTPUTS}
+                loop = compiled(chunks.chunk_kernel, capability, types, 1, **options, **started)[0]
+                cells = (name, states, block, tokens, loop.registers, loop.spilled, *loop.per(block // LANES * tokens))
+                table.add_row(*map(str, cells))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90)
@@ -93,38 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, with which Triton compiles nothing. Unset it and try again.")
-    table = Table(
-        title=f"Loops over tokens, sm_{args.capability}, {args.dtype}, triton {triton.__version__}",
-        title_justify="left",
-    )
-    for column in ("pass", "N", "channels", "tokens", "registers", "spilled", "I", "8 M", "shared, shuffles"):
-        table.add_column(column, justify="left" if column == "pass" else "right")
-    for states in (16, 12, 8, 4, 2, 64):
-        for block, tokens in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 1)):
-            if states == 64 and block > 32:
-                continue
-            options = {"PARTS": parts_of(states), "BLOCK": block, "LANE": block // 32, "TOKENS": tokens}
-            options |= {"WHOLE": True, "SOFTPLUS": True}
-            more = {"GATED": True, "CONTINUES": False}
-            for name, kernel, extra in (("1", kernels.chunk_ends_kernel, {}), ("2", kernels.scan_kernel, more)):
-                loop = compiled(kernel, args.capability, args.dtype, **options, **extra)
-                share = block // 32 * tokens
-                counts = loop.instructions
-                moved = sum(counts[i] for i in ("SHFL", "BAR", "LDS", "STS", "LDSM", "STSM"))
-                issue, mufu = counts.total() / share, SLOTS_PER_MUFU * counts["MUFU"] / share
-                cells = (
-                    name,
-                    states,
-                    block,
-                    tokens,
-                    loop.registers,
-                    loop.spilled,
-                    f"{issue:.0f}",
-                    f"{mufu:.0f}",
-                    moved,
-                )
-                table.add_row(*map(str, cells))
-    Console(width=110).print(table)
+    for table in (lanes_table, chunks_table):
+        Console(width=120).print(table(args.capability, args.dtype))
 
 
 if __name__ == "__main__":
