@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.scan import ScanInputs, selective_scan
 from tests.scan.test_scan import random_inputs, random_state
-from tests.scan.test_scan_backward import assert_close, gradients, leaves, wanted, weights
+from tests.scan.test_scan_backward import assert_close, gradients, leaves, outputs_of_the_formula, wanted, weights
 from tests.support.gpu import HAS_CUDA
 from tests.support.models import random_model, random_tokens
 
@@ -90,24 +90,18 @@ def test_of_half_precision_have_its_dtype_and_are_rounded_once(dtype):
     inputs = random_inputs(1, 9, 6, 2)
     half = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in ("u", "B", "C", "z")})
     state = random_state(inputs)
-    got = gradients(moved(half), state.to(DEVICE), "triton")
     given = {name: t.to(DEVICE).requires_grad_() for name, t in vars(half).items() if t is not None}
     y, last = selective_scan(ScanInputs(**given), state.to(DEVICE), backend="triton")
     assert y.dtype == dtype
     assert last.dtype == torch.float32
-    assert got["u"].dtype == torch.float32  # `gradients` gives the scan float32 copies
-    loss = (y.float() * weights(inputs, state)[0].to(DEVICE)).sum()
-    found = dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+    weight = weights(inputs, state)[0].to(dtype)
+    found = dict(zip(given, torch.autograd.grad(y, list(given.values()), weight.to(DEVICE)), strict=True))
     assert all(found[name].dtype == t.dtype for name, t in given.items())
     exact = leaves(half, state, torch.float64)
-    rough = {name: t.float() for name, t in found.items()}
-    full, _ = selective_scan(replace(half, **{n: t.float() for n, t in exact.items() if n != "state"}), state, "cpu")
-    assert torch.isfinite(full).all()
-    single = {name: t.detach().float().requires_grad_() for name, t in exact.items()}
-    y, _ = selective_scan(ScanInputs(**{n: t for n, t in single.items() if n != "state"}), single["state"], "cpu")
-    weight = weights(inputs, state)[0].to(dtype).float()
-    right = torch.autograd.grad((y * weight).sum(), [single[name] for name in given])
-    assert_close(on_cpu(rough), dict(zip(given, right, strict=True)), 2 * torch.finfo(dtype).eps)
+    y, _ = outputs_of_the_formula(exact)
+    right = torch.autograd.grad(y, [exact[name] for name in given], weight.double())
+    rough = {name: t.float().cpu() for name, t in found.items()}
+    assert_close(rough, dict(zip(given, right, strict=True)), torch.finfo(dtype).eps)
 
 
 def test_a_stock_model_learns_the_same_with_it():
