@@ -105,15 +105,17 @@ def lanes_table(capability: int, dtype: str) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     ones = {"u_channel": 1, "dt_channel": 1, "z_channel": 1}
     flags = {"SOFTPLUS": True, "GATED": True, "CONTINUES": False, **ones}
-    for channels, warps, runs, wide in ((4, 4, 1, 0), (4, 4, 2, 0), (4, 4, 4, 1), (8, 4, 1, 0), (2, 2, 2, 0)):
-        vector = 4 if wide or dtype == "fp32" else 8
-        types = dict.fromkeys(SEQUENCES, f"*{dtype}") | {"packed_ptr": "*fp32" if wide else f"*{dtype}"}
-        options = {"CHANNELS": channels, "V": vector, "RUNS": runs, **flags}
+    for channels, warps, tokens, wide in ((4, 4, 8, 0), (4, 4, 16, 0), (4, 4, 16, 1), (8, 4, 8, 0), (2, 2, 16, 0)):
+        pairs = dtype == "bf16" and not wide
+        vector = 8 if dtype == "fp16" and not wide else 4
+        packed = "*i32" if pairs else "*fp32" if wide else f"*{dtype}"
+        types = {name: f"*{dtype}" for name in SEQUENCES} | {"packed_ptr": packed}
+        options = {"CHANNELS": channels, "V": vector, "RUNS": tokens // vector, "PAIRS": pairs, "AHEAD": False, **flags}
         outer, inner = compiled(lanes.lanes_kernel, capability, types, warps, **options)
-        share = vector * runs * channels / warps
+        share = tokens * channels / warps
         outer = Loop(outer.registers, outer.spilled, outer.instructions - inner.instructions)
         for what, loop in (("a state of a token", inner), ("a token", outer)):
-            cut = f"{channels} channels, {warps} warps, {runs} runs{', wide' if wide else ''}: {what}"
+            cut = f"{channels} channels, {warps} warps, {tokens} tokens a lane{', wide' if wide else ''}: {what}"
             table.add_row(cut, str(loop.registers), str(loop.spilled), *loop.per(share))
     return table
 

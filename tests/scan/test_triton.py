@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 EXACT = 1e-6 if DEVICE.type == "cpu" else 1e-5  # a GPU's exponential is off by two units in the last place
 ROUNDED = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter cuts numbers off to bfloat16
 SHORT_CHUNKS = gpu.Chunks(block=64, warps=1, tokens=2, chunk=4)
-LANES = gpu.Lanes(channels=4, warps=2, runs=2)
+LANES = gpu.Lanes(channels=4, warps=2, tokens=8)
 
 
 def moved(inputs: ScanInputs, **changes: torch.Tensor | None) -> ScanInputs:
@@ -71,16 +71,17 @@ def test_any_length_and_several_blocks_of_channels(length, plan):
     assert difference(final.transpose(1, 2), states[:, -1]) < EXACT
 
 
-# V is 4 tokens of float32 and 8 of half precision: tiles of 128 to 512 tokens, full, partial and several
+# runs of 4 tokens in float32, of 8 in float16, pairs of runs of 4 in bfloat16; tiles full, partial and several
 @pytest.mark.parametrize(
     ("dtype", "plan", "batch", "length", "d_inner", "d_state"),
     [
-        (torch.float32, gpu.Lanes(4, 4, 1), 2, 5, 5, 1),
-        (torch.float32, gpu.Lanes(2, 2, 1), 1, 257, 2, 2),
-        (torch.float32, gpu.Lanes(4, 2, 2), 1, 300, 3, 3),
-        (torch.float16, gpu.Lanes(2, 1, 1), 1, 300, 2, 2),
-        (torch.bfloat16, gpu.Lanes(1, 1, 2), 1, 513, 1, 3),
-        (torch.bfloat16, gpu.Lanes(4, 4, 4, wide=True), 1, 520, 3, 2),
+        (torch.float32, gpu.Lanes(4, 4, 4), 2, 5, 5, 1),
+        (torch.float32, gpu.Lanes(2, 2, 4), 1, 257, 2, 2),
+        (torch.float32, gpu.Lanes(4, 2, 8), 1, 300, 3, 3),
+        (torch.float16, gpu.Lanes(2, 1, 8, ahead=True), 1, 300, 2, 2),
+        (torch.bfloat16, gpu.Lanes(1, 1, 16, registers=168), 1, 513, 1, 3),
+        (torch.bfloat16, gpu.Lanes(2, 2, 8), 1, 300, 2, 2),
+        (torch.bfloat16, gpu.Lanes(4, 4, 16, wide=True), 1, 520, 3, 2),
     ],
 )
 def test_time_along_the_lanes_equals_the_formula(dtype, plan, batch, length, d_inner, d_state):

@@ -24,11 +24,12 @@ try:
     selective_scan(inputs, backend="triton")
 except UsageError as error:
     print(error)
-HALF = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr", "packed_ptr")
+HALF = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr")
 UNKNOWN = ("B_ptr", "C_ptr", "B_token", "C_token")  # slices of wider rows: no alignment but what the launcher finds
 def compiled(kernel, warps=1, **constants):
     names = kernel.arg_names
     types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names} | {n: "*bf16" for n in HALF if n in names}
+    types |= {"packed_ptr": "*bf16" if "B_ptr" in names else "*i32"}
     known = [n for n in names if n.endswith(("_ptr", "_batch", "_token")) or n in ("channels", "padded")]
     source = ASTSource(
         kernel,
@@ -50,15 +51,15 @@ for mode in (chunks.ENDS, chunks.OUTPUTS):
     found = loops(compiled(chunks.chunk_kernel, MODE=mode.value, STARTED=mode is chunks.OUTPUTS, **options))
     say(max(found, key=len))
 ones = dict(u_channel=1, dt_channel=1, z_channel=1)
-ptx = compiled(
-    lanes.lanes_kernel, 4, CHANNELS=4, V=8, RUNS=2, SOFTPLUS=True, GATED=True, CONTINUES=False, **ones
-)
+runs = dict(V=4, RUNS=4, PAIRS=True)
+flags = dict(AHEAD=True, SOFTPLUS=True, GATED=True, CONTINUES=False)
+ptx = compiled(lanes.lanes_kernel, 4, CHANNELS=4, **runs, **flags, **ones)
 say(min((loop for loop in loops(ptx) if "ex2" in loop), key=len))
 states = options | dict(MODE=chunks.STATES.value, SOFTPLUS=False, GATED=False, STARTED=True)
 compiled(chunks.chunk_kernel, **states)
 compiled(chunks.carry_kernel, CONTINUES=True, BLOCK=64, GROUP=8)
 ones = dict(B_state=1, C_state=1)
-compiled(lanes.pack_kernel, 4, V=8, RUNS=2, STATES=16, POSITIONS=128, **ones)
+compiled(lanes.pack_kernel, 4, **runs, STATES=16, POSITIONS=128, **ones)
 whole = dict(BLOCK=64, SOFTPLUS=False)
 compiled(kernels.token_kernel, PARTS=(8, 4), STATES=12, WHOLE=False, GATED=False, **whole)
 compiled(kernels.moments_kernel, PART=16, GATED=True, STARTED=True, **whole)

@@ -52,9 +52,9 @@ def test_chunks_are_as_many_as_fill_the_gpu():
 
 
 def test_what_was_stored_for_this_gpu_is_used_and_the_nearest_of_it(stored):
-    few, many = gpu.Lanes(2, 2, 1), gpu.Chunks(64, 1, 2, 4)
+    few, many = gpu.Lanes(2, 2, 8, True), gpu.Chunks(64, 1, 2, 4)
     found = [plans.Choice(1536, 16, few, 30.0), plans.Choice(1536, 4, many, 10.0), plans.Choice(40960, 16, many, 99.0)]
-    plans.write(stored, "another GPU", [plans.Choice(64, 16, gpu.Lanes(8, 8, 1))])
+    plans.write(stored, "another GPU", [plans.Choice(64, 16, gpu.Lanes(8, 8, 8))])
     name, _ = plans.gpu_of(torch.empty(0, device=DEVICE))
     plans.write(stored, name, found)
     assert plans.read(stored).keys() == {"another GPU", name}

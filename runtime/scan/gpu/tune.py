@@ -32,8 +32,14 @@ UNCACHED = 160 << 20  # bytes of inputs that no cache holds
 COMPILING = 16  # threads; Triton compiles without Python's lock for the most part
 REPLAYS = 7
 LANES = (
-    *(Lanes(channels, warps, runs) for channels, warps in ((4, 4), (2, 2), (8, 8), (8, 4)) for runs in (1, 2)),
-    *(Lanes(channels, warps, runs, wide=True) for channels, warps in ((4, 4), (2, 2), (8, 8)) for runs in (2, 4)),
+    *(Lanes(channels, warps, 16) for channels, warps in ((4, 4), (2, 2), (8, 4))),
+    *(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (2, 2), (8, 8), (8, 4), (4, 2))),
+    Lanes(4, 4, 16, wide=True),
+    Lanes(4, 4, 16, registers=128),
+    Lanes(8, 8, 16, registers=128),
+    Lanes(4, 4, 16, wide=True, registers=128),
+    Lanes(4, 4, 16, ahead=True, registers=168),
+    Lanes(8, 8, 8, wide=True),
 )
 BLOCKS = ((64, 4), (64, 2), (32, 4))  # channels and tokens of `Chunks`
 CUTS = (1, 2, 4, 8, 16, 32)  # chunks
