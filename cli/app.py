@@ -24,7 +24,7 @@ from ssmc.runtime.errors import OutputError, SsmcError
 EPILOG = """\
 **Examples**
 
-    ssmc compress tiny --pattern column --sparsity 0.5
+    ssmc compress tiny --sparsity 0.5
 
     ssmc export --format safetensors
 
@@ -53,7 +53,7 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 app = typer.Typer(
     name="ssmc",
-    help="Make Mamba models smaller and faster, in one shot: prune states, shrink the checkpoint, export, measure.",
+    help="Make Mamba models smaller and faster, in one shot: prune, repair, export, measure.",
     epilog=EPILOG,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

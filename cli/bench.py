@@ -56,7 +56,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model to compare with.",
+            help="Dense model to compare with.",
             show_default="the one DIR was made from",
             autocompletion=complete_model,
             rich_help_panel=MODELS,
@@ -66,7 +66,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="Measure this model; can be given several times.",
+            help="Model to measure; can be given several times.",
             show_default="the exports in DIR",
             autocompletion=complete_model,
             rich_help_panel=MODELS,
@@ -76,41 +76,40 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="A plain smaller dense model with the same tokenizer, to compare with at equal speed; can be given "
-            "several times.",
+            help="Smaller dense model with the same tokenizer, to compare at equal speed; can be given several times.",
             show_default=False,
             autocompletion=complete_model,
             rich_help_panel=MODELS,
         ),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(metavar="INT,INT,...", help="Tokens of the prefills.", rich_help_panel=SPEED)
+        str, typer.Option(metavar="INT,INT,...", help="Lengths of the prompts, in tokens.", rich_help_panel=SPEED)
     ] = "128,512,2048",
     batch_sizes: Annotated[
-        str, typer.Option(metavar="INT,INT,...", help="Sequences at once.", rich_help_panel=SPEED)
+        str, typer.Option(metavar="INT,INT,...", help="Numbers of sequences that run at once.", rich_help_panel=SPEED)
     ] = "1,8",
-    decode_tokens: Annotated[
-        int, typer.Option(help="Steps one sample of decoding is the mean of.", rich_help_panel=SPEED)
-    ] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds of every timing at most.", rich_help_panel=SPEED)] = 15,
+    decode_tokens: Annotated[int, typer.Option(help="Steps of decoding in one timing.", rich_help_panel=SPEED)] = 32,
+    repeats: Annotated[int, typer.Option(help="Most rounds of each timing.", rich_help_panel=SPEED)] = 15,
     time_budget: Annotated[
-        float, typer.Option(help="Seconds to spend on timing, a guide.", rich_help_panel=SPEED)
+        float, typer.Option(help="Seconds to spend on timing, approximately.", rich_help_panel=SPEED)
     ] = 90.0,
     max_batch: Annotated[
         int | None,
         typer.Option(
-            help="Also decode 1, 2, 4, ... sequences at once, up to this many or until memory is full.",
+            help="Also decode 1, 2, 4, ... sequences at once, up to this number or until memory is full.",
             show_default="on a GPU until memory is full, on a CPU 0: not at all",
             rich_help_panel=SPEED,
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
-    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    backend: Annotated[
+        ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
+    ] = "auto",
     runtime: Runtimes = "torch,onnx",
     stock: Annotated[
         bool,
-        typer.Option("--stock/--no-stock", help="Time transformers' own loop as well.", rich_help_panel=SPEED),
+        typer.Option("--stock/--no-stock", help="Also time transformers' own loop over tokens.", rich_help_panel=SPEED),
     ] = True,
     text: Annotated[str | None, heldout_option("the embedded stories")] = None,
     tokenizer: Annotated[str | None, tokenizer_option("the dense model's", QUALITY)] = None,
@@ -120,19 +119,18 @@ def bench(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Existing folder for the report.",
-            show_default="DIR, or with --model the current one",
+            help="Existing folder to write the report to.",
+            show_default="DIR; with --model the current folder",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the dense model beside the compressed one: size, memory, speed, perplexity.
+    """Measure the dense model and the compressed models: size, memory, speed, perplexity.
 
-    Every timing is warmed up and interleaved; the tables show medians with quartiles, and ratios with a confidence
-    interval. Writes `bench.json` and `bench.html`, a page that needs nothing else, into the folder; an earlier report
-    is replaced.
+    All models are timed in turns, after a warm-up. Tables show medians, and ratios with a confidence interval. The
+    report is written as `bench.json` and as `bench.html`, a page with plots; an earlier report is replaced.
 
     **Examples**
 

@@ -41,8 +41,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models, the one to compare with first; or one folder that `ssmc compress` wrote, for its dense model "
-            "and its exports.",
+            help="Models to score, the one to compare with first; or one folder that `ssmc compress` wrote, which "
+            "stands for its dense model and its exports.",
             show_default="ssmc-out",
             autocompletion=complete_model,
         ),
@@ -51,7 +51,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model to compare with.",
+            help="Dense model to compare with.",
             show_default="the first, or the one the folder was made from",
             autocompletion=complete_model,
             rich_help_panel=MODELS,
@@ -61,26 +61,32 @@ def evaluate(
         str,
         typer.Option(
             metavar="TASK,TASK,...",
-            help="Tasks of lm-eval: piqa, openbookqa, winogrande, arc_easy, arc_challenge, lambada_openai, any other.",
+            help="Tasks of lm-eval, such as piqa, openbookqa, winogrande, arc_easy, arc_challenge, lambada_openai.",
             show_default="none, only perplexity",
             rich_help_panel=TASKS,
         ),
     ] = "",
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Documents of each task.", show_default="all of them", rich_help_panel=TASKS),
+        typer.Option(
+            metavar="N",
+            help="Number of documents to take from each task.",
+            show_default="all of them",
+            rich_help_panel=TASKS,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Local documents: TASK.jsonl for every task, wikitext2.jsonl for perplexity. Nothing is downloaded.",
+            help="Folder with the documents: TASK.jsonl for every task, wikitext2.jsonl for perplexity. Nothing is "
+            "downloaded.",
             show_default="the data sets of the hub",
             rich_help_panel=TASKS,
         ),
     ] = None,
     perplexity: Annotated[
-        bool, typer.Option("--perplexity/--no-perplexity", help="Measure it.", rich_help_panel=QUALITY)
+        bool, typer.Option("--perplexity/--no-perplexity", help="Measure perplexity or not.", rich_help_panel=QUALITY)
     ] = True,
     recall: Annotated[
         bool,
@@ -96,17 +102,19 @@ def evaluate(
     max_windows: MaxWindows = 0,
     tokenizer: Annotated[str | None, tokenizer_option("the one beside the first model", MODELS)] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Sequences of a task at once; no score depends on it.", rich_help_panel=SPEED)
+        int, typer.Option(help="Sequences of a task that run at once; no score depends on it.", rich_help_panel=SPEED)
     ] = 8,
-    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
-    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    backend: Annotated[
+        ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
+    ] = "auto",
     runtime: Runtimes = "torch,onnx",
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where to write the report; an earlier one is replaced.",
+            help="File to write the report to; an earlier report is replaced.",
             show_default="eval.json, in the folder that is evaluated or in the current one",
             rich_help_panel=OUTPUT,
         ),
@@ -114,10 +122,10 @@ def evaluate(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score models side by side: perplexity on a text, and tasks of lm-eval.
+    """Score models: perplexity on a text, and tasks of lm-eval.
 
-    Differences to the first model are paired: both read the same documents, and the standard error is that of the
-    difference. Tasks need lm-eval: `pip install 'ssmc[eval]'`.
+    All models read the same documents. The difference to the first model has a standard error of its own. Tasks need
+    lm-eval: `pip install 'ssmc[eval]'`.
 
     **Examples**
 

@@ -28,8 +28,8 @@ from ssmc.runtime.models.checkpoints.sources import at_revision
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import Generation, LoadedSession
 
-CHOICE, SPEED = "How tokens are chosen", "Speed"
-QuietText = Annotated[bool, quiet_option("Print only the text that is written, not even the prompt.")]
+CHOICE, SPEED = "Sampling", "Speed"
+QuietText = Annotated[bool, quiet_option("Print the new text only, without the prompt.")]
 
 
 def generate(
@@ -38,7 +38,7 @@ def generate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model folder, an export to ONNX, a hub id or `tiny`; of a folder that `ssmc compress` wrote, its "
+            help="A model folder, an export to ONNX, a hub id or `tiny`. Of a folder that `ssmc compress` wrote, the "
             "export for torch is taken.",
             autocompletion=complete_model,
             show_default=False,
@@ -48,55 +48,63 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Text to continue; `-` reads it from standard input, without its last line break.",
+            help="Text to continue; `-` reads it from standard input, without the last line break.",
             show_default="--prompt-file",
         ),
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text to continue, without its last line break.", rich_help_panel=GENERAL),
+        typer.Option(
+            metavar="FILE",
+            help="File with the text to continue; its last line break is left out.",
+            rich_help_panel=GENERAL,
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", rich_help_panel=CHOICE)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", rich_help_panel=CHOICE)] = 128,
     greedy: Annotated[
         bool,
         typer.Option(
             "--greedy",
-            help="Always take the likeliest token; what happens unless one of the next three is given.",
+            help="Always take the most probable token. This is the default unless one of the next three is given.",
             rich_help_panel=CHOICE,
         ),
     ] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(help="Draw, from logits divided by this; 0 is greedy.", rich_help_panel=CHOICE),
+        typer.Option(help="Sample from the logits divided by this number; 0 is greedy.", rich_help_panel=CHOICE),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.", rich_help_panel=CHOICE)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the K most probable tokens.", rich_help_panel=CHOICE)
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Draw from the likeliest tokens that have this probability together.", rich_help_panel=CHOICE
+            help="Sample from the most probable tokens that together have this probability.", rich_help_panel=CHOICE
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.", rich_help_panel=CHOICE)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=CHOICE)] = 0,
     stop: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="End before this text; can be given several times.",
+            help="Stop before this text; can be given several times.",
             show_default="the tokenizer's end of text",
             rich_help_panel=CHOICE,
         ),
     ] = None,
     tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", GENERAL)] = None,
-    device: Annotated[Device, typer.Option(help="Where to run.", rich_help_panel=SPEED)] = "auto",
+    device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
-    backend: Annotated[ScanBackend, typer.Option(help="Of the selective scan.", rich_help_panel=SPEED)] = "auto",
+    backend: Annotated[
+        ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
+    ] = "auto",
     revision: Revision = None,
     verbose: Verbose = False,
     quiet: QuietText = False,
 ) -> None:
-    """Let a model continue a text, which appears as it is written.
+    """Let a model continue a text. The text appears piece by piece.
 
-    The text goes to standard output, figures on speed after it to standard error. The same seed gives the same text.
+    The text goes to standard output, the speed to standard error. The same seed gives the same text.
 
     **Examples**
 

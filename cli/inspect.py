@@ -26,16 +26,16 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)],
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the same as JSON, too.", rich_help_panel=OUTPUT),
+        typer.Option("--json", metavar="FILE", help="Also write this as JSON.", rich_help_panel=OUTPUT),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.", rich_help_panel=OUTPUT)] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.", rich_help_panel=OUTPUT)] = False,
     revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a model is, where its parameters, state and time sit, what can be pruned, and who would run the result.
+    """Show what a model consists of, what can be pruned, and which runtimes take the result.
 
-    Nothing is computed: all of it follows from the sizes of the tensors.
+    Nothing is computed and no weights are read: everything follows from the sizes of the tensors.
 
     **Examples**
 
@@ -104,7 +104,7 @@ def _report(
     terminal.say(", ".join(f"{name} {value}" for name, value in _sizes(found.dimensions).items()))
     for note in found.notes:
         terminal.note(note)
-    parts = table("Where it sits", "part", "parameters", "share", "multiply-adds a token", "share")
+    parts = table("Parameters and work of each part", "part", "parameters", "share", "multiply-adds per token", "share")
     for part in found.parts:
         parts.add_row(
             part.name,
@@ -115,24 +115,24 @@ def _report(
         )
     terminal.show(parts)
     terminal.say(
-        f"State of one sequence: {size(found.ssm_state_bytes)} of the SSM and {size(found.conv_state_bytes)} of the "
-        "convolution, in float32. Long texts and large batches take time by multiply-adds, the scan less well than "
-        "matrix products; decoding one sequence goes by the bytes of the weights.",
+        f"Recurrent state of one sequence: {size(found.ssm_state_bytes)} for the SSM and "
+        f"{size(found.conv_state_bytes)} for the convolution, in float32. The time of long prompts and large batches "
+        "follows the multiply-adds. The time to decode one sequence follows the bytes of the weights.",
         style="dim",
     )
     if "mamba_layers" in found.dimensions:
-        terminal.say("Attention keeps keys and values besides, which grow with the text.", style="dim")
-    prunable = table("What can be pruned", "pattern", "what goes", "default score", "half of it gone")
+        terminal.say("The keys and values of attention are not in it; they grow with the text.", style="dim")
+    prunable = table("What can be pruned", "pattern", "what is removed", "default score", "gain at sparsity 0.5")
     for prospect in able:
         prunable.add_row(prospect.pattern, prospect.what, prospect.score, prospect.gain)
     terminal.show(prunable)
     if lacks:
-        left_out = table(f"Not for {found.model_type}", "option", "why")
+        left_out = table(f"Not for {found.model_type}", "option", "reason")
         left_out.columns[1].justify = "left"
         for option, reason in lacks.items():
             left_out.add_row(option, reason)
         terminal.show(left_out)
-    where = table(f"Runs where, with {halved} states", "runtime", "from", "runs", "remark")
+    where = table(f"Runtimes for an export with {halved} states", "runtime", "format", "runs", "remark")
     for runtime in runtimes:
         where.add_row(runtime.name, runtime.reads, "yes" if runtime.runs else "no", runtime.remark)
     terminal.show(where)

@@ -37,7 +37,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 
 METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
-MODELS, QUALITY = "What is compared", "Perplexity"
+MODELS, QUALITY = "Models", "Perplexity"
 
 
 def _switch(name: str) -> Callable[[typer.Context, bool], bool]:
@@ -54,7 +54,7 @@ Revision = Annotated[
     typer.Option(
         "--revision",
         metavar="NAME",
-        help="Of a model of the hub: a branch, a tag or a commit. owner/name@NAME is the same.",
+        help="Branch, tag or commit of a model on the hub; the same as owner/name@NAME.",
         show_default="the newest",
         rich_help_panel=GENERAL,
     ),
@@ -80,15 +80,16 @@ Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]
-Window = Annotated[int, typer.Option(help="Tokens the model sees at once.", rich_help_panel=QUALITY)]
+Window = Annotated[int, typer.Option(help="Tokens that the model reads at once.", rich_help_panel=QUALITY)]
 MaxWindows = Annotated[
-    int, typer.Option(help="Windows scored, from the start of the text; 0 for all.", rich_help_panel=QUALITY)
+    int,
+    typer.Option(help="Number of windows to score, from the start of the text; 0 means all.", rich_help_panel=QUALITY),
 ]
 Runtimes = Annotated[
     str,
     typer.Option(
         metavar="torch|onnx|torch,onnx",
-        help="Whose exports in the folder are taken, if they are there.",
+        help="Runtimes whose exports in the folder are measured.",
         rich_help_panel=MODELS,
     ),
 ]
@@ -108,7 +109,7 @@ def heldout_option(default: str) -> Any:
     """--text; `default` says what is read otherwise."""
     return typer.Option(
         metavar="SRC",
-        help="Held-out text, as for `ssmc compress --calib`.",
+        help="Held-out text; takes the same as `ssmc compress --calib`.",
         show_default=default,
         rich_help_panel=QUALITY,
     )
@@ -117,7 +118,9 @@ def heldout_option(default: str) -> Any:
 def dtype_option(panel: str) -> Any:
     """--dtype, to compute in."""
     return typer.Option(
-        help="Of weights and activations.", show_default="float32 on a CPU, as stored on a GPU", rich_help_panel=panel
+        help="Number type of weights and activations.",
+        show_default="float32 on a CPU, as stored on a GPU",
+        rich_help_panel=panel,
     )
 
 

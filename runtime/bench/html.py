@@ -36,7 +36,7 @@ def render(report: Results) -> str:
         names=report.names,
         findings=[*summary.findings(report), *tradeoff.trade_off_findings(report)],
         recipes=[text for model in report.compressed if (text := _recipe(model))],
-        overview=Table("Overview", summary.summary_rows(report)),
+        overview=Table("Dense model and compressed models", summary.summary_rows(report)),
         tables=[table for table in _tables(report) if table.rows],
         plots=plots(report),
         settings=_settings(report),
@@ -48,63 +48,65 @@ def _tables(report: Results) -> list[Table]:
     gpu = report.conditions.device == "cuda"
     longest, batch = max(report.settings.lengths), max(report.settings.batch_sizes)
     smallest = min(report.settings.batch_sizes)
-    work = f"one prefill of {longest} tokens and decoding at batch {batch}, each model in a fresh process"
+    work = f"one prefill of {longest} tokens and decoding at batch {batch}; every model runs in a new process"
     memory = (
-        f"What torch's allocator handed out during {work}; the CUDA context is not in it."
+        f"Memory that torch's allocator gave out during {work}. The CUDA context is not in it."
         if gpu
-        else f"Resident memory of the whole process at its highest during {work}: Python, the libraries and the pages "
-        "of the weight files are in it, nothing is subtracted."
+        else f"Highest resident memory of the process during {work}. Python, the libraries and the pages of the weight "
+        "files are in it; nothing is subtracted."
     )
     return [
         Table(
-            "Prefill over length",
+            "Time of a prefill",
             _timings(report, "prefill"),
-            "Logits of the last token; the cache is filled.",
+            "Reads the prompt, fills the cache and gives the logits of the last token.",
             "prefill",
         ),
-        Table("Decode over batch", _timings(report, "decode"), "One step: one token of every sequence.", "decode"),
         Table(
-            "The scan alone",
+            "Time of a step of decoding", _timings(report, "decode"), "A step: one token of every sequence.", "decode"
+        ),
+        Table(
+            "Time of the scan alone",
             _timings(report, "scan"),
-            "The selective scan of the first layer, on what that layer computes. The rest of a model (projections, "
-            "convolution, head) takes the same time however many states are left, so the gain of the whole is smaller.",
+            "The selective scan of the first layer, on real inputs of that layer. The rest of the model (projections, "
+            "convolution, head) takes the same time with any number of states, so the gain of the whole is smaller.",
             "speedup",
         ),
         Table(
-            "Parts of the first layer",
+            "Time of the parts of the first layer",
             summary.part_rows(report),
-            f"Each alone, on what it reads in that layer at {longest} tokens, batch {smallest}. "
-            "conv1d has its activation with it, the scan its gate; dt_proj is the product alone, the head reads one "
-            "token of every sequence.",
+            f"Each part alone, on real inputs of that layer: {longest} tokens, batch {smallest}. conv1d includes its "
+            "activation, the scan its gate. dt_proj is the matrix product alone. The head reads one token of every "
+            "sequence.",
         ),
         Table(
             "Tokens per second",
             summary.token_rows(report),
-            "Tokens of all sequences together; of decoding, one a step and sequence.",
+            "Tokens of all sequences together.",
         ),
         Table(
             "2:4 modules",
             summary.sparse24_rows(report),
-            "Dense against sparse at the longest prefill and the smallest batch; sparse is used where it is faster.",
+            "Dense and sparse time at the longest prefill and the smallest batch. Sparse is used where it is faster.",
             columns=summary.SPARSE24_COLUMNS,
         ),
         Table("Sizes", [*summary.size_rows(report), *_file_rows(report)], "", "sizes"),
         Table("Memory", summary.memory_rows(report), memory),
-        Table("Sequences", summary.sequence_rows(report), _sequences_note(report)),
+        Table("Sequences in memory", summary.sequence_rows(report), _sequences_note(report)),
         Table("Perplexity", summary.perplexity_rows(report), _perplexity_note(report)),
         Table(
-            "Loss over time",
+            "Loss and time of every model",
             tradeoff.trade_off_rows(report),
-            "Time over the dense model's (below 1 is faster) and the loss that comes with it: what models of equal "
-            "speed lose is what to compare.",
+            "Time divided by that of the dense model (below 1 is faster), and the loss. Compare losses of models of "
+            "equal speed.",
             "tradeoff",
             columns=tradeoff.trade_off_columns(report),
         ),
         Table(
-            "For context: transformers' own loop",
+            "Stock transformers: time of a prefill",
             _timings(report, "stock"),
-            "The dense model, with transformers' loop over time steps and with the scan of ssmc. All other figures on "
-            "this page, the dense ones too, are with the scan of ssmc.",
+            "The dense model with transformers' own loop over tokens, and with the scan of ssmc. All other figures on "
+            "this page use the scan of ssmc, those of the dense model too.",
             columns=("Loop of transformers", "Scan of ssmc"),
         ),
     ]
@@ -112,8 +114,8 @@ def _tables(report: Results) -> list[Table]:
 
 def _sequences_note(report: Results) -> str:
     if report.conditions.device == "cuda":
-        return "From the allocator's peaks of a decoding step at two batch sizes, weights and CUDA context apart."
-    return "RAM that was available before the model, less its weights, over the state of a sequence alone."
+        return "From the allocator's peaks of a step of decoding at two batch sizes, without weights and CUDA context."
+    return "Free memory before the model was loaded, minus its weights, divided by the recurrent state of a sequence."
 
 
 def _timings(report: Results, kind: str) -> list[Row]:
@@ -138,11 +140,11 @@ def _perplexity_note(report: Results) -> str:
     if score is None or report.text is None:
         return ""
     windows = (
-        f"{score.windows} window{'s' if score.windows > 1 else ''} of {score.window} tokens, each from a fresh state"
+        f"{score.windows} window{'s' if score.windows > 1 else ''} of {score.window} tokens, each from an empty state"
     )
     return (
-        f"{score.tokens:,} predictions on {report.text.source}, {windows}. The change is the mean loss per token above "
-        "the dense model's, with the standard error over paired windows."
+        f"{score.tokens:,} predictions on {report.text.source}, {windows}. The change is the mean loss per token minus "
+        "that of the dense model, with the standard error over paired windows."
     )
 
 

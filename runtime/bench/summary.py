@@ -15,7 +15,7 @@ from ssmc.runtime.measure.timing import MIN_ROUNDS, Ratio, Timing
 KINDS = {
     "prefill": "Prefill",
     "decode": "Decode",
-    "graph": "Decode from a CUDA graph",
+    "graph": "Decode with a CUDA graph",
     "throughput": "Decode, each model alone",
     "scan": "Scan alone, one layer",
     "stock": "Prefill, dense",
@@ -65,7 +65,7 @@ def size_rows(report: Results) -> list[Row]:
     return [
         _size_row(report, "Parameters", lambda m: m.parameters, lambda n: f"{n:,}"),
         _size_row(report, "Weights on disk", lambda m: m.files[0].bytes, format_bytes),
-        _size_row(report, "State per sequence", lambda m: m.state_bytes, format_bytes),
+        _size_row(report, "Recurrent state per sequence", lambda m: m.state_bytes, format_bytes),
         _size_row(report, "d_state", lambda m: m.dimensions.d_state, str),
     ]
 
@@ -76,12 +76,12 @@ def memory_rows(report: Results) -> list[Row]:
         return []
     gpu = report.conditions.device == "cuda"
     rows = [] if gpu else [_memory_row(report, "Python and libraries, no model", lambda m: m.libraries)]
-    rows.append(_memory_row(report, "Most while loading", lambda m: m.loaded))
+    rows.append(_memory_row(report, "Peak while loading", lambda m: m.loaded))
     if gpu:
         rows.append(_memory_row(report, "Reserved by the allocator", lambda m: m.reserved))
     else:
-        rows.append(_memory_row(report, "What the model adds to the libraries", lambda m: m.above_libraries))
-    steady = "Held between steps of decoding" if gpu else "Resident between steps of decoding"
+        rows.append(_memory_row(report, "Peak without the libraries", lambda m: m.above_libraries))
+    steady = "Allocated between steps of decoding" if gpu else "Resident between steps of decoding"
     rows.append(_memory_row(report, steady, lambda m: m.steady))
     if gpu:
         rows.append(_memory_row(report, "The same, reserved by the allocator", lambda m: m.steady_reserved))
@@ -93,13 +93,13 @@ def sequence_rows(report: Results) -> list[Row]:
     if any(model.memory is None for model in report.models):
         return []
     gpu = report.conditions.device == "cuda"
-    rows = [_memory_row(report, "State of a sequence, as held", lambda m: m.state)]
+    rows = [_memory_row(report, "Recurrent state of a sequence, in memory", lambda m: m.state)]
     if gpu:
-        rows.append(_memory_row(report, "One more sequence, activations included", lambda m: m.sequence))
+        rows.append(_memory_row(report, "One more sequence, with activations", lambda m: m.sequence))
     counts = [model.memory.sequences for model in report.models]
     factors = [count / counts[0] if counts[0] else 1.0 for count in counts[1:]]
     verdicts = tuple("better" if f > MEMORY_NOISE else "worse" if f < 1 / MEMORY_NOISE else "same" for f in factors)
-    name = "Sequences that fit in GPU memory" if gpu else "Sequences whose states fit in free memory"
+    name = "Sequences that fit in GPU memory" if gpu else "Sequences whose recurrent states fit in free memory"
     return [*rows, Row(name, tuple(f"{n:,}" for n in counts), tuple(f"{f:.2f}×" for f in factors), verdicts)]
 
 
@@ -291,11 +291,11 @@ def _scan_sentence(report: Results, model: Model) -> list[str]:
     share = scan.timings[report.dense.name].median * report.dense.dimensions.n_layer
     share /= prefill.timings[report.dense.name].median
     sure = prefill.ratios[model.name].verdict in ("faster", "slower")
-    noise = "" if sure else ", which this run cannot tell from none"
+    noise = "" if sure else ", which this run cannot tell from no gain"
     return [
-        f"The scan alone runs {scan.ratios[model.name].median:.2f} times as fast at {scan.length} tokens, but it is "
-        f"only about {min(share, 1):.0%} of the dense model's prefill; end to end that leaves "
-        f"{prefill.ratios[model.name].median:.2f}×{noise}."
+        f"The scan alone runs {scan.ratios[model.name].median:.2f} times as fast at {scan.length} tokens. It takes "
+        f"about {min(share, 1):.0%} of the dense model's prefill, so the whole prefill runs "
+        f"{prefill.ratios[model.name].median:.2f}× as fast{noise}."
     ]
 
 
@@ -305,4 +305,4 @@ def _loss_sentence(who: str, model: Model) -> list[str]:
     remarks = {"same": ", within the noise of this text", "": ""}
     remarks |= dict.fromkeys(("better", "worse"), ", beyond the noise of this text")
     remark = remarks[_excess_verdict(model)]
-    return [f"Loss per token on this text: {who}{format_excess(model)} against the dense model{remark}."]
+    return [f"Loss per token on this text: {who}{format_excess(model)} more than the dense model{remark}."]

@@ -83,7 +83,12 @@ def trade_off_rows(report: Results) -> list[Row]:
 
 def trade_off_columns(report: Results) -> tuple[str, ...]:
     """What stands above the figures of `trade_off_rows`."""
-    return ("how it was made", *(off.workload for off in trade_offs(report)), "perplexity", "loss above dense, nats")
+    return (
+        "what was removed",
+        *(off.workload for off in trade_offs(report)),
+        "perplexity",
+        "excess loss, nats",
+    )
 
 
 def trade_off_findings(report: Results) -> list[str]:
@@ -93,7 +98,7 @@ def trade_off_findings(report: Results) -> list[str]:
     sentences = []
     for off in trade_offs(report):
         best = ", ".join(point.name for point in off.envelope)
-        sentences.append(f"{off.workload}: no model here beats these in both time and loss: {best}.")
+        sentences.append(f"{off.workload}: no other model has both less time and less loss than these: {best}.")
         others = [point for point in off.points if point.name != report.dense.name]
         for i, one in enumerate(others):
             for other in others[i + 1 :]:

@@ -359,19 +359,19 @@ def test_the_page_loads_nothing_and_shows_everything(report, artefact):
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in links} | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
     assert page.headings == [
-        "What came of it",
-        "Mind",
-        "Overview",
-        "Prefill over length",
-        "Decode over batch",
-        "The scan alone",
-        "Parts of the first layer",
+        "Summary",
+        "Notes",
+        "Dense model and compressed models",
+        "Time of a prefill",
+        "Time of a step of decoding",
+        "Time of the scan alone",
+        "Time of the parts of the first layer",
         "Tokens per second",
         "Sizes",
         "Memory",
-        "Sequences",
+        "Sequences in memory",
         "Perplexity",
-        "For context: transformers' own loop",
+        "Stock transformers: time of a prefill",
         "Conditions",
     ]
     assert page.tags.count("svg") == 4
@@ -400,7 +400,7 @@ def test_the_summary_says_what_does_not_help(report):
     rows = {row.metric: row for row in summary_rows(report)}
     assert rows["d_state"].values == ("8", "3")
     assert rows["d_state"].changes == ("2.67×",)
-    assert rows["State per sequence"].verdicts == ("better",)
+    assert rows["Recurrent state per sequence"].verdicts == ("better",)
     fewer = 1 - report.models[1].parameters / report.models[0].parameters
     assert f"{fewer:.1%} fewer parameters" in findings(report)[0]
 

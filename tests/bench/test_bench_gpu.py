@@ -228,16 +228,16 @@ def test_a_report_of_a_gpu_has_a_row_per_module_and_says_what_does_not_fit(repor
     assert rows[1].values[-1] == "dense: no product of its own"
     tokens = {row.metric: row.values for row in summary.token_rows(gpu)}
     assert tokens["Decode, each model alone, batch 8"] == ("4,000", "does not fit")
-    assert "Decode from a CUDA graph, batch 1" in tokens
+    assert "Decode with a CUDA graph, batch 1" in tokens
     metrics = [row.metric for row in (*summary.memory_rows(gpu), *summary.sequence_rows(gpu))]
     assert metrics == [
-        "Most while loading",
+        "Peak while loading",
         "Reserved by the allocator",
-        "Held between steps of decoding",
+        "Allocated between steps of decoding",
         "The same, reserved by the allocator",
         "Peak GPU memory",
-        "State of a sequence, as held",
-        "One more sequence, activations included",
+        "Recurrent state of a sequence, in memory",
+        "One more sequence, with activations",
         "Sequences that fit in GPU memory",
     ]
     page = render(gpu)

@@ -46,7 +46,9 @@ def test_the_envelope_is_what_no_other_model_beats():
 
 def test_findings_name_the_envelope_and_compare_models_of_equal_speed():
     sentences = trade_off_findings(report([0.60, 0.62, 0.9], [0.1, 0.3, 0.2]))
-    assert sentences[0] == "Prefill, 64 tokens, batch 1: no model here beats these in both time and loss: b, a."
+    assert (
+        sentences[0] == "Prefill, 64 tokens, batch 1: no other model has both less time and less loss than these: b, a."
+    )
     assert "b 0.60, c 0.62 of the dense model's), b loses +0.1000 nats and c +0.3000." in sentences[1]
     assert len(sentences) == 4  # the same for decoding; c and d are not equally fast
 
@@ -129,7 +131,7 @@ def test_a_smaller_dense_model_stands_beside_the_compressed_one(folder, monkeypa
     page = render(measured)
     assert "Loss over time" in page
     assert "a smaller dense model" in page
-    assert "no model here beats these" in page
+    assert "no other model has both less time and less loss" in page
     assert [m["smaller"] for m in measured.to_json()["models"]] == [False, False, True]
 
 

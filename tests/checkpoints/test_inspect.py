@@ -56,7 +56,12 @@ def test_the_command_says_it_and_writes_it(tmp_path, capsys, model):
     file = tmp_path / "found.json"
     done = run(capsys, "inspect", model, "--json", file)
     assert done.code == 0
-    for words in ("Where it sits", "What can be pruned", "Runs where", "State of one sequence"):
+    for words in (
+        "Parameters and work",
+        "What can be pruned",
+        "Runtimes for an export",
+        "Recurrent state of one sequence",
+    ):
         assert words in done.out
     found = json.loads(file.read_text())
     assert found["model_type"] == ("mamba" if model == "tiny" else "mamba2")
