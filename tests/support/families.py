@@ -1,6 +1,8 @@
 """Small random models of the families beside Mamba-1 and Mamba-2, made from their own configuration classes."""
 
 import math
+import shutil
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -20,8 +22,10 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
+from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
-from tests.support.models import PADDED
+from ssmc.runtime.tiny import TINY_DIRECTORY, heldout_path
+from tests.support.models import PADDED, VOCAB
 
 TOKENS = {"vocab_size": PADDED, "bos_token_id": 0, "eos_token_id": 60, "pad_token_id": 0}
 
@@ -114,3 +118,30 @@ FAMILIES = {
     "nemotron_h": nemotron_h,
     "zamba2": zamba2,
 }
+
+NORMED = [name for name in FAMILIES if architecture_for(name).capabilities.normed_readers]
+TINY_VOCAB = 4096
+NOISE = 3e-5  # of float32 sums in another order, which random models amplify
+
+
+def random_ids(*shape: int, seed=3) -> torch.Tensor:
+    return torch.randint(1, VOCAB - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def with_tokenizer(directory: Path) -> Path:
+    """The folder of a model with the tokenizer of `tiny` in it, and a short text beside it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_DIRECTORY / name, directory)
+    stories = heldout_path().read_text(encoding="utf-8").splitlines()[:6]
+    (directory.parent / "text.jsonl").write_text("\n".join(stories) + "\n", encoding="utf-8")
+    return directory
+
+
+def short(directory: Path) -> dict[str, object]:
+    """Options of a small run on such a folder."""
+    return {"nsamples": 4, "seqlen": 48, "calib": directory.parent / "text.jsonl"}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
 from ssmc.runtime.models.architectures.dimensions import Mamba2HybridDimensions
-from ssmc.runtime.models.architectures.hybrid import Hybrid
+from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
 from ssmc.runtime.models.architectures.plan import CHANNEL
 

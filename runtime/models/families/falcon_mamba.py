@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities
+from ssmc.runtime.models.architectures.layouts.stack import Stack
 from ssmc.runtime.models.architectures.normed import NormedMamba1
-from ssmc.runtime.models.architectures.stack import Stack
 
 
 class FalconMambaFamily(Stack, NormedMamba1):

@@ -13,7 +13,7 @@ from typing import Any
 from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
 from ssmc.runtime.models.architectures.dimensions import HybridDimensions
-from ssmc.runtime.models.architectures.hybrid import Hybrid
+from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
 

@@ -12,8 +12,8 @@ from typing import Any
 from ssmc.runtime.later import nn
 from ssmc.runtime.models.architectures.alone import Alone, misfit
 from ssmc.runtime.models.architectures.capabilities import Capabilities, MambaSsmLayer
+from ssmc.runtime.models.architectures.layouts.stack import Stack
 from ssmc.runtime.models.architectures.mamba1 import Mamba1
-from ssmc.runtime.models.architectures.stack import Stack
 
 _MAMBA_SSM = MambaSsmLayer(
     layer="Mamba1",

@@ -11,9 +11,9 @@ from typing import Any
 from ssmc.runtime.later import nn
 from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone, misfit, stated
 from ssmc.runtime.models.architectures.capabilities import Capabilities, MambaSsmLayer
+from ssmc.runtime.models.architectures.layouts.stack import Stack
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
 from ssmc.runtime.models.architectures.plan import CHANNEL
-from ssmc.runtime.models.architectures.stack import Stack
 
 _MAMBA_SSM = MambaSsmLayer(
     layer="Mamba2",

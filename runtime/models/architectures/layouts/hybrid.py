@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
-from ssmc.runtime.models.architectures.experts import join_experts, split_experts
+from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
 from ssmc.runtime.models.architectures.plan import STATE, Cut
 
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with

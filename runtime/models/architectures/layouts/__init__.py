@@ -1,0 +1,1 @@
+"""How models are built around their mixers: a stack of mixers, hybrids with other blocks, experts in their files."""
