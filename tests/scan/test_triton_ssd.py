@@ -80,6 +80,19 @@ def test_half_precision_is_what_is_read_and_written_and_nothing_between(dtype):
     assert difference(final, end) < (bound if DEVICE.type == "cuda" else EXACT)
 
 
+@pytest.mark.parametrize("d_state", [96, 128, 256])
+def test_sizes_of_real_heads(d_state):
+    """Tiles as large as they get: heads of 64 channels, several chunks and stretches; in bfloat16."""
+    inputs = random_inputs(batch=1, length=200, heads=2, groups=1, d_state=d_state, head_dim=64)
+    inputs = replace(inputs, **{name: getattr(inputs, name).bfloat16() for name in ("u", "dt", "B", "C", "D")})
+    y, end = naive(inputs)
+    for stretch in (128, 256):
+        plan = replace(ssd.plan_for(inputs, ssd.gpu_of(torch.empty(0, device=DEVICE))), stretch=stretch)
+        got, final = scanned(inputs, plan=plan)
+        assert difference(got, y) < 1e-2
+        assert difference(final, end) < 1e-2
+
+
 def test_large_numbers_of_float16_do_not_overflow_between():
     inputs = random_inputs(length=20, head_dim=16, d_state=16)
     big = {"B": inputs.B * 300, "C": inputs.C * 300, "u": inputs.u / 1e4}
