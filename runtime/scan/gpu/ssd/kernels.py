@@ -250,7 +250,7 @@ def steps_kernel(
         tl.store(columns_ptr + at, steps, mask=here[None, :])
         tl.store(rest_ptr + at, rest, mask=here[None, :])
     else:
-        tl.store(columns_ptr + at, sums - tl.log2(steps), mask=here[None, :])
+        tl.store(columns_ptr + at, sums - tl.log2(tl.maximum(steps, 1e-38)), mask=here[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "stretch", "heads", "per_group"])
