@@ -43,7 +43,7 @@ from ssmc.runtime.scan.inputs import ScanInputs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 32  # channels of a program
-STRETCH_BYTES = 64 << 20  # of the states that chunks of a stretch start from
+STRETCH_BYTES = 16 << 20  # of the states that chunks of a stretch start from, at least
 
 
 @triton.jit
@@ -344,7 +344,7 @@ def gradients(
     state: torch.Tensor | None,
     dy: torch.Tensor,
     d_last: torch.Tensor | None,
-    stretch_bytes: int = STRETCH_BYTES,
+    stretch_bytes: int | None = None,
 ) -> Gradients:
     """Gradients of a loss, from those of the output and of the final state.
 
@@ -353,9 +353,11 @@ def gradients(
         state: (B, D, N) before the first token, or None for zeros.
         dy: (B, L, D).
         d_last: (B, D, N), or None for zeros.
-        stretch_bytes: memory for the states that the chunks of a stretch start from.
+        stretch_bytes: memory for the states that the chunks of a stretch start from; None takes an eighth of what the
+            sequences take, so that forward and backward together need about twice the memory of the forward alone.
     """
     tokens = 8 if inputs.d_state <= 8 else 4  # more states of a chunk do not fit into registers
+    stretch_bytes = stretch_bytes or max(STRETCH_BYTES, inputs.u.nbytes // 2)
     chunks = max(1, stretch_bytes // (4 * inputs.batch * inputs.d_inner * inputs.d_state))
     stretch = min(chunks * tokens, triton.cdiv(inputs.length, tokens) * tokens)
     coarse = Chunked(inputs, state, Chunks(BLOCK, 1, tokens, stretch))  # the states before each stretch
