@@ -151,4 +151,4 @@ def complete_model(incomplete: str) -> list[str]:
         folders = sorted(f"{p}/" for p in found if prefix or not p.name.startswith("."))
     except OSError:
         folders = []
-    return [word for word in ("tiny", "tiny-mamba2", *folders) if word.startswith(incomplete)]
+    return [word for word in ("tiny", "tiny-mamba2", "tiny-hybrid", *folders) if word.startswith(incomplete)]

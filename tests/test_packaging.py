@@ -73,8 +73,9 @@ def test_only_ssmc_is_installed(wheel):
 def test_the_embedded_model_is_inside(wheel):
     data = {Path(name).name for name in wheel.namelist() if name.startswith("ssmc/runtime/tiny/")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "calibration.jsonl", "heldout.jsonl"} <= data
-    second = {Path(name).name for name in wheel.namelist() if name.startswith("ssmc/runtime/tiny2/")}
-    assert {"config.json", "model.safetensors"} <= second
+    for folder in ("tiny2", "tiny_hybrid"):
+        other = {Path(name).name for name in wheel.namelist() if name.startswith(f"ssmc/runtime/{folder}/")}
+        assert {"config.json", "model.safetensors"} <= other
 
 
 def test_every_module_of_the_wheel_can_be_imported_on_its_own(wheel, tmp_path):

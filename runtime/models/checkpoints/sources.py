@@ -9,10 +9,11 @@ from pathlib import Path
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.tiny import TINY_DIRECTORY
 from ssmc.runtime.tiny2 import TINY2_DIRECTORY
+from ssmc.runtime.tiny_hybrid import TINY_HYBRID_DIRECTORY
 
 TINY = "tiny"
-EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY}
-"""The models that come with ssmc, by name; both have the tokenizer and the texts of `tiny`."""
+EMBEDDED = {TINY: TINY_DIRECTORY, "tiny-mamba2": TINY2_DIRECTORY, "tiny-hybrid": TINY_HYBRID_DIRECTORY}
+"""The models that come with ssmc, by name; all have the tokenizer and the texts of `tiny`."""
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
@@ -40,9 +41,9 @@ def find_directory(source: str | Path) -> Path:
     """The directory of a model, downloaded first if it is a hub id.
 
     Args:
-        source: "tiny" or "tiny-mamba2" for an embedded model (a folder of that name is "./tiny"), a directory, or
-            `owner/name` on the hub, or `owner/name@revision` for a branch, a tag or a commit of it. What exists here,
-            starts with `.`, `/` or `~` or is not of that form never goes to the hub.
+        source: "tiny", "tiny-mamba2" or "tiny-hybrid" for an embedded model (a folder of that name is "./tiny"), a
+            directory, or `owner/name` on the hub, or `owner/name@revision` for a branch, a tag or a commit of it. What
+            exists here, starts with `.`, `/` or `~` or is not of that form never goes to the hub.
 
     Raises:
         CheckpointError: there is no such directory, or it cannot be downloaded.
@@ -76,7 +77,7 @@ def check_source(source: str | Path) -> Path | None:
         return None
     raise CheckpointError(
         f"There is no model at {str(source)!r}. Name a folder with config.json and weights, a model of the Hugging "
-        f"Face hub as owner/name, or an embedded model, {' or '.join(EMBEDDED)}."
+        f"Face hub as owner/name, or an embedded model: {', '.join(EMBEDDED)}."
     )
 
 

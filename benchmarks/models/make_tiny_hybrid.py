@@ -1,8 +1,8 @@
 """Train `tiny-hybrid`, the embedded hybrid of Mamba-2, attention and MLP layers in transformers' Nemotron-H layout.
 
-    python benchmarks/make_tiny_hybrid.py --tokenize tokens.npz                        # once, where the stories are
-    python benchmarks/make_tiny_hybrid.py --tokens tokens.npz --seconds 160 --out OUT  # GPU, or CPU, far slower
-    python benchmarks/make_tiny_hybrid.py --check OUT                                  # against stock transformers
+    python benchmarks/models/make_tiny_hybrid.py --tokenize tokens.npz  # once, where the stories are
+    python benchmarks/models/make_tiny_hybrid.py --tokens tokens.npz --seconds 160 --out OUT  # GPU, or CPU, slower
+    python benchmarks/models/make_tiny_hybrid.py --check OUT  # against stock transformers
 
 Training needs torch, numpy and safetensors only, no network and nothing of ssmc, so that it can run on a lent machine.
 --seconds is all the time it has, from the start of the program to its end: the learning rate follows the clock. Plans
@@ -29,7 +29,7 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATTERN = "M-M*-M-M*-M-"  # M: Mamba-2, *: attention, -: MLP
 KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 CONFIG = {
@@ -447,7 +447,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 @torch.no_grad()
 def check(folder: Path) -> None:
-    """Compare the logits of the model above with those of stock transformers, in float64 where it counts."""
+    """Compare the logits of the model above with those of stock transformers, both in float32."""
     from transformers import NemotronHForCausalLM
 
     stock, loading = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
