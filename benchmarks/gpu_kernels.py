@@ -109,7 +109,7 @@ def lanes_table(capability: int, dtype: str) -> Table:
         pairs = dtype == "bf16" and not wide
         vector = 8 if dtype == "fp16" and not wide else 4
         packed = "*i32" if pairs else "*fp32" if wide else f"*{dtype}"
-        types = {name: f"*{dtype}" for name in SEQUENCES} | {"packed_ptr": packed}
+        types = dict.fromkeys(SEQUENCES, f"*{dtype}") | {"packed_ptr": packed}
         options = {"CHANNELS": channels, "V": vector, "RUNS": tokens // vector, "PAIRS": pairs, "AHEAD": False, **flags}
         outer, inner = compiled(lanes.lanes_kernel, capability, types, warps, **options)
         share = tokens * channels / warps
