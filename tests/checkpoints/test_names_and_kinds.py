@@ -64,6 +64,18 @@ def test_a_body_saved_alone_is_read_as_stock_reads_it(tmp_path, make):
     assert "the body of the model was saved alone" in checkpoint.notes[0]
 
 
+def test_a_body_of_mamba_ssm_saved_alone(tmp_path):
+    directory = save_mamba_ssm(random_model(), tmp_path / "m")
+    path = directory / "pytorch_model.bin"
+    stored = torch.load(path, weights_only=True)
+    body = {name.removeprefix("backbone."): tensor for name, tensor in stored.items() if name != HEAD}
+    assert "embedding.weight" in body
+    torch.save(body, path)
+    checkpoint = load_checkpoint(directory)
+    assert torch.equal(logits(checkpoint.model, random_tokens()), logits(random_model(), random_tokens()))
+    assert "'backbone.'" in checkpoint.notes[0]
+
+
 def test_a_body_without_the_head_it_needs_is_refused(tmp_path):
     random_model(tie_word_embeddings=False).base_model.save_pretrained(tmp_path / "m")
     refused(tmp_path / "m", HEAD, "only the body", "AutoModelForCausalLM")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ _DEFAULT_MULTIPLE = 8
 _NORM_EPSILON = 1e-5  # fixed in mamba_ssm's MixerModel
 
 _STORED_EMBEDDING, _EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
+_ANY_EMBEDDING = re.compile(r"(^|\.)embedding\.weight$")
 _HEAD = "lm_head.weight"
 
 
@@ -51,11 +53,8 @@ def recognises(raw: Mapping[str, Any]) -> bool:
 def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
     """All stored tensors by the names they have in transformers' model; errors as `read_tensors`."""
     stored = read_tensors(directory, progress)
-    # also behind what a wrapper around the model put before its name
-    renamed = {
-        name: name.removesuffix(_STORED_EMBEDDING) + _EMBEDDING for name in stored if name.endswith(_STORED_EMBEDDING)
-    }
-    return {renamed.get(name, name): tensor for name, tensor in stored.items()}
+    # whatever a wrapper around the model put before the name, or saving its body alone took away
+    return {_ANY_EMBEDDING.sub(r"\1embeddings.weight", name): tensor for name, tensor in stored.items()}
 
 
 def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
