@@ -49,11 +49,11 @@ def scanned(inputs: SsdInputs, state: torch.Tensor | None = None, plan: ssd.Plan
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"batch": 1, "heads": 4, "d_state": 12},
-        {"length": 40, "d_state": 16, "head_dim": 20, "heads": 2, "groups": 1},
+        {"batch": 1, "heads": 2, "d_state": 12},
+        {"length": 35, "d_state": 16, "head_dim": 20, "heads": 1, "groups": 1},
         {"batch": 1, "length": 17, "d_state": 96, "head_dim": 16, "heads": 1, "groups": 1},
         {"length": 33, "d_state": 24, "heads": 2, "head_dim": 2},
-        {"batch": 1, "length": 97, "d_state": 1, "heads": 3, "groups": 3},
+        {"batch": 1, "length": 97, "d_state": 1, "heads": 2},
     ],
     ids=str,
 )
@@ -69,7 +69,7 @@ def test_equals_the_recurrence(sizes, plan):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_what_is_read_and_written_and_nothing_between(dtype):
-    inputs = random_inputs(length=50, head_dim=16, d_state=16)
+    inputs = random_inputs(batch=1, length=50, heads=2, head_dim=16, d_state=16)
     inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in ("u", "dt", "B", "C", "D")})
     y, end = naive(inputs)
     got, final = scanned(inputs)
@@ -94,7 +94,7 @@ def test_sizes_of_real_heads(d_state):
 
 
 def test_large_numbers_of_float16_do_not_overflow_between():
-    inputs = random_inputs(length=20, head_dim=16, d_state=16)
+    inputs = random_inputs(batch=1, length=20, heads=2, head_dim=16, d_state=16)
     big = {"B": inputs.B * 300, "C": inputs.C * 300, "u": inputs.u / 1e4}
     inputs = replace(inputs, **{name: tensor.half() for name, tensor in big.items()})
     y, _ = naive(inputs)
@@ -143,7 +143,7 @@ def test_a_single_token(d_state):
 
 
 def test_pieces_equal_the_whole_and_leave_the_state_given_alone():
-    inputs = random_inputs(length=45)
+    inputs = random_inputs(length=45, heads=2)
     y, end = naive(inputs)
     cut = {name: getattr(inputs, name) for name in ("u", "dt", "B", "C")}
     first, middle = scanned(replace(inputs, **{name: t[:, :13] for name, t in cut.items()}))
@@ -191,9 +191,9 @@ def test_the_gated_norm_is_that_of_transformers(groups, dtype):
 )
 def test_a_model_computes_what_stock_transformers_does(changes):
     stock = random_mamba2(**FEW_HEADS, **changes)
-    ids = random_ids(1, 12)
-    wanted, whole = in_pieces(stock, ids, [12])
-    got, cache = in_pieces(use_fast_scan(copy.deepcopy(stock).to(DEVICE), "triton"), ids.to(DEVICE), [5, 1, 6])
+    ids = random_ids(1, 8)
+    wanted, whole = in_pieces(stock, ids, [8])
+    got, cache = in_pieces(use_fast_scan(copy.deepcopy(stock).to(DEVICE), "triton"), ids.to(DEVICE), [4, 1, 3])
     assert difference(got, wanted) < 10 * EXACT
     for layer in range(LAYERS):
         for read in ("get_conv_state", "get_recurrent_state"):
