@@ -152,7 +152,7 @@ print("MEASURED", seconds, peak)
 sys.exit(code)
 """
 IMPORTS = {"torch": "import torch", "torch and transformers": "from transformers import MambaForCausalLM"}
-IMPORTS |= {"all of compress": "import ssmc.compressor as c; c.compress, c.prune_layers"}
+IMPORTS |= {"all of compress": "import ssmc.compressor as c; c.compress, c.prune"}
 IMPORTS |= {"torch, first use of CUDA": "import torch; torch.cuda.is_available() and torch.ones(1, device='cuda')"}
 
 

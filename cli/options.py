@@ -9,34 +9,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ssmc.cli.terminal import Terminal
+from ssmc.compressor.options.flags import GENERAL, OUTPUT
+from ssmc.compressor.options.patterns import combinable, patterns, score_names
 
-# The words are spelled out here and not taken from where they mean something, because that would import torch before
-# the shell gets its completion; tests/cli/test_cli.py compares them.
-PATTERNS = ("column", "channel", "layer", "unstructured", "ssm-module", "2:4", "4:8")  # and any other N:M
-COMBINABLE = ("layer", "column", "channel")
-SCORES = (
-    "exact",
-    "obs",
-    "activation",
-    "energy",
-    "ghost",
-    "magnitude",
-    "mamba-shedder",
-    "random",
-    "similarity",
-    "sparsegpt",
-    "sparsessm",
-    "sparsessm-l2",
-    "sparsessm-vote",
-)
-FfnScore = Literal["sparsegpt", "wanda", "magnitude"]
-Weighting = Literal["power", "linear", "discount", "window", "uniform"]
-Phase = Literal["prefill", "decode"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 
-METHOD, TARGET, CALIBRATION, OUTPUT, GENERAL = "Method", "Target", "Calibration", "Output", "General"
 MODELS, QUALITY = "Models", "Perplexity"
 
 
@@ -132,14 +111,15 @@ def words(text: str) -> tuple[str, ...]:
 def complete_pattern(incomplete: str) -> list[str]:
     """What the shell offers for --pattern: a word, or one more behind a +."""
     start, plus, _ = incomplete.rpartition("+")
-    words = [word for word in COMBINABLE if word not in start.split("+")] if plus else PATTERNS
+    every = (*patterns(), "2:4", "4:8")  # and any other N:M
+    words = [word for word in combinable() if word not in start.split("+")] if plus else every
     return [word for word in (start + plus + word for word in words) if word.startswith(incomplete)]
 
 
 def complete_score(incomplete: str) -> list[str]:
     """What the shell offers for --score: a word, or one for a part of the pattern."""
     split = max(incomplete.rfind("="), incomplete.rfind(",")) + 1
-    return [incomplete[:split] + word for word in SCORES if word.startswith(incomplete[split:])]
+    return [incomplete[:split] + word for word in score_names() if word.startswith(incomplete[split:])]
 
 
 def complete_model(incomplete: str) -> list[str]:

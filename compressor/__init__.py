@@ -1,28 +1,25 @@
-"""One-shot pruning: scores, repair, weight pruning, and the layer-by-layer pipeline.
+"""One-shot pruning: methods, their options, the pipeline that carries them out, and the search for a goal.
 
 `compress` is the whole run, of a checkpoint or of a torch module; the other names are its parts, for those who build
-on them.
+on them. The methods are registered when this is imported, which takes no torch; the names below load what they need
+when they are first used.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ssmc.compressor.methods  # noqa: F401  (registers the built-in methods and scores)
 from ssmc.runtime import lazy
 
 _HOMES = lazy.homes(
     {
         "ssmc.compressor.run": "CompressResult compress",
-        "ssmc.compressor.counts": "Kept kept kept_channels kept_states",
-        "ssmc.compressor.methods.layers": "Removal choose_removals shed",
-        "ssmc.compressor.methods.refine": "Refinement refine",
-        "ssmc.compressor.methods.states.elimination": "Repair eliminate evaluate",
-        "ssmc.compressor.methods.weights.projections": "ModuleResult prune_modules",
-        "ssmc.compressor.options.config": "CompressConfig FfnScore Weighting configure",
-        "ssmc.compressor.options.goal": "Target split_target",
-        "ssmc.compressor.options.patterns": "Score",
+        "ssmc.compressor.options.config": "CompressConfig Weighting configure",
+        "ssmc.compressor.options.goal": "Goal split_goal",
         "ssmc.compressor.options.recipe": "read_recipe",
-        "ssmc.compressor.pipeline": "LayerResult collect propagate prune_layers",
+        "ssmc.compressor.pipeline": "Run prune",
+        "ssmc.compressor.plan": "make_plan",
         "ssmc.compressor.torch_module.compress_module": "CompressedModule MixerResult compress_module",
     }
 )

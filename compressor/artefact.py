@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssmc.compressor.calibration.draw import Calibration
-from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.methods.method import LayerResult, Outcome
 from ssmc.compressor.options.patterns import LAYER
 from ssmc.compressor.options.recipe import write_recipe
-from ssmc.compressor.pipeline import LayerResult
-from ssmc.compressor.prune import Pruned
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import (
     BLOCK,
@@ -31,65 +29,72 @@ from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.versions import versions
 
 
-def write_artefact(
-    out: Path,
-    checkpoint: Checkpoint,
-    config: CompressConfig,
-    calibration: Calibration | None,
-    pruned: Pruned,
-    tokenizer_directory: Path | None,
-    *,
-    target: dict[str, Any] | None = None,
-    command: str | None,
-    force: bool,
-) -> dict[str, Any]:
-    """Write the masked model, its tokenizer and the manifest to `out`; either all of it appears or nothing.
+@dataclass(frozen=True)
+class Artefact:
+    """What is going to be written.
 
-    Args:
-        out: folder that will be made; an existing one is replaced only with `force`, and only if ssmc wrote it.
+    Attributes:
         checkpoint: the masked model.
-        config: the run's configuration.
-        calibration: what the statistics were computed on; None when the score needed none.
-        pruned: what happened to each layer, and what was removed as a whole.
+        outcome: of the run.
         tokenizer_directory: where the tokenizer files are; None when there are none.
-        target: what was aimed at and how it was met; None where the user gave a sparsity.
+        goal: what a search aimed at and how it was met; None where the user gave a sparsity.
         command: the command line, for the manifest.
-        force: replace an earlier artefact.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        OutputError: see `new_directory`.
     """
-    tensors = checkpoint.tensors()
-    require_space(out, tensor_bytes(tensors))
-    with new_directory(out, force=force, marker=MANIFEST) as folder:
-        files = write_checkpoint(folder, tensors, checkpoint.config, like=checkpoint)
-        files += copy_companions(checkpoint.directory, tokenizer_directory, folder)
-        files.append(write_recipe(folder, config))
-        part = BLOCK if LAYER in config.parts else SSM
-        manifest = MaskedManifest(
-            source=_source(checkpoint, out),
-            versions=versions(),
-            command=command,
-            config=config.model_dump(mode="json", exclude={"device"}),
-            calibration=_calibration(calibration),
-            dimensions=checkpoint.dimensions.as_dict(),
-            layers=tuple(_layer(layer) for layer in pruned.layers),
-            removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in pruned.removals),
-            target=target,
-            parameters=parameter_count(tensors),
-            files=file_records(files, folder),
-        )
-        write_manifest(folder, manifest)
-    return manifest.to_json()
+
+    checkpoint: Checkpoint
+    outcome: Outcome
+    tokenizer_directory: Path | None = None
+    goal: dict[str, Any] | None = None
+    command: str | None = None
+
+    def write(self, out: Path, *, force: bool) -> dict[str, Any]:
+        """Write the masked model, its tokenizer and the manifest to `out`; either all of it appears or nothing.
+
+        Args:
+            out: folder that will be made.
+            force: replace an earlier artefact, if ssmc wrote it.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            OutputError: see `new_directory`.
+        """
+        tensors, config = self.checkpoint.tensors(), self.outcome.plan.config
+        require_space(out, tensor_bytes(tensors))
+        with new_directory(out, force=force, marker=MANIFEST) as folder:
+            files = write_checkpoint(folder, tensors, self.checkpoint.config, like=self.checkpoint)
+            files += copy_companions(self.checkpoint.directory, self.tokenizer_directory, folder)
+            files.append(write_recipe(folder, config))
+            part = BLOCK if LAYER in config.parts else SSM
+            manifest = MaskedManifest(
+                source=self._source(out),
+                versions=versions(),
+                command=self.command,
+                config=config.model_dump(mode="json", exclude={"device"}),
+                calibration=_calibration(self.outcome.calibration),
+                dimensions=self.checkpoint.dimensions.as_dict(),
+                layers=tuple(_layer(layer) for layer in self.outcome.layers),
+                removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
+                goal=self.goal,
+                parameters=parameter_count(tensors),
+                files=file_records(files, folder),
+            )
+            write_manifest(folder, manifest)
+        return manifest.to_json()
+
+    def _source(self, out: Path) -> Origin:
+        """The dense model, so that `bench` finds it again: as it was named, and seen from the artefact."""
+        local = Path(self.checkpoint.source).expanduser()
+        relative = os.path.relpath(local, out) if local.exists() else None
+        return Origin(self.checkpoint.source, self.checkpoint.format, relative)
 
 
-def _source(checkpoint: Checkpoint, out: Path) -> Origin:
-    """The dense model, so that `bench` finds it again: as it was named, and seen from the artefact."""
-    local = Path(checkpoint.source).expanduser()
-    return Origin(checkpoint.source, checkpoint.format, os.path.relpath(local, out) if local.exists() else None)
+def _layer(layer: LayerResult) -> LayerRecord:
+    """The entry of a layer: what stays, and what the methods say of it."""
+    findings = layer.findings()
+    modules = tuple(ModuleRecord(**entry) for entry in findings.pop("modules"))
+    return LayerRecord(layer.states_kept, layer.channels_kept, modules, findings)
 
 
 def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
@@ -97,17 +102,3 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
         return None
     nsamples, seqlen = calibration.tokens.shape
     return {"source": calibration.source, "sha256": calibration.sha256, "nsamples": nsamples, "seqlen": seqlen}
-
-
-def _layer(layer: LayerResult) -> LayerRecord:
-    findings = {
-        "out_proj_error": None if layer.fitted is None else asdict(layer.fitted),
-        "repaired": layer.repaired,
-        "error": layer.error,
-        "error_unrepaired": layer.error_unrepaired,
-        **({} if layer.norm_spread is None else {"norm_spread": layer.norm_spread}),
-        "a_log_zeros": layer.a_log_zeros,
-        "refined": None if layer.refined is None else asdict(layer.refined),
-    }
-    modules = tuple(ModuleRecord(**asdict(module)) for module in layer.modules)
-    return LayerRecord(layer.kept, layer.channels, modules, findings)

@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ssmc.compressor.counts import widths_of_heads
-from ssmc.compressor.options.config import FFN, SSM, CompressConfig
-from ssmc.compressor.options.patterns import (
-    CHANNEL,
-    COLUMN,
-    LAYER,
-    PATTERNS,
-    SSM_MODULE,
-    UNSTRUCTURED,
-    Score,
-    scores_of,
-)
+from ssmc.compressor.methods.channels.counts import widths_of_heads
+from ssmc.compressor.options.config import PROJECTIONS, CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
-_TARGETS = "--target-latency, --target-params, --max-ppl-increase"
+PATTERNS = (COLUMN, CHANNEL, LAYER, UNSTRUCTURED, SSM_MODULE)
+"""Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
+
+_GOALS = "--target-latency, --target-params, --max-ppl-increase"
 _MANY = "widths and depths of a hybrid are not tried"
 _ALIKE = "it is there to compare with, for models with one kind of block"
 _OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, LAYER: BLOCK}
@@ -37,7 +31,7 @@ _WHAT = {
 
 
 def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
-    """Those parts of a pattern that a search for a target tries: heads of a Mamba-2 go by halves, or not at all."""
+    """Those parts of a pattern that a search for a goal tries: heads of a Mamba-2 go by halves, or not at all."""
     never = (CHANNEL,) if architecture.capabilities.heads else ()
     return [part for part in config.parts if part in parts_of(architecture) and part not in never]
 
@@ -54,7 +48,7 @@ def limits(architecture: Architecture) -> dict[str, str]:
         reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part))
         if reason:
             found[f"--pattern {part}"] = reason
-    return found if able.uniform else found | {_TARGETS: _MANY}
+    return found if able.uniform else found | {_GOALS: _MANY}
 
 
 def check_family(config: CompressConfig, architecture: Architecture, aims: bool = False) -> None:
@@ -63,15 +57,16 @@ def check_family(config: CompressConfig, architecture: Architecture, aims: bool 
     Args:
         config: the run.
         architecture: of the model.
-        aims: whether it has a target in place of a sparsity.
+        aims: whether it has a goal in place of a sparsity.
 
     Raises:
         UsageError: naming what can be used.
     """
     able, refused, name = parts_of(architecture), limits(architecture), architecture.model_type
-    if aims and _TARGETS in refused:
-        raise UsageError(f"There is no search for a target for {name}: {_MANY}. Give a sparsity.")
-    wrong = [part for part in config.parts if part not in able and not (config.nm and UNSTRUCTURED in able)]
+    if aims and _GOALS in refused:
+        raise UsageError(f"There is no search for a goal for {name}: {_MANY}. Give a sparsity.")
+    known = [part for part in config.parts if part in PATTERNS or config.nm]
+    wrong = [part for part in known if part not in able and not (config.nm and UNSTRUCTURED in able)]
     if wrong:
         pattern = UNSTRUCTURED if config.nm else wrong[0]
         reason = refused.get(f"--pattern {pattern}")
@@ -82,30 +77,15 @@ def check_family(config: CompressConfig, architecture: Architecture, aims: bool 
     if not architecture.capabilities.heads:
         return
     own = {"conv1d", *architecture.projections}
-    if lacking := [module for module in FFN if module not in own and module in (config.target or "").split(",")]:
+    if lacking := [module for module in PROJECTIONS if module not in own and module in (config.scope or "").split(",")]:
         raise UsageError(
-            f"The target {lacking[0]} does not exist in {name}, whose in_proj makes B, C and dt itself. "
+            f"The scope {lacking[0]} does not exist in {name}, whose in_proj makes B, C and dt itself. "
             "Use in_proj, conv1d, out_proj or ffn."
         )
-    _check_heads(config, name)
     if aims and CHANNEL in config.parts:
         raise UsageError(
-            "No target is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
-            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a target."
-        )
-
-
-def _check_heads(config: CompressConfig, model_type: str) -> None:
-    """Refuse scores that have nothing to judge where a head has one A_log for all of its states and channels."""
-    if COLUMN in config.parts and config.judge_of(COLUMN) is Score.magnitude:
-        raise UsageError(
-            f"The score magnitude cannot tell the states of {model_type} apart: a head has one A_log for all of them. "
-            "Use another score."
-        )
-    if COLUMN not in config.parts and SSM in config.targets and config.judge is Score.sparsegpt:
-        raise UsageError(
-            f"SparseGPT on A_log lets a channel's other states make up for one that goes; a head of {model_type} has "
-            "one A_log, so nothing is left to do so. Use another score."
+            "No goal is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
+            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a goal."
         )
 
 
@@ -141,7 +121,7 @@ def prospects(outline: Outline) -> list[Prospect]:
         elif pattern == LAYER:
             gain = smaller(n_layer=max(1, sizes.n_layer // 2))
         name = f"{pattern}, N:M" if pattern == UNSTRUCTURED else pattern
-        found.append(Prospect(name, _WHAT[pattern], scores_of(pattern)[0].value, gain))
+        found.append(Prospect(name, _WHAT[pattern], scores_of(pattern)[0], gain))
     return found
 
 
@@ -151,4 +131,4 @@ def _heads(sizes: Dimensions, smaller: Callable[..., str]) -> list[Prospect]:
     if not widths:
         return []
     what = f"{sizes.heads - widths[0] // sizes.head_dim} of {sizes.heads} heads"
-    return [Prospect(CHANNEL, what, scores_of(CHANNEL)[0].value, smaller(d_inner=widths[0]))]
+    return [Prospect(CHANNEL, what, scores_of(CHANNEL)[0], smaller(d_inner=widths[0]))]

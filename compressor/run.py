@@ -10,18 +10,20 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from ssmc.compressor.artefact import write_artefact
+from ssmc.compressor.artefact import Artefact
 from ssmc.compressor.calibration.draw import Calibration, draw_samples
-from ssmc.compressor.calibration.split import HELD_OUT, Samples
-from ssmc.compressor.counts import kept
+from ssmc.compressor.calibration.placement import Stage
+from ssmc.compressor.calibration.split import HELD_OUT
 from ssmc.compressor.families import able_parts, check_family
-from ssmc.compressor.methods.layers import Removal
+from ssmc.compressor.methods.layers.score import Removal
+from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
 from ssmc.compressor.notes import notes_for
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.goal import Target, split_target
-from ssmc.compressor.pipeline import LayerResult
-from ssmc.compressor.prune import prune
-from ssmc.compressor.search.carry_out import meet
+from ssmc.compressor.options.goal import split_goal
+from ssmc.compressor.options.renamed import renamed
+from ssmc.compressor.pipeline import Run, prune
+from ssmc.compressor.plan import make_plan, plan_without_counts
+from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import UsageError
@@ -30,7 +32,7 @@ from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.tiny import calibration_path
 
 
@@ -39,11 +41,29 @@ class CompressResult:
     """What `compress` did."""
 
     directory: Path
-    config: CompressConfig  # of the run; where a target was given, the one that was found
     manifest: dict[str, Any]
-    layers: tuple[LayerResult, ...]  # empty when whole layers were removed
-    removals: tuple[Removal, ...]  # whole layers or SSMs that were removed, in that order
+    outcome: Outcome  # the plan that was carried out, and what happened to each layer
     notes: tuple[str, ...]  # what the user should know about this choice
+
+    @property
+    def plan(self) -> Plan:
+        """What was carried out."""
+        return self.outcome.plan
+
+    @property
+    def config(self) -> CompressConfig:
+        """Of the run; where a goal was given, the one that was found."""
+        return self.outcome.plan.config
+
+    @property
+    def layers(self) -> tuple[LayerResult, ...]:
+        """What happened to each layer; empty when only whole layers were removed."""
+        return tuple(self.outcome.layers)
+
+    @property
+    def removals(self) -> tuple[Removal, ...]:
+        """Whole layers or SSMs that were removed, in that order."""
+        return tuple(self.outcome.removed)
 
 
 OUT = "ssmc-out"
@@ -63,7 +83,7 @@ def compress(
     *,
     out: str | Path = OUT,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
     command: str | None = None,
     **options: Any,
 ) -> CompressResult | CompressedModule:
@@ -77,7 +97,7 @@ def compress(
         force: replace an earlier result of ssmc.
         progress: told what is being done.
         command: recorded in the manifest.
-        options: fields of `CompressConfig` and `Target`, or those a recipe names (`read_recipe`); of a torch module
+        options: fields of `CompressConfig` and `Goal`, or those a recipe names (`read_recipe`); of a torch module
             those of `compress_module`.
 
     Raises:
@@ -97,57 +117,47 @@ def compress(
         raise UsageError(
             f"batches go with a torch module; {model} is read from disk and calibrated on text: use calib."
         )
-    target, ordinary = split_target({"model": str(model), **options})
+    return _compress_checkpoint(str(model), Path(out).expanduser(), force, progress, command, options)
+
+
+def _compress_checkpoint(
+    model: str, out: Path, force: bool, progress: Progress, command: str | None, options: dict[str, Any]
+) -> CompressResult:
+    """As `compress`, of a model that is read from disk or the hub."""
+    options, old_names = renamed({"model": model, **options})
+    goal, ordinary = split_goal(options)
     config = configure(**ordinary)
-    out = Path(out).expanduser()
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
-    sizes, family = checkpoint.dimensions, checkpoint.architecture
-    if target is not None and "pattern" not in options:
-        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, family))})
-    check_family(config, family, target is not None)
-    if target is None:
-        kept(config, sizes)  # what cannot be met is said before minutes of work
+    architecture, sizes = checkpoint.architecture, checkpoint.dimensions
+    if goal is not None and "pattern" not in options:
+        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))})
+    check_family(config, architecture, goal is not None)
+    plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
-    calibration, samples = _calibration(config, checkpoint, target)
+    calibration = tokens = reached = None
+    if plan.needs_text or goal is not None:
+        calibration, tokens = _draw(config, checkpoint, 0 if goal is None else HELD_OUT)
     device = choose_device(config.device)
     use_fast_scan(checkpoint.model)
-    tokens = None if calibration is None else calibration.tokens
-    met = None
-    if target is None:
-        pruned = prune(checkpoint.model, checkpoint.architecture, tokens, config, checkpoint.dtypes, device, progress)
+    if goal is None:
+        pruned = prune(Run(checkpoint.model, plan, tokens, checkpoint.dtypes, Stage(device), progress))
     else:
-        met = meet(checkpoint, config, target, tokens, samples, device, progress)
-        config, pruned = met.config, met.pruned
-        checkpoint = replace(checkpoint, model=met.model)
-    manifest = write_artefact(
-        out,
-        checkpoint,
-        config,
-        calibration,
-        pruned,
-        tokenizer_source,
-        target=None if met is None else met.record,
-        command=command,
-        force=force,
-    )
-    spreads = [layer.norm_spread for layer in pruned.layers if layer.norm_spread is not None]
-    notes = notes_for(config, calibration, sizes, kept(config, sizes), checkpoint.architecture, spreads)
-    notes += [] if met is None else met.notes
-    notes += checkpoint.notes
-    return CompressResult(out, config, manifest, pruned.layers, pruned.removals, tuple(notes))
+        reached = reach_goal(checkpoint, config, goal, tokens, device, progress)
+        plan, pruned = reached.plan, reached.pruned
+        checkpoint = replace(checkpoint, model=reached.model)
+    outcome = Outcome(plan, pruned.layers, pruned.removals, calibration)
+    artefact = Artefact(checkpoint, outcome, tokenizer_source, reached.record if reached else None, command)
+    manifest = artefact.write(out, force=force)
+    notes = (*old_names, *notes_for(outcome), *(reached.notes if reached else ()), *checkpoint.notes)
+    return CompressResult(out, manifest, outcome, notes)
 
 
-def _calibration(
-    config: CompressConfig, checkpoint: Checkpoint, target: Target | None
-) -> tuple[Calibration | None, Samples | None]:
-    """The samples a run is calibrated on, and those for the trials of a target; None what is not needed."""
-    if target is None and not config.needs_text:
-        return None, None
+def _draw(config: CompressConfig, checkpoint: Checkpoint, more: int) -> tuple[Calibration, torch.Tensor]:
+    """The samples a run is calibrated on, and all that were drawn: `more` besides, for the trials of a search."""
     tokenizer = load_tokenizer(checkpoint, config.tokenizer)
     source = calibration_path() if config.calib is None else config.calib
-    nsamples, more = config.nsamples, 0 if target is None else HELD_OUT
-    drawn = draw_samples(source, tokenizer, nsamples + more, config.seqlen, config.seed)
-    calibration = replace(drawn, tokens=drawn.tokens[:nsamples], requested=nsamples)
-    return calibration, None if target is None else Samples.split(drawn.tokens, nsamples)
+    drawn = draw_samples(source, tokenizer, config.nsamples + more, config.seqlen, config.seed)
+    calibration = replace(drawn, tokens=drawn.tokens[: config.nsamples], requested=config.nsamples)
+    return calibration, drawn.tokens

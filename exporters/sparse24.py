@@ -95,7 +95,7 @@ def _modules(source: Source, shrunk: Shrunk) -> list[Sparse24Module]:
         raise UsageError(
             f"{source.checkpoint.source} has no 2:4 modules (it was compressed with --pattern "
             f"{source.manifest.config['pattern']}), so "
-            "there is nothing for sparse tensor cores. Run `ssmc compress MODEL --pattern 2:4 --target ffn` first."
+            "there is nothing for sparse tensor cores. Run `ssmc compress MODEL --pattern 2:4 --scope ffn` first."
         )
     return found
 

@@ -143,7 +143,7 @@ class MaskedManifest:
         dimensions: sizes of the model by name.
         layers: what is left of each; empty where only whole layers were removed.
         removed: these layers.
-        target: what was aimed at in place of a sparsity, and how it was met; None where there was none.
+        goal: what a search aimed at in place of a sparsity, and how it was met; None where there was none.
         parameters: how many numbers the model has.
         files: size and SHA-256 by name.
     """
@@ -156,7 +156,7 @@ class MaskedManifest:
     dimensions: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[LayerRecord, ...] = ()
     removed: tuple[RemovalRecord, ...] = ()
-    target: Mapping[str, Any] | None = None
+    goal: Mapping[str, Any] | None = None
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -176,7 +176,7 @@ class MaskedManifest:
             "dimensions": dict(self.dimensions),
             "layers": [layer.to_json() for layer in self.layers],
             "removed": [asdict(removal) for removal in self.removed],
-            **({} if self.target is None else {"target": self.target}),
+            **({} if self.goal is None else {"goal": self.goal}),
             "parameters": self.parameters,
             "files": dict(self.files),
         }
@@ -197,7 +197,7 @@ class MaskedManifest:
             dimensions=content.get("dimensions") or {},
             layers=tuple(LayerRecord.from_json(entry) for entry in content.get("layers", ())),
             removed=tuple(RemovalRecord(**{k: e.get(k) for k in RemovalRecord.__dataclass_fields__}) for e in removed),
-            target=content.get("target"),
+            goal=content.get("goal", content.get("target")),  # 0.1 called it target
             parameters=content.get("parameters"),
             files=content.get("files") or {},
         )

@@ -8,5 +8,11 @@ Progress = Callable[[str, int, int], None]
 """Called as `progress(description, done, total)`: what is being done now, and how many of how many steps are over."""
 
 
-def silent(description: str, done: int, total: int) -> None:
-    """Report nothing; what library calls use unless told otherwise."""
+def no_progress(description: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+NO_PROGRESS: Progress = no_progress
+"""What library calls use unless told otherwise."""
+
+silent = NO_PROGRESS

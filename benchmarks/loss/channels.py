@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.pruning import pruned as in_place
 from benchmarks.reporting import print_conditions
 from ssmc.compressor import configure
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, scores_of
-from ssmc.compressor.prune import prune
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
@@ -57,13 +57,13 @@ def cases(sparsities: list[float]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Table, row, options of a run."""
     for score in scores_of(CHANNEL):
         for sparsity in sparsities:
-            yield CHANNEL, score.value, {"pattern": CHANNEL, "score": score, "sparsity": sparsity}
+            yield CHANNEL, score, {"pattern": CHANNEL, "score": score, "sparsity": sparsity}
     yield ALONE, "column 75 %", {"pattern": COLUMN, "sparsity": 0.75}
     for score in scores_of(LAYER)[:2]:
         for sparsity in (0.17, 0.34):
             yield (
                 ALONE,
-                f"layer {sparsity:.0%}, {score.value}",
+                f"layer {sparsity:.0%}, {score}",
                 {"pattern": LAYER, "score": score, "sparsity": sparsity},
             )
     for sparsity in sparsities:
@@ -77,8 +77,8 @@ def cases(sparsities: list[float]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def pruned(checkpoint: Checkpoint, tokens: torch.Tensor, options: dict[str, Any]) -> tuple[torch.nn.Module, list]:
     config = configure(model="benchmark", **options)
     model = copy.deepcopy(checkpoint.model)
-    done = prune(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, torch.device("cpu"))
-    return model, [None if layer.fitted is None else layer.fitted.error for layer in done.layers]
+    done = in_place(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
+    return model, [None if layer.out_proj is None else layer.out_proj.error for layer in done.layers]
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def one(args: argparse.Namespace, out: Path, options: dict[str, Any]) -> dict[st
     except SsmcError as error:
         return {"failed": str(error)}
     manifest = json.loads((out / "ssmc.json").read_text(encoding="utf-8"))
-    target = manifest.get("target")
+    target = manifest.get("goal")
     dimensions = json.loads((out / "safetensors" / "ssmc.json").read_text(encoding="utf-8"))["dimensions"]
     found = {"sizes": {key: dimensions[key] for key in ("n_layer", "d_inner", "d_state")}}
     if target:

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
+from benchmarks.pruning import pruned as in_place
 from benchmarks.reporting import print_conditions, write_json
-from ssmc.compressor import configure, prune_layers
+from ssmc.compressor import configure
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -118,16 +119,16 @@ def main() -> None:
         for repair in (False, True):
             pruned = copy.deepcopy(model)
             config = configure(model="falcon_mamba", sparsity=sparsity, repair=repair, nsamples=args.nsamples)
-            layers = prune_layers(pruned, FALCON, samples, config, dtypes)
-            kept = [list(layer.kept) for layer in layers]
+            layers = in_place(pruned, FALCON, samples, config, dtypes).layers
+            kept = [list(layer.states_kept) for layer in layers]
             named = {"repaired": cut(pruned, kept, fold=True)}
             if not repair:
                 named = {"sliced": cut(model, kept, fold=False), "masked": cut(pruned, kept, fold=True)}
             for name, smaller in named.items():
                 row[name] = perplexity(smaller, text, args.window).nll_per_token - dense.nll_per_token
-            row[f"spread_{'repaired' if repair else 'masked'}"] = sum(layer.norm_spread for layer in layers) / len(
-                layers
-            )
+            row[f"spread_{'repaired' if repair else 'masked'}"] = sum(
+                layer.states.norm_spread for layer in layers
+            ) / len(layers)
         results[f"{sparsity:g}"] = row
         print(f"{sparsity:.0%} of the states gone: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
     settings = {name: value for name, value in vars(args).items() if name != "json"} | {"train": Path(args.train).name}

@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pruning import pruned
 from benchmarks.reporting import print_conditions
-from ssmc.compressor import configure, prune_layers
+from ssmc.compressor import configure
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -73,7 +74,7 @@ def main() -> None:
         model = copy.deepcopy(checkpoint.model)
         config = configure(model=args.model, seed=args.seed, nsamples=args.nsamples, seqlen=args.seqlen, **options)
         start, busy = time.perf_counter(), time.process_time()
-        layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
+        layers = pruned(model, checkpoint.architecture, tokens, config, checkpoint.dtypes).layers
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
         result = perplexity(model, text, args.window)
         row = {"options": options, "seconds": seconds, "cpu_seconds": busy, "perplexity": result.ppl}

@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.pruning import pruned
 from benchmarks.reporting import FIGURES, print_conditions
-from ssmc.compressor import configure, kept_states, prune_layers
+from ssmc.compressor import configure
 from ssmc.compressor.calibration.draw import draw_samples
-from ssmc.compressor.options.patterns import COLUMN, Score, scores_of
+from ssmc.compressor.methods.states.counts import states_to_keep
+from ssmc.compressor.options.patterns import COLUMN, scores_of
 from ssmc.runtime.measure.losses import divergence, last_hidden
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -78,9 +80,9 @@ def main() -> None:
     if args.divergence:
         windows = text.view(-1, args.window)[: args.divergence, :-1]
         hidden = last_hidden(checkpoint.model, windows)
-    able = [score for score in scores_of(COLUMN) if score.value in (args.scores or [*map(str, Score)])]
+    able = [score for score in scores_of(COLUMN) if score in (args.scores or scores_of(COLUMN))]
     if checkpoint.dimensions.heads is not None:
-        able = [score for score in able if score is not Score.magnitude]  # all states of a head have one A_log
+        able = [score for score in able if score != "magnitude"]  # all states of a head have one A_log
     repaired = able if args.repaired is None else args.repaired
     cells = [(s, r, p) for s in able for r in (False, True) for p in args.sparsities if not r or s in repaired]
     rows = []
@@ -92,22 +94,22 @@ def main() -> None:
         begun = time.process_time()
         model = copy.deepcopy(checkpoint.model)
         tokens = calibration.tokens
-        layers = prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
+        layers = pruned(model, checkpoint.architecture, tokens, config, checkpoint.dtypes).layers
         seconds = time.process_time() - begun
         result = perplexity(model, text, args.window)
         excess = excess_loss(result, dense)
         rows.append(
             {
-                "score": score.value,
+                "score": score,
                 "repair": repair,
                 "sparsity": sparsity,
-                "kept": kept_states(checkpoint.dimensions.d_state, sparsity),
+                "kept": states_to_keep(checkpoint.dimensions.d_state, sparsity),
                 "perplexity": result.ppl,
                 "excess_nats": excess.nats,
                 "stderr": excess.stderr,  # over paired windows
                 "divergence": divergence(hidden, model, windows) if args.divergence else None,
                 "cpu_seconds": seconds,
-                "layer_errors": [layer.error for layer in layers],
+                "layer_errors": [None if layer.states is None else layer.states.error for layer in layers],
             }
         )
     report = {

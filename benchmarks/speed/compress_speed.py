@@ -28,15 +28,23 @@ import torch
 import torch.nn.functional as F
 from transformers import MambaConfig, MambaForCausalLM
 
+from benchmarks.pruning import pruned
 from benchmarks.reporting import print_conditions
-from ssmc.compressor import collect, compress, configure, propagate, prune_layers
+from ssmc.compressor import compress, configure, make_plan
+from ssmc.compressor.calibration.placement import propagate
+from ssmc.compressor.methods.method import Job
+from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.elimination import eliminate, evaluate
-from ssmc.compressor.methods.states.scores import statistics_for
+from ssmc.compressor.methods.states.statistics import NormalMatrix
 from ssmc.runtime.models.checkpoints import write_checkpoint
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 
 ARCHITECTURE = architecture_for("mamba")
+
+
+SHAPES_130M = MambaConfig(hidden_size=768, state_size=16)
+PLAN = make_plan(configure(model="130M shapes"), ARCHITECTURE, ARCHITECTURE.dimensions(SHAPES_130M))
 
 
 def shapes_130m(layers: int, vocab: int = 50280) -> MambaForCausalLM:
@@ -89,9 +97,9 @@ def token_by_token(block: torch.nn.Module, hidden: torch.Tensor) -> tuple:
 
 
 def ours(block: torch.nn.Module, hidden: torch.Tensor) -> None:
-    sums = statistics_for(configure(model="130M shapes"), block.mixer.A_log, 8, hidden.shape[1])
-    collect(ARCHITECTURE, block, hidden, sums.wanted())
-    G = sums.normal.dense()
+    normal = NormalMatrix()
+    collect(Job(PLAN, block, 0, hidden), [normal])
+    G = normal.dense()
     evaluate(G, eliminate(G, 8, repair=True), repair=True)
     propagate(block, hidden)
 
@@ -177,7 +185,7 @@ def pattern_seconds(options: dict, model: MambaForCausalLM, tokens: torch.Tensor
     model, config = copy.deepcopy(model), configure(model="130M shapes", **options)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     start = time.perf_counter()
-    prune_layers(model, ARCHITECTURE, tokens, config, dtypes)
+    pruned(model, ARCHITECTURE, tokens, config, dtypes)
     return (time.perf_counter() - start) / len(tokens) / len(model.backbone.layers)
 
 

@@ -31,8 +31,8 @@ from ssmc.runtime.tiny import TINY_DIRECTORY
 RUNS = {
     "column": {"pattern": "column"},
     "column + channel": {"pattern": "column+channel"},
-    "ffn: SparseGPT": {"pattern": "unstructured", "target": "ffn"},
-    "column + ffn: SparseGPT": {"pattern": "column", "target": "all"},
+    "ffn: SparseGPT": {"pattern": "unstructured", "scope": "ffn"},
+    "column + ffn: SparseGPT": {"pattern": "column", "scope": "all"},
     "2:4, ffn: SparseGPT": {"pattern": "2:4"},
 }
 LENGTH = 2048

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from ssmc.compressor.methods.weights.depthwise import prune_depthwise
-from ssmc.compressor.methods.weights.masks import NM
 from ssmc.compressor.methods.weights.second_moments import DepthwiseSecondMoment, SecondMoment
 from ssmc.compressor.methods.weights.sparsegpt import DAMPING, sparsegpt
+from ssmc.compressor.options.sparsity import NM
 from ssmc.runtime.measure.conditions import conditions, load_average
 
 SHAPES = {

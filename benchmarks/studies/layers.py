@@ -8,15 +8,19 @@ without the removed states (tests/bench/test_studies.py does that).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
-from ssmc.compressor import Score, configure, evaluate
-from ssmc.compressor.methods.states.scores import Layer, choose_states, statistics_for
+from ssmc.compressor import configure
+from ssmc.compressor.methods.registry import score as registered
+from ssmc.compressor.methods.states.elimination import evaluate
+from ssmc.compressor.methods.states.score import ScoredGroup
 from ssmc.compressor.methods.states.statistics import Chunk, NormalMatrix
+from ssmc.compressor.methods.states.sums import Request
+from ssmc.compressor.options.patterns import COLUMN
 from ssmc.runtime.scan import ScanInputs, scan_states
 
 RARE = 0  # the state that matters now and then
@@ -57,14 +61,14 @@ class Rare(Constructed):
 
 
 UNIFORMITY_SCORES = (
-    Score.sparsessm_l2,
-    Score.sparsessm,
-    Score.sparsessm_vote,
-    Score.ghost,
-    Score.energy,
-    Score.exact,
+    "sparsessm-l2",
+    "sparsessm",
+    "sparsessm-vote",
+    "ghost",
+    "energy",
+    "exact",
 )
-RARE_SCORES = (Score.magnitude, Score.sparsessm, Score.sparsessm_l2, Score.ghost, Score.energy, Score.exact)
+RARE_SCORES = ("magnitude", "sparsessm", "sparsessm-l2", "ghost", "energy", "exact")
 
 
 def uniform_layer(study: Uniformity, knob: float, seed: int) -> ScanInputs:
@@ -130,7 +134,7 @@ def uniformity_rows(study: Uniformity, knob: float, seed: int) -> list[dict]:
         case["best_error"] = errors[best]
         for score in UNIFORMITY_SCORES:
             kept = _choose(_layer(score, chunk, study.keep, repair), score, study.keep, repair)
-            rows.append({**case, "score": score.value, "kept": list(kept), "error": errors[kept]})
+            rows.append({**case, "score": score, "kept": list(kept), "error": errors[kept]})
         rows.append({**case, "score": ANY, "kept": None, "error": sum(errors.values()) / len(errors)})
     return [row | {"ratio": row["error"] / row["best_error"]} for row in rows]
 
@@ -148,15 +152,15 @@ def rare_rows(study: Rare, kind: str, rate: float, seed: int) -> list[dict]:
     others = [n for n in range(study.d_state) if n != RARE]
     case = {"kind": kind, "rate": rate, "seed": seed, "alone": evaluate(G, others, repair=False).error_unrepaired}
     for score in RARE_SCORES:
-        rows.append({**case, "score": score.value, **_judged(score, chunk, G, study)})
+        rows.append({**case, "score": score, **_judged(score, chunk, G, study)})
     for samples in study.vote_samples:
         chunk = _chunk(rare_layer(study, rate, kind, samples, seed))
-        judged = _judged(Score.sparsessm_vote, chunk, _normal(chunk), study)
-        rows.append({**case, "score": f"{Score.sparsessm_vote.value}, samples: {samples}", **judged})
+        judged = _judged("sparsessm-vote", chunk, _normal(chunk), study)
+        rows.append({**case, "score": f"sparsessm-vote, samples: {samples}", **judged})
     return rows
 
 
-def _judged(score: Score, chunk: Chunk, G: torch.Tensor, study: Rare) -> dict:
+def _judged(score: str, chunk: Chunk, G: torch.Tensor, study: Rare) -> dict:
     layer = _layer(score, chunk, study.keep, repair=False)
     sizes = range(1, study.d_state)
     rank = next((k for k in sizes if RARE in _choose(layer, score, k, repair=False)), study.d_state)
@@ -174,19 +178,19 @@ def _normal(chunk: Chunk) -> torch.Tensor:
     return normal.dense()
 
 
-def _layer(score: Score, chunk: Chunk, keep: int, repair: bool) -> Layer:
+def _layer(score: str, chunk: Chunk, keep: int, repair: bool) -> ScoredGroup:
     """What the score may look at, collected as `compress` does."""
     config = configure(model="constructed", score=score, repair=repair)
     A_log = torch.log(-chunk.inputs.A)
-    statistics = statistics_for(config, A_log, keep, chunk.inputs.length)
-    for statistic in statistics.wanted():
+    sums = registered(COLUMN, score).statistics(Request(config, A_log, keep, chunk.inputs.length))
+    for statistic in sums.values():
         statistic.add(chunk)
         statistic.end_of_stretch()
-    return Layer(0, A_log, statistics)
+    return ScoredGroup(0, A_log, sums, repair)
 
 
-def _choose(layer: Layer, score: Score, keep: int, repair: bool) -> tuple[int, ...]:
-    return tuple(choose_states(score, layer, keep, repair, seed=0))
+def _choose(layer: ScoredGroup, score: str, keep: int, repair: bool) -> tuple[int, ...]:
+    return tuple(registered(COLUMN, score).choose(replace(layer, repair=repair), keep))
 
 
 def _correlation(chunk: Chunk) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ssmc.compressor import Score, Weighting, configure, prune_layers, shed
+from benchmarks.pruning import pruned
+from ssmc.compressor import Weighting, configure, make_plan
 from ssmc.compressor.options.patterns import COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
@@ -23,8 +24,8 @@ SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 RANDOM_SEEDS = (0, 1, 2)
 GROUPS = ("2:4", "4:8")
 
-ENTRY_SCORES = tuple(s for s in Score if s in scores_of(UNSTRUCTURED))
-STATE_SCORES = tuple(s for s in Score if s in scores_of(COLUMN))
+ENTRY_SCORES = scores_of(UNSTRUCTURED)
+STATE_SCORES = scores_of(COLUMN)
 
 # d_model and n_layer of the models the paper reports; Mamba2-370M has those of 370M and another architecture.
 SIZES = {(768, 24): "130M", (1024, 48): "370M", (1536, 48): "790M", (2048, 48): "1.4B", (2560, 64): "2.8B"}
@@ -98,13 +99,13 @@ def methods_cells(sparsities: Iterable[float]) -> list[Cell]:
     """Every pattern by every score that judges it, the whole model at 50 %, and whole layers or SSMs removed."""
     cells = []
     patterns = [(f"{UNSTRUCTURED} {per_cent(s)}", {"pattern": UNSTRUCTURED, "sparsity": s}) for s in sparsities]
-    patterns += [(group, {"pattern": group, "target": "ssm"}) for group in GROUPS]
+    patterns += [(group, {"pattern": group, "scope": "ssm"}) for group in GROUPS]
     for score in ENTRY_SCORES:
-        seeds = RANDOM_SEEDS if score is Score.random else None
-        cells += [Cell(ENTRIES, score.value, name, {**o, "score": score}, seeds=seeds) for name, o in patterns]
-    for score, repair in [*((s, False) for s in STATE_SCORES), (Score.exact, True)]:
-        seeds = RANDOM_SEEDS if score is Score.random else None
-        row = score.value + (" + repair" if repair else "")
+        seeds = RANDOM_SEEDS if score == "random" else None
+        cells += [Cell(ENTRIES, score, name, {**o, "score": score}, seeds=seeds) for name, o in patterns]
+    for score, repair in [*((s, False) for s in STATE_SCORES), ("exact", True)]:
+        seeds = RANDOM_SEEDS if score == "random" else None
+        row = score + (" + repair" if repair else "")
         for s in sparsities:
             options = {"pattern": COLUMN, "sparsity": s, "score": score, "repair": repair}
             cells.append(Cell("columns", row, f"{COLUMN} {per_cent(s)}", options, seeds=seeds))
@@ -128,7 +129,7 @@ def _whole_cells() -> list[Cell]:
             WHOLE,
             f"{pattern}, A_log: {a_log}, weights: {weights}",
             "uniform" if alpha == 0 else f"Eq. 7, alpha {alpha:g}",
-            {"pattern": pattern, "target": "all", "score": a_log, "ffn_score": weights, "alpha": alpha},
+            {"pattern": pattern, "scope": "all", "score": a_log, "ffn_score": weights, "alpha": alpha},
         )
         for pattern, a_log, weights in rows
         for alpha in (0.0, 0.04)
@@ -163,7 +164,7 @@ def samples_cells(available: int) -> list[Cell]:
 
 def alpha_cells() -> list[Cell]:
     """Eq. 7's ramp from none to wide, SparseGPT on the weights."""
-    targets = {"ffn": {"target": "ffn"}, WHOLE: {"target": "all", "score": "sparsessm"}}
+    targets = {"ffn": {"scope": "ffn"}, WHOLE: {"scope": "all", "score": "sparsessm"}}
     return [
         Cell("alpha", name, f"{alpha:g}", {"pattern": UNSTRUCTURED, "alpha": alpha, **options})
         for name, options in targets.items()
@@ -208,12 +209,10 @@ def _prune_and_score(
     checkpoint = subject.checkpoint
     config = configure(model="study", seed=seed, **cell.options)
     # Eq. 7 ranks layers by their inputs even where the weights themselves go by magnitude
-    tokens = subject.pool[:nsamples] if config.needs_text or config.modules else None
+    needs_text = make_plan(config, checkpoint.architecture, checkpoint.dimensions).needs_text
+    tokens = subject.pool[:nsamples] if needs_text or config.modules else None
     model = copy.deepcopy(checkpoint.model)
-    if config.pattern in (LAYER, SSM_MODULE):
-        shed(model, checkpoint.architecture, tokens, config, progress)
-    else:
-        prune_layers(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress)
+    pruned(model, checkpoint.architecture, tokens, config, checkpoint.dtypes, progress)
     results = [perplexity(model, subject.text, subject.window, progress=progress)]
     if cell.table == ENTRIES:
         forget_pruned(checkpoint, model)

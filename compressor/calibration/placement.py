@@ -14,12 +14,14 @@ own: while a layer is worked on, the next one comes and the one before goes home
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
+
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 HIDDEN_SHARE = 0.25
 """Part of a GPU's free memory that the inputs of a layer may take; some passes keep a second copy of them, and the work
@@ -150,6 +152,22 @@ def settle(hidden: torch.Tensor, device: torch.device) -> None:
     """Wait until everything that was `put` into host memory is there."""
     if device.type == "cuda" and hidden.is_cpu:
         torch.cuda.current_stream(device).synchronize()
+
+
+def propagate(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    progress: Progress = NO_PROGRESS,
+    label: str = "outputs",
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor] = nn.Module.__call__,
+) -> None:
+    """Replace every sample of `hidden` (nsamples, L, d_model) by what `block` computes from it, run by `run`."""
+    device = device_of(block)
+    for i, sample in samples(hidden, device):
+        progress(label, i, len(hidden))
+        put(hidden, i, run(block, sample))
+    settle(hidden, device)
+    progress(label, len(hidden), len(hidden))
 
 
 def device_of(module: nn.Module) -> torch.device:

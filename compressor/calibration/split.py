@@ -39,8 +39,8 @@ class Samples:
         """
         if len(tokens) < 2:
             raise CalibrationError(
-                "A target needs at least two calibration samples, one of them to measure losses on. Give more text "
-                "with --calib or use a smaller --seqlen."
+                "A search with a goal needs at least two calibration samples, one of them to measure losses on. Give "
+                "more text with --calib or use a smaller --seqlen."
             )
         seen = len(tokens) <= nsamples
         first = len(tokens) - min(HELD_OUT, len(tokens) // 2) if seen else nsamples

@@ -1,4 +1,8 @@
-"""What a compression run is asked to do: one typed, validated, immutable object, for the command line and recipes."""
+"""What a compression run is asked to do: one typed, validated, immutable object, for the command line and recipes.
+
+Every option is declared here, once, with its help text: `ssmc compress` makes its command line out of these fields
+(`ssmc.cli.declared`), and a recipe is these fields as YAML. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +12,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ssmc.compressor.methods.weights.masks import NM
-from ssmc.compressor.methods.weights.sensitivity import ALPHA, check_ramp
+from ssmc.compressor.options.flags import CALIBRATION, Flag
 from ssmc.compressor.options.patterns import (
-    BLIND,
     CHANNEL,
     COLUMN,
-    LAYER,
-    SSM_MODULE,
-    Score,
+    WEIGHTS,
     check_parts,
     parse_nm,
     parse_pattern,
     parse_values,
+    pattern_of,
+    patterns,
+    score_names,
     scores_of,
 )
+from ssmc.compressor.options.renamed import renamed
+from ssmc.compressor.options.sparsity import ALPHA, NM, check_ramp
 from ssmc.runtime.errors import UsageError
 
 POWER_OF_TWO = "power-of-two"
 
-SSM = "A_log"  # the name of the target that `ssm` stands for
-FFN = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # in the order they run
-TARGETS = {"ssm": (SSM,), "ffn": FFN, "all": (SSM, *FFN)}
-WHOLE = (LAYER, CHANNEL, SSM_MODULE)  # patterns that have no target: they take all of a layer's modules
-
-
-class FfnScore(StrEnum):
-    """How the weights of the projections and of conv1d are pruned."""
-
-    sparsegpt = "sparsegpt"
-    wanda = "wanda"
-    magnitude = "magnitude"
+A_LOG = "A_log"  # what the scope `ssm` stands for
+PROJECTIONS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # the scope `ffn`, in the order they run
+SCOPES = {"ssm": (A_LOG,), "ffn": PROJECTIONS, "all": (A_LOG, *PROJECTIONS)}
 
 
 class Weighting(StrEnum):
@@ -51,31 +47,149 @@ class Weighting(StrEnum):
     uniform = "uniform"  # 1
 
 
+def _what_is_removed() -> str:
+    combined = [p.help for p in patterns().values() if p.combines is not None]
+    alone = [p.help for p in patterns().values() if p.combines is None]
+    return (
+        f"What is removed. {', '.join(combined)} make a model smaller and faster and can be combined: "
+        f"`column+channel`. {'; '.join(alone)}."
+    )
+
+
+def _default_scores() -> str:
+    return ", ".join(f"{scores_of(name)[0]} for {name}" for name in patterns())
+
+
+def _weight_scores() -> str:
+    return "|".join(scores_of(WEIGHTS))
+
+
 class CompressConfig(BaseModel):
     """A compression run. Build it with `configure`, which turns mistakes into one clear sentence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    pattern: str = COLUMN  # one of PATTERNS, several of COMBINABLE with +, or N:M: of every M entries N are kept
-    target: str | None = None  # ssm, ffn, all, or module names with commas; None: ssm, or ffn for N:M
-    sparsity: float | dict[str, float] = 0.5  # the part that goes, inside (0, 1); for all parts, or by part
-    score: Score | dict[str, Score] | None = None  # of states, channels, layers; None: the part's default
-    weighting: Weighting = Weighting.power  # of the score sparsessm
-    ffn_score: FfnScore = FfnScore.sparsegpt
-    alpha: Annotated[float, Field(ge=0)] = ALPHA  # Eq. 7: how far layers' sparsities spread around the mean
-    repair: bool = True  # column, channel, layer: fold a least-squares repair into the weights that stay
-    refine: Annotated[int, Field(ge=0)] = 0  # gradient steps on each pruned layer, at most
-    calib: str | None = None  # None: the sample that comes with `tiny`
-    nsamples: Annotated[int, Field(ge=1)] = 64
-    seqlen: Annotated[int, Field(ge=2)] = 2048
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    round_to: Annotated[int, Field(ge=1)] | Literal["power-of-two"] = 1
-    round_channels: Annotated[int, Field(ge=1)] | None = None  # None: 64, or less for narrow models
-    states: tuple[int, ...] | None = None  # kept in each layer, in place of the sparsity of `column`
-    widths: tuple[int, ...] | None = None  # channels kept in each layer, in place of the sparsity of `channel`
-    tokenizer: str | None = None  # None: the one beside the model
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    pattern: Annotated[
+        str,
+        Flag(_what_is_removed, metavar="column|channel|layer|unstructured|N:M|ssm-module", completes="pattern"),
+    ] = COLUMN
+    scope: Annotated[
+        str | None,
+        Flag(
+            "In which modules: `ssm` (A_log), `ffn` (the projections and conv1d), `all`, or names of modules. Goes "
+            "with patterns of states and of single weights.",
+            metavar="ssm|ffn|all|MODULE,...",
+            default_text="ssm; ffn for N:M",
+        ),
+    ] = None
+    sparsity: Annotated[
+        float | dict[str, float],
+        Flag(
+            "The part that is removed, between 0 and 1. For a combined pattern one number for all, or one for each: "
+            "`column=0.75,channel=0.5`.",
+            metavar="PART|PATTERN=PART,...",
+            typed=str,
+        ),
+    ] = 0.5
+    score: Annotated[
+        str | dict[str, str] | None,
+        Flag(
+            "Importance score that decides what is removed; they are listed above.",
+            metavar="SCORE|PATTERN=SCORE,...",
+            default_text="exact for column, obs for channel, mamba-shedder for layers, ghost else",
+            typed=str,
+            completes="score",
+        ),
+    ] = None
+    weighting: Annotated[Weighting, Flag("Weight of the time steps in `--score sparsessm`.")] = Weighting.power
+    ffn_score: Annotated[
+        str,
+        Flag(
+            "Score that decides about the weights of the projections and of conv1d: sparsegpt, wanda or magnitude.",
+            metavar="SCORE",
+        ),
+    ] = "sparsegpt"
+    alpha: Annotated[
+        float,
+        Field(ge=0),
+        Flag("How far the sparsities of in_proj and out_proj differ between layers, by sensitivity (Eq. 7)."),
+    ] = ALPHA
+    repair: Annotated[
+        bool,
+        Flag(
+            "Refit what stays so that it makes up for what is removed (least squares, written into x_proj and "
+            "out_proj).",
+            switch="--repair/--no-repair",
+        ),
+    ] = True
+    refine: Annotated[
+        int,
+        Field(ge=0),
+        Flag(
+            "Gradient steps on each layer after it is pruned, at most, towards the output of the dense layer (no "
+            "labels). 150 is a good number, 0 means none. This takes longer than all the rest.",
+            metavar="STEPS",
+        ),
+    ] = 0
+    calib: Annotated[
+        str | None,
+        Flag(
+            "Calibration text: a .txt, .jsonl or .parquet file, a folder of them, `wikitext2`, `c4`, `ptb` or a data "
+            "set of the hub.",
+            CALIBRATION,
+            metavar="SRC",
+            default_text="the embedded stories",
+        ),
+    ] = None
+    nsamples: Annotated[int, Field(ge=1), Flag("Number of calibration samples.", CALIBRATION)] = 64
+    seqlen: Annotated[int, Field(ge=2), Flag("Tokens in one sample.", CALIBRATION)] = 2048
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**63),
+        Flag("Seed of the draw of samples. The same seed gives the same bytes.", CALIBRATION),
+    ] = 0
+    round_to: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["power-of-two"],
+        Flag(
+            "Keep a multiple of this many states, or a power of two: some runtimes are faster only then.",
+            metavar="INT|power-of-two",
+            typed=str,
+        ),
+    ] = 1
+    round_channels: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Flag(
+            "Keep a multiple of this many channels. Hardware is fast with 64, or 32 or 16.",
+            metavar="INT",
+            default_text="64, less for narrow models",
+            typed=int,
+        ),
+    ] = None
+    states: Annotated[
+        tuple[int, ...] | None,
+        Flag(
+            "States to keep in each layer, in place of a sparsity of `column`.",
+            metavar="K,K,...",
+            default_text="the same number in every layer",
+            typed=str,
+        ),
+    ] = None
+    widths: Annotated[
+        tuple[int, ...] | None,
+        Flag(
+            "Channels to keep in each layer, in place of a sparsity of `channel`. Stock loaders have one width for all "
+            "layers: for them, narrower layers are filled up with zeros.",
+            metavar="W,W,...",
+            default_text="the same number in every layer",
+            typed=str,
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Flag("Folder or hub id of the tokenizer.", CALIBRATION, metavar="SRC", default_text="the one beside the model"),
+    ] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], Flag("Device to compute on.", CALIBRATION)] = "auto"
 
     @field_validator("pattern")
     @classmethod
@@ -97,7 +211,7 @@ class CompressConfig(BaseModel):
     def _scores(cls, value: Any, info: ValidationInfo) -> Any:
         values = _by_part(value, info)
         names = values.values() if isinstance(values, dict) else [] if values is None else [values]
-        known = [score.value for score in Score]
+        known = score_names()
         if not all(name in known for name in names):
             raise ValueError(f"it should be {', '.join(known)}")
         return values
@@ -114,20 +228,27 @@ class CompressConfig(BaseModel):
             raise ValueError("it is a whole number of at least 1 for each layer, with commas between")
         return counts
 
-    @field_validator("target")
+    @field_validator("ffn_score")
     @classmethod
-    def _known_target(cls, value: str | None) -> str | None:
+    def _known_weight_score(cls, value: str) -> str:
+        if value not in scores_of(WEIGHTS):
+            raise ValueError(f"it should be {', '.join(scores_of(WEIGHTS))}")
+        return value
+
+    @field_validator("scope")
+    @classmethod
+    def _known_scope(cls, value: str | None) -> str | None:
         words = [] if value is None else value.split(",")
-        unknown = [w for w in words if w not in (*TARGETS, SSM, *FFN)]
-        if unknown:
-            raise ValueError(f"it is {', '.join(TARGETS)}, or some of {SSM}, {', '.join(FFN)} with commas between")
+        if any(word not in (*SCOPES, A_LOG, *PROJECTIONS) for word in words):
+            names = ", ".join((A_LOG, *PROJECTIONS))
+            raise ValueError(f"it is {', '.join(SCOPES)}, or some of {names} with commas between")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompressConfig:
         self._check_scores()
-        if self.target is not None and any(part in WHOLE for part in self.parts):
-            raise ValueError(f"target does not go with the pattern {self.pattern}, which removes whole modules")
+        if self.scope is not None and not all(pattern_of(part).takes_scope for part in self.parts):
+            raise ValueError(f"scope does not go with the pattern {self.pattern}, which removes whole modules")
         for name, counts, part in (("states", self.states, COLUMN), ("widths", self.widths, CHANNEL)):
             if counts is not None and part not in self.parts:
                 raise ValueError(f"{name} goes with the pattern {part}, which is not in {self.pattern}")
@@ -139,7 +260,7 @@ class CompressConfig(BaseModel):
 
     def _check_refine(self) -> None:
         """There is something left in a pruned layer, and a sample to judge it by."""
-        if self.pattern in (LAYER, SSM_MODULE):
+        if all(pattern_of(part).whole_blocks for part in self.parts):
             raise ValueError(
                 f"refine does not go with the pattern {self.pattern}, which leaves nothing of a layer to refine; "
                 "it goes with column, channel, their combinations, and patterns of zeros"
@@ -148,14 +269,14 @@ class CompressConfig(BaseModel):
             raise ValueError("refine needs nsamples of at least 2: some samples judge the steps on the others")
 
     def _check_scores(self) -> None:
-        """Every score judges its part; one for all parts judges at least one of them."""
+        """Every score goes with its part; one for all parts goes with at least one of them."""
         by_part = self.score if isinstance(self.score, dict) else {}
         wrong = [(score, part) for part, score in by_part.items() if score not in scores_of(part)]
-        if isinstance(self.score, Score) and all(self.score not in scores_of(part) for part in self.parts):
+        if isinstance(self.score, str) and all(self.score not in scores_of(part) for part in self.parts):
             wrong = [(self.score, self.pattern)]
         for score, part in wrong:
-            able = dict.fromkeys(s.value for name in part.split("+") for s in scores_of(name))
-            raise ValueError(f"score {score.value} does not judge the pattern {part}; {', '.join(able)} do")
+            able = dict.fromkeys(s for name in part.split("+") for s in scores_of(name))
+            raise ValueError(f"score {score} does not go with the pattern {part}; {', '.join(able)} do")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -166,11 +287,16 @@ class CompressConfig(BaseModel):
         """How much goes of one part of the pattern."""
         return self.sparsity[part] if isinstance(self.sparsity, dict) else self.sparsity
 
-    def judge_of(self, part: str) -> Score:
-        """The score one part of the pattern is judged by: the one asked for if it can, or the part's default."""
+    def score_of(self, part: str) -> str:
+        """The score that decides about one part of the pattern: the one asked for if it can, or the part's default."""
         allowed = scores_of(part)
         asked = self.score.get(part) if isinstance(self.score, dict) else self.score
         return asked if asked in allowed else allowed[0]
+
+    @property
+    def first_score(self) -> str:
+        """The score that is used; of a combined pattern, that of its first part."""
+        return self.score_of(self.parts[0])
 
     @property
     def nm(self) -> NM | None:
@@ -178,51 +304,32 @@ class CompressConfig(BaseModel):
         return parse_nm(self.pattern)
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """The modules that are pruned, in the order they run, A_log first."""
-        if all(part in WHOLE for part in self.parts):
+    def in_scope(self) -> tuple[str, ...]:
+        """The modules that are pruned, in the order they run, A_log first; none where whole modules are removed."""
+        if not any(pattern_of(part).takes_scope for part in self.parts):
             return ()
-        words = (self.target or ("ffn" if self.nm else "ssm")).split(",")
-        wanted = {name for word in words for name in TARGETS.get(word, (word,))}
-        return tuple(name for name in (SSM, *FFN) if name in wanted)
+        words = (self.scope or ("ffn" if self.nm else "ssm")).split(",")
+        wanted = {name for word in words for name in SCOPES.get(word, (word,))}
+        return tuple(name for name in (A_LOG, *PROJECTIONS) if name in wanted)
+
+    @property
+    def prunes_a_log(self) -> bool:
+        """Whether states, or entries of A_log, are removed."""
+        return A_LOG in self.in_scope
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The projections and conv1d among the targets."""
-        return tuple(name for name in self.targets if name != SSM)
-
-    @property
-    def judge(self) -> Score:
-        """The score that is used; of a combined pattern, that of its first part."""
-        return self.judge_of(self.parts[0])
-
-    def fits_out_proj(self, mixes_readers: bool = True) -> bool:
-        """Whether out_proj is fitted to the dense model's residual stream after all else.
-
-        Args:
-            mixes_readers: whether the repair of removed states folds into their C rows; where it does not, out_proj is
-                what is left to fit.
-        """
-        whole = CHANNEL in self.parts or LAYER in self.parts
-        return self.repair and (whole or (COLUMN in self.parts and not mixes_readers))
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether anything is decided or fitted by running the model."""
-        if self.refine or (self.modules and self.ffn_score is not FfnScore.magnitude):
-            return True
-        judged = [part for part in self.parts if part in WHOLE or SSM in self.targets]
-        if self.fits_out_proj() or (self.repair and COLUMN in judged):
-            return True
-        return any(self.judge_of(part) not in BLIND for part in judged)
+        """The projections and conv1d among the modules in scope."""
+        return tuple(name for name in self.in_scope if name != A_LOG)
 
 
 def configure(**options: Any) -> CompressConfig:
-    """Validate options.
+    """Validate options, by their present names or those of 0.1.
 
     Raises:
         UsageError: naming every option that is wrong, what it was and what it may be.
     """
+    options, _ = renamed(options)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     try:
         return CompressConfig(**options)

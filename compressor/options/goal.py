@@ -1,38 +1,80 @@
-"""What a run may aim at in place of a sparsity: a share of the parameters, of the time, an increase of perplexity."""
+"""What a search may aim at in place of a sparsity: a share of parameters or time, an increase of perplexity."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ssmc.compressor.options.config import CompressConfig, configure, sentences
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, COMBINABLE, LAYER
+from ssmc.compressor.options.config import configure, sentences
+from ssmc.compressor.options.flags import GOAL, Flag
+from ssmc.compressor.options.patterns import combinable
+from ssmc.compressor.options.renamed import renamed
 from ssmc.runtime.errors import UsageError
-
-if TYPE_CHECKING:  # options are checked before torch is loaded
-    from ssmc.compressor.search.layer_sizes import Layerwise
-    from ssmc.runtime.measure.latency import Workload
-    from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.measure.phases import workload_text
 
 GOALS = ("target_params", "target_latency", "max_ppl_increase")
 
 
-class Target(BaseModel):
-    """A goal. `split_target` takes it out of the options of a run."""
+class Goal(BaseModel):
+    """What a search aims at. `split_goal` takes it out of the options of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target_params: float | None = None  # parameters, as a share of the dense model's
-    target_latency: float | None = None  # time, as a share of the dense model's on this device
-    max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # 0.05: five per cent
-    phase: Literal["prefill", "decode"] = "prefill"
-    batch: Annotated[int, Field(ge=1)] = 1
-    length: Annotated[int, Field(ge=1)] = 512
-    latency_table: str | None = None  # a file of an earlier run; None: measure
-    per_layer: bool = False  # whether layers may have sizes of their own, which stock loaders cannot use
+    target_params: Annotated[
+        float | None,
+        Flag(
+            "In place of a sparsity: the share of the dense model's parameters that may be left. A search finds what "
+            "to remove.",
+            GOAL,
+            metavar="PART",
+            default_text="",
+        ),
+    ] = None
+    target_latency: Annotated[
+        float | None,
+        Flag(
+            "In place of a sparsity: the share of the dense model's time that may be left, on this device.",
+            GOAL,
+            metavar="PART",
+            default_text="",
+        ),
+    ] = None
+    max_ppl_increase: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Flag(
+            "The largest increase of the perplexity that is allowed, 0.05 for 5 %. Given alone: the fastest model "
+            "within it.",
+            GOAL,
+            metavar="PART",
+            default_text="",
+            typed=float,
+        ),
+    ] = None
+    phase: Annotated[Literal["prefill", "decode"], Flag("Phase to measure: prefill or decode.", GOAL)] = "prefill"
+    batch: Annotated[int, Field(ge=1), Flag("Sequences in one batch.", GOAL)] = 1
+    length: Annotated[int, Field(ge=1), Flag("Tokens of the prompt in a prefill.", GOAL)] = 512
+    latency_table: Annotated[
+        str | None,
+        Flag(
+            "Latency table to use in place of measuring one: the ssmc.json of an earlier search.",
+            GOAL,
+            metavar="FILE",
+            default_text="measured",
+            typed=Path,
+        ),
+    ] = None
+    per_layer: Annotated[
+        bool,
+        Flag(
+            "Let each layer have sizes of its own where that loses less. Only ONNX gets faster by it: for stock "
+            "loaders all layers are filled up to the widest.",
+            GOAL,
+            switch="--per-layer",
+        ),
+    ] = False
 
     @field_validator("target_params", "target_latency")
     @classmethod
@@ -42,18 +84,11 @@ class Target(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _has_a_goal(self) -> Target:
+    def _has_a_goal(self) -> Goal:
         if not any(getattr(self, goal) is not None for goal in GOALS):
             given = ", ".join(sorted(self.model_fields_set))
-            raise ValueError(f"there is no target that {given} could belong to: give one of {', '.join(GOALS)}")
+            raise ValueError(f"there is no goal that {given} could belong to: give one of {', '.join(GOALS)}")
         return self
-
-    @property
-    def workload(self) -> Workload:
-        """What is timed."""
-        from ssmc.runtime.measure.latency import Workload
-
-        return Workload(self.phase, self.batch, self.length)
 
     @property
     def needs_time(self) -> bool:
@@ -68,7 +103,8 @@ class Target(BaseModel):
     def __str__(self) -> str:
         wanted = []
         if self.target_latency is not None:
-            wanted.append(f"{self.target_latency:.4g} of the dense model's time for {self.workload}")
+            what = workload_text(self.phase, self.batch, self.length)
+            wanted.append(f"{self.target_latency:.4g} of the dense model's time for {what}")
         if self.target_params is not None:
             wanted.append(f"{self.target_params:.4g} of its parameters")
         if self.max_ppl_increase is not None:
@@ -76,7 +112,7 @@ class Target(BaseModel):
         return ", ".join(wanted)
 
 
-def split_target(options: dict[str, Any]) -> tuple[Target | None, dict[str, Any]]:
+def split_goal(options: dict[str, Any]) -> tuple[Goal | None, dict[str, Any]]:
     """Take the goal out of the options of a run; what is left is that of an ordinary one.
 
     Returns:
@@ -85,62 +121,29 @@ def split_target(options: dict[str, Any]) -> tuple[Target | None, dict[str, Any]
     Raises:
         UsageError: the goal makes no sense, or does not go with the other options.
     """
+    options, _ = renamed(options)
     own = {
         name: value
         for name, value in options.items()
-        if name in Target.model_fields and value is not None and value is not False
+        if name in Goal.model_fields and value is not None and value is not False
     }
-    rest = {name: value for name, value in options.items() if name not in Target.model_fields}
+    rest = {name: value for name, value in options.items() if name not in Goal.model_fields}
     if not own:
         return None, rest
     own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
     try:
-        target = Target(**own)
+        goal = Goal(**own)
     except ValidationError as error:
-        raise UsageError(sentences(error, Target)) from error
+        raise UsageError(sentences(error, Goal)) from error
     for name in ("sparsity", "states", "widths"):
         if rest.get(name) is not None:
-            raise UsageError(f"{name} says what is removed, a target looks for it. Give one or the other.")
-    rest["pattern"] = rest.get("pattern") or "+".join(COMBINABLE)
+            raise UsageError(f"{name} says what is removed, a search with a goal looks for it. Give one or the other.")
+    able = combinable()
+    rest["pattern"] = rest.get("pattern") or "+".join(able)
     config = configure(**rest)
-    if unfit := [part for part in config.parts if part not in COMBINABLE] or config.modules:
+    if unfit := [part for part in config.parts if part not in able] or config.modules:
         raise UsageError(
-            f"A target is met by removing layers, states and channels, not by {', '.join(unfit)}. Use a pattern of "
-            f"{', '.join(COMBINABLE)}, or leave it out."
+            f"A goal is met by removing layers, states and channels, not by {', '.join(unfit)}. Use a pattern of "
+            f"{', '.join(able)}, or leave it out."
         )
-    return target, rest
-
-
-def configured(config: CompressConfig, removed: dict[str, float], *, trial: bool = False) -> CompressConfig:
-    """The ordinary run that removes these shares and is otherwise as `config` says.
-
-    Args:
-        config: with a pattern that has all parts of `removed`.
-        removed: by part; parts that are not in it stay whole.
-        trial: leave the gradient steps out, which take long and change little about which sizes are best.
-    """
-    parts = [part for part in COMBINABLE if part in removed]
-    options = config.model_dump(exclude_unset=True)
-    options["pattern"] = "+".join(parts)
-    options["sparsity"] = {part: round(removed[part], 6) for part in parts}
-    if trial or parts == [LAYER]:  # of whole layers nothing is left to refine
-        options.pop("refine", None)
-    if isinstance(config.score, dict):
-        options["score"] = {part: score for part, score in config.score.items() if part in parts} or None
-    elif config.score is not None:
-        options["score"] = {part: config.judge_of(part).value for part in parts}
-    return configure(**options)
-
-
-def configured_layerwise(config: CompressConfig, sizes: Layerwise, dense: Dimensions, *, trial: bool) -> CompressConfig:
-    """As `configured`, with the sizes of each layer by itself."""
-    parts = sizes.parts(dense)
-    options = configured(config, dict.fromkeys(parts, 0.5), trial=trial).model_dump(exclude_unset=True)
-    del options["sparsity"]
-    listed = {COLUMN: ("states", sizes.states), CHANNEL: ("widths", sizes.widths)}
-    return configure(**options, **dict(listed[part] for part in parts))
-
-
-def removable_layers(n_layer: int, parts: tuple[str, ...]) -> range:
-    """How many layers may stay: at least half of them, since the loss of more is beyond what any curve foretells."""
-    return range(n_layer - n_layer // 2 if LAYER in parts else n_layer, n_layer + 1)
+    return goal, rest

@@ -1,56 +1,112 @@
-"""What can be removed and how it is judged: patterns, their parts, their scores, and values given for each part."""
+"""What can be removed and which scores decide what: the words that options are written in.
+
+The words come from the methods themselves: each declares its pattern and its scores here when it is registered
+(`ssmc.compressor.methods`), built-in ones and those of other packages alike. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
-from ssmc.compressor.methods.weights.masks import NM
+from ssmc.compressor.options.sparsity import NM
 
 COLUMN, CHANNEL, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "channel", "unstructured", "layer", "ssm-module"
-PATTERNS = (COLUMN, CHANNEL, LAYER, UNSTRUCTURED, SSM_MODULE)  # and every N:M
-COMBINABLE = (LAYER, COLUMN, CHANNEL)  # with + between them; written, and carried out, in this order
+WEIGHTS = "weights"  # not a pattern: what the scores of projections and of conv1d decide about
 
 
-class Score(StrEnum):
-    """How the importance of a state, of a channel, of an entry of A_log, or of a whole layer is judged."""
+@dataclass(frozen=True)
+class Pattern:
+    """One kind of thing that can be removed.
 
-    magnitude = "magnitude"
-    random = "random"
-    sparsessm_vote = "sparsessm-vote"
-    sparsessm = "sparsessm"
-    sparsessm_l2 = "sparsessm-l2"
-    energy = "energy"
-    ghost = "ghost"
-    exact = "exact"
-    sparsegpt = "sparsegpt"
-    obs = "obs"
-    activation = "activation"
-    mamba_shedder = "mamba-shedder"
-    similarity = "similarity"
+    Attributes:
+        name: as `--pattern` has it.
+        removes: what goes, in the plural: "states".
+        help: a phrase about it, for the help text.
+        default_score: the score that decides unless the user names another.
+        combines: its place in a combined pattern such as column+channel; None: it stands alone.
+        takes_scope: whether `--scope` says where it acts; a pattern that takes whole channels or layers has none.
+        whole_blocks: whether nothing of a layer is left where it acts.
+    """
 
-
-BLIND = (Score.magnitude, Score.random)  # look at no text
-
-_PAPER = (Score.sparsessm_vote, Score.sparsessm, Score.sparsessm_l2, Score.energy)
-_ENTRIES = (Score.ghost, *BLIND, *_PAPER, Score.sparsegpt)
-_BLOCKS = (Score.mamba_shedder, Score.random)
-
-# Which scores a pattern can be judged by, its default first.
-_SCORES = {
-    COLUMN: (Score.exact, *BLIND, *_PAPER, Score.ghost),
-    CHANNEL: (Score.obs, Score.activation, *BLIND),
-    UNSTRUCTURED: _ENTRIES,
-    LAYER: (Score.mamba_shedder, Score.similarity, Score.random),
-    SSM_MODULE: _BLOCKS,
-}
+    name: str
+    removes: str
+    help: str
+    default_score: str
+    combines: int | None = None
+    takes_scope: bool = False
+    whole_blocks: bool = False
 
 
-def scores_of(part: str) -> tuple[Score, ...]:
-    """The scores a pattern, or one part of a combined one, can be judged by, its default first."""
-    return _SCORES.get(part, _ENTRIES)  # N:M on A_log judges entries, as unstructured does
+@dataclass(frozen=True)
+class ScoreName:
+    """A score, as far as options need to know it."""
+
+    name: str
+    help: str  # what it goes by, a phrase behind its name
+    needs_text: bool = True
+
+
+_PATTERNS: dict[str, Pattern] = {}
+_SCORES: dict[str, dict[str, ScoreName]] = {}  # by pattern
+
+
+def declare_pattern(pattern: Pattern) -> None:
+    """Make a pattern known to the options."""
+    _PATTERNS[pattern.name] = pattern
+
+
+def declare_score(pattern: str, score: ScoreName) -> None:
+    """Make a score known as one that can decide about a pattern."""
+    _SCORES.setdefault(pattern, {})[score.name] = score
+
+
+def patterns() -> dict[str, Pattern]:
+    """All patterns by name; every N:M besides, which counts as `unstructured`."""
+    return {name: _PATTERNS[name] for name in sorted(_PATTERNS, key=_rank)}
+
+
+def _rank(name: str) -> tuple[bool, bool, str]:
+    """The default pattern first, then those that make a model smaller, then the others."""
+    return name != COLUMN, _PATTERNS[name].combines is None, name
+
+
+def combinable() -> tuple[str, ...]:
+    """The patterns that can be joined by +, in the order in which they are written and carried out."""
+    placed = [pattern for pattern in _PATTERNS.values() if pattern.combines is not None]
+    return tuple(pattern.name for pattern in sorted(placed, key=lambda pattern: pattern.combines or 0))
+
+
+def pattern_of(part: str) -> Pattern:
+    """A part of a pattern; N:M counts as unstructured."""
+    return _PATTERNS.get(part, _PATTERNS[UNSTRUCTURED])
+
+
+def scores_of(part: str) -> tuple[str, ...]:
+    """The scores that can decide about a pattern, or about one part of a combined one, its default first."""
+    kind = part if part == WEIGHTS else pattern_of(part).name
+    names = _SCORES.get(kind, {})
+    first = "sparsegpt" if part == WEIGHTS else pattern_of(part).default_score
+    return tuple(sorted(names, key=lambda name: name != first))
+
+
+def score_names() -> tuple[str, ...]:
+    """Every score of every pattern, each once, by the alphabet."""
+    return tuple(sorted({name for kind, names in _SCORES.items() if kind != WEIGHTS for name in names}))
+
+
+def described_scores(part: str) -> dict[str, str]:
+    """What each score of a pattern goes by, the default first."""
+    kind = part if part == WEIGHTS else pattern_of(part).name
+    return {name: _SCORES[kind][name].help for name in scores_of(part)}
+
+
+def looks_at_text(part: str, score: str) -> bool:
+    """Whether a score needs the model to be run on text."""
+    kind = part if part == WEIGHTS else pattern_of(part).name
+    return _SCORES[kind][score].needs_text
 
 
 def parse_nm(pattern: str) -> NM | None:
@@ -70,16 +126,16 @@ def parse_pattern(pattern: str) -> tuple[str, ...]:
         ValueError: a part is unknown, named twice, or cannot be combined.
         UsageError: it is an N:M that makes no sense.
     """
-    words = pattern.split("+")
-    if len(words) == 1 and (pattern in PATTERNS or parse_nm(pattern)):
+    words, able = pattern.split("+"), combinable()
+    if len(words) == 1 and (pattern in _PATTERNS or parse_nm(pattern)):
         return (pattern,)
     if len(words) == 1:
-        raise ValueError(f"it is one of {', '.join(PATTERNS)}, or N:M such as 2:4, or several with + between")
-    if alone := [word for word in words if word not in COMBINABLE]:
-        raise ValueError(f"{' and '.join(map(repr, alone))} cannot be combined; {', '.join(COMBINABLE)} can")
+        raise ValueError(f"it is one of {', '.join(patterns())}, or N:M such as 2:4, or several with + between")
+    if alone := [word for word in words if word not in able]:
+        raise ValueError(f"{' and '.join(map(repr, alone))} cannot be combined; {', '.join(able)} can")
     if len(set(words)) < len(words):
         raise ValueError("a part is named twice")
-    return tuple(part for part in COMBINABLE if part in words)
+    return tuple(part for part in able if part in words)
 
 
 def parse_values(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which sizes meet a target with the least loss: curves of loss over what is removed, added up, and a full enumeration.
+"""Which sizes meet a goal with the least loss: curves of loss over what is removed, added up, and a full enumeration.
 
 Nothing here runs a model. What each part of a pattern costs is measured elsewhere at a few sparsities; between them a
 power law is assumed, and the losses of several parts are taken to add up. That is good enough to make a shortlist.
@@ -103,6 +103,11 @@ class Limit:
     def allows(self, sizes: Sizes) -> bool:
         """Whether a candidate is within the limit."""
         return self.cost(sizes) <= self.most
+
+
+def removable_layers(n_layer: int) -> range:
+    """How many layers may stay: at least half of them, since the loss of more is beyond what any curve foretells."""
+    return range(n_layer - n_layer // 2, n_layer + 1)
 
 
 def enumerate_sizes(layers: Iterable[int], widths: Iterable[int], states: Sequence[int]) -> list[Sizes]:

@@ -33,12 +33,6 @@ class Layerwise:
         removed = {COLUMN: min(self.states) < dense.d_state, CHANNEL: min(self.widths) < dense.d_inner}
         return [part for part, gone in removed.items() if gone]
 
-    def with_block(self, layer: int, block: tuple[int, int]) -> Layerwise:
-        """The same with another (d_inner, d_state) in one layer."""
-        blocks = self.blocks()
-        blocks[layer] = block
-        return Layerwise(*(tuple(sizes) for sizes in zip(*blocks, strict=True)))
-
 
 @dataclass(frozen=True)
 class LayerLosses:

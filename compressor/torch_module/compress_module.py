@@ -9,33 +9,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import put, samples
-from ssmc.compressor.counts import Kept, kept
 from ssmc.compressor.families import check_family
+from ssmc.compressor.methods.method import Job, KeepCounts, LayerResult, Plan
+from ssmc.compressor.methods.registry import score
+from ssmc.compressor.methods.states.score import StateScore
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.patterns import BLIND, CHANNEL, COLUMN, Score
-from ssmc.compressor.pipeline import LayerResult, Run, prune_layer
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, scores_of
+from ssmc.compressor.pipeline import prune_layer
+from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.forward import Forward, Runs, Seen, evaluating, run_on, same
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.families import Cut
 from ssmc.runtime.models.mixers import Mixer, cut_mixer, find_mixers, tell_configurations
 from ssmc.runtime.models.stock_kernels import guard_kernels
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 PARTS = {COLUMN: families.STATE, CHANNEL: families.CHANNEL}
 """What can be cut out of the mixers of a module; other patterns leave zeros or need a language model."""
 
-STREAMED = (Score.exact, Score.energy, Score.ghost, Score.sparsessm_l2, *BLIND)
-"""Scores whose sums take one batch after the other; the others look at all samples of a time step together."""
-
 _OF_A_CHECKPOINT = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
-_OF_A_CHECKPOINT += ("target", "ffn_score", "alpha")
+_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compress_module(
     *,
     in_place: bool = False,
     forward: Forward = run_on,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
     **options: Any,
 ) -> CompressedModule:
     """Prune the Mamba and Mamba-2 mixers of a module, whatever it is for, and cut them to their new size.
@@ -83,7 +83,7 @@ def compress_module(
     when the module runs on the batches with the mixers before it pruned. With `repair`, the C rows of a Mamba-1 are
     mixed; the rest is fitted to what the dense mixer makes of the same input.
 
-    Memory does not grow with the number of batches for `--pattern column` of a Mamba-1 by the scores `STREAMED`;
+    Memory does not grow with the number of batches for the pattern column of a Mamba-1 by `streaming_scores`;
     otherwise what one mixer reads is kept, and then all sequences must have one length. Batches are run once for each
     mixer that needs them, up to that mixer.
 
@@ -122,8 +122,8 @@ def compress_module(
                 f"{mixer.name or type(mixer.module).__name__} {_reason(seen.get(mixer.name))}" for mixer in order
             )
             raise CheckpointError(f"No mixer of this {type(module).__name__} can be pruned: {reasons}.")
-        pruner = _Pruner(config, runs, seen, _counts(config, able))
-        done = {mixer.name: pruner.prune(mixer, index, len(able)) for index, mixer in enumerate(able)}
+        pruner = _Pruner(runs, seen, _plans(config, able))
+        done = {mixer.name: pruner.prune(mixer, index) for index, mixer in enumerate(able)}
     if set(done) == {mixer.name for mixer in mixers}:
         _tell(work, list(done.values()))
     results = [done.get(mixer.name) or _left(mixer, _reason(seen.get(mixer.name))) for mixer in order]
@@ -170,8 +170,8 @@ def _reason(seen: Seen | None) -> str | None:
     return None
 
 
-def _counts(config: CompressConfig, mixers: list[Mixer]) -> Kept:
-    """How many states and channels stay in each mixer.
+def _plans(config: CompressConfig, mixers: list[Mixer]) -> list[Plan]:
+    """The plan of each mixer; all of them have the counts of all mixers.
 
     Raises:
         UsageError: the numbers do not fit, or the pattern does not fit a family.
@@ -182,7 +182,7 @@ def _counts(config: CompressConfig, mixers: list[Mixer]) -> Kept:
             raise UsageError(
                 f"{name} names {len(numbers)} mixers, the module has {len(mixers)}. Give one number for each."
             )
-    states, channels = [], []
+    plans = []
     for index, mixer in enumerate(mixers):
         fixed = mixer.architecture.capabilities.fixed
         able = [part for part, dimension in PARTS.items() if dimension not in fixed]
@@ -193,63 +193,42 @@ def _counts(config: CompressConfig, mixers: list[Mixer]) -> Kept:
             )
         check_family(config, mixer.architecture)
         own = config.model_copy(update={name: (numbers[index],) for name, numbers in listed.items()})
-        count = kept(own, mixer.dimensions)
-        states += count.states
-        channels += count.channels
-    return Kept(tuple(states), tuple(channels))
+        plans.append(make_plan(own, mixer.architecture, mixer.dimensions))
+    states = tuple(plan.keep.states[0] for plan in plans)
+    channels = tuple(plan.keep.channels[0] for plan in plans)
+    return [replace(plan, config=config, keep=KeepCounts(states, channels)) for plan in plans]
 
 
 @dataclass(frozen=True)
 class _Pruner:
     """What the mixers of one run have in common."""
 
-    config: CompressConfig
     runs: Runs
     seen: dict[str, Seen]
-    counts: Kept
+    plans: list[Plan]
 
-    def prune(self, mixer: Mixer, index: int, total: int) -> MixerResult:
+    def prune(self, mixer: Mixer, index: int) -> MixerResult:
         """Prune a mixer in place: silence what goes, then cut it out if the mixer's own forward takes that."""
-        config, architecture, block = self.config, mixer.architecture, mixer.block()
-        label = f"mixer {index + 1}/{total}"
-        calls, sizes = self.seen[mixer.name].calls, mixer.dimensions
-        fits = config.fits_out_proj(not architecture.capabilities.heads)
-        hidden, stream = None, None
-        if config.needs_text:
-            hidden = _Inputs(self.runs, mixer, calls, f"{label}: inputs")
-            if fits or config.refine or not self._streams(mixer):
-                hidden = hidden.together()
-        if fits or config.refine:
-            _check_sequences(config, hidden)
-            stream = _stream(mixer, block, hidden)
-        run = Run(
-            architecture,
-            config,
-            sizes,
-            counts=self.counts,
-            hidden=hidden,
-            stream=stream,
-            fits=fits,
-            targets=[],
-            stored_dtypes={name: tensor.dtype for name, tensor in block.mixer.named_parameters()},
-            progress=self.runs.progress,
-        )
-        result, _ = prune_layer(run, block, index, label)
-        return self._cut(mixer, result, calls)
-
-    def _streams(self, mixer: Mixer) -> bool:
-        """Whether the sums can be taken batch by batch."""
-        config = self.config
-        column = config.parts == (COLUMN,) and config.judge_of(COLUMN) in STREAMED
-        return column and not (mixer.architecture.capabilities.heads and config.repair)
+        plan, block, label = self.plans[index], mixer.block(), f"mixer {index + 1}/{len(self.plans)}"
+        calls = self.seen[mixer.name].calls
+        job = Job(plan, block, index, None, label=label, progress=self.runs.progress)
+        job.stored_dtypes = {name: tensor.dtype for name, tensor in block.mixer.named_parameters()}
+        if plan.needs_text:
+            inputs = _Inputs(self.runs, mixer, calls, f"{label}: inputs")
+            job.hidden = inputs if _streams(plan) else inputs.together()
+        if plan.follows_dense:
+            _check_sequences(plan.config, job.samples)
+            job.stream = _stream(mixer, block, job.samples)
+        prune_layer(job)
+        return self._cut(mixer, job.result(), calls)
 
     def _cut(self, mixer: Mixer, layer: LayerResult, calls: int) -> MixerResult:
         """Cut out what is silent, unless the mixer's own forward then fails or puts out something else."""
         sizes, groups = mixer.dimensions, mixer.dimensions.groups
-        states, channels = len(layer.kept) // groups, len(layer.channels or range(sizes.d_inner))
+        states, channels = len(layer.states_kept) // groups, len(layer.channels_kept or range(sizes.d_inner))
         result = MixerResult(mixer.name, mixer.family, (sizes.d_state,) * 2, (sizes.d_inner,) * 2, layer)
         masked = self.runs.outputs(mixer, calls)
-        undo = cut_mixer(mixer, layer.kept if states < sizes.d_state else None, layer.channels)
+        undo = cut_mixer(mixer, layer.states_kept if states < sizes.d_state else None, layer.channels_kept)
         try:
             problem = None if same(self.runs.outputs(mixer, calls), masked) else "puts out something else"
         except CalibrationError as error:
@@ -260,6 +239,18 @@ class _Pruner:
         gone = f"{states} states" if channels == sizes.d_inner else f"{states} states and {channels} channels"
         note = f"its own forward {problem} with {gone}, so what was removed is silent and still there"
         return replace(result, note=note)
+
+
+def _streams(plan: Plan) -> bool:
+    """Whether the sums can be taken batch by batch."""
+    if plan.follows_dense or plan.config.parts != (COLUMN,) or (plan.has_heads and plan.config.repair):
+        return False
+    return cast(StateScore, score(COLUMN, plan.config.score_of(COLUMN))).streams
+
+
+def streaming_scores() -> tuple[str, ...]:
+    """Scores of states whose sums take one batch after the other."""
+    return tuple(name for name in scores_of(COLUMN) if cast(StateScore, score(COLUMN, name)).streams)
 
 
 @dataclass(frozen=True)
@@ -286,7 +277,7 @@ class _Inputs:
             raise CalibrationError(
                 f"{self.mixer.name or 'The mixer'} reads sequences of several lengths "
                 f"({', '.join(map(str, lengths))}), and this score or repair needs all of one length. Give batches of "
-                f"one length, or use the pattern column on a Mamba-1 with one of {', '.join(STREAMED)}."
+                f"one length, or use the pattern column on a Mamba-1 with one of {', '.join(streaming_scores())}."
             )
         return torch.cat(pieces).float()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ssmc.runtime.errors import CalibrationError, SsmcError
 from ssmc.runtime.models.mixers import Mixer
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 AGREES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest number of an output
 AGREES_HALF = 2e-2
@@ -78,7 +78,7 @@ class Runs:
     module: nn.Module
     batches: Iterable[Any]
     forward: Forward = run_on
-    progress: Progress = silent
+    progress: Progress = NO_PROGRESS
     _first: Any = field(init=False)
 
     def __post_init__(self) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,14 +25,13 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import write_text
 from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.conditions import conditions, load_average
+from ssmc.runtime.measure.phases import PHASES, workload_text
 from ssmc.runtime.measure.timing import Ratio, interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import Progress, silent
 
 SCHEMA = "ssmc-latency/1"
-PHASES = ("prefill", "decode")
-
 STACK_BYTES = 512 << 20
 """Weights of blocks that one timed model has at most, beyond the first two blocks: more than most caches hold."""
 
@@ -62,8 +61,7 @@ class Workload:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     def __str__(self) -> str:
-        what = "a step of decoding" if self.phase == "decode" else f"a prefill of {self.length} tokens"
-        return f"{what} at batch {self.batch}"
+        return workload_text(self.phase, self.batch, self.length)
 
     def on(self, model: nn.Module) -> Callable[[], torch.Tensor]:
         """The workload on a model, as a callable without arguments."""
@@ -153,10 +151,11 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     path = Path(path).expanduser()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record = (record.get("target") or {}).get("latency_table") or record  # out of the manifest of a run
+        search = record.get("goal") or record.get("target") or {}  # of the manifest of a run; "target" in 0.1
+        record = search.get("latency_table") or record
         if record.pop("schema") != SCHEMA:
             raise ValueError("another format")
-        record["dimensions"] = Dimensions(**record["dimensions"])
+        record["dimensions"] = _dimensions(record["dimensions"])
         record["workload"] = Workload(**record["workload"])
         record["block"] = tuple(tuple(float(value) for value in row) for row in record["block"])
         record["widths"], record["states"] = tuple(record["widths"]), tuple(record["states"])
@@ -167,6 +166,18 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path} is no latency table of this version of ssmc. Name one that it wrote.") from error
     return table
+
+
+def _dimensions(record: Mapping[str, int]) -> Dimensions:
+    """The sizes of a model of whichever family from what its `as_dict` gave."""
+    kinds, found = [Dimensions], None
+    while kinds and found is None:
+        kind = kinds.pop()
+        found = kind(**record) if {field.name for field in fields(kind)} == record.keys() else None
+        kinds += kind.__subclasses__()
+    if found is None:
+        raise ValueError("sizes of no family")
+    return found
 
 
 def measure_latency(

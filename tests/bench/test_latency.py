@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure import latency
 from ssmc.runtime.measure.latency import LatencyTable, Workload, cut_to_size, measure_latency, read_latency_table
 from ssmc.runtime.models.families import Dimensions, architecture_for
+from ssmc.runtime.models.families.base import HybridDimensions
+from ssmc.runtime.models.families.mamba2 import Mamba2Dimensions
 from tests.support.models import logits, random_model, random_tokens
 
 MAMBA = architecture_for("mamba")
@@ -76,6 +79,22 @@ def test_a_damaged_table_is_one_sentence(tmp_path, change):
     path.write_text("{")
     with pytest.raises(UsageError, match="is no latency table"):
         read_latency_table(path)
+
+
+@pytest.mark.parametrize("key", ["goal", "target", None])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Mamba2Dimensions(4, 64, 128, 16, 8, 4, 256, head_dim=16, n_groups=1),
+        HybridDimensions(4, 64, 128, 16, 4, 4, 256, mamba_layers=3),
+    ],
+)
+def test_a_table_of_another_family_is_read_from_a_manifest_of_now_and_of_0_1(tmp_path, sizes, key):
+    table, path = replace(TABLE, dimensions=sizes), tmp_path / "ssmc.json"
+    path.write_text(json.dumps(table.to_json() if key is None else {key: {"latency_table": table.to_json()}}))
+    found = read_latency_table(path)
+    assert found == table
+    assert type(found.dimensions) is type(sizes)
 
 
 def test_a_table_that_is_not_there_is_one_sentence(tmp_path):

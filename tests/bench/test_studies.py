@@ -108,7 +108,7 @@ def subject(tiny):
     "options",
     [
         {"pattern": "column", "score": "sparsessm-l2", "repair": False},
-        {"pattern": "2:4", "target": "ssm", "score": "sparsessm-vote"},
+        {"pattern": "2:4", "scope": "ssm", "score": "sparsessm-vote"},
     ],
 )
 def test_a_cell_is_what_compress_writes(options, subject, tmp_path):
@@ -135,7 +135,7 @@ def test_cells_cover_what_the_paper_reports():
 
 
 def test_a_cell_that_cannot_be_measured_says_why(subject):
-    cell = study_models.Cell("t", "r", "c", {"pattern": "3:7", "target": "ssm", "score": "magnitude"})
+    cell = study_models.Cell("t", "r", "c", {"pattern": "3:7", "scope": "ssm", "score": "magnitude"})
     assert "groups of 7" in study_models.measure(subject[0], cell)[0]["failed"]
 
 

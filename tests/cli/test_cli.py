@@ -17,8 +17,7 @@ from ssmc.cli.bench import bench as bench_command
 from ssmc.cli.bench import numbers as parse_numbers
 from ssmc.cli.compress import compress as compress_command
 from ssmc.cli.export import export as export_command
-from ssmc.compressor import CompressConfig, FfnScore, Score, Weighting
-from ssmc.compressor.options.patterns import COMBINABLE, PATTERNS
+from ssmc.compressor import CompressConfig
 from ssmc.exporters import all_formats
 from ssmc.runtime import errors
 from ssmc.runtime.scan import BACKENDS
@@ -143,11 +142,6 @@ def test_completion_installed_in_bash_completes(tmp_path):
 
 
 def test_the_words_to_choose_from():
-    assert set(options.SCORES) == {score.value for score in Score}
-    assert set(get_args(options.FfnScore)) == {score.value for score in FfnScore}
-    assert set(get_args(options.Weighting)) == {weighting.value for weighting in Weighting}
-    assert set(options.PATTERNS) == {*PATTERNS, "2:4", "4:8"}
-    assert options.COMBINABLE == COMBINABLE
     assert get_args(options.Device) == get_args(CompressConfig.model_fields["device"].annotation)
     assert get_args(options.ScanBackend) == BACKENDS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in get_args(options.Dtype))
@@ -162,12 +156,26 @@ def test_the_defaults_of_export_and_bench():
     assert parse_numbers(typed["batch_sizes"].default) == library["batch_sizes"].default
 
 
-def test_the_defaults_of_compress():
+def test_compress_has_every_option_of_a_run_and_of_a_goal_with_its_default():
     parameters = inspect.signature(compress_command).parameters
+    for model in (CompressConfig, Goal):
+        assert set(model.model_fields) - {"model"} <= set(parameters)
     typed = {name: parameters[name].default for name in CompressConfig.model_fields if name != "model"}
     assert CompressConfig(model="tiny", **typed) == CompressConfig(model="tiny")
     library = inspect.signature(ssmc.compress).parameters
     assert all(str(parameters[name].default) == str(library[name].default) for name in ("out", "force"))
+
+
+def test_every_option_of_compress_is_explained(capsys):
+    """The help text of each field stands in the help of the command, and the old names do not."""
+    shown = run(capsys, "compress", "--help").words
+    for model in (CompressConfig, Goal):
+        for name, flag, _, _ in flags_of(model):
+            first = flag.text.replace("`", "").split(". ")[0].split(", ")[0].split(":")[0]
+            assert first in shown, name
+    assert "--target " not in shown
+    for name in (*patterns(), *score_names()):
+        assert name in shown
 
 
 # --- the Python interface ---------------------------------------------------------------------------------------------

@@ -260,9 +260,9 @@ def test_a_damaged_packed_file_is_noticed(artefact, tmp_path, damage):
 
 def test_what_is_not_24_is_refused_and_nothing_is_left(copy, tmp_path):
     compress("tiny", out=tmp_path / "column", score="magnitude", repair=False)
-    compress("tiny", out=tmp_path / "states", pattern="2:4", target="ssm", score="magnitude")
+    compress("tiny", out=tmp_path / "states", pattern="2:4", scope="ssm", score="magnitude")
     for other in ("column", "states"):
-        with pytest.raises(UsageError, match=r"no 2:4 modules.*ssmc compress MODEL --pattern 2:4 --target ffn"):
+        with pytest.raises(UsageError, match=r"no 2:4 modules.*ssmc compress MODEL --pattern 2:4 --scope ffn"):
             export(tmp_path / other, format="sparse24")
         assert not (tmp_path / other / "sparse24").exists()
     stored = load_file(copy / "model.safetensors")

@@ -107,7 +107,7 @@ def test_other_ways_to_prune_states(family, folder, tmp_path):
     steps = family in ("falcon_mamba", "jamba", "falcon_h1", "zamba2")
     options = {"refine": 3} if steps else {"score": "energy", "repair": False}
     result = compress(folder, out=tmp_path / "out", **options, **short(folder))
-    for layer in (layer for layer in result.layers if layer.kept and "refine" in options):
+    for layer in (layer for layer in result.layers if layer.states_kept and "refine" in options):
         assert layer.refined.error <= layer.refined.error_before
     exported = export(tmp_path / "out")
     assert load_checkpoint(exported.directory).dimensions.d_state == 4
@@ -164,10 +164,12 @@ def test_masked_equals_cut_in_stock_transformers(artefact, folder):
 
 def test_repair_loses_less_than_none(artefact, family):
     result, _ = artefact
-    layers = [layer for layer in result.layers if layer.kept]
-    assert sum(layer.fitted.error for layer in layers) < 0.9 * sum(layer.fitted.error_unrepaired for layer in layers)
-    unrepaired = sum(layer.error_unrepaired for layer in layers)
-    assert sum(layer.error for layer in layers) < (0.9 if family in NORMED else 1.001) * unrepaired
+    layers = [layer for layer in result.layers if layer.states_kept]
+    assert sum(layer.out_proj.error for layer in layers) < 0.9 * sum(
+        layer.out_proj.error_unrepaired for layer in layers
+    )
+    unrepaired = sum(layer.states.error_unrepaired for layer in layers)
+    assert sum(layer.states.error for layer in layers) < (0.9 if family in NORMED else 1.001) * unrepaired
 
 
 @torch.no_grad()
@@ -186,7 +188,7 @@ def test_blocks_run_alone_as_they_do_in_the_model(models, family, length):
 @torch.no_grad()
 def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, folder, tmp_path):
     pattern = "2:4" if family in ("jamba", "bamba") else "unstructured"
-    options = {"pattern": pattern, "target": "ffn" if pattern == "2:4" else "all", "sparsity": 0.4, "alpha": 0}
+    options = {"pattern": pattern, "scope": "ffn" if pattern == "2:4" else "all", "sparsity": 0.4, "alpha": 0}
     result = compress(folder, out=tmp_path / "out", **options, **short(folder))
     dense, pruned = (AutoModelForCausalLM.from_pretrained(d) for d in (folder, tmp_path / "out"))
     shared = {n for n, _ in dense.named_modules() if "shared_transformer" in n or n.endswith(".linear")}
@@ -202,10 +204,10 @@ def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, fol
     untouched = [name for name, p in dense.named_parameters() if "experts" in name and p.ndim == 3]
     assert all(torch.equal(pruned.get_parameter(name), dense.get_parameter(name)) for name in untouched)
     assert any("stay dense" in note for note in result.notes) != architecture_for(family).capabilities.uniform
-    done = [module.name for layer in result.layers for module in layer.modules]
-    for layer in (layer for layer in result.layers if layer.kept and pattern != "2:4"):
-        assert 0 < layer.a_log_zeros < 0.6
-    convolutions = sum(1 for layer in result.layers if layer.kept)
+    done = [module.name for layer in result.layers if layer.weights for module in layer.weights.modules]
+    for layer in (layer for layer in result.layers if layer.states_kept and pattern != "2:4"):
+        assert 0 < layer.entries.zeros < 0.6
+    convolutions = sum(1 for layer in result.layers if layer.states_kept)
     assert len(done) == len([name for name in linears if name != "lm_head" and name not in shared]) + convolutions
 
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from ssmc.compressor import compress, configure, prune_layers
-from ssmc.compressor.methods.channels.heads import channels_of, choose_heads, eliminate_heads
-from ssmc.compressor.methods.channels.obs import RIDGE
-from ssmc.compressor.options.patterns import Score
+from ssmc.compressor import compress, configure
+from ssmc.compressor.methods.channels.heads import channels_of, eliminate_heads
+from ssmc.compressor.methods.channels.score import ScoredChannels
+from ssmc.compressor.methods.registry import score as registered
+from ssmc.compressor.methods.ridge import RIDGE
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import CHANNEL, STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.support.models import VOCAB, random_mamba2, save_mamba_ssm, save_transformers
+from tests.support.pruning import prune_layers
 
 ARCHITECTURE = architecture_for("mamba2")
 
@@ -69,11 +71,12 @@ def test_other_scores_judge_a_head_by_all_of_its_columns():
     W, y = torch.randn(5, 12, generator=g), torch.randn(50, 12, generator=g)
     moment = (y.t() @ y).double()
     norms = W.double().square().sum(0)
-    for score, importance in ((Score.magnitude, norms), (Score.activation, norms * moment.diagonal())):
+    for score, importance in (("magnitude", norms), ("activation", norms * moment.diagonal())):
         heads = importance.view(4, 3).sum(1)
         wanted = [2 * group + int(heads[2 * group : 2 * group + 2].argmax()) for group in (0, 1)]
-        assert choose_heads(score, W, moment, 2, 4, 2, g) == wanted
-    assert len(choose_heads(Score.random, W, None, 2, 4, 2, g)) == 2
+        layer = ScoredChannels(W, moment, heads=4, groups=2)
+        assert registered("channel", score).choose(layer, 6) == channels_of(wanted, 3)
+    assert len(registered("channel", "random").choose(ScoredChannels(W, heads=4, groups=2), 6)) == 6
 
 
 @torch.no_grad()
@@ -85,12 +88,12 @@ def test_masked_equals_cut(options):
     assert (masked - dense(random_tokens()).logits).abs().max() > 0.01 * masked.abs().max()
     tensors, config = model.state_dict(), model.config
     if "column" in options.get("pattern", ""):
-        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.kept for r in results])
+        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.states_kept for r in results])
     for block, result in zip(model.backbone.layers, results, strict=True):
-        assert [sum(24 * g <= c < 24 * g + 24 for c in result.channels) for g in (0, 1)] == [12, 12]
-        assert ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels)
-        assert not ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels[4:])
-    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels for r in results])
+        assert [sum(24 * g <= c < 24 * g + 24 for c in result.channels_kept) for g in (0, 1)] == [12, 12]
+        assert ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels_kept)
+        assert not ARCHITECTURE.is_masked(block.mixer, CHANNEL, result.channels_kept[4:])
+    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels_kept for r in results])
     cut = Mamba2ForCausalLM(config).eval()
     cut.load_state_dict(tensors)
     assert (config.expand, config.num_heads) == (1, 6)
@@ -126,8 +129,8 @@ def test_obs_and_the_refit_lose_least():
         wrong = model.backbone.layers[0](embedded) - embedded - added
         losses[score, repair] = float(wrong.square().sum() / added.square().sum())
         if repair:
-            assert results[0].fitted.error == pytest.approx(losses[score, repair], rel=1e-2)
-            assert all(r.fitted.error < r.fitted.error_unrepaired for r in results)
+            assert results[0].out_proj.error == pytest.approx(losses[score, repair], rel=1e-2)
+            assert all(r.out_proj.error < r.out_proj.error_unrepaired for r in results)
     assert losses["obs", True] < 0.9 * losses["obs", False]
     assert losses["obs", False] < 0.9 * losses["random", False]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Mamba2ForCausalLM
 
-from ssmc.compressor import compress, configure, prune_layers
+from ssmc.compressor import compress, configure
 from ssmc.compressor.methods.weights.sparsegpt import sparsegpt
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
@@ -18,6 +18,7 @@ from ssmc.runtime.models.families import STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from tests.support.models import VOCAB, random_mamba2, save_transformers
 from tests.support.naive import hidden_states
+from tests.support.pruning import prune_layers
 
 ARCHITECTURE = architecture_for("mamba2")
 FFN = ("in_proj", "conv1d", "out_proj")  # B, C and dt come out of in_proj
@@ -69,7 +70,7 @@ def importance_of_heads(block, hidden, score) -> np.ndarray:
 def test_a_log_of_the_least_important_heads_becomes_zero(tokens, score, pattern):
     model = random_mamba2()
     block = copy.deepcopy(model.backbone.layers[0])
-    results = pruned(model, tokens, pattern=pattern, target="ssm", score=score, sparsity=0.5)
+    results = pruned(model, tokens, pattern=pattern, scope="ssm", score=score, sparsity=0.5)
     with torch.no_grad():
         importance = importance_of_heads(block, model.backbone.embeddings(tokens), score)
     gone = np.argsort(importance, kind="stable")[:6]
@@ -82,8 +83,8 @@ def test_a_log_of_the_least_important_heads_becomes_zero(tokens, score, pattern)
     else:
         assert (A_log == 0).nonzero().flatten().tolist() == sorted(gone)
     assert torch.equal(A_log[A_log != 0], block.mixer.A_log[A_log != 0])
-    assert results[0].a_log_zeros == (2 / 3 if pattern == "1:3" else 0.5)
-    assert results[0].kept == tuple(range(14))
+    assert results[0].entries.zeros == (2 / 3 if pattern == "1:3" else 0.5)
+    assert results[0].states_kept == tuple(range(14))
 
 
 @torch.no_grad()
@@ -91,9 +92,9 @@ def test_a_log_of_the_least_important_heads_becomes_zero(tokens, score, pattern)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_every_module_has_the_zeros_it_was_asked_for(tokens, score, pattern):
     model = random_mamba2()
-    results = pruned(model, tokens, pattern=pattern, target="ffn", ffn_score=score, alpha=0)
+    results = pruned(model, tokens, pattern=pattern, scope="ffn", ffn_score=score, alpha=0)
     for block, result in zip(model.backbone.layers, results, strict=True):
-        assert [m.name for m in result.modules] == list(FFN)
+        assert [m.name for m in result.weights.modules] == list(FFN)
         for name, weight in ARCHITECTURE.module_weights(block.mixer).items():
             if pattern == "2:4":
                 assert ((weight.reshape(len(weight), -1, 4) == 0).sum(2) == 2).all(), name
@@ -114,12 +115,12 @@ def test_modules_are_pruned_with_the_hessians_of_what_stock_transformers_passes_
         x, weight = read[name].flatten(0, 1), getattr(mixer, name).weight
         expected = sparsegpt(weight, x.double().t() @ x.double(), 0.5).weight
         other = copy.deepcopy(model)
-        result = pruned(other, tokens, pattern="unstructured", target=name, alpha=0)[0].modules[0]
+        result = pruned(other, tokens, pattern="unstructured", scope=name, alpha=0)[0].modules[0]
         now = getattr(other.backbone.layers[0].mixer, name).weight
         torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-4)
         measured = ((x @ (weight - now).t()) ** 2).sum() / ((x @ weight.t()) ** 2).sum()
         assert result.error == pytest.approx(measured.item(), rel=1e-3)
-    result = pruned(model, tokens, pattern="unstructured", target="conv1d", alpha=0)[0].modules[0]
+    result = pruned(model, tokens, pattern="unstructured", scope="conv1d", alpha=0)[0].modules[0]
     now, x = copy.deepcopy(mixer.conv1d), mixer.in_proj(read["in_proj"])[..., 48:-12].transpose(1, 2)  # x, B, C
     now.weight.copy_(model.backbone.layers[0].mixer.conv1d.weight)
     bias = now.bias[:, None]
@@ -130,11 +131,11 @@ def test_modules_are_pruned_with_the_hessians_of_what_stock_transformers_passes_
 @torch.no_grad()
 def test_states_and_modules_together_keep_the_pruned_states_silent(tokens):
     model = random_mamba2()
-    results = pruned(model, tokens, pattern="column", target="all", sparsity=0.5)
+    results = pruned(model, tokens, pattern="column", scope="all", sparsity=0.5)
     for block, result in zip(model.backbone.layers, results, strict=True):
-        assert [m.name for m in result.modules] == list(FFN)
-        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.kept)
-    tensors, config, _ = ARCHITECTURE.cut(model.state_dict(), model.config, STATE, [r.kept for r in results])
+        assert [m.name for m in result.weights.modules] == list(FFN)
+        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.states_kept)
+    tensors, config, _ = ARCHITECTURE.cut(model.state_dict(), model.config, STATE, [r.states_kept for r in results])
     shrunk = Mamba2ForCausalLM(config)
     shrunk.load_state_dict(tensors)
     wanted = model(tokens).logits
@@ -146,7 +147,7 @@ def test_2_to_4_goes_through_to_an_export_that_stock_transformers_runs(tmp_path,
     source = save_transformers(random_mamba2(), tmp_path / "model")
     compress(source, out=tmp_path / "out", pattern="2:4", ffn_score="magnitude")
     result = export(tmp_path / "out", format="sparse24", out=tmp_path / "sparse")
-    assert {module.name.rpartition(".")[2] for module in result.modules} == set(FFN)
+    assert {module.name.rpartition(".")[2] for module in result.weights.modules} == set(FFN)
     masked, stock = load_checkpoint(tmp_path / "out").model, Mamba2ForCausalLM.from_pretrained(tmp_path / "sparse")
     for name, weight in stock.state_dict().items():
         assert torch.equal(weight.float(), masked.state_dict()[name].to(weight.dtype).float()), name
@@ -170,8 +171,8 @@ def test_the_ssm_of_whole_layers_goes(tmp_path, tokens):
     ("options", "named"),
     [
         ({"pattern": "unstructured", "score": "sparsegpt"}, "one A_log, so nothing is left"),
-        ({"pattern": "unstructured", "target": "in_proj,x_proj"}, "x_proj does not exist in mamba2"),
-        ({"pattern": "2:4", "target": "ssm"}, "needs whole groups of 4 entries, but the axis has 6"),
+        ({"pattern": "unstructured", "scope": "in_proj,x_proj"}, "x_proj does not exist in mamba2"),
+        ({"pattern": "2:4", "scope": "ssm"}, "needs whole groups of 4 entries, but the axis has 6"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, options, named):

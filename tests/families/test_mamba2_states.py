@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import Mamba2ForCausalLM
 
-from ssmc.compressor import compress, configure, prune_layers
+from ssmc.compressor import compress, configure
 from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.contributions import Contributions, loss_of
 from ssmc.compressor.methods.states.elimination import SCALED_RIDGE, eliminate_from, eliminate_scaled
-from ssmc.compressor.methods.states.readers import ReadoutGrams, _Task, _windows, fit_readers
-from ssmc.compressor.pipeline import collect
+from ssmc.compressor.methods.states.readers import ReaderTask, ReadoutGrams, fit_readers, input_windows
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -25,6 +25,7 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 from tests.support.models import LAYERS, VOCAB, random_mamba2, save_mamba_ssm, save_transformers
+from tests.support.pruning import job_of, prune_layers
 
 ARCHITECTURE = architecture_for("mamba2")
 SAMPLES, LENGTH = 3, 70
@@ -80,7 +81,7 @@ def layer():
     sums = [Contributions(heads=6) for _ in range(2)]
     with torch.no_grad():
         for group, statistic in enumerate(sums):
-            collect(ARCHITECTURE, block, hidden, [statistic], group=group)
+            collect(job_of(ARCHITECTURE, block, hidden), [statistic], group)
         return sums, naive_readouts(block, hidden)
 
 
@@ -95,7 +96,9 @@ def test_the_error_of_losing_any_set_is_the_one_measured(layer, group):
         loss = loss_of(sums[group], removed, repair=True)
         assert loss.energy == pytest.approx(energy, rel=1e-5)
         assert loss.error_unrepaired == pytest.approx((lost**2).sum(), rel=1e-5, abs=1e-6 * energy)
-        change = sums[group].skip_change(removed).numpy()
+        skips = (u * gain).reshape(-1, 6, 4)  # least squares, head by head
+        losts = lost.reshape(-1, 6, 4)
+        change = (losts * skips).sum((0, 2)) / (skips**2).sum((0, 2))
         mended = lost - change[:, None] * u * gain
         assert loss.error == pytest.approx((mended**2).sum(), rel=1e-5, abs=1e-6 * energy)
         for k in range(6):  # least squares: every other change of the skip is worse
@@ -140,18 +143,19 @@ def test_the_fit_of_the_readers_minimises_the_error_that_is_measured():
     hidden = torch.randn(SAMPLES, LENGTH, 24, generator=torch.Generator().manual_seed(4))
     statistic, kept = ReadoutGrams(heads=6, every=1), [0, 2, 3, 6]
     with torch.no_grad():
+        job = job_of(ARCHITECTURE, block, hidden)
         reads, _, gain = naive_readouts(block, hidden)
-        collect(ARCHITECTURE, block, hidden, [statistic], group=1)
+        collect(job, [statistic], 1)
         starts, grams = statistic.stretches()
         assert starts == [0]  # the last stretch is a short one
         readers = ARCHITECTURE.readers(block.mixer, 1)
-        task = _Task(_windows(ARCHITECTURE, block, hidden, starts, 64, readers), grams, readers, kept)
+        task = ReaderTask(input_windows(job, starts, 64, readers), grams, readers, kept)
         rows = torch.arange(SAMPLES)
         before = task.error(rows, [None if t is None else t[kept] for t in vars(readers).values()], torch.zeros(6))
         lost = reads[:, :64, 6:][..., [1, 4, 5]].sum(-1) * gain[:, :64, 6:]
         energy = ((reads[:, :64, 6:].sum(-1) * gain[:, :64, 6:]) ** 2).sum()
         assert before == pytest.approx((lost**2).sum() / energy, rel=1e-4)
-        fit = fit_readers(ARCHITECTURE, block, hidden, 1, statistic, kept, seed=0)
+        fit = fit_readers(job, 1, statistic, kept)
     assert fit.error <= fit.error_before
     changed = random_mamba2().backbone.layers[1].mixer
     moved = (block.mixer.in_proj.weight != changed.in_proj.weight).any(dim=1).nonzero().flatten().tolist()
@@ -166,7 +170,7 @@ def pruned(model, tokens=None, **options):
     results = prune_layers(
         use_fast_scan(model), ARCHITECTURE, random_tokens() if tokens is None else tokens, config, dtypes
     )
-    return [result.kept for result in results], results
+    return [result.states_kept for result in results], results
 
 
 SCORES = ["exact", "ghost", "energy", "sparsessm", "sparsessm-l2", "sparsessm-vote", "random"]
@@ -217,9 +221,9 @@ def test_the_default_loses_least_and_repair_mends():
         first = model(ids, output_hidden_states=True).hidden_states[1] - hidden[1]
         losses[score, repair] = float(first.square().sum())
         if score == "exact":
-            assert all(r.error <= r.error_unrepaired for r in results)
-            assert results[0].repaired is repair
-            assert (results[0].fitted is not None) is repair
+            assert all(r.states.error <= r.states.error_unrepaired for r in results)
+            assert results[0].states.repaired is repair
+            assert (results[0].out_proj is not None) is repair
     assert losses["exact", True] < 0.8 * losses["exact", False] < 0.8 * losses["random", False]
 
 

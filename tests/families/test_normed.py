@@ -119,7 +119,7 @@ def test_half_precision_folds_the_mean_exactly(tmp_path, keep):
 @torch.no_grad()
 def test_falcon_mamba_takes_the_other_patterns(tmp_path, pattern):
     directory = with_tokenizer(save_transformers(falcon_mamba(vocab_size=TINY_VOCAB), tmp_path / "model"))
-    options = {"target": "all"} if pattern == "2:4" else {}
+    options = {"scope": "all"} if pattern == "2:4" else {}
     compress(directory, out=tmp_path / "out", pattern=pattern, **short(directory), **options)
     exported = export(tmp_path / "out")
     masked, cut = (AutoModelForCausalLM.from_pretrained(d) for d in (tmp_path / "out", exported.directory))

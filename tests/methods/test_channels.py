@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor import Score, configure, prune_layers
+from ssmc.compressor import configure
 from ssmc.compressor.methods.channels import prune as widths
-from ssmc.compressor.methods.channels.obs import RIDGE, choose_channels, eliminate_channels, fit, refit
+from ssmc.compressor.methods.channels.obs import eliminate_channels
+from ssmc.compressor.methods.channels.score import ScoredChannels
+from ssmc.compressor.methods.registry import score as registered
+from ssmc.compressor.methods.ridge import RIDGE, fit, refit
 from ssmc.runtime.models.families import CHANNEL, STATE
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, dtypes, random_model
+from tests.support.pruning import job_of, prune_layers
 
 
 def tokens_of(d, count=200, seed=0):
@@ -87,14 +91,13 @@ def test_channels_by_activation_and_magnitude():
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
     norms = weight.double().numpy() ** 2
     for score, importance in (
-        (Score.magnitude, norms.sum(0)),
-        (Score.activation, norms.sum(0) * (x.numpy() ** 2).sum(0)),
+        ("magnitude", norms.sum(0)),
+        ("activation", norms.sum(0) * (x.numpy() ** 2).sum(0)),
     ):
-        kept = choose_channels(score, weight, x.t() @ x, 4, torch.Generator())
+        kept = registered("channel", score).choose(ScoredChannels(weight, x.t() @ x), 4)
         assert kept == sorted(np.argsort(-importance)[:4].tolist())
-    draws = {
-        tuple(choose_channels(Score.random, weight, None, 4, torch.Generator().manual_seed(s))) for s in (0, 0, 1, 2)
-    }
+    draw = registered("channel", "random").choose
+    draws = {tuple(draw(ScoredChannels(weight, seed=seed), 4)) for seed in (0, 0, 1, 2)}
     assert 1 < len(draws) <= 3
 
 
@@ -139,7 +142,7 @@ def test_the_first_layer_by_hand_from_transformers_own_activations(model, tokens
     """Choice, both fits and the reported error of layer 0, from hooks on the stock model."""
     pruned, results = prune(model, tokens)
     dense, after = watched(model, tokens, 0), watched(pruned, tokens, 0)
-    kept = list(results[0].channels)
+    kept = list(results[0].channels_kept)
     y = dense["out_proj"][0].flatten(0, 1).double()
     weight = model.backbone.layers[0].mixer.out_proj.weight.detach()
     assert kept == brute_force(weight, y, 18)
@@ -157,8 +160,8 @@ def test_the_first_layer_by_hand_from_transformers_own_activations(model, tokens
     fitted = pruned.backbone.layers[0].mixer.out_proj.weight[:, kept].detach()
     np.testing.assert_allclose(fitted, direct, rtol=1e-2, atol=1e-4)
     error = ((target - read @ fitted.double().t()) ** 2).sum() / (target**2).sum()
-    assert results[0].fitted.error == pytest.approx(float(error), rel=1e-3)
-    assert results[0].fitted.error < results[0].fitted.error_unrepaired
+    assert results[0].out_proj.error == pytest.approx(float(error), rel=1e-3)
+    assert results[0].out_proj.error < results[0].out_proj.error_unrepaired
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
@@ -166,7 +169,7 @@ def test_later_layers_are_fitted_to_the_dense_models_stream(model, tokens, remov
     """The target of layer 2 is the dense model's stream less what the pruned layers before it make of it."""
     pruned, results = prune(model, tokens, removed=removed)
     dense, after = watched(model, tokens, 2), watched(pruned, tokens, 2)
-    kept = list(results[2].channels)
+    kept = list(results[2].channels_kept)
     read = after["out_proj"][0].flatten(0, 1).double()[:, kept]
     bias = model.backbone.layers[2].mixer.out_proj.bias.detach()
     target = (dense["block"][1] - after["block"][0] - bias).flatten(0, 1).double()
@@ -182,7 +185,7 @@ def test_dropped_channels_are_zero_everywhere_and_the_rest_is_untouched(model, t
     pruned, results = prune(model, tokens)
     before, after = model.state_dict(), pruned.state_dict()
     for i, result in enumerate(results):
-        kept = list(result.channels)
+        kept = list(result.channels_kept)
         assert len(kept) == 18
         dropped = [d for d in range(24) if d not in kept]
         prefix = f"backbone.layers.{i}.mixer."
@@ -215,8 +218,8 @@ def test_channels_that_say_nothing_new_go_without_loss(model, tokens):
     for repair in (True, False):
         pruned, results = prune(model, tokens, sparsity=0.5, repair=repair)
         distance[repair] = (pruned(tokens, use_cache=False).logits - dense).square().mean()
-        assert all(len({min(d, 23 - d) for d in result.channels}) == 12 for result in results)
-        assert not repair or max(result.fitted.error for result in results) < 1e-3
+        assert all(len({min(d, 23 - d) for d in result.channels_kept}) == 12 for result in results)
+        assert not repair or max(result.out_proj.error for result in results) < 1e-3
     assert distance[True] < distance[False] / 100
 
 
@@ -224,11 +227,11 @@ def test_without_repair_the_kept_weights_stay(model, tokens):
     pruned, results = prune(model, None, score="magnitude", repair=False)
     for block, dense, result in zip(pruned.backbone.layers, model.backbone.layers, results, strict=True):
         norms = dense.mixer.out_proj.weight.double().square().sum(0)
-        assert list(result.channels) == sorted(norms.argsort(descending=True)[:18].tolist())
-        kept = list(result.channels)
+        assert list(result.channels_kept) == sorted(norms.argsort(descending=True)[:18].tolist())
+        kept = list(result.channels_kept)
         assert torch.equal(block.mixer.out_proj.weight[:, kept], dense.mixer.out_proj.weight[:, kept])
         assert torch.equal(block.mixer.x_proj.weight[:, kept], dense.mixer.x_proj.weight[:, kept])
-        assert result.fitted is None
+        assert result.out_proj is None
 
 
 @torch.no_grad()
@@ -238,8 +241,8 @@ def test_cut_tensors_compute_what_the_masked_ones_do(model, tokens, pattern):
     pruned, results = prune(model, tokens, pattern=pattern, sparsity=0.5)
     tensors, config = pruned.state_dict(), pruned.config
     if pattern != "channel":
-        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.kept for r in results])
-    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels for r in results])
+        tensors, config, _ = ARCHITECTURE.cut(tensors, config, STATE, [r.states_kept for r in results])
+    tensors, config, _ = ARCHITECTURE.cut(tensors, config, CHANNEL, [r.channels_kept for r in results])
     assert (config.intermediate_size, config.state_size) == (12, 6 if pattern == "channel" else 3)
     small = type(model)(config).eval()
     small.load_state_dict(tensors)
@@ -249,9 +252,9 @@ def test_cut_tensors_compute_what_the_masked_ones_do(model, tokens, pattern):
 
 def test_widths_and_states_of_their_own_for_each_layer(model, tokens):
     _, results = prune(model, tokens, pattern="column+channel", widths=[24, 10, 5], states="6,3,1")
-    assert results[0].channels is None  # all of them stay
-    assert [len(r.channels) for r in results[1:]] == [10, 5]
-    assert [len(r.kept) for r in results] == [6, 3, 1]
+    assert results[0].channels_kept is None  # all of them stay
+    assert [len(r.channels_kept) for r in results[1:]] == [10, 5]
+    assert [len(r.states_kept) for r in results] == [6, 3, 1]
 
 
 def test_the_same_run_gives_the_same_bits(model, tokens):
@@ -267,13 +270,15 @@ def test_more_text_than_tells_the_moments_is_left_out(monkeypatch):
     hidden[2:] *= torch.logspace(0, 1, 16)[:, None]  # other text, which would decide otherwise
     d_inner = model.config.intermediate_size
     monkeypatch.setattr(widths, "TOKENS_PER_CHANNEL", 0)
+    config = configure(model="test", pattern="channel")
 
     def pruned(samples, tokens):
         monkeypatch.setattr(widths, "TOKENS", tokens)
         block = copy.deepcopy(model.backbone.layers[0])
         with torch.no_grad():
-            kept = widths.prune_channels(ARCHITECTURE, block, samples, Score.obs, d_inner // 2, True, 0)
-        return kept, block.mixer.x_proj.weight
+            job = job_of(ARCHITECTURE, block, samples, config=config, keep=(16, d_inner // 2))
+            widths.prune_channels(job)
+        return job.channels_kept, block.mixer.x_proj.weight
 
     kept, x_proj = pruned(hidden, tokens=2 * 16)
     first, refitted = pruned(hidden[:2], tokens=10**6)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor.methods.weights.depthwise import _hull_slopes, prune_depthwise
-from ssmc.compressor.methods.weights.masks import NM
+from ssmc.compressor.methods.weights.depthwise import hull_slopes, prune_depthwise
 from ssmc.compressor.methods.weights.second_moments import DepthwiseSecondMoment
 from ssmc.compressor.methods.weights.wanda import magnitude
+from ssmc.compressor.options.sparsity import NM
 from ssmc.runtime.errors import CalibrationError, UsageError
 
 CHANNELS, TAPS = 5, 4
@@ -145,10 +145,10 @@ def test_scale_and_stored_type(W, H):
     assert torch.equal(stored, W.half())
 
 
-def test_hull_slopes_are_those_of_the_convex_minorant():
+def testhull_slopes_are_those_of_the_convex_minorant():
     curve = torch.tensor([[0.0, 5.0, 6.0, 7.0, 20.0], [0.0, 1.0, 3.0, 6.0, 10.0], [0.0, 4.0, 4.0, 12.0, 12.0]])
     expected = [[7 / 3, 7 / 3, 7 / 3, 13.0], [1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 4.0, 4.0]]
-    torch.testing.assert_close(_hull_slopes(curve), torch.tensor(expected))
+    torch.testing.assert_close(hull_slopes(curve), torch.tensor(expected))
 
 
 def test_refusals(W, H):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ssmc.compressor.methods.weights.masks import (
-    NM,
     lowest_mask,
     nm_mask,
     per_row_mask,
     pruned_count,
     unstructured_mask,
 )
+from ssmc.compressor.options.sparsity import NM
 from ssmc.runtime.errors import CalibrationError, UsageError
 
 

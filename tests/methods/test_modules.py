@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor import configure, prune_layers
-from ssmc.compressor.methods.weights.masks import NM
-from ssmc.compressor.methods.weights.projections import module_targets, prune_modules
+from ssmc.compressor import configure
+from ssmc.compressor.methods.weights.projections import prune_modules, sparsities_of_modules
 from ssmc.compressor.methods.weights.sparsegpt import sparsegpt
+from ssmc.compressor.options.sparsity import NM
 from ssmc.runtime.models.families import STATE
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, dtypes, hidden_before, random_model
+from tests.support.pruning import job_of, prune_layers, run_of
 
 FFN = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
@@ -56,10 +57,10 @@ def test_inputs_and_output_are_those_of_transformers(model, tokens, layer):
 @pytest.mark.parametrize("score", ["sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("pattern", ["unstructured", "1:2"])
 def test_every_module_has_the_zeros_it_was_asked_for(model, tokens, score, pattern):
-    config = configure(model="test", pattern=pattern, target="ffn", ffn_score=score, alpha=0)
+    config = configure(model="test", pattern=pattern, scope="ffn", ffn_score=score, alpha=0)
     results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
-        assert [m.name for m in result.modules] == list(FFN)
+        assert [m.name for m in result.weights.modules] == list(FFN)
         for name, weight in ARCHITECTURE.module_weights(block.mixer).items():
             if pattern == "1:2":
                 if weight.shape[1] % 2:  # dt_proj reads 3 numbers: no whole groups
@@ -77,8 +78,8 @@ def test_a_module_is_pruned_with_the_hessian_of_what_it_reads(model, tokens):
     x = what_modules_read(model, tokens, 0)["in_proj"].flatten(0, 1)
     weight = model.backbone.layers[0].mixer.in_proj.weight.detach().clone()
     expected = sparsegpt(weight, (x.double().t() @ x.double()), 0.5)
-    config = configure(model="test", pattern="unstructured", target="in_proj", alpha=0)
-    result = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))[0].modules[0]
+    config = configure(model="test", pattern="unstructured", scope="in_proj", alpha=0)
+    result = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))[0].weights.modules[0]
     torch.testing.assert_close(model.backbone.layers[0].mixer.in_proj.weight, expected.weight, rtol=1e-3, atol=1e-4)
     pruned = model.backbone.layers[0].mixer.in_proj.weight
     measured = ((x @ (weight - pruned).t()) ** 2).sum() / ((x @ weight.t()) ** 2).sum()
@@ -90,7 +91,7 @@ def test_sparsegpt_hurts_the_output_less_than_wanda_and_magnitude(model, tokens)
     distance = {}
     for score in ("sparsegpt", "wanda", "magnitude"):
         pruned = copy.deepcopy(model)
-        config = configure(model="test", pattern="unstructured", target="ffn", ffn_score=score, sparsity=0.3)
+        config = configure(model="test", pattern="unstructured", scope="ffn", ffn_score=score, sparsity=0.3)
         prune_layers(pruned, ARCHITECTURE, tokens, config, dtypes(model))
         distance[score] = (pruned(tokens).logits - dense).square().mean().item()
     assert distance["sparsegpt"] < min(distance["wanda"], distance["magnitude"])
@@ -98,9 +99,9 @@ def test_sparsegpt_hurts_the_output_less_than_wanda_and_magnitude(model, tokens)
 
 @torch.no_grad()
 def test_eq_7_ranks_in_proj_and_out_proj_by_trace_over_size_on_the_dense_model(model, tokens):
-    config = configure(model="test", pattern="unstructured", target="ffn", sparsity=0.5, alpha=0.04)
+    config = configure(model="test", pattern="unstructured", scope="ffn", sparsity=0.5, alpha=0.04)
     embedded = model.backbone.embeddings(tokens)
-    targets = module_targets(ARCHITECTURE, model, embedded, config)
+    targets = sparsities_of_modules(run_of(model, ARCHITECTURE, tokens, config, dtypes(model)).survey(embedded))
     for name in ("in_proj", "out_proj"):
         sensitivity = []
         for layer in range(3):
@@ -116,31 +117,26 @@ def test_eq_7_ranks_in_proj_and_out_proj_by_trace_over_size_on_the_dense_model(m
 
 
 def test_states_and_modules_together_keep_the_pruned_states_silent(model, tokens):
-    config = configure(model="test", pattern="column", target="all", sparsity=0.5)
+    config = configure(model="test", pattern="column", scope="all", sparsity=0.5)
     results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
-        assert len(result.kept) == 4
-        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.kept)
+        assert len(result.states_kept) == 4
+        assert ARCHITECTURE.is_masked(block.mixer, STATE, result.states_kept)
 
 
 def test_unstructured_a_log_in_a_whole_run(model, tokens):
-    config = configure(model="test", pattern="unstructured", target="all", sparsity=0.25)
+    config = configure(model="test", pattern="unstructured", scope="all", sparsity=0.25)
     results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert int((block.mixer.A_log == 0).sum()) == round(0.25 * block.mixer.A_log.numel())
-        assert result.a_log_zeros == pytest.approx(0.25, abs=1e-2)
-        assert result.kept == tuple(range(8))
+        assert result.entries.zeros == pytest.approx(0.25, abs=1e-2)
+        assert result.states_kept == tuple(range(8))
 
 
 def test_wanda_reads_only_the_diagonal_and_the_weights_stay(model, tokens):
     before = copy.deepcopy(model)
     block = model.backbone.layers[0]
-    prune_modules(
-        ARCHITECTURE,
-        block,
-        hidden_before(model, tokens, 0),
-        {"out_proj": NM(2, 4)},
-        configure(model="test", pattern="2:4", ffn_score="wanda").ffn_score,
-    )
+    config = configure(model="test", pattern="2:4", ffn_score="wanda")
+    prune_modules(job_of(ARCHITECTURE, block, hidden_before(model, tokens, 0), config=config), {"out_proj": NM(2, 4)})
     weight, old = block.mixer.out_proj.weight, before.backbone.layers[0].mixer.out_proj.weight
     assert torch.equal(weight[weight != 0], old[weight != 0])

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import yaml
 
 from ssmc import compress
-from ssmc.compressor import configure, prune_layers, refine
+from ssmc.compressor import configure, pipeline
+from ssmc.compressor.methods.refine.steps import refine
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.manifest import read_manifest
@@ -16,6 +17,7 @@ from ssmc.runtime.models.families import CHANNEL, STATE, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import dtypes
 from tests.support.models import LAYERS, logits, random_mamba2, random_model, random_tokens
+from tests.support.pruning import job_of, prune_layers, run_of
 
 ARCHITECTURE = architecture_for("mamba")
 SAMPLES, LENGTH, HELD_OUT = 17, 48, 2  # one in eight is held out, the last
@@ -26,7 +28,7 @@ RATE = 0.003
 @pytest.fixture(autouse=True)
 def gentle(monkeypatch):
     """The random models here have a dozen channels: an entry is a larger part of a layer than in a real model."""
-    monkeypatch.setattr("ssmc.compressor.methods.refine.RATE", RATE)
+    monkeypatch.setattr("ssmc.compressor.methods.refine.steps.RATE", RATE)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_the_errors_are_those_of_the_layer_on_samples_no_step_saw(model, tokens,
 
 
 def test_a_layer_that_no_step_makes_better_keeps_the_repair_on_all_samples(model, tokens, monkeypatch):
-    monkeypatch.setattr("ssmc.compressor.methods.refine.RATE", 1e6)
+    monkeypatch.setattr("ssmc.compressor.methods.refine.steps.RATE", 1e6)
     options = {"pattern": "channel", "round_channels": 4}
     plain, _ = prune(model, tokens, **options)
     refined, results = prune(model, tokens, refine=12, **options)
@@ -98,7 +100,7 @@ def test_held_out_samples_are_kept_from_the_steps(spoiled):
     changed = wanted.clone()
     changed[-HELD_OUT:] += 0.1 * torch.randn(changed[-HELD_OUT:].shape, generator=torch.Generator().manual_seed(2))
     first, second = copy.deepcopy(block), copy.deepcopy(block)
-    results = [refine(ARCHITECTURE, b, hidden, t, steps=1, seed=0) for b, t in ((first, wanted), (second, changed))]
+    results = [refine(job_of(ARCHITECTURE, b, hidden, stream=t), 1) for b, t in ((first, wanted), (second, changed))]
     assert results[0].error_before != results[1].error_before
     assert [r.best_step for r in results] == [1, 1]
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
@@ -108,7 +110,7 @@ def test_one_step_is_that_of_adam_on_the_formula(spoiled):
     """The gradients' oracle: the whole layer in float64 from the formula; Adam's first step is lr g / (|g| + eps)."""
     block, hidden, wanted = spoiled
     moved = copy.deepcopy(block)
-    assert refine(ARCHITECTURE, moved, hidden, wanted, steps=1, seed=0).best_step == 1
+    assert refine(job_of(ARCHITECTURE, moved, hidden, stream=wanted), 1).best_step == 1
     block = block.double()
     mixer, rest = block.mixer, slice(0, SAMPLES - HELD_OUT)
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
@@ -144,8 +146,8 @@ def scanned(mixer, x, z):
     [
         {"pattern": "column"},
         {"pattern": "column+channel", "round_channels": 4},
-        {"pattern": "unstructured", "target": "all"},
-        {"pattern": "2:4", "target": "in_proj,out_proj"},
+        {"pattern": "unstructured", "scope": "all"},
+        {"pattern": "2:4", "scope": "in_proj,out_proj"},
     ],
 )
 def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
@@ -158,9 +160,9 @@ def test_what_was_pruned_stays_zero_and_the_rest_moves(model, tokens, options):
         if name != "A_log" or options["pattern"] == "unstructured":
             assert not new[old == 0].any(), name
         assert not torch.equal(old, new), name
-    if layer.channels is not None:
-        assert ARCHITECTURE.is_masked(after, CHANNEL, layer.channels)
-    assert ARCHITECTURE.is_masked(after, STATE, layer.kept)
+    if layer.channels_kept is not None:
+        assert ARCHITECTURE.is_masked(after, CHANNEL, layer.channels_kept)
+    assert ARCHITECTURE.is_masked(after, STATE, layer.states_kept)
 
 
 def test_the_states_of_a_mamba2_stay_silent_too(tokens):
@@ -170,12 +172,12 @@ def test_the_states_of_a_mamba2_stay_silent_too(tokens):
     results = prune_layers(pruned, architecture, tokens, config, dtypes(model))
     assert any(r.refined.best_step > 0 for r in results)
     for block, result in zip(pruned.backbone.layers, results, strict=True):
-        assert architecture.is_masked(block.mixer, STATE, result.kept)
+        assert architecture.is_masked(block.mixer, STATE, result.states_kept)
 
 
 def test_a_hostile_rate_leaves_the_layer_as_it_was(model, tokens, monkeypatch):
     plain, _ = prune(model, tokens, sparsity=0.5)
-    monkeypatch.setattr("ssmc.compressor.methods.refine.RATE", 1e6)
+    monkeypatch.setattr("ssmc.compressor.methods.refine.steps.RATE", 1e6)
     refined, results = prune(model, tokens, sparsity=0.5, refine=12)
     assert [r.refined.best_step for r in results] == [0] * LAYERS
     assert all(r.refined.error == r.refined.error_before for r in results)
@@ -191,7 +193,7 @@ def test_nothing_of_the_training_is_left_behind(model, tokens):
 
 def test_a_layer_that_should_add_nothing_is_left_alone(spoiled):
     block, hidden, _ = spoiled
-    result = refine(ARCHITECTURE, block, hidden, hidden.clone(), steps=3, seed=0)
+    result = refine(job_of(ARCHITECTURE, block, hidden, stream=hidden.clone()), 3)
     assert result.best_step == 0
     assert result.error == 0
 
@@ -240,5 +242,6 @@ def test_what_cannot_be_refined_is_refused_in_a_sentence(options, sentence):
 
 
 def test_a_text_of_one_sample_is_refused_before_anything_is_computed(model, tokens):
+    run = run_of(model, ARCHITECTURE, tokens[:1], configure(model="test", refine=3), dtypes(model))
     with pytest.raises(CalibrationError, match="at least 2 calibration samples"):
-        prune(model, tokens[:1], refine=3)
+        pipeline.prune(run)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from ssmc.compressor import configure
-from ssmc.compressor.methods.layers import removal_count, shed
+from ssmc.compressor.methods.layers.method import removal_count
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, random_model
+from tests.support.pruning import shed
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def without(model, layers, pattern):
 
 @pytest.mark.parametrize("pattern", ["layer", "ssm-module"])
 def test_each_step_makes_the_removal_that_costs_least(model, tokens, pattern):
-    config = configure(model="test", pattern=pattern, sparsity=0.5)
+    config = configure(model="test", pattern=pattern, sparsity=0.5, repair=False)
     pruned = use_fast_scan(copy.deepcopy(model))
     removals = shed(pruned, ARCHITECTURE, tokens, config)
     gone = []
@@ -60,7 +61,7 @@ def test_each_step_makes_the_removal_that_costs_least(model, tokens, pattern):
 def test_random_removal_needs_no_text_and_follows_the_seed(model):
     chosen = []
     for seed in (0, 0, 1, 2, 3):
-        config = configure(model="test", pattern="layer", score="random", seed=seed)
+        config = configure(model="test", pattern="layer", score="random", seed=seed, repair=False)
         chosen.append(tuple(r.layer for r in shed(copy.deepcopy(model), ARCHITECTURE, None, config)))
     assert chosen[0] == chosen[1]
     assert len(set(chosen)) > 1
@@ -80,7 +81,7 @@ def test_similarity_takes_the_blocks_that_turn_their_input_least(model, tokens):
     for block in stock.backbone.layers:
         block.register_forward_hook(judge)
     stock(tokens)
-    config = configure(model="test", pattern="layer", score="similarity", sparsity=0.5)
+    config = configure(model="test", pattern="layer", score="similarity", sparsity=0.5, repair=False)
     pruned = use_fast_scan(copy.deepcopy(model))
     removals = shed(pruned, ARCHITECTURE, tokens, config)
     order = sorted(range(4), key=lambda layer: influence[layer])

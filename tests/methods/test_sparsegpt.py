@@ -4,20 +4,28 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor.methods.weights.masks import NM
 from ssmc.compressor.methods.weights.second_moments import SecondMoment, StateMoment
 from ssmc.compressor.methods.weights.sparsegpt import (
+    BLOCK,
     DAMPING,
+    MaskRule,
     default_span,
+    prune_by_rule,
     relative_error,
     sparsegpt,
     sparsegpt_a_log,
-    sparsegpt_with_mask,
 )
 from ssmc.compressor.methods.weights.wanda import magnitude, wanda
+from ssmc.compressor.options.sparsity import NM
 from ssmc.runtime.errors import CalibrationError, UsageError
 
 OUT, IN, TOKENS = 6, 16, 80
+
+
+def sparsegpt_with_mask(weight, hessian, mask, block=BLOCK, damping=DAMPING):
+    """Only the update of the weights that stay, for a mask (out, in) chosen elsewhere, True where kept."""
+    rule = MaskRule(block, lambda losses, start: mask[:, start : start + losses.shape[1]])
+    return prune_by_rule(weight, hessian, rule, block, damping)
 
 
 def random(*shape, seed=0):

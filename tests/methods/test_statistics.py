@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor.methods.states.scores import _lowest
+from ssmc.compressor.methods.states.ranking import lowest
 from ssmc.compressor.methods.states.statistics import (
     Chunk,
     NormalMatrix,
@@ -115,7 +115,7 @@ def test_vote_names_exactly_k_a_step_and_none_at_the_first(inputs, h, stretch, g
         ]
         for n in sorted(range(5), key=lambda n: importance[n])[:candidates]:
             counts[n] += 1
-    vote = Vote(A_log, lambda importance: _lowest(importance, candidates), states=True)
+    vote = Vote(A_log, lambda importance: lowest(importance, candidates), states=True)
     result = feed(vote, inputs, stretch, group).value
     assert result.tolist() == counts.tolist()
     assert result.sum() == candidates * (inputs.length - 1)
@@ -130,7 +130,7 @@ def test_vote_on_entries(inputs, h, stretch, group):
         importance = A_log.double().numpy() ** 2 * (h[:, t] ** 2).sum(0)
         for flat in np.argsort(importance, axis=None)[:12]:
             counts[np.unravel_index(flat, counts.shape)] += 1
-    name = lambda importance: _lowest(importance.flatten(1), 12).view(importance.shape)  # noqa: E731
+    name = lambda importance: lowest(importance.flatten(1), 12).view(importance.shape)  # noqa: E731
     assert feed(Vote(A_log, name, states=False), inputs, stretch, group).value.tolist() == counts.tolist()
 
 

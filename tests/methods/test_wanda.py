@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ssmc.compressor.methods.weights.masks import NM
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.methods.weights.wanda import magnitude, wanda
+from ssmc.compressor.options.sparsity import NM
 from tests.methods.test_masks import kept_by_sorting, random
 
 

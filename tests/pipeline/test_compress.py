@@ -126,7 +126,7 @@ def test_notes_say_what_a_choice_is_worth(tmp_path):
         "tiny", out=tmp_path / "b", sparsity=0.25, round_to="power-of-two", score="magnitude", repair=False
     )
     assert rounded.notes == ()
-    assert len(rounded.layers[0].kept) == 8
+    assert len(rounded.layers[0].states_kept) == 8
     entries = compress("tiny", out=tmp_path / "c", pattern="unstructured", score="magnitude")
     assert any("makes nothing smaller" in note for note in entries.notes)
 

@@ -1,10 +1,22 @@
 """Options: what is accepted, and one clear sentence for what is not."""
 
+from dataclasses import replace
+
 import pytest
 
-from ssmc.compressor import Score, configure, kept, kept_channels, kept_states
+from ssmc.compressor import configure, make_plan
+from ssmc.compressor.methods.channels.counts import channels_to_keep
+from ssmc.compressor.methods.states.counts import states_to_keep
+from ssmc.compressor.options.renamed import renamed
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.models.families import Dimensions, architecture_for
+from ssmc.runtime.models.families.mamba2 import Mamba2Dimensions
+
+SIZES = Dimensions(n_layer=4, d_model=128, d_inner=256, d_state=16, dt_rank=8, d_conv=4, vocab_size=99)
+
+
+def plan(config, sizes=SIZES):
+    return make_plan(config, architecture_for("mamba"), sizes)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +36,8 @@ from ssmc.runtime.models.families import Dimensions
         (8, 0.99, "power-of-two", 1),
     ],
 )
-def test_kept_states(n, sparsity, round_to, kept):
-    assert kept_states(n, sparsity, round_to) == kept
+def test_states_to_keep(n, sparsity, round_to, kept):
+    assert states_to_keep(n, sparsity, round_to) == kept
 
 
 @pytest.mark.parametrize(
@@ -34,7 +46,7 @@ def test_kept_states(n, sparsity, round_to, kept):
 )
 def test_a_count_that_makes_no_sense_is_refused(n, sparsity, round_to, words):
     with pytest.raises(UsageError, match=words):
-        kept_states(n, sparsity, round_to)
+        states_to_keep(n, sparsity, round_to)
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -1, 2, float("nan"), float("inf"), "half"])
@@ -46,14 +58,14 @@ def test_sparsity_out_of_range(sparsity):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"score": "best"}, "score 'best' does not work.*sparsessm-vote.*exact"),
+        ({"score": "best"}, "score 'best' does not work.*exact.*sparsessm-vote"),
         ({"pattern": "row"}, "pattern 'row' does not work.*column.*N:M"),
         ({"pattern": "4:2"}, "4:2 does not work"),
-        ({"pattern": "unstructured", "score": "exact"}, "exact does not judge the pattern unstructured; .*ghost"),
-        ({"score": "sparsegpt"}, "sparsegpt does not judge the pattern column"),
-        ({"target": "mlp"}, "target 'mlp'.*ffn.*in_proj"),
-        ({"pattern": "layer", "target": "ffn"}, "arget does not go with the pattern layer"),
-        ({"pattern": "unstructured", "target": "ffn", "alpha": 0.6}, "alpha 0.6"),
+        ({"pattern": "unstructured", "score": "exact"}, "exact does not go with the pattern unstructured; .*ghost"),
+        ({"score": "sparsegpt"}, "sparsegpt does not go with the pattern column"),
+        ({"scope": "mlp"}, "scope 'mlp'.*ffn.*in_proj"),
+        ({"pattern": "layer", "scope": "ffn"}, "cope does not go with the pattern layer"),
+        ({"pattern": "unstructured", "scope": "ffn", "alpha": 0.6}, "alpha 0.6"),
         ({"alpha": -0.1}, "alpha -0.1"),
         ({"nsamples": 0}, "nsamples 0"),
         ({"seqlen": 1}, "seqlen 1"),
@@ -70,10 +82,11 @@ def test_sparsity_out_of_range(sparsity):
         ({"pattern": "column+channel", "sparsity": "column="}, "part=value"),
         ({"pattern": "column+channel", "sparsity": {}}, "names no part"),
         ({"sparsity": True}, "between 0 and 1"),
-        ({"pattern": "column+channel", "score": "column=obs"}, "obs does not judge the pattern column; exact"),
-        ({"pattern": "column+channel", "score": "similarity"}, "similarity does not judge .*column.channel"),
+        ({"pattern": "column+channel", "score": "column=obs"}, "obs does not go with the pattern column; exact"),
+        ({"pattern": "column+channel", "score": "similarity"}, "similarity does not go with .*column.channel"),
         ({"pattern": "column+channel", "score": {"channel": None}}, "score .* does not work"),
-        ({"pattern": "channel", "target": "ffn"}, "arget does not go with the pattern channel"),
+        ({"pattern": "channel", "scope": "ffn"}, "cope does not go with the pattern channel"),
+        ({"scope": "ffn", "target": "all"}, "target is the old name of scope, and both are given"),
         ({"pattern": "column", "widths": "8,8"}, "idths goes with the pattern channel"),
         ({"pattern": "channel", "widths": "8,wide"}, "widths '8,wide' does not work"),
         ({"pattern": "channel", "widths": [0, 8]}, "widths .* does not work"),
@@ -93,16 +106,16 @@ def test_all_mistakes_are_named_at_once():
 
 
 def test_defaults_follow_the_pattern():
-    assert configure(model="tiny").targets == ("A_log",)
-    assert configure(model="tiny", pattern="unstructured").targets == ("A_log",)
-    assert configure(model="tiny", pattern="2:4").targets == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-    assert configure(model="tiny", pattern="layer").targets == ()
-    judges = {p: configure(model="tiny", pattern=p).judge.value for p in ("column", "unstructured", "2:4", "layer")}
-    assert judges == {"column": "exact", "unstructured": "ghost", "2:4": "ghost", "layer": "mamba-shedder"}
+    assert configure(model="tiny").in_scope == ("A_log",)
+    assert configure(model="tiny", pattern="unstructured").in_scope == ("A_log",)
+    assert configure(model="tiny", pattern="2:4").in_scope == ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    assert configure(model="tiny", pattern="layer").in_scope == ()
+    scores = {p: configure(model="tiny", pattern=p).first_score for p in ("column", "unstructured", "2:4", "layer")}
+    assert scores == {"column": "exact", "unstructured": "ghost", "2:4": "ghost", "layer": "mamba-shedder"}
 
 
-def test_targets_run_in_order_whatever_the_order_asked():
-    assert configure(model="tiny", pattern="unstructured", target="out_proj,ssm,in_proj").targets == (
+def test_modules_in_scope_run_in_order_whatever_the_order_asked():
+    assert configure(model="tiny", pattern="unstructured", target="out_proj,ssm,in_proj").in_scope == (
         "A_log",
         "in_proj",
         "out_proj",
@@ -128,7 +141,7 @@ def test_targets_run_in_order_whatever_the_order_asked():
     ],
 )
 def test_text_is_read_only_when_something_is_decided_by_it(options, needs):
-    assert configure(model="tiny", **options).needs_text is needs
+    assert plan(configure(model="tiny", **options)).needs_text is needs
 
 
 def test_a_combined_pattern_is_written_in_the_order_it_is_carried_out():
@@ -136,8 +149,8 @@ def test_a_combined_pattern_is_written_in_the_order_it_is_carried_out():
     assert config.pattern == "layer+column+channel"
     assert config.parts == ("layer", "column", "channel")
     assert {config.sparsity_of(part) for part in config.parts} == {0.25}
-    assert config.targets == ("A_log",)
-    assert [config.judge_of(part).value for part in config.parts] == ["mamba-shedder", "exact", "obs"]
+    assert config.in_scope == ("A_log",)
+    assert [config.score_of(part) for part in config.parts] == ["mamba-shedder", "exact", "obs"]
 
 
 @pytest.mark.parametrize("typed", [True, False])
@@ -147,8 +160,8 @@ def test_values_for_each_part_from_the_command_line_and_from_a_recipe(typed):
         sparsity, score = "channel=0.5,column=0.75", "channel=activation"
     config = configure(model="tiny", pattern="column+channel", sparsity=sparsity, score=score)
     assert (config.sparsity_of("column"), config.sparsity_of("channel")) == (0.75, 0.5)
-    assert config.judge_of("column") is Score.exact
-    assert config.judge_of("channel") is Score.activation
+    assert config.score_of("column") == "exact"
+    assert config.score_of("channel") == "activation"
     written = config.model_dump(mode="json")
     assert written["sparsity"] == {"column": 0.75, "channel": 0.5}
     assert configure(**written) == config
@@ -156,15 +169,15 @@ def test_values_for_each_part_from_the_command_line_and_from_a_recipe(typed):
 
 def test_a_plain_score_judges_the_parts_it_can():
     config = configure(model="tiny", pattern="layer+column+channel", score="activation")
-    assert [config.judge_of(part).value for part in config.parts] == ["mamba-shedder", "exact", "activation"]
+    assert [config.score_of(part) for part in config.parts] == ["mamba-shedder", "exact", "activation"]
     config = configure(model="tiny", pattern="layer+column+channel", score="random")
-    assert {config.judge_of(part).value for part in config.parts} == {"random"}
+    assert {config.score_of(part) for part in config.parts} == {"random"}
 
 
 def test_a_single_pattern_keeps_plain_values():
     config = configure(model="tiny", pattern="column", sparsity="column=0.75", score={"column": "energy"})
     assert config == configure(model="tiny", pattern="column", sparsity=0.75, score="energy")
-    assert (config.sparsity, config.judge) == (0.75, Score.energy)
+    assert (config.sparsity, config.first_score) == (0.75, "energy")
 
 
 @pytest.mark.parametrize(
@@ -182,25 +195,60 @@ def test_a_single_pattern_keeps_plain_values():
         (1536, 0.5, 1, 768),
     ],
 )
-def test_kept_channels(d, sparsity, multiple, width):
-    assert kept_channels(d, sparsity, multiple) == width
+def test_channels_to_keep(d, sparsity, multiple, width):
+    assert channels_to_keep(d, sparsity, multiple) == width
 
 
 @pytest.mark.parametrize(("d", "sparsity", "multiple"), [(1536, 0.01, None), (24, 0.01, 1), (24, 0.5, 64)])
 def test_a_width_that_removes_nothing_is_refused(d, sparsity, multiple):
     with pytest.raises(UsageError, match=f"{d} channels.*removes none"):
-        kept_channels(d, sparsity, multiple)
+        channels_to_keep(d, sparsity, multiple)
 
 
 def test_what_stays_in_each_layer():
-    sizes = Dimensions(n_layer=3, d_model=128, d_inner=256, d_state=16, dt_rank=8, d_conv=4, vocab_size=99)
-    combined = configure(model="m", pattern="column+channel", sparsity=0.5)
-    assert kept(combined, sizes).states == (8, 8, 8)
-    assert kept(combined, sizes).channels == (128, 128, 128)
-    listed = configure(model="m", pattern="column+channel", widths="256,100,7", states=[16, 8, 4])
-    assert kept(listed, sizes).channels == (256, 100, 7)
-    assert kept(listed, sizes).states == (16, 8, 4)
-    assert kept(configure(model="m", pattern="layer"), sizes).channels == (256, 256, 256)
+    sizes = replace(SIZES, n_layer=3)
+    combined = plan(configure(model="m", pattern="column+channel", sparsity=0.5), sizes).keep
+    assert combined.states == (8, 8, 8)
+    assert combined.channels == (128, 128, 128)
+    listed = plan(configure(model="m", pattern="column+channel", widths="256,100,7", states=[16, 8, 4]), sizes).keep
+    assert listed.channels == (256, 100, 7)
+    assert listed.states == (16, 8, 4)
+    assert plan(configure(model="m", pattern="layer"), sizes).keep.channels == (256, 256, 256)
     for wrong, words in (("256,100", "2 layers, the model has 3"), ("257,1,1", "257 in a layer that has 256")):
         with pytest.raises(UsageError, match=words):
-            kept(configure(model="m", pattern="channel", widths=wrong), sizes)
+            plan(configure(model="m", pattern="channel", widths=wrong), sizes)
+
+
+MAMBA2 = Mamba2Dimensions(3, 128, 256, 16, 8, 4, 99, head_dim=32, n_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "options", "fits"),
+    [
+        ("mamba", SIZES, {}, False),  # the repair of the states folds into their C rows
+        ("mamba", SIZES, {"pattern": "channel"}, True),
+        ("mamba", SIZES, {"pattern": "layer"}, True),
+        ("mamba", SIZES, {"pattern": "channel", "repair": False}, False),
+        ("mamba", SIZES, {"pattern": "ssm-module"}, False),
+        ("mamba2", MAMBA2, {}, True),
+        ("mamba2", MAMBA2, {"repair": False}, False),
+        ("mamba2", MAMBA2, {"pattern": "unstructured"}, False),
+        ("falcon_mamba", SIZES, {}, True),  # norms stand between
+        ("jamba", SIZES, {}, True),
+    ],
+)
+def test_whether_out_proj_is_fitted_is_answered_once(family, sizes, options, fits):
+    found = make_plan(configure(model="m", **options), architecture_for(family), sizes)
+    assert found.fits_out_proj is fits
+    assert found.follows_dense is fits
+    assert make_plan(configure(model="m", refine=0, **options), architecture_for(family), sizes) == found
+
+
+@pytest.mark.parametrize("name", ["target", "scope"])
+def test_an_option_is_read_by_its_old_name_too(name):
+    assert configure(model="m", **{name: "all"}).scope == "all"
+    found, notes = renamed({"model": "m", name: "all"})
+    assert found == {"model": "m", "scope": "all"}
+    assert notes == (
+        [] if name == "scope" else ["The option target is now called scope; the old name is still accepted."]
+    )

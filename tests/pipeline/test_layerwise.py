@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from ssmc.compressor import configure
-from ssmc.compressor.options.goal import configured_layerwise
-from ssmc.compressor.pipeline import each_alone, prune_layers
+from ssmc.compressor.pipeline import each_alone
 from ssmc.compressor.search.allocation import Curve
+from ssmc.compressor.search.configured import configured_layerwise
 from ssmc.compressor.search.layer_sizes import BlockLimit, LayerLosses, Layerwise, allocate, shared_out
 from ssmc.runtime.measure.latency import cut_to_blocks
 from ssmc.runtime.measure.losses import divergence, last_hidden
 from ssmc.runtime.models.families import Dimensions, architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from tests.support.models import random_model
+from tests.support.pruning import prune_layers, run_of
 
 MAMBA = architecture_for("mamba")
 DENSE = Dimensions(3, 16, 64, 4, 3, 4, 100)
@@ -94,7 +95,7 @@ def test_each_layer_alone_is_what_pruning_only_that_layer_gives(pattern):
     whole = sizes.d_state if pattern == "column" else sizes.d_inner
     options = {"model": "m", "pattern": pattern, "round_channels": 1, "nsamples": 3}
     config, seen = configure(**options, sparsity=0.5), 0
-    for index in each_alone(model, MAMBA, tokens, config, dtypes):
+    for index in each_alone(run_of(model, MAMBA, tokens, config, dtypes)):
         counts = tuple(keep if layer == index else whole for layer in range(3))
         alone = use_fast_scan(random_model(num_hidden_layers=3))
         prune_layers(alone, MAMBA, tokens, configure(**options, **{listed: counts}), dtypes)
@@ -114,7 +115,7 @@ def test_a_layer_that_keeps_everything_stays_as_it_is():
     config = configure(model="m", pattern="column", states=states, nsamples=2)
     tokens = torch.arange(24).reshape(2, 12)
     results = prune_layers(model, MAMBA, tokens, config, dict.fromkeys(before, torch.float32))
-    assert [len(result.kept) for result in results] == list(states)
+    assert [len(result.states_kept) for result in results] == list(states)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(name.startswith("backbone.layers.1.") for name in changed)

@@ -153,8 +153,8 @@ def test_the_smaller_module_computes_what_the_masked_one_does(kind):
     for mixer, done in zip(mixers_of(masked), result.mixers, strict=True):
         assert isinstance(done, MixerResult)
         assert done.note is None
-        assert done.states[1] == len(done.layer.kept) // (2 if kind.endswith("2") else 1) < done.states[0]
-        silence(mixer, done.layer.kept)
+        assert done.states[1] == len(done.layer.states_kept) // (2 if kind.endswith("2") else 1) < done.states[0]
+        silence(mixer, done.layer.states_kept)
     wanted = outputs(masked, batches)
     assert torch.allclose(outputs(result.module, batches), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
     assert not torch.allclose(outputs(model, batches), wanted, rtol=1e-2)
@@ -179,7 +179,7 @@ def test_mixers_of_hybrids_are_those_of_a_mamba2(name):
     result = ssmc.compress(model, batches, score="ghost", repair=False)
     assert [mixer.states for mixer in result.mixers] == [(8, 4)]
     masked = copy.deepcopy(model)
-    silence(mixers_of(masked)[0], result.mixers[0].layer.kept)
+    silence(mixers_of(masked)[0], result.mixers[0].layer.states_kept)
     wanted = outputs(masked, batches)
     assert torch.allclose(outputs(result.module, batches), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
     assert not torch.allclose(outputs(model, batches), wanted, rtol=1e-2)
@@ -203,9 +203,9 @@ def test_channels_and_states_together(kind):
     result = ssmc.compress(model, batches, pattern="column+channel", repair=False, round_channels=4)
     masked = copy.deepcopy(model)
     for mixer, done in zip(mixers_of(masked), result.mixers, strict=True):
-        gone = sorted(set(range(done.channels[0])) - set(done.layer.channels))
+        gone = sorted(set(range(done.channels[0])) - set(done.layer.channels_kept))
         assert done.channels == (len(mixer.D), len(mixer.D) // 2)
-        silence(mixer, done.layer.kept)
+        silence(mixer, done.layer.states_kept)
         with torch.no_grad():
             mixer.x_proj.weight[:, gone] = 0
             mixer.out_proj.weight[:, gone] = 0
@@ -236,7 +236,7 @@ def test_a_forward_that_knows_one_number_of_states_only_is_masked():
     assert result.mixers[0].cuts == ()
     assert "split_with_sizes" in result.notes[0]
     assert "with 2 states, so what was removed is silent and still there" in result.notes[0]
-    silence(model.blocks.stage0[0], result.mixers[0].layer.kept)
+    silence(model.blocks.stage0[0], result.mixers[0].layer.states_kept)
     assert torch.allclose(outputs(result.module, batches), outputs(model, batches), atol=1e-6)
 
 
@@ -281,9 +281,9 @@ def test_errors_are_those_of_a_naive_loop_and_later_mixers_read_what_pruned_ones
         layer = result.mixers[index].layer
         read = what_is_read(result.module, index, batches)  # mixers before it are pruned there
         assert len(read) == 4  # two directions of two batches
-        assert layer.error == pytest.approx(naive_error(dense, read, layer.kept), rel=1e-3)
+        assert layer.states.error == pytest.approx(naive_error(dense, read, layer.states_kept), rel=1e-3)
     stale = what_is_read(model, 1, batches)
-    assert result.mixers[1].layer.error != pytest.approx(naive_error(second, stale, layer.kept), rel=1e-2)
+    assert result.mixers[1].layer.states.error != pytest.approx(naive_error(second, stale, layer.states_kept), rel=1e-2)
 
 
 def test_the_repair_lowers_the_error_and_exact_finds_the_best_state_to_lose():
@@ -291,9 +291,9 @@ def test_the_repair_lowers_the_error_and_exact_finds_the_best_state_to_lose():
     read = what_is_read(model, 0, batches)
     result = ssmc.compress(model, batches, repair=False, states=(STATES - 1,))
     errors = [naive_error(mixers_of(model)[0], read, [k for k in range(STATES) if k != gone]) for gone in range(STATES)]
-    assert set(range(STATES)) - set(result.mixers[0].layer.kept) == {int(np.argmin(errors))}
-    assert result.mixers[0].layer.error == pytest.approx(min(errors), rel=1e-3)
-    repaired = ssmc.compress(model, batches, states=(STATES - 1,)).mixers[0].layer
+    assert set(range(STATES)) - set(result.mixers[0].layer.states_kept) == {int(np.argmin(errors))}
+    assert result.mixers[0].layer.states.error == pytest.approx(min(errors), rel=1e-3)
+    repaired = ssmc.compress(model, batches, states=(STATES - 1,)).mixers[0].layer.states
     assert repaired.error < 0.9 * repaired.error_unrepaired
 
 
@@ -303,8 +303,8 @@ def test_how_batches_are_cut_does_not_matter(score):
     model, batches = model_of("mamba_ssm", seed=5), series(count=6, batch=1, seed=2)
     one, many = (ssmc.compress(model, given, score=score) for given in ([torch.cat(batches)], batches))
     for a, b in zip(one.mixers, many.mixers, strict=True):
-        assert a.layer.kept == b.layer.kept
-        assert a.layer.error == pytest.approx(b.layer.error, rel=1e-3)
+        assert a.layer.states_kept == b.layer.states_kept
+        assert a.layer.states.error == pytest.approx(b.layer.states.error, rel=1e-3)
 
 
 def test_memory_does_not_grow_with_the_batches():
@@ -332,8 +332,8 @@ def test_padding_is_not_counted():
     padded["attention_mask"] = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
     apart = [{"inputs_embeds": whole}, {"inputs_embeds": short}]
     for a, b in zip(*(ssmc.compress(lm, given).mixers for given in ([padded], apart)), strict=True):
-        assert a.layer.kept == b.layer.kept
-        assert a.layer.error == pytest.approx(b.layer.error, rel=1e-3)
+        assert a.layer.states_kept == b.layer.states_kept
+        assert a.layer.states.error == pytest.approx(b.layer.states.error, rel=1e-3)
 
 
 def test_half_precision():
@@ -343,7 +343,7 @@ def test_half_precision():
     assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}
     whole = ssmc.compress(model, batches, repair=False)
     for a, b in zip(half.mixers[:1], whole.mixers[:1], strict=True):
-        assert a.layer.error == pytest.approx(b.layer.error, rel=0.1)
+        assert a.layer.states.error == pytest.approx(b.layer.states.error, rel=0.1)
 
 
 # --- what a user may rely on ------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_mamba2_is_repaired_by_its_c_rows_and_out_proj():
     model, batches = model_of("mamba_ssm-2", count=1), series(count=16, batch=4, length=12)
     result = ssmc.compress(model, batches)
     layer = result.mixers[0].layer
-    assert layer.fitted.error < layer.fitted.error_unrepaired
+    assert layer.out_proj.error < layer.out_proj.error_unrepaired
     bare = ssmc.compress(model, batches, repair=False)
     dense, repaired, unrepaired = (outputs(m, batches) for m in (model, result.module, bare.module))
     assert (repaired - dense).square().sum() < 0.7 * (unrepaired - dense).square().sum()

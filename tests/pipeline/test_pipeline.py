@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from ssmc.compressor import Score, collect, configure, prune_layers
-from ssmc.compressor.methods.states.scores import statistics_for
+from ssmc.compressor import configure
+from ssmc.compressor.methods.states.collect import collect
+from ssmc.compressor.methods.states.statistics import NormalMatrix, SquaredStates
 from ssmc.compressor.options.patterns import scores_of
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.scan import ScanInputs
 from tests.support.naive import hidden_states, scan_output
+from tests.support.pruning import job_of, prune_layers
 
 ARCHITECTURE = architecture_for("mamba")
 COLUMN_SCORES = scores_of("column")
@@ -79,12 +81,12 @@ def test_collecting_in_stretches_equals_one_naive_pass(model, tokens, nsamples):
     inputs = stock_scan_inputs(model, hidden, 1)
     h = hidden_states(inputs)
     block = model.backbone.layers[1]
-    statistics = statistics_for(configure(model="test", score="sparsessm-l2"), block.mixer.A_log, 3, LENGTH)
-    collect(ARCHITECTURE, block, hidden, statistics.wanted())
-    np.testing.assert_allclose(statistics.squares.value, (h[:, :-1] ** 2).sum((0, 1)).T, rtol=1e-4)
+    squares, normal = SquaredStates(), NormalMatrix()
+    collect(job_of(ARCHITECTURE, block, hidden), [squares, normal])
+    np.testing.assert_allclose(squares.value, (h[:, :-1] ** 2).sum((0, 1)).T, rtol=1e-4)
     energy = (scan_output(inputs, h) ** 2).sum()
     identity = np.eye(6).ravel()
-    assert identity @ statistics.normal.dense().numpy() @ identity == pytest.approx(energy, rel=1e-4)
+    assert identity @ normal.dense().numpy() @ identity == pytest.approx(energy, rel=1e-4)
 
 
 @torch.no_grad()
@@ -94,11 +96,9 @@ def test_all_samples_weigh_the_same(model, tokens):
     hidden = hidden_before(model, tokens, 0)
     sums = []
     for order in (slice(None), torch.arange(len(tokens)).flip(0)):
-        statistics = statistics_for(
-            configure(model="test", score="sparsessm-l2", repair=False), block.mixer.A_log, 3, LENGTH
-        )
-        collect(ARCHITECTURE, block, hidden[order], statistics.wanted())
-        sums.append(statistics.squares.value)
+        squares = SquaredStates()
+        collect(job_of(ARCHITECTURE, block, hidden[order]), [squares])
+        sums.append(squares.value)
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=0)
 
 
@@ -116,7 +116,7 @@ def test_later_layers_are_calibrated_on_the_pruned_layers_outputs(model, tokens)
         inputs = stock_scan_inputs(model, hidden, 1)
         C, h = inputs.C.double().numpy(), hidden_states(inputs)
         energy.append(((C[:, :, None] * h[:, 1:]) ** 2).sum((0, 1, 2)))
-    assert list(results[1].kept) == sorted(np.argsort(-energy[0])[:3].tolist())
+    assert list(results[1].states_kept) == sorted(np.argsort(-energy[0])[:3].tolist())
     assert not np.allclose(energy[0], energy[1], rtol=1e-3)  # else the first line would prove nothing
 
 
@@ -139,11 +139,11 @@ def test_pruned_rows_are_zero_and_the_rest_is_untouched(model, tokens):
     assert changed == {f"backbone.layers.{i}.mixer.x_proj.weight" for i in range(2)}
     for i, result in enumerate(results):
         weight = after[f"backbone.layers.{i}.mixer.x_proj.weight"]
-        dropped = [n for n in range(6) if n not in result.kept]
+        dropped = [n for n in range(6) if n not in result.states_kept]
         assert torch.equal(weight[:3], before[f"backbone.layers.{i}.mixer.x_proj.weight"][:3])  # dt rows
         assert not weight[3:9][dropped].any()
         assert not weight[9:15][dropped].any()
-        assert weight[9:15][list(result.kept)].any(1).all()
+        assert weight[9:15][list(result.states_kept)].any(1).all()
 
 
 def test_repair_lowers_the_error_and_exact_is_the_lowest(model, tokens):
@@ -153,8 +153,8 @@ def test_repair_lowers_the_error_and_exact_is_the_lowest(model, tokens):
             _, results = prune(model, tokens, score=score, repair=repair)
             first_layer[score, repair] = results[0].error
     repaired = {score: first_layer[score, True] for score in COLUMN_SCORES}
-    assert min(repaired, key=repaired.get) is Score.exact
-    assert first_layer[Score.exact, True] < first_layer[Score.exact, False]
+    assert min(repaired, key=repaired.get) == "exact"
+    assert first_layer["exact", True] < first_layer["exact", False]
 
 
 def test_weights_are_rounded_to_what_will_be_saved(tokens):
@@ -170,7 +170,7 @@ def test_scores_that_need_no_text_run_without(model):
     _, results = prune(model, None, score="magnitude", repair=False)
     assert [r.error for r in results] == [None, None]
     A_log = model.backbone.layers[0].mixer.A_log
-    assert list(results[0].kept) == sorted(A_log.abs().sum(0).argsort(descending=True)[:3].tolist())
+    assert list(results[0].states_kept) == sorted(A_log.abs().sum(0).argsort(descending=True)[:3].tolist())
 
 
 def test_the_same_run_gives_the_same_bits(model, tokens):

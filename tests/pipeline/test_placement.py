@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ssmc.compressor import compress, configure
-from ssmc.compressor.calibration.placement import Stage, ahead, put, samples
-from ssmc.compressor.pipeline import propagate, prune_layers
+from ssmc.compressor.calibration.placement import Stage, ahead, propagate, put, samples
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from tests.support.gpu import needs_cuda
 from tests.support.models import random_model, random_tokens
+from tests.support.pruning import prune_layers
 
 ARCHITECTURE = architecture_for("mamba")
 CPU = torch.device("cpu")

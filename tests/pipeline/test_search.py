@@ -6,9 +6,7 @@ import random
 
 import pytest
 
-from ssmc.compressor import configure, split_target
-from ssmc.compressor.counts import kept
-from ssmc.compressor.options.goal import configured
+from ssmc.compressor import configure, make_plan, split_goal
 from ssmc.compressor.search.allocation import (
     Curve,
     Limit,
@@ -19,9 +17,10 @@ from ssmc.compressor.search.allocation import (
     frontier,
     shortlist,
 )
+from ssmc.compressor.search.configured import configured
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import parameter_counter
-from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.models.families import Dimensions, architecture_for
 from tests.support.models import random_model
 
 DENSE = Dimensions(6, 256, 512, 16, 16, 4, 4096)
@@ -137,21 +136,21 @@ def test_parameters_are_counted_exactly():
 def test_what_was_found_is_an_ordinary_run_that_removes_just_that(sizes):
     config = configure(model="m", pattern="layer+column+channel", score="random", nsamples=3)
     found = configured(config, sizes.removed(DENSE))
-    counts = kept(found, DENSE)
+    counts = make_plan(found, architecture_for("mamba"), DENSE).keep
     assert set(counts.states) == {sizes.d_state}
     assert set(counts.channels) == {sizes.d_inner}
     assert ("layer" in found.parts) == (sizes.n_layer < 6)
     if "layer" in found.parts:
         assert round(6 * found.sparsity_of("layer")) == 6 - sizes.n_layer
     assert found.nsamples == 3
-    assert all(found.judge_of(part).value == "random" for part in found.parts)
+    assert all(found.score_of(part) == "random" for part in found.parts)
 
 
 def test_scores_of_parts_that_stay_whole_are_left_out():
     config = configure(model="m", pattern="layer+column", score={"layer": "similarity", "column": "energy"})
     found = configured(config, {"column": 0.5})
     assert found.pattern == "column"
-    assert found.judge_of("column").value == "energy"
+    assert found.score_of("column") == "energy"
 
 
 def test_trials_and_whole_layers_are_not_refined():
@@ -162,19 +161,19 @@ def test_trials_and_whole_layers_are_not_refined():
 
 
 def test_without_a_goal_options_are_left_alone():
-    assert split_target({"model": "m", "sparsity": 0.5}) == (None, {"model": "m", "sparsity": 0.5})
+    assert split_goal({"model": "m", "sparsity": 0.5}) == (None, {"model": "m", "sparsity": 0.5})
 
 
 def test_a_goal_is_taken_out_and_allows_everything_by_default():
-    target, rest = split_target({"model": "m", "target_latency": 0.6, "phase": "decode", "batch": 4, "seed": 1})
-    assert (target.target_latency, target.workload.phase, target.workload.batch) == (0.6, "decode", 4)
+    goal, rest = split_goal({"model": "m", "target_latency": 0.6, "phase": "decode", "batch": 4, "seed": 1})
+    assert (goal.target_latency, goal.phase, goal.batch) == (0.6, "decode", 4)
     assert rest == {"model": "m", "seed": 1, "pattern": "layer+column+channel"}
 
 
 def test_a_bound_of_perplexity_is_one_of_loss():
-    target, _ = split_target({"model": "m", "max_ppl_increase": 0.05})
-    assert math.exp(target.most_nats) == pytest.approx(1.05)
-    assert split_target({"model": "m", "target_params": 0.5})[0].most_nats == math.inf
+    goal, _ = split_goal({"model": "m", "max_ppl_increase": 0.05})
+    assert math.exp(goal.most_nats) == pytest.approx(1.05)
+    assert split_goal({"model": "m", "target_params": 0.5})[0].most_nats == math.inf
 
 
 @pytest.mark.parametrize(
@@ -185,13 +184,13 @@ def test_a_bound_of_perplexity_is_one_of_loss():
         ({"max_ppl_increase": 0}, "max_ppl_increase 0 does not work"),
         ({"target_latency": 0.5, "batch": 0}, "batch 0 does not work"),
         ({"target_latency": 0.5, "phase": "training"}, "phase 'training' does not work"),
-        ({"phase": "decode"}, "There is no target that phase could belong to: give one of target_params"),
-        ({"target_latency": 0.5, "sparsity": 0.5}, "sparsity says what is removed, a target looks for it"),
+        ({"phase": "decode"}, "There is no goal that phase could belong to: give one of target_params"),
+        ({"target_latency": 0.5, "sparsity": 0.5}, "sparsity says what is removed, a search with a goal looks for it"),
         ({"target_params": 0.5, "states": "4,4,4"}, "states says what is removed"),
         ({"target_params": 0.5, "pattern": "unstructured"}, "not by unstructured"),
-        ({"target_params": 0.5, "pattern": "column", "target": "all"}, "not by in_proj"),
+        ({"target_params": 0.5, "pattern": "column", "scope": "all"}, "not by in_proj"),
     ],
 )
 def test_goals_that_make_no_sense_are_one_sentence(options, sentence):
     with pytest.raises(UsageError, match=sentence):
-        split_target({"model": "m", **options})
+        split_goal({"model": "m", **options})

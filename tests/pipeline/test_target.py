@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from functools import partial
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 from ssmc.compressor import compress, read_recipe
 from ssmc.compressor.calibration.split import Samples
-from ssmc.compressor.options.patterns import COMBINABLE
+from ssmc.compressor.options.patterns import combinable
+from ssmc.compressor.search import trials
 from ssmc.exporters import export
 from ssmc.exporters.cutting import shrink
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
@@ -49,14 +49,13 @@ def table(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
     """The clocks run as always, only not for long."""
-    find = sys.modules["ssmc.compressor.search.trials"]
     for name in ("measure_latency", "time_sizes"):
-        monkeypatch.setattr(find, name, partial(getattr(find, name), repeats=2, budget=0.1))
+        monkeypatch.setattr(trials, name, partial(getattr(trials, name), repeats=2, budget=0.1))
 
 
 def run(dense, out, **options):
     result = compress(dense, out=out, **SMALL, **options)
-    return result, result.manifest["target"]
+    return result, result.manifest["goal"]
 
 
 def test_a_target_of_parameters_is_met_exactly_as_counted(dense, tmp_path):
@@ -80,10 +79,10 @@ def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):
     assert alike.config.widths is None
     assert len(set(widths)) > 1
     assert max(widths) == widths[0]
-    before, after = (result.manifest["target"]["outcome"] for result in (alike, own))
+    before, after = (result.manifest["goal"]["outcome"] for result in (alike, own))
     assert after["parameters"] <= 0.85
     assert after["excess_nats"] < before["excess_nats"]
-    weights = own.manifest["target"]["layer_weights"]["channel"]
+    weights = own.manifest["goal"]["layer_weights"]["channel"]
     assert sum(weights) == pytest.approx(1)
     assert weights[0] == max(weights)
     again = compress(out=tmp_path / "again", **read_recipe(tmp_path / "own" / "recipe.yaml"))
@@ -110,7 +109,7 @@ def test_the_recipe_names_what_was_found_and_gives_the_same_bytes(dense, table, 
     found, _ = run(dense, tmp_path / "found", target_latency=0.75, latency_table=table)
     recipe = read_recipe(tmp_path / "found" / "recipe.yaml")
     assert not any(key.startswith(("target_", "max_ppl")) for key in recipe)
-    assert set(recipe["pattern"].split("+")) <= set(COMBINABLE)
+    assert set(recipe["pattern"].split("+")) <= set(combinable())
     again = compress(out=tmp_path / "again", **recipe)
     assert "target" not in again.manifest
     for name in ("model.safetensors", "recipe.yaml"):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.models.mamba import modeling_mamba
 
-from ssmc.compressor import pipeline
+from ssmc.compressor.methods.states import collect as collecting
+from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.statistics import NormalMatrix, SquaredReadout, SquaredStates
-from ssmc.compressor.pipeline import collect
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
@@ -22,6 +22,7 @@ from ssmc.runtime.scan import ScanInputs, mamba_ssm_scan, scan_moments, scan_sta
 from tests.scan.test_scan import difference, naive, random_inputs, random_state, tokens
 from tests.support.gpu import HAS_CUDA
 from tests.support.models import random_model, random_tokens
+from tests.support.pruning import job_of
 
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 gpu = pytest.importorskip("ssmc.runtime.scan.gpu")
@@ -323,14 +324,14 @@ def test_statistics_of_a_layer_are_the_same_from_sums_as_from_states(monkeypatch
 
     def collected(backend: str, place: torch.device) -> list[torch.Tensor]:
         statistics = [SquaredStates(), SquaredReadout(), NormalMatrix()]
-        collect(architecture, block.to(place), hidden.to(place), statistics, backend=backend)
+        collect(job_of(architecture, block.to(place), hidden.to(place)), statistics, backend=backend)
         squares, readout, normal = statistics
         values = (squares.value, readout.states, readout.readers, readout.products, normal.value)
         return [value.cpu() for value in values]
 
     wanted = collected("reference", torch.device("cpu"))
-    monkeypatch.setattr(pipeline, "SUMMED", 10)  # two samples at a time
-    monkeypatch.setattr(pipeline, "scan_states", None)  # nobody asks for states
+    monkeypatch.setattr(collecting, "SUMMED", 10)  # two samples at a time
+    monkeypatch.setattr(collecting, "scan_states", None)  # nobody asks for states
     for got, value in zip(collected("triton", DEVICE), wanted, strict=True):
         assert difference(got, value) < 1e-5
 

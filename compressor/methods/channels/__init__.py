@@ -1,1 +1,1 @@
-"""Channels of a Mamba-1 and heads of a Mamba-2: structured Optimal Brain Surgeon on out_proj."""
+"""Channels of a Mamba-1, heads of a Mamba-2, and the fit of out_proj."""

@@ -11,41 +11,19 @@ from collections.abc import Sequence
 
 import torch
 
-from ssmc.compressor.methods.channels.obs import ridged
-from ssmc.compressor.options.patterns import Score
+from ssmc.compressor.methods.ridge import inverse, ridged
 
 
-def choose_heads(
-    score: Score,
-    weight: torch.Tensor,
-    moment: torch.Tensor | None,
-    keep: int,
-    heads: int,
-    groups: int,
-    generator: torch.Generator,
-) -> list[int]:
-    """The heads that stay, ascending: as many in each group.
+def highest_of_each_group(importance: torch.Tensor, keep: int, groups: int) -> list[int]:
+    """The most important heads, ascending, as many in each group.
 
     Args:
-        score: obs; activation, sum over a head's channels of E[y_j^2] ||W[:, j]||^2; magnitude, of ||W[:, j]||^2; or
-            random.
-        weight: (d_model, D) of out_proj.
-        moment: (D, D) sum of y y' over the calibration tokens; None for the scores that look at no text.
+        importance: (H,).
         keep: how many stay, a multiple of `groups`.
-        heads: H, each of D / H neighbouring channels.
-        groups: of heads that share B and C.
-        generator: for `random`.
+        groups: of H / G neighbouring heads.
     """
-    if score is Score.obs:
-        return eliminate_heads(weight, moment, keep, heads, groups)
-    norms = weight.double().square().sum(0).cpu()
-    importance = {
-        Score.magnitude: lambda: _by_head(norms, heads),
-        Score.activation: lambda: _by_head(norms * moment.diagonal().cpu(), heads),
-        Score.random: lambda: torch.rand(heads, generator=generator, dtype=torch.float64),
-    }[score]()
-    per_group, kept = heads // groups, []
-    for first in range(0, heads, per_group):
+    per_group, kept = len(importance) // groups, []
+    for first in range(0, len(importance), per_group):
         order = importance[first : first + per_group].argsort(descending=True, stable=True)
         kept += sorted(first + int(head) for head in order[: keep // groups])
     return kept
@@ -67,7 +45,7 @@ def eliminate_heads(weight: torch.Tensor, moment: torch.Tensor, keep: int, heads
     Returns:
         The kept heads, ascending.
     """
-    H = torch.cholesky_inverse(torch.linalg.cholesky(ridged(moment)))
+    H = inverse(ridged(moment))
     W, P, per_group = weight.to(H), len(H) // heads, heads // groups
     left = list(range(heads))
     while len(left) > keep:
@@ -92,7 +70,3 @@ def channels_of(heads: Sequence[int], head_dim: int) -> list[int]:
 
 def _channels(head: int, head_dim: int) -> torch.Tensor:
     return torch.arange(head * head_dim, (head + 1) * head_dim)
-
-
-def _by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
-    return values.unflatten(0, (heads, -1)).sum(1)

@@ -12,39 +12,11 @@ Then out_proj is fitted once more, to the dense model's residual stream on the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ssmc.compressor.methods.weights.second_moments import check_finite
-from ssmc.compressor.options.patterns import Score
+from ssmc.compressor.methods.ridge import inverse, ridged
 
-RIDGE = 1e-4  # times the mean diagonal of a second moment
 BLOCK = 64  # channels removed between two updates of the full matrices: speed only
-
-
-def choose_channels(
-    score: Score, weight: torch.Tensor, moment: torch.Tensor | None, keep: int, generator: torch.Generator
-) -> list[int]:
-    """The channels that stay, ascending.
-
-    Args:
-        score: obs; activation, E[y_j^2] ||W[:, j]||^2; magnitude, ||W[:, j]||^2; or random.
-        weight: (d_model, D) of out_proj.
-        moment: (D, D) sum of y y' over the calibration tokens; None for the scores that look at no text.
-        keep: how many stay.
-        generator: for `random`.
-    """
-    if score is Score.obs:
-        return eliminate_channels(weight, moment, keep)
-    norms = weight.double().square().sum(0).cpu()
-    importance = {
-        Score.magnitude: lambda: norms,
-        Score.activation: lambda: norms * moment.diagonal().cpu(),
-        Score.random: lambda: torch.rand(len(norms), generator=generator, dtype=torch.float64),
-    }[score]()
-    # stable, so that equal importances are decided by position and not by the sorting routine
-    return sorted(importance.argsort(descending=True, stable=True)[:keep].tolist())
 
 
 def eliminate_channels(weight: torch.Tensor, moment: torch.Tensor, keep: int, block: int = BLOCK) -> list[int]:
@@ -63,7 +35,7 @@ def eliminate_channels(weight: torch.Tensor, moment: torch.Tensor, keep: int, bl
     Returns:
         The kept columns, ascending.
     """
-    H = torch.cholesky_inverse(torch.linalg.cholesky(ridged(moment)))
+    H = inverse(ridged(moment))
     W = weight.to(H)
     Q, left = W.t() @ W, torch.arange(len(H), device=H.device)
     while len(left) > keep:
@@ -93,41 +65,3 @@ def _remove_some(H: torch.Tensor, Q: torch.Tensor, count: int) -> tuple[torch.Te
     V, P, E = V[stay], P[stay], E[stay]
     change = P @ E.t()
     return stay.nonzero()[:, 0], H[stay][:, stay] - V @ V.t(), Q[stay][:, stay] - change - change.t()
-
-
-def refit(weight: torch.Tensor, moment: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-    """The weight on the kept inputs that comes closest to the whole one: least squares over the calibration tokens.
-
-    Args:
-        weight: (out, in).
-        moment: (in, in) sum of x x' over tokens.
-        kept: inputs that stay.
-
-    Returns:
-        (out, K) float64.
-    """
-    index = torch.as_tensor(list(kept), device=moment.device)
-    cross = weight.to(moment) @ moment[:, index]  # (out, K): sum of (W x) x_kept'
-    return fit(cross, moment[index][:, index])
-
-
-def fit(cross: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """The linear map of x that comes closest to a target: W = (sum t x') (sum x x' + ridge)^-1.
-
-    Args:
-        cross: (out, in) sum of t x' over tokens.
-        moment: (in, in) sum of x x' over tokens.
-
-    Returns:
-        (out, in) float64.
-    """
-    return torch.cholesky_solve(cross.t().double(), torch.linalg.cholesky(ridged(moment))).t()
-
-
-def ridged(moment: torch.Tensor) -> torch.Tensor:
-    """A second moment with a little on its diagonal, float64, so that inputs that say nothing new do no harm."""
-    moment = check_finite(moment).double()
-    mean = moment.diagonal().mean()
-    # inputs that are zero everywhere: any positive ridge leaves their weights at zero
-    ridge = RIDGE * mean if mean > 0 else torch.ones((), dtype=moment.dtype, device=moment.device)
-    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

@@ -1,1 +1,1 @@
-"""States: importance scores, streaming statistics, elimination with repair."""
+"""States: scores, the sums they look at, elimination and repair; and single entries of A_log."""

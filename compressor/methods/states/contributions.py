@@ -56,11 +56,6 @@ class Contributions(Statistic):
         safe = torch.where(self.skip > 0, self.skip, 1.0)
         return (self.gram - self.cross.t() @ (self.cross / safe[:, None])).cpu()
 
-    def skip_change(self, removed: Sequence[int]) -> torch.Tensor:
-        """What to add to D of each head, (H,), to make up for the states that are removed."""
-        lost = self.cross[:, list(removed)].sum(1)
-        return torch.where(self.skip > 0, lost / torch.where(self.skip > 0, self.skip, 1.0), 0.0)
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -72,13 +67,18 @@ class Loss:
 
     def __add__(self, other: Loss) -> Loss:
         """Of two groups together."""
-        mine, theirs = vars(self), vars(other)
-        return Loss(**{name: mine[name] + theirs[name] for name in mine})
+        return Loss(
+            self.error + other.error,
+            self.error_unrepaired + other.error_unrepaired,
+            self.energy + other.energy,
+        )
 
     def relative(self) -> tuple[float, float]:
         """Both errors, relative to the energy."""
-        errors = (self.error, self.error_unrepaired)
-        return tuple(max(0.0, error) / self.energy if self.energy > 0 else 0.0 for error in errors)
+        return self._relative(self.error), self._relative(self.error_unrepaired)
+
+    def _relative(self, error: float) -> float:
+        return max(0.0, error) / self.energy if self.energy > 0 else 0.0
 
 
 def loss_of(contributions: Contributions, removed: Sequence[int], repair: bool) -> Loss:

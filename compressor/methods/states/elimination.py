@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ssmc.compressor.methods.ridge import ridged, solve
+
 RIDGE = 1e-6  # times the mean diagonal of G; pulls M towards the identity where the data say nothing
 SCALED_RIDGE = 1e-4  # the same for one scale a state, where Q is a difference of sums in float32
 
@@ -50,7 +52,7 @@ def evaluate(G: torch.Tensor, kept: Sequence[int], repair: bool) -> Repair:
     if repair:
         free = _rows(kept, n)
         pull = G[free] @ change.flatten()
-        change[kept] = -_solve(_ridged(G)[free][:, free], pull).view(len(kept), n)
+        change[kept] = -solve(ridged(G, RIDGE)[free][:, free], pull[:, None]).view(len(kept), n)
         mixing = change[kept] + torch.eye(n, dtype=G.dtype)[kept]
     relative = [_relative(error, energy) for error in (_quadratic(G, change), unrepaired)]
     return Repair(tuple(kept), mixing, *relative)
@@ -73,7 +75,7 @@ def eliminate(G: torch.Tensor, keep: int, repair: bool) -> list[int]:
 def _eliminate_repaired(G: torch.Tensor, keep: int) -> list[int]:
     """Losing state j costs e' (H_jj)^-1 e: H the inverse on what is left, e the change its row needs."""
     n = _d_state(G)
-    H = torch.linalg.inv(_ridged(G)).view(n, n, n, n)  # [state, reader, state, reader]
+    H = torch.linalg.inv(ridged(G, RIDGE)).view(n, n, n, n)  # [state, reader, state, reader]
     M = torch.eye(n, dtype=G.dtype)  # the repaired read-out so far, one row a state
     left = list(range(n))
     while len(left) > keep:
@@ -129,7 +131,7 @@ def eliminate_scaled(Q: torch.Tensor, keep: int) -> list[int]:
     Returns:
         The kept states, ascending.
     """
-    H, a, left = torch.linalg.inv(_ridged(Q, SCALED_RIDGE)), torch.ones(len(Q), dtype=Q.dtype), list(range(len(Q)))
+    H, a, left = torch.linalg.inv(ridged(Q, SCALED_RIDGE)), torch.ones(len(Q), dtype=Q.dtype), list(range(len(Q)))
     while len(left) > keep:
         costs = a[left].square() / H.diagonal()[left]
         j = left.pop(int(costs.argmin()))
@@ -137,17 +139,6 @@ def eliminate_scaled(Q: torch.Tensor, keep: int) -> list[int]:
         a = a - column * a[j]
         H = H - torch.outer(column, H[j])
     return left
-
-
-def _ridged(G: torch.Tensor, part: float = RIDGE) -> torch.Tensor:
-    mean = G.diagonal().mean()
-    # a layer that outputs nothing has G = 0: any positive ridge then leaves M at the identity
-    ridge = part * mean if mean > 0 else torch.ones((), dtype=G.dtype)
-    return G + ridge * torch.eye(len(G), dtype=G.dtype)
-
-
-def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(right[:, None], torch.linalg.cholesky(matrix))[:, 0]
 
 
 def _quadratic(G: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

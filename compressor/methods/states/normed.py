@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of, samples
+from ssmc.compressor.methods.descent import Pace, descend
 from ssmc.runtime.models.families import Architecture
 
 TOKENS = 4096  # what is fitted and measured looks at no more, or at one sample
@@ -70,55 +71,56 @@ def remove_states(
         mixing: (K, N) of the C rows that stay, which knows nothing of the norms' change; None: not mixed.
         repair: whether rows may be scaled, and mixed.
     """
-    hidden = hidden[: max(1, TOKENS // hidden.shape[1])]
-    mixer = architecture.mixer(block)
-    dense = _see(architecture, block, mixer, hidden)
-    plain = _candidate(architecture, block, hidden, dense, kept, None, scale=False)
+    layer = _Layer(architecture, block, hidden[: max(1, TOKENS // hidden.shape[1])], kept)
+    plain = layer.candidate(None, scale=False)
     found = [plain]
     if repair:
         mixings = [None] if mixing is None else [None, mixing]
-        found += [_candidate(architecture, block, hidden, dense, kept, m, scale=True) for m in mixings]
+        found += [layer.candidate(m, scale=True) for m in mixings]
     best = min(found, key=lambda candidate: candidate.error)
-    mixer.load_state_dict(best.mixer.state_dict())
+    architecture.mixer(block).load_state_dict(best.mixer.state_dict())
     return NormFit(best.error, plain.error, best.spread)
 
 
-def _candidate(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    dense: _Seen,
-    kept: Sequence[int],
-    mixing: torch.Tensor | None,
-    scale: bool,
-) -> _Candidate:
-    """A copy of a mixer with states removed, its rows and its read-out scaled to come closest to the dense one."""
-    mixer = copy.deepcopy(architecture.mixer(block))  # not the block: it may hold experts
-    factor, ones = 1.0, torch.ones(len(kept), device=mixer.D.device)
-    architecture.mask_states(mixer, kept, mixing)
-    if scale:
-        seen, index = _see(architecture, block, mixer, hidden), list(kept)
-        b, c = fit_scales(seen.b[:, index], seen.c[:, index], dense.b, dense.c, tied=not architecture.has_norm_weights)
-        architecture.scale_readers(mixer, kept, b, c, 1.0)
-    seen = _see(architecture, block, mixer, hidden)
-    cross, square, energy = (float((p * q).sum()) for p, q in ((seen.y, dense.y), (seen.y, seen.y), (dense.y, dense.y)))
-    if scale and cross > 0:
-        factor = cross / square  # least squares
-        architecture.scale_readers(mixer, kept, ones, ones, factor)
-    error = max(0.0, energy - 2 * factor * cross + factor**2 * square) / energy if energy > 0 else 0.0
-    changes = _log_ratio(seen.b, dense.b) + _log_ratio(seen.c, dense.c)
-    return _Candidate(error, float(changes.std(correction=0)) / 2, mixer)  # of squares
+class _Layer:
+    """A layer that loses states, and what it computed before."""
 
+    def __init__(self, architecture: Architecture, block: nn.Module, hidden: torch.Tensor, kept: Sequence[int]):
+        self._architecture, self._block, self._hidden = architecture, block, hidden
+        self._kept, self._mixer = kept, architecture.mixer(block)
+        self._dense = self._see(self._mixer)
 
-def _see(architecture: Architecture, block: nn.Module, mixer: nn.Module, hidden: torch.Tensor) -> _Seen:
-    """Run a mixer in the place of a block's own over samples (nsamples, L, d_model)."""
-    parts = []
-    for _, sample in samples(hidden, device_of(block)):
-        inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, sample)))
-        y, _ = architecture.scan(mixer, replace(inputs, D=torch.zeros_like(inputs.D)))
-        parts.append((y, *architecture.before_norm(mixer, inputs.u)))
-    y, b, c = (torch.cat(part, dim=1)[0].double() for part in zip(*parts, strict=True))
-    return _Seen(y, b.square(), c.square())
+    def candidate(self, mixing: torch.Tensor | None, scale: bool) -> _Candidate:
+        """A copy of the mixer with states removed, its rows and read-out scaled to come closest to the dense one."""
+        architecture, kept, dense = self._architecture, self._kept, self._dense
+        mixer = copy.deepcopy(self._mixer)  # not the block: it may hold experts
+        factor, ones = 1.0, torch.ones(len(kept), device=mixer.D.device)
+        architecture.mask_states(mixer, kept, mixing)
+        if scale:
+            seen, index = self._see(mixer), list(kept)
+            tied = not architecture.has_norm_weights
+            b, c = fit_scales(seen.b[:, index], seen.c[:, index], dense.b, dense.c, tied)
+            architecture.scale_readers(mixer, kept, b, c, 1.0)
+        seen = self._see(mixer)
+        cross, square, energy = (
+            float((p * q).sum()) for p, q in ((seen.y, dense.y), (seen.y, seen.y), (dense.y, dense.y))
+        )
+        if scale and cross > 0:
+            factor = cross / square  # least squares
+            architecture.scale_readers(mixer, kept, ones, ones, factor)
+        error = max(0.0, energy - 2 * factor * cross + factor**2 * square) / energy if energy > 0 else 0.0
+        changes = _log_ratio(seen.b, dense.b) + _log_ratio(seen.c, dense.c)
+        return _Candidate(error, float(changes.std(correction=0)) / 2, mixer)  # of squares
+
+    def _see(self, mixer: nn.Module) -> _Seen:
+        """Run a mixer in the place of the block's own over the samples."""
+        architecture, block, parts = self._architecture, self._block, []
+        for _, sample in samples(self._hidden, device_of(block)):
+            inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, sample)))
+            y, _ = architecture.scan(mixer, replace(inputs, D=torch.zeros_like(inputs.D)))
+            parts.append((y, *architecture.before_norm(mixer, inputs.u)))
+        y, b, c = (torch.cat(part, dim=1)[0].double() for part in zip(*parts, strict=True))
+        return _Seen(y, b.square(), c.square())
 
 
 def fit_scales(
@@ -139,17 +141,17 @@ def fit_scales(
         (K,) of B and (K,) of C, of geometric mean 1.
     """
     logs = [torch.zeros(b.shape[1], dtype=b.dtype, device=b.device, requires_grad=True) for _ in range(2 - tied)]
-    optimiser = torch.optim.Adam(logs, lr=RATE)
-    for _ in range(STEPS):
+
+    def gradients() -> Sequence[torch.Tensor]:
         with torch.enable_grad():
             of_c = -logs[0] if tied else logs[1]
             loss = sum(
                 _log_ratio(part * (2 * log).exp(), dense).var(correction=0)
                 for part, log, dense in ((b, logs[0], dense_b), (c, of_c, dense_c))
             )
-            for log, gradient in zip(logs, torch.autograd.grad(loss, logs), strict=True):
-                log.grad = gradient
-        optimiser.step()
+            return torch.autograd.grad(loss, logs)
+
+    descend(logs, gradients, None, Pace(STEPS, [RATE] * len(logs), constant=True))
     of_b = logs[0].detach() - logs[0].detach().mean()
     of_c = -of_b if tied else logs[1].detach() - logs[1].detach().mean()
     return of_b.exp(), of_c.exp()

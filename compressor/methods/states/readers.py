@@ -16,20 +16,18 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.methods.descent import Pace, descend, root_mean_square
+from ssmc.compressor.methods.method import Job
 from ssmc.compressor.methods.states.statistics import Chunk, Statistic
-from ssmc.runtime.models.families import Architecture, Readers
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.models.families import Readers
 
 MOST_BYTES = 256 << 20  # of the matrices S_t of a layer
 STEPS = 120
 BATCH = 32  # stretches of a step
 HELD_OUT = 8  # one stretch of so many is kept from the steps and judges them
-CHECKS = 12  # how often it does
 RATE = 0.02  # of a parameter's root mean square a step, at the highest point of the schedule
-WARM_UP = 0.1  # of the steps
 
 
 @dataclass
@@ -79,65 +77,48 @@ class ReaderFit:
 
 
 @torch.enable_grad()
-def fit_readers(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    group: int,
-    statistic: ReadoutGrams,
-    kept: Sequence[int],
-    seed: int,
-    progress: Progress = silent,
-    label: str = "C rows",
-) -> ReaderFit:
+def fit_readers(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int]) -> ReaderFit:
     """Fit the C rows of the states that stay, in place; never for the worse on the held-out stretches.
 
     Args:
-        architecture: adapter of the model.
-        block: the layer, with all its states.
-        hidden: (nsamples, L, d_model) what it reads.
+        job: the layer, with all its states, and what it reads; its seed orders the stretches.
         group: whose states they are.
-        statistic: filled on `hidden`.
+        statistic: filled on what the layer reads.
         kept: states of the group that stay.
-        seed: of the order of the stretches.
-        progress: told about steps.
-        label: what to call the work.
     """
-    mixer = architecture.mixer(block)
+    readers = job.architecture.readers(job.mixer, group)
     starts, grams = statistic.stretches()
-    readers = architecture.readers(mixer, group)
-    task = _Task(_windows(architecture, block, hidden, starts, grams.shape[1], readers), grams, readers, kept)
+    task = ReaderTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept)
     index = torch.as_tensor(list(kept), device=grams.device)
     tensors = [None if t is None else t[index] for t in vars(readers).values()]
     parameters = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
     skip = torch.zeros(statistic.heads, device=grams.device, requires_grad=True)
     learnt = [p for p in parameters if p is not None] + [skip]
-    sizes = [_size(p) for p in learnt[:-1]] + [_size(mixer.D)]
-    optimiser = torch.optim.Adam([{"params": [p], "peak": RATE * s} for p, s in zip(learnt, sizes, strict=True)], lr=0)
-    generator = torch.Generator().manual_seed(seed)
+    sizes = [root_mean_square(p) for p in learnt[:-1]] + [root_mean_square(job.mixer.D)]
+    generator = torch.Generator().manual_seed(job.seed)
     order = torch.randperm(len(grams), generator=generator)
     judges = order[: max(1, len(order) // HELD_OUT)]
     rest = order[len(judges) :] if len(order) > 1 else order
-    before = lowest = task.error(judges, parameters, skip)
-    best = [p.detach().clone() for p in learnt]
-    for step in range(1, STEPS + 1):
-        progress(label, step - 1, STEPS)
-        for part in optimiser.param_groups:
-            part["lr"] = part["peak"] * _schedule(step)
+
+    def gradients() -> Sequence[torch.Tensor]:
         rows = rest[torch.randperm(len(rest), generator=generator)[:BATCH]]
-        for p, gradient in zip(learnt, torch.autograd.grad(task.loss(rows, parameters, skip), learnt), strict=True):
-            p.grad = gradient
-        optimiser.step()
-        if step % (STEPS // CHECKS) == 0 and (now := task.error(judges, parameters, skip)) < lowest:
-            lowest, best = now, [p.detach().clone() for p in learnt]
-    progress(label, STEPS, STEPS)
+        return torch.autograd.grad(task.loss(rows, parameters, skip), learnt)
+
+    fit = descend(
+        learnt,
+        gradients,
+        lambda: task.error(judges, parameters, skip),
+        Pace(STEPS, [RATE * size for size in sizes]),
+        job.progress,
+        f"{job.label}: C rows",
+    )
     with torch.no_grad():
-        for tensor, value in zip((t for t in vars(readers).values() if t is not None), best, strict=False):
-            tensor[index] = value.to(tensor)
-    return ReaderFit(lowest, before, best[-1])
+        for tensor, value in zip((t for t in vars(readers).values() if t is not None), learnt, strict=False):
+            tensor[index] = value.detach().to(tensor)
+    return ReaderFit(fit.error, fit.error_before, skip.detach())
 
 
-class _Task:
+class ReaderTask:
     """Stretches of tokens: what in_proj reads, what C should be, and what a wrong C costs."""
 
     def __init__(self, windows: torch.Tensor, grams: torch.Tensor, readers: Readers, kept: Sequence[int]):
@@ -184,30 +165,14 @@ class _Task:
 
 
 @torch.no_grad()
-def _windows(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    starts: Sequence[int],
-    length: int,
-    readers: Readers,
-) -> torch.Tensor:
+def input_windows(job: Job, starts: Sequence[int], length: int, readers: Readers) -> torch.Tensor:
     """What in_proj reads at every stretch and the d_conv - 1 tokens before it, with a last column of ones where there
     is a token: (stretches x samples, T + d_conv - 1, d_model + 1)."""
-    before, device, windows = readers.taps.shape[1] - 1, device_of(block), []
+    before, device, windows = readers.taps.shape[1] - 1, device_of(job.work), []
     for start in starts:
         first = max(0, start - before)
-        normed = architecture.read_by_in_proj(block, hidden[:, first : start + length].to(device)).float()
+        part = job.samples[:, first : start + length].to(device)
+        normed = job.architecture.read_by_in_proj(job.work, part).float()
         normed = F.pad(normed, (0, 1), value=1.0)
         windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))
     return torch.cat(windows)
-
-
-def _size(parameter: torch.Tensor) -> float:
-    return float(parameter.detach().float().square().mean().sqrt())
-
-
-def _schedule(step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    warm = max(1, round(WARM_UP * STEPS))
-    return step / warm if step <= warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (STEPS - warm + 1)))

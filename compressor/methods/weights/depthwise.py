@@ -12,16 +12,17 @@ from itertools import product
 
 import torch
 
-from ssmc.compressor.methods.weights.masks import NM, Target, check_groups, lowest_mask, pruned_count
+from ssmc.compressor.methods.weights.masks import lowest_mask, pruned_count
 from ssmc.compressor.methods.weights.second_moments import check_finite, computing
 from ssmc.compressor.methods.weights.sparsegpt import SparseGPTResult
+from ssmc.compressor.options.sparsity import NM, Sparsity, check_groups
 from ssmc.runtime.errors import UsageError
 
 RIDGE = 1e-6  # of a channel's mean diagonal; pulls its taps to where they were when the data say nothing
 MOST_TAPS = 8  # 2^K fits
 
 
-def prune_depthwise(weight: torch.Tensor, hessian: torch.Tensor, target: Target) -> SparseGPTResult:
+def prune_depthwise(weight: torch.Tensor, hessian: torch.Tensor, sparsity: Sparsity) -> SparseGPTResult:
     """Prune conv1d and refit the taps that stay by least squares, exactly, channel by channel.
 
     Unstructured: exactly round(sparsity * D K) taps go, shared out over all channels so that the total squared error of
@@ -32,7 +33,7 @@ def prune_depthwise(weight: torch.Tensor, hessian: torch.Tensor, target: Target)
     Args:
         weight: (D, K); not modified.
         hessian: (D, K, K), `DepthwiseSecondMoment.total` or any positive multiple of it.
-        target: sparsity in [0, 1), or an N:M pattern along the taps.
+        sparsity: sparsity in [0, 1), or an N:M pattern along the taps.
 
     Raises:
         UsageError: sparsity outside [0, 1), taps that are not whole groups, or more taps than can be tried.
@@ -43,12 +44,12 @@ def prune_depthwise(weight: torch.Tensor, hessian: torch.Tensor, target: Target)
     if taps > MOST_TAPS:
         raise UsageError(f"conv1d has {taps} taps; all sets of at most {MOST_TAPS} can be tried. Leave it out.")
     H = check_finite(hessian).to(before.device, torch.float64)
-    if isinstance(target, NM):
-        check_groups(taps, target)
-        errors, fits, kept = _best_sets(before, H, target)
-        removed = torch.full((channels,), taps // target.m * (target.m - target.n), device=before.device)
+    if isinstance(sparsity, NM):
+        check_groups(taps, sparsity)
+        errors, fits, kept = _best_sets(before, H, sparsity)
+        removed = torch.full((channels,), taps // sparsity.m * (sparsity.m - sparsity.n), device=before.device)
     else:
-        total = pruned_count(weight.numel(), target)
+        total = pruned_count(weight.numel(), sparsity)
         errors, fits, kept = _best_sets(before, H, None)
         removed = _share_out(errors, total)
     chosen = torch.arange(channels, device=before.device), removed
@@ -99,10 +100,10 @@ def _fit(W: torch.Tensor, H: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 def _share_out(errors: torch.Tensor, total: int) -> torch.Tensor:
     """How many taps each channel loses, (D,), `total` in all, from the errors (D, K + 1) of losing 0..K."""
-    return (~lowest_mask(_hull_slopes(errors), total)).sum(1)
+    return (~lowest_mask(hull_slopes(errors), total)).sum(1)
 
 
-def _hull_slopes(errors: torch.Tensor) -> torch.Tensor:
+def hull_slopes(errors: torch.Tensor) -> torch.Tensor:
     """Slopes (D, K) of the greatest convex minorant of each row of `errors` (D, K + 1) at 0..K.
 
     The slope over step c is max over a <= c of min over b > c of the chord from a to b (the minimax formula).

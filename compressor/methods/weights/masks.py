@@ -7,41 +7,10 @@ many entries tie, for example at 0, it takes all of them.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import torch
 
+from ssmc.compressor.options.sparsity import NM, check_groups
 from ssmc.runtime.errors import CalibrationError, UsageError
-
-if TYPE_CHECKING:  # options are checked before torch is loaded
-    import torch
-
-
-@dataclass(frozen=True)
-class NM:
-    """N:M sparsity: of every `m` consecutive entries exactly `n` are KEPT, so 2:4 keeps 2 of 4.
-
-    This is how NVIDIA's hardware and the SparseGPT paper count. SparseSSM's published code is inconsistent about it: N
-    is the number pruned in one of its files and the number kept in another. For 2:4 and 4:8 both readings agree.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise UsageError(f"The pattern {self} does not work: n of every m entries are kept, 0 < n < m, as in 2:4.")
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-    @property
-    def sparsity(self) -> float:
-        """The part that is removed."""
-        return 1 - self.n / self.m
-
-
-Target = float | NM
-"""How much goes: a part of all entries inside [0, 1), or an N:M pattern."""
 
 
 def pruned_count(entries: int, sparsity: float) -> int:
@@ -106,19 +75,6 @@ def nm_mask(importance: torch.Tensor, n: int, m: int, axis: int = -1) -> torch.T
     return _keep_highest(groups, n).view(last.shape).movedim(-1, axis)
 
 
-def check_groups(length: int, pattern: NM) -> None:
-    """Refuse an axis that is not made of whole groups.
-
-    Raises:
-        UsageError: m does not divide `length`.
-    """
-    if length % pattern.m:
-        raise UsageError(
-            f"The pattern {pattern} needs whole groups of {pattern.m} entries, but the axis has {length}. "
-            "Leave this tensor out or use a pattern whose m divides it."
-        )
-
-
 def _keep_highest(importance: torch.Tensor, keep: int) -> torch.Tensor:
     """True at the `keep` highest entries of each row (the last axis), ties to the earlier entry."""
     if importance.isnan().any():
@@ -128,7 +84,7 @@ def _keep_highest(importance: torch.Tensor, keep: int) -> torch.Tensor:
         )
     prune = importance.shape[-1] - keep
     if prune == 0:
-        return importance == importance  # True everywhere: NaN was refused
+        return torch.ones_like(importance, dtype=torch.bool)
     # the k-th value and the ties at it: eight times as fast as a stable sort of a whole weight matrix
     threshold = importance.kthvalue(prune, dim=-1, keepdim=True).values
     above = importance > threshold

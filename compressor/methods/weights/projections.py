@@ -1,26 +1,25 @@
-"""The projections and conv1d of a layer: Hessians on what they really read, then SparseGPT, Wanda or magnitude."""
+"""The projections and conv1d of a layer: second moments of what they really read, then the score prunes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ssmc.compressor.calibration.placement import HOST, Stage, device_of, put, samples, settle
-from ssmc.compressor.methods.weights.depthwise import prune_depthwise
-from ssmc.compressor.methods.weights.masks import NM, Target
+from ssmc.compressor.calibration.placement import device_of, put, samples, settle
+from ssmc.compressor.methods.method import Job, Record, Survey
+from ssmc.compressor.methods.registry import score
+from ssmc.compressor.methods.weights.score import Moment, WeightScore
 from ssmc.compressor.methods.weights.second_moments import DepthwiseSecondMoment, SecondMoment, SquaredInputs
 from ssmc.compressor.methods.weights.sensitivity import RANKED, allocate, sensitivity
-from ssmc.compressor.methods.weights.sparsegpt import sparsegpt
-from ssmc.compressor.methods.weights.wanda import magnitude, wanda
-from ssmc.compressor.options.config import FFN, CompressConfig, FfnScore
-from ssmc.runtime.models.families import Architecture
-from ssmc.runtime.progress import Progress, silent
+from ssmc.compressor.options.config import PROJECTIONS
+from ssmc.compressor.options.patterns import WEIGHTS
+from ssmc.compressor.options.sparsity import NM, Sparsity
 
 CONV = "conv1d"
-Moments = dict[str, SecondMoment | DepthwiseSecondMoment]
 
 
 @dataclass(frozen=True)
@@ -34,61 +33,52 @@ class ModuleResult:
     left_out: str | None = None  # why it was left as it is
 
 
-def module_targets(
-    architecture: Architecture,
-    model: nn.Module,
-    hidden: torch.Tensor | None,
-    config: CompressConfig,
-    progress: Progress = silent,
-    stage: Stage = HOST,
-) -> list[dict[str, Target]]:
-    """How sparse each module of each layer becomes: N:M, or Eq. 7 of SparseSSM from one pass over the dense model.
+@dataclass(frozen=True)
+class WeightsRecord(Record):
+    """What happened to the modules of a layer."""
 
-    Args:
-        architecture: adapter of the model.
-        model: dense.
-        hidden: (nsamples, L, d_model) embeddings of the calibration samples, not modified; None without any.
-        config: pattern, sparsity, alpha, targets.
-        progress: told about layers.
-        stage: where each layer is while it runs.
-    """
-    blocks = architecture.blocks(model)
+    name = "weights"
+
+    modules: tuple[ModuleResult, ...]
+
+    def as_manifest(self) -> dict[str, Any]:
+        """One entry a module."""
+        return {"modules": [asdict(module) for module in self.modules]}
+
+
+def sparsities_of_modules(survey: Survey) -> list[dict[str, Sparsity]]:
+    """How sparse each module of each layer becomes: N:M, or Eq. 7 of SparseSSM from one pass over the dense model."""
+    architecture, config = survey.plan.architecture, survey.plan.config
+    blocks = architecture.blocks(survey.model)
     layers = len(blocks)
-    if config.nm:
-        return [dict.fromkeys(config.modules, config.nm) for _ in range(layers)]
+    uniform: Sparsity = config.nm or config.sparsity_of(config.parts[0])
+    sparsities: list[dict[str, Sparsity]] = [dict.fromkeys(config.modules, uniform) for _ in range(layers)]
     names = [name for name in config.modules if name in RANKED]
-    if hidden is None or not names or config.alpha == 0:
-        return [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
-    sensitivities = _sensitivities(architecture, model, stage.place(hidden.clone()), names, progress, stage)
-    ranked = allocate(sensitivities, config.sparsity, config.alpha)
+    if isinstance(uniform, NM) or survey.hidden is None or not names or config.alpha == 0:
+        return sparsities
+    ranked = allocate(_sensitivities(survey, survey.hidden, names), uniform, config.alpha)
     mixers = [layer for layer, block in enumerate(blocks) if architecture.mixer(block) is not None]
-    targets = [dict.fromkeys(config.modules, config.sparsity) for _ in range(layers)]
-    for name, sparsities in ranked.items():
-        for layer, sparsity in zip(mixers, sparsities, strict=True):
-            targets[layer][name] = sparsity
-    return targets
+    for name, of_layers in ranked.items():
+        for layer, sparsity in zip(mixers, of_layers, strict=True):
+            sparsities[layer][name] = sparsity
+    return sparsities
 
 
-def _sensitivities(
-    architecture: Architecture,
-    model: nn.Module,
-    hidden: torch.Tensor,
-    names: Sequence[str],
-    progress: Progress,
-    stage: Stage,
-) -> dict[str, list[float]]:
+def _sensitivities(survey: Survey, embedded: torch.Tensor, names: Sequence[str]) -> dict[str, list[float]]:
     """trace(H) / size of each module in each layer; the trace alone needs no matrix product."""
+    architecture, stage = survey.plan.architecture, survey.stage
+    hidden = stage.place(embedded.clone())
     found: dict[str, list[float]] = {name: [] for name in names}
-    blocks = architecture.blocks(model)
+    blocks = architecture.blocks(survey.model)
     for index, block in stage.each(blocks):
-        progress("sensitivity of the layers (Eq. 7)", index, len(blocks))
+        survey.progress("sensitivity of the layers (Eq. 7)", index, len(blocks))
+        device = device_of(block)
         if architecture.mixer(block) is None:
-            for i, sample in samples(hidden, device_of(block)):
+            for i, sample in samples(hidden, device):
                 put(hidden, i, architecture.run(block, sample))
-            settle(hidden, device_of(block))
+            settle(hidden, device)
             continue
         weights = architecture.module_weights(architecture.mixer(block))
-        device = device_of(block)
         sums = {name: SquaredInputs(weights[name].shape[1], device) for name in names}
         for i, sample in samples(hidden, device):
             inputs, output = architecture.module_inputs(block, sample)
@@ -101,154 +91,103 @@ def _sensitivities(
     return found
 
 
-def prune_modules(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor | None,
-    targets: Mapping[str, Target],
-    score: FfnScore,
-    progress: Progress = silent,
-    label: str = "Hessians",
-) -> list[ModuleResult]:
-    """Prune modules of one layer in place.
+def prune_modules(job: Job, sparsities: Mapping[str, Sparsity]) -> None:
+    """Prune modules of the mixer of one layer in place.
 
-    All Hessians come from one pass over the layer as it is before any of them is touched.
+    All second moments come from one pass over the layer as it is before any of them is touched.
 
     Args:
-        architecture: adapter of the model.
-        block: the layer.
-        hidden: (nsamples, L, d_model) what the layer reads; None for magnitude, which looks at no data.
-        targets: sparsity or N:M by module name.
-        score: how to prune.
-        progress: told about samples.
-        label: what to call the work.
+        job: the layer, and what it reads.
+        sparsities: how sparse each module becomes, by name.
     """
-    weights = architecture.module_weights(architecture.mixer(block))
-    targets = {name: target for name, target in targets.items() if name in weights}  # a Mamba-2 has no x_proj
-    moments: Moments = {}
-    if hidden is not None and score is not FfnScore.magnitude:
-        moments = _moments(architecture, block, hidden, {n: weights[n] for n in targets}, progress, label)
-    targets = {name: targets[name] for name in FFN if name in targets}
-    return _prune_each(weights, targets, moments, score)
+    weights = job.weights
+    wanted = {name: sparsities[name] for name in PROJECTIONS if name in sparsities and name in weights}
+    judge = weight_score(job)
+    moments: dict[str, Moment] = {}
+    if job.hidden is not None and judge.needs_text:
+        moments = _moments(job, {name: weights[name] for name in wanted})
+    job.note(WeightsRecord(tuple(_prune_each(weights, wanted, moments, judge))))
+
+
+def prune_linears(job: Job) -> None:
+    """Prune what a block of a hybrid has beside its mixer, the linear maps of attention and MLP, in place.
+
+    All second moments come from one pass. Experts of a mixture are one tensor for all of them and stay dense.
+    """
+    linears, judge = job.architecture.linears(job.work), weight_score(job)
+    if not linears:
+        return
+    moments: dict[str, Moment] = {}
+    if job.hidden is not None and judge.needs_text:
+        moments = _moments_of_linears(job, linears)
+    weights = {name: linear.weight.data for name, linear in linears.items()}
+    sparsity: Sparsity = job.config.nm or job.config.sparsity_of(job.config.parts[0])
+    pruned = _prune_each(weights, dict.fromkeys(weights, sparsity), moments, judge)
+    before = job.find(WeightsRecord)
+    job.note(WeightsRecord((*(before.modules if before else ()), *pruned)))
+
+
+def weight_score(job: Job) -> WeightScore:
+    """The score that decides about the weights of modules in this run."""
+    return cast(WeightScore, score(WEIGHTS, job.config.ffn_score))
 
 
 def _prune_each(
-    weights: Mapping[str, torch.Tensor], targets: Mapping[str, Target], moments: Moments, score: FfnScore
+    weights: Mapping[str, torch.Tensor],
+    sparsities: Mapping[str, Sparsity],
+    moments: Mapping[str, Moment],
+    judge: WeightScore,
 ) -> list[ModuleResult]:
-    """Prune the weights that have a target, in place."""
+    """Prune the weights that are to be sparse, in place."""
     results = []
-    for name, target in targets.items():
-        weight, error = weights[name], None
-        if _takes(weight, target):
-            pruned, error = _prune(name, weight, moments.get(name), target, score)
+    for name, sparsity in sparsities.items():
+        weight, error, reason = weights[name], None, _reason_to_leave_out(weights[name], sparsity)
+        if reason is None:
+            pruned, error = judge.prune(weight, moments.get(name), sparsity)
             weight.copy_(pruned)
         zeros = int((weight == 0).sum()) / weight.numel()
-        if _takes(weight, target):
-            results.append(ModuleResult(name, _text(target), zeros, error))
-        else:
-            reason = f"{weight.shape[1]} inputs are no groups of {target.m}"
-            results.append(ModuleResult(name, None, zeros, error, reason))
+        text = str(sparsity) if isinstance(sparsity, NM) else f"{sparsity:.4f}"
+        results.append(ModuleResult(name, text if reason is None else None, zeros, error, reason))
     return results
 
 
-def prune_linears(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor | None,
-    config: CompressConfig,
-    progress: Progress = silent,
-    label: str = "Hessians",
-) -> list[ModuleResult]:
-    """Prune what a block of a hybrid has beside its mixer, the linear maps of attention and MLP, in place.
-
-    All Hessians come from one pass. Experts of a mixture are one tensor for all of them and stay dense.
-
-    Args:
-        architecture: adapter of the model.
-        block: the layer.
-        hidden: (nsamples, L, d_model) what the layer reads; None for magnitude, which looks at no data.
-        config: sparsity or N:M, and how to prune; nothing happens unless all modules are to be pruned.
-        progress: told about samples.
-        label: what to call the work.
-    """
-    linears = architecture.linears(block)
-    if not linears or set(config.modules) != set(FFN):
-        return []
-    moments: Moments = {}
-    if hidden is not None and config.ffn_score is not FfnScore.magnitude:
-        moments = _moments_of_linears(architecture, block, hidden, linears, progress, label)
-    weights = {name: linear.weight.data for name, linear in linears.items()}
-    return _prune_each(weights, dict.fromkeys(weights, config.nm or config.sparsity), moments, config.ffn_score)
+def _moments(job: Job, weights: Mapping[str, torch.Tensor]) -> dict[str, Moment]:
+    """Second moments of what modules of the mixer read."""
+    device, count = device_of(job.work), len(job.samples)
+    moments: dict[str, Moment] = {
+        name: (DepthwiseSecondMoment(*w.shape, device) if name == CONV else SecondMoment(w.shape[1], device))
+        for name, w in weights.items()
+    }
+    for i, sample in samples(job.samples, device):
+        job.report("Hessians", i, count)
+        inputs, _ = job.architecture.module_inputs(job.work, sample)
+        for name, moment in moments.items():
+            moment.add(inputs[name])
+    job.report("Hessians", count, count)
+    return moments
 
 
-def _moments_of_linears(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    linears: Mapping[str, nn.Linear],
-    progress: Progress,
-    label: str,
-) -> Moments:
+def _moments_of_linears(job: Job, linears: Mapping[str, nn.Linear]) -> dict[str, Moment]:
     """Second moments of what linear maps read when the whole block runs."""
-    device = device_of(block)
-    moments: Moments = {name: SecondMoment(linear.in_features, device) for name, linear in linears.items()}
+    device, count = device_of(job.work), len(job.samples)
+    moments = {name: SecondMoment(linear.in_features, device) for name, linear in linears.items()}
     hooks = [
         linear.register_forward_pre_hook(lambda _, args, moment=moments[name]: moment.add(args[0]))
         for name, linear in linears.items()
     ]
     try:
-        for i, sample in samples(hidden, device):
-            progress(label, i, len(hidden))
-            architecture.run(block, sample)
+        for i, sample in samples(job.samples, device):
+            job.report("Hessians of attention and MLP", i, count)
+            job.architecture.run(job.work, sample)
     finally:
         for hook in hooks:
             hook.remove()
-    progress(label, len(hidden), len(hidden))
-    return moments
+    job.report("Hessians of attention and MLP", count, count)
+    return dict(moments)
 
 
-def _takes(weight: torch.Tensor, target: Target) -> bool:
-    """Whether the inputs of a module are whole groups of N:M; one whose are not is left as it is."""
-    return not isinstance(target, NM) or weight.shape[1] % target.m == 0
-
-
-def _text(target: Target) -> str:
-    return str(target) if isinstance(target, NM) else f"{target:.4f}"
-
-
-def _moments(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    weights: Mapping[str, torch.Tensor],
-    progress: Progress,
-    label: str,
-) -> Moments:
-    device = device_of(block)
-    moments: Moments = {
-        name: (DepthwiseSecondMoment(*w.shape, device) if name == CONV else SecondMoment(w.shape[1], device))
-        for name, w in weights.items()
-    }
-    for i, sample in samples(hidden, device):
-        progress(label, i, len(hidden))
-        inputs, _ = architecture.module_inputs(block, sample)
-        for name, moment in moments.items():
-            moment.add(inputs[name])
-    progress(label, len(hidden), len(hidden))
-    return moments
-
-
-def _prune(
-    name: str,
-    weight: torch.Tensor,
-    moment: SecondMoment | DepthwiseSecondMoment | None,
-    target: Target,
-    score: FfnScore,
-) -> tuple[torch.Tensor, float | None]:
-    """The pruned weight (out, in), or (D, K) for conv1d, and its relative output error where it is known."""
-    if score is FfnScore.magnitude or moment is None:
-        return weight * magnitude(weight, target), None
-    if score is FfnScore.wanda:
-        return weight * wanda(weight, moment.total.diagonal(dim1=-2, dim2=-1), target), None
-    result = prune_depthwise(weight, moment.total, target) if name == CONV else sparsegpt(weight, moment.total, target)
-    return result.weight.to(weight.dtype), result.error
+def _reason_to_leave_out(weight: torch.Tensor, sparsity: Sparsity) -> str | None:
+    """Why a module is left as it is: its inputs are no whole groups of N:M."""
+    if not isinstance(sparsity, NM) or weight.shape[1] % sparsity.m == 0:
+        return None
+    return f"{weight.shape[1]} inputs are no groups of {sparsity.m}"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from ssmc.runtime.errors import CalibrationError, UsageError
+import torch
 
-if TYPE_CHECKING:  # options are checked before torch is loaded
-    import torch
+from ssmc.compressor.options.sparsity import ALPHA, check_ramp
+from ssmc.runtime.errors import CalibrationError
 
-ALPHA = 0.04  # the paper's
 RANKED = ("in_proj", "out_proj")  # each ranked over the layers on its own; the others get the mean
 
 
@@ -67,22 +65,6 @@ def allocate(
         UsageError, CalibrationError: as `ramp`.
     """
     return {name: ramp(values, sparsity, alpha if name in RANKED else 0.0) for name, values in sensitivities.items()}
-
-
-def check_ramp(sparsity: float, alpha: float) -> None:
-    """Refuse a ramp that leaves (0, 1).
-
-    Raises:
-        UsageError: what is wrong and the largest alpha that works.
-    """
-    room = min(sparsity, 1 - sparsity)
-    if room <= 0:
-        raise UsageError(f"sparsity {sparsity} does not work: it is the part that is removed, between 0 and 1.")
-    if not 0 <= alpha < room:
-        raise UsageError(
-            f"alpha {alpha:g} does not work with sparsity {sparsity:g}: sparsities from {sparsity - alpha:g} to "
-            f"{sparsity + alpha:g} must lie between 0 and 1. Use an alpha of at least 0 and below {room:g}."
-        )
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

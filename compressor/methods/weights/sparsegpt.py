@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ssmc.compressor.methods.weights.masks import NM, Target, check_groups, lowest_mask, nm_mask, pruned_count
+from ssmc.compressor.methods.weights.masks import lowest_mask, nm_mask, pruned_count
 from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.options.sparsity import NM, Sparsity, check_groups
 from ssmc.runtime.errors import CalibrationError
 
 MOST_SPAN = 128  # columns whose mask is chosen together, at most: the paper's
@@ -40,7 +41,7 @@ class SparseGPTResult:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class MaskRule:
     """How masks are chosen: `decide` gets the losses (out, span) of the columns from `start` on, returns their mask."""
 
     span: int
@@ -50,7 +51,7 @@ class _Rule:
 def sparsegpt(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    target: Target,
+    sparsity: Sparsity,
     *,
     span: int | None = None,
     block: int = BLOCK,
@@ -69,7 +70,7 @@ def sparsegpt(
     Args:
         weight: (out, in), any floating type; not modified.
         hessian: (in, in), `SecondMoment.total` or any positive multiple of it.
-        target: sparsity in [0, 1), or an N:M pattern along the inputs.
+        sparsity: sparsity in [0, 1), or an N:M pattern along the inputs.
         span: columns whose mask is chosen together when unstructured; by default a sixteenth, at most 128.
         block: columns updated together, rounded down to whole spans or groups; no matter but of speed and rounding.
         damping: first value tried, in units of H's mean diagonal; 10 times as much each time the factorisation fails.
@@ -78,13 +79,13 @@ def sparsegpt(
         UsageError: the sparsity is outside [0, 1), or the inputs are not whole groups.
         CalibrationError: H is not finite, or no damping makes it positive definite.
     """
-    if isinstance(target, NM):
-        check_groups(weight.shape[1], target)
-        rule = _Rule(target.m, lambda losses, start: nm_mask(losses, target.n, target.m))
+    if isinstance(sparsity, NM):
+        check_groups(weight.shape[1], sparsity)
+        rule = MaskRule(sparsity.m, lambda losses, start: nm_mask(losses, sparsity.n, sparsity.m))
     else:
         span = span or default_span(weight.shape[1])
-        rule = _Rule(span, _lowest_share(len(weight), hessian.diagonal() == 0, target))
-    return _prune(weight, hessian, rule, max(rule.span, block - block % rule.span), damping)
+        rule = MaskRule(span, _lowest_share(len(weight), hessian.diagonal() == 0, sparsity))
+    return prune_by_rule(weight, hessian, rule, max(rule.span, block - block % rule.span), damping)
 
 
 def default_span(inputs: int) -> int:
@@ -92,16 +93,8 @@ def default_span(inputs: int) -> int:
     return max(1, min(MOST_SPAN, inputs // SPANS))
 
 
-def sparsegpt_with_mask(
-    weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, *, block: int = BLOCK, damping: float = DAMPING
-) -> SparseGPTResult:
-    """Only the update of SparseGPT, for a mask (out, in) chosen elsewhere (True where kept). Else as `sparsegpt`."""
-    rule = _Rule(block, lambda losses, start: mask[:, start : start + losses.shape[1]])
-    return _prune(weight, hessian, rule, block, damping)
-
-
 def sparsegpt_a_log(
-    A_log: torch.Tensor, hessian: torch.Tensor, target: Target, *, damping: float = DAMPING
+    A_log: torch.Tensor, hessian: torch.Tensor, sparsity: Sparsity, *, damping: float = DAMPING
 ) -> SparseGPTResult:
     """The paper's baseline "SparseGPT on A_log": A_log (D, N) treated as a linear map of the hidden state.
 
@@ -111,10 +104,10 @@ def sparsegpt_a_log(
     Args:
         A_log: (D, N).
         hessian: (N, N) sum over samples, time and channels of h h', `StateMoment.total`.
-        target: sparsity in [0, 1), or an N:M pattern along the states.
+        sparsity: sparsity in [0, 1), or an N:M pattern along the states.
         damping: as `sparsegpt`.
     """
-    return sparsegpt(A_log, hessian, target, span=MOST_SPAN, damping=damping)  # all states at once, as the paper
+    return sparsegpt(A_log, hessian, sparsity, span=MOST_SPAN, damping=damping)  # all states at once, as the paper
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -153,7 +146,10 @@ def _lowest_share(rows: int, dead: torch.Tensor, sparsity: float) -> Callable[[t
     return decide
 
 
-def _prune(weight: torch.Tensor, hessian: torch.Tensor, rule: _Rule, block: int, damping: float) -> SparseGPTResult:
+def prune_by_rule(
+    weight: torch.Tensor, hessian: torch.Tensor, rule: MaskRule, block: int = BLOCK, damping: float = DAMPING
+) -> SparseGPTResult:
+    """The sweep of SparseGPT over the columns, with masks chosen by a rule. Arguments and errors as `sparsegpt`."""
     inputs = weight.shape[1]
     if hessian.shape != (inputs, inputs):
         raise ValueError(f"the Hessian of {inputs} inputs is {inputs} x {inputs}, not {tuple(hessian.shape)}")
@@ -204,7 +200,7 @@ def _inverse_of_upper(R: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _sweep(columns: torch.Tensor, factor: torch.Tensor, rule: _Rule, block: int) -> torch.Tensor:
+def _sweep(columns: torch.Tensor, factor: torch.Tensor, rule: MaskRule, block: int) -> torch.Tensor:
     """Prune `columns` (in, out) in place, left to right; returns the mask (in, out)."""
     kept = torch.empty_like(columns, dtype=torch.bool)
     for start in range(0, len(columns), block):
@@ -215,7 +211,7 @@ def _sweep(columns: torch.Tensor, factor: torch.Tensor, rule: _Rule, block: int)
 
 
 def _sweep_block(
-    columns: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor, rule: _Rule, start: int
+    columns: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor, rule: MaskRule, start: int
 ) -> torch.Tensor:
     """One block, in place; returns its errors W_ij / F_jj of what went, (block, out), for the columns on its right."""
     pivots = factor.diagonal()

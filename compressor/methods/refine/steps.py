@@ -9,39 +9,45 @@ weight that is zero (what was pruned stays silent), and a layer that some held-o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.methods.channels.out_proj import fit_out_proj
+from ssmc.compressor.methods.descent import Pace, descend
+from ssmc.compressor.methods.method import Job, Record
 from ssmc.runtime.errors import CalibrationError
-from ssmc.runtime.models.families import Architecture
-from ssmc.runtime.progress import Progress, silent
 from ssmc.runtime.scan import ScanInputs
 
 TOKENS = 2048  # of a step, in whole samples: the states then are those the model will have
 HELD_OUT = 8  # one sample in so many only judges the steps
-CHECKS = 12  # how often they judge, at most
 PATIENCE = 6  # judgements without a better layer after which the steps end; the first steps are the largest
 RATE = 0.01  # of a tensor's root mean square: how far an entry moves a step at the height of the schedule
-WARM_UP = 0.1  # part of the steps
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Refinement(Record):
     """What refining a layer achieved.
 
     Errors are squared, on the held-out samples, relative to what the layer should add to the residual stream.
     """
 
+    name = "refined"
+
     steps: int  # that were run
     best_step: int  # whose weights the layer has now; 0: those it had before
     error: float
     error_before: float
+
+    def as_manifest(self) -> dict[str, Any]:
+        """Steps and errors."""
+        return {"refined": asdict(self)}
 
 
 def stepped_on(samples: int) -> int:
@@ -49,35 +55,40 @@ def stepped_on(samples: int) -> int:
     return samples - max(1, samples // HELD_OUT)
 
 
-def refine(
-    architecture: Architecture,
-    block: nn.Module,
-    hidden: torch.Tensor,
-    stream: torch.Tensor,
-    steps: int,
-    seed: int,
-    kept: Sequence[int] | None = None,
-    a_log_zeros: bool = False,
-    progress: Progress = silent,
-    label: str = "refining",
-) -> Refinement:
-    """Refine the mixer of a block in place; never for the worse on the held-out samples.
+def refine(job: Job, steps: int) -> Refinement:
+    """Refine the mixer of a layer in place; never for the worse on the held-out samples.
+
+    Only the states that are not silent are computed. Zeros stay, but for those of A_log that are decay rates like any
+    other: they stay where entries of A_log were pruned.
 
     Args:
-        architecture: adapter of the model.
-        block: the pruned and repaired layer.
-        hidden: (nsamples, L, d_model) what it reads in the pruned model; at least two samples.
-        stream: (nsamples, L, d_model) what the dense layer puts out in the dense model.
+        job: the pruned and repaired layer, at least two samples of what it reads in the pruned model, and what it put
+            out in the dense model.
         steps: gradient steps of Adam, at most.
-        seed: of the order of the samples.
-        kept: the states that are not silent, which alone need to be computed; None: all.
-        a_log_zeros: whether zeros of A_log were pruned and stay; else they are decay rates like any other.
-        progress: told about steps.
-        label: what to call the work.
     """
-    layer = _Layer(architecture, block, hidden, stream, kept)
+    layer = _Layer(job)
     with layer.trained() as parameters:
-        return _descend(layer, parameters, _pinned(parameters, a_log_zeros), steps, seed, progress, label)
+        moving = list(parameters.values())
+        pinned = [_pinned(name, p, job.plan.carries_out("entries")) for name, p in parameters.items()]
+        seen = stepped_on(layer.samples)
+        batches = _batches(seen, max(1, TOKENS // layer.length), job.seed)
+
+        def gradients() -> list[torch.Tensor]:
+            found = layer.gradients(next(batches), moving)
+            for gradient, entries in zip(found, pinned, strict=True):
+                if entries is not None:
+                    gradient.masked_fill_(entries, 0)
+            return found
+
+        descent = descend(
+            moving,
+            gradients,
+            lambda: layer.error(range(seen, layer.samples)),
+            Pace(steps, [RATE * _root_mean_square(p) for p in moving], patience=PATIENCE),
+            job.progress,
+            f"{job.label}: refining",
+        )
+    return Refinement(descent.steps, descent.best_step, descent.error, descent.error_before)
 
 
 def check_samples(tokens: torch.Tensor) -> None:
@@ -96,61 +107,14 @@ def check_samples(tokens: torch.Tensor) -> None:
         )
 
 
-def _descend(
-    layer: _Layer,
-    parameters: Mapping[str, nn.Parameter],
-    pinned: Mapping[str, torch.Tensor],
-    steps: int,
-    seed: int,
-    progress: Progress,
-    label: str,
-) -> Refinement:
-    """Adam with a schedule; the parameters end as the best of those that were judged."""
-    seen = stepped_on(layer.samples)
-    judges = range(seen, layer.samples)
-    batches = _batches(seen, max(1, TOKENS // layer.length), seed)
-    groups = [{"params": [p], "peak": RATE * _root_mean_square(p)} for p in parameters.values()]
-    optimiser = torch.optim.Adam(groups, lr=0.0)
-    best, best_step, step = _copies(parameters), 0, 0
-    before = lowest = layer.error(judges)
-    every = max(1, math.ceil(steps / CHECKS))
-    for step in range(1, steps + 1):
-        progress(label, step - 1, steps)
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, steps)
-        layer.differentiate(next(batches), parameters)
-        for name, entries in pinned.items():
-            parameters[name].grad.masked_fill_(entries, 0)
-        optimiser.step()
-        if step % every and step < steps:
-            continue
-        error = layer.error(judges)
-        if error < lowest:
-            best, best_step, lowest = _copies(parameters), step, error
-        if not math.isfinite(error) or step - best_step >= PATIENCE * every:
-            break
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best[name])
-    progress(label, steps, steps)
-    return Refinement(step, best_step, lowest, before)
-
-
 class _Layer:
     """A layer, what it reads, and what it should put out."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        block: nn.Module,
-        hidden: torch.Tensor,
-        stream: torch.Tensor,
-        kept: Sequence[int] | None,
-    ):
-        self._architecture, self._block, self._kept = architecture, block, kept
-        self._mixer = architecture.mixer(block)
-        self._hidden, self._stream = hidden, stream
-        self.samples, self.length, _ = hidden.shape
+    def __init__(self, job: Job):
+        self._architecture, self._block, self._mixer = job.architecture, job.work, job.mixer
+        self._kept = job.states_kept
+        self._hidden, self._stream = job.samples, job.target
+        self.samples, self.length, _ = self._hidden.shape
 
     @contextmanager
     def trained(self) -> Iterator[dict[str, nn.Parameter]]:
@@ -166,14 +130,12 @@ class _Layer:
                 parameter.grad = None
                 parameter.requires_grad_(flag)
 
-    def differentiate(self, samples: Sequence[int], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Fill in the gradients of the relative error on some samples."""
+    def gradients(self, samples: Sequence[int], parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Of the relative error on some samples."""
         with torch.enable_grad():
             wrong, energy = self._squares(samples)
             relative = wrong / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-            gradients = torch.autograd.grad(relative, [*parameters.values()])
-        for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
+            return list(torch.autograd.grad(relative, parameters))
 
     @torch.no_grad()
     def error(self, samples: Sequence[int]) -> float:
@@ -188,7 +150,7 @@ class _Layer:
         hidden, stream = (t[list(samples)].to(device) for t in (self._hidden, self._stream))
         expanded = self._architecture.expand(self._mixer, self._architecture.normed(self._block, hidden))
         inputs = self._architecture.scan_inputs(self._mixer, *expanded)
-        if self._kept is not None and isinstance(inputs, ScanInputs):
+        if isinstance(inputs, ScanInputs):
             inputs = inputs.some_states(self._kept)
         y, _ = self._architecture.scan(self._mixer, inputs)
         added = self._mixer.out_proj(y)  # (B, L, d_model)
@@ -196,13 +158,9 @@ class _Layer:
         return (added - wanted).square().sum(), wanted.square().sum()
 
 
-def _pinned(parameters: Mapping[str, torch.Tensor], a_log_zeros: bool) -> dict[str, torch.Tensor]:
-    """Entries that stay zero, by parameter."""
-    return {name: p.detach() == 0 for name, p in parameters.items() if a_log_zeros or name != "A_log"}
-
-
-def _copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in parameters.items()}
+def _pinned(name: str, parameter: torch.Tensor, a_log_zeros: bool) -> torch.Tensor | None:
+    """Entries that stay zero; None: a zero of A_log is a decay rate like any other."""
+    return parameter.detach() == 0 if a_log_zeros or name != "A_log" else None
 
 
 def _batches(samples: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -222,9 +180,12 @@ def _root_mean_square(parameter: torch.Tensor) -> float:
     return float(entries.square().mean().sqrt()) if len(entries) else 0.0
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Up in a straight line, then down half a cosine."""
-    rising = max(1, round(WARM_UP * steps))
-    if step <= rising:
-        return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising + 1)))
+def refine_layer(job: Job) -> None:
+    """Take gradient steps on a layer; one that they do not make better stays as it is."""
+    before = copy.deepcopy(job.mixer.state_dict())
+    if job.plan.fits_out_proj:  # what judges must not have been seen: a fit on all samples would look better
+        fit_out_proj(job.on(slice(stepped_on(len(job.samples)))))
+    refined = refine(job, job.config.refine)
+    if refined.best_step == 0:
+        job.mixer.load_state_dict(before)
+    job.note(refined)

@@ -1,0 +1,102 @@
+"""How many channels, or heads of a Mamba-2, stay: a sparsity becomes a number that hardware and stock loaders take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ssmc.compressor.methods.counts import listed, nearest
+from ssmc.compressor.methods.method import Plan
+from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL
+from ssmc.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.families import Dimensions
+
+MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first
+STEPS = 8  # widths to choose between, at least, for a multiple to be the default
+
+
+def channels_of_layers(plan: Plan) -> tuple[int, ...]:
+    """How many channels a run keeps in each layer.
+
+    Raises:
+        UsageError: nothing would be removed, or the numbers do not fit the model or its stock loaders.
+    """
+    config, sizes = plan.config, plan.sizes
+    if config.widths is not None:
+        channels = listed("widths", config.widths, sizes.d_inner, sizes.n_layer)
+    else:
+        channels = (_kept_width(config, sizes),) * sizes.n_layer
+    if plan.has_heads:
+        _check_heads(config, sizes, channels)
+    return channels
+
+
+def channels_to_keep(d_inner: int, sparsity: float, multiple: int | None = None) -> int:
+    """How many of `d_inner` channels stay: the multiple nearest to what the sparsity leaves, ties to fewer.
+
+    Args:
+        d_inner: D of the dense model.
+        sparsity: part that is removed, inside (0, 1).
+        multiple: what the width is a multiple of; None: see `default_multiple`.
+
+    Raises:
+        UsageError: nothing would be removed, or there is no such multiple.
+    """
+    multiple = multiple or default_multiple(d_inner)
+    allowed = [*range(multiple, d_inner, multiple), d_inner]
+    kept = nearest(allowed, d_inner * (1 - sparsity))
+    if kept == d_inner:
+        smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
+        raise UsageError(
+            f"sparsity {sparsity} of {d_inner} channels, rounded to a multiple of {multiple}, removes none; "
+            f"use a higher one{f', or --round-channels with a smaller number ({smaller})' if smaller else ''}."
+        )
+    return kept
+
+
+def widths_of_heads(sizes: Dimensions) -> list[int]:
+    """The widths below its own that a Mamba-2 can have in a stock loader, rising.
+
+    transformers and mamba_ssm have one width for all layers, `expand` times d_model with a whole `expand` (a fraction
+    is refused by Mamba2Config, and gives a layer of fractional size in mamba_ssm), and whole heads in every group.
+    """
+    unit = sizes.groups * sizes.head_dim
+    return [width for width in range(sizes.d_model, sizes.d_inner, sizes.d_model) if width % unit == 0]
+
+
+def _kept_width(config: CompressConfig, sizes: Dimensions) -> int:
+    sparsity = config.sparsity_of(CHANNEL)
+    if sizes.heads is None:
+        return channels_to_keep(sizes.d_inner, sparsity, config.round_channels)
+    wanted = sizes.d_inner * (1 - sparsity)
+    return nearest([*widths_of_heads(sizes), sizes.d_inner], wanted)
+
+
+def _check_heads(config: CompressConfig, sizes: Dimensions, widths: Sequence[int]) -> None:
+    """Refuse widths that no stock loader takes, rather than remove far more or less than was asked for."""
+    able = widths_of_heads(sizes)
+    why = (
+        f"stock loaders want a whole `expand`, that is a width of whole heads that is a multiple of d_model "
+        f"{sizes.d_model}, in every layer"
+    )
+    if not able:
+        raise UsageError(f"No heads can be removed from this model of {sizes.d_inner} channels: {why}.")
+    P = sizes.head_dim
+    choices = ", ".join(f"{width} ({width // P} heads, sparsity {1 - width / sizes.d_inner:.4g})" for width in able)
+    if config.round_channels is not None:
+        raise UsageError(f"round_channels does not go with the heads of a Mamba-2, as {why}: {choices}.")
+    asked = config.widths is not None or abs(widths[0] - sizes.d_inner * (1 - config.sparsity_of(CHANNEL))) <= P / 2
+    if not asked or any(width not in able for width in widths) or len(set(widths)) > 1:
+        what = "widths" if config.widths is not None else f"sparsity {config.sparsity_of(CHANNEL):g}"
+        raise UsageError(
+            f"The {what} of {sizes.d_inner} channels ({sizes.heads} heads) cannot be exported: {why}. "
+            f"What can be: {choices}."
+        )
+
+
+def default_multiple(d_inner: int) -> int:
+    """64 channels, what matrix products on all hardware like, or the largest smaller power of two with enough steps."""
+    return next((m for m in MULTIPLES if d_inner >= STEPS * m), 1)

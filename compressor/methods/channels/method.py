@@ -1,0 +1,124 @@
+"""The methods of this folder, as the rest of ssmc sees them: channels or heads, and the fit of out_proj after them."""
+
+from __future__ import annotations
+
+from ssmc.compressor.methods.channels import scores as scores  # registers them
+from ssmc.compressor.methods.channels.counts import channels_of_layers, default_multiple
+from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Table
+from ssmc.compressor.methods.registry import register_method
+from ssmc.compressor.methods.tables import error_text
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, Pattern, looks_at_text
+
+FIT_TOKENS_PER_CHANNEL = 8
+"""Calibration tokens below which a fit is worth a warning: half of the channels of `tiny` gone, its perplexity is 57
+without and 835 with repair at one token a kept channel, 41 and 37 at four, 40 and 30 at eight."""
+
+
+class Channels(Method):
+    """Channels of d_inner of a Mamba-1, heads of a Mamba-2, with x_proj refitted on those that stay."""
+
+    name = "channels"
+    place = 10
+    pattern = Pattern(CHANNEL, "channels", "`channel` (channels of d_inner)", "obs", combines=3)
+
+    def needs_text(self, plan: Plan) -> bool:
+        """For the repair, and for most scores."""
+        return plan.config.repair or looks_at_text(CHANNEL, plan.config.score_of(CHANNEL))
+
+    def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Numbers of channels."""
+        return {"channels": channels_of_layers(plan)}
+
+    def prune(self, job: Job) -> None:
+        """A layer that keeps all of its channels is left out."""
+        from ssmc.compressor.methods.channels.prune import prune_channels
+
+        if job.plan.keep.channels[job.index] < job.plan.sizes.d_inner:
+            prune_channels(job)
+
+    def finish(self, job: Job) -> None:
+        """Write the smaller block back to its places in the layer."""
+        if job.channels_kept is not None:
+            from ssmc.runtime.models import families
+
+            job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        """On the width."""
+        plan, width = outcome.plan, max(outcome.plan.keep.channels)
+        config, sizes = plan.config, plan.sizes
+        if sizes.heads is not None:
+            return [
+                f"{width // sizes.head_dim} of {sizes.heads} heads stay in each layer. In the export the gated norm's "
+                "weight makes up for its mean over fewer channels, in float32 even where the model is in half "
+                "precision."
+            ]
+        if config.widths is not None:
+            return [f"At most {width} of {sizes.d_inner} channels stay, as --widths says."]
+        multiple = config.round_channels or default_multiple(sizes.d_inner)
+        return [
+            f"{width} of {sizes.d_inner} channels stay: the multiple of {multiple} nearest to sparsity "
+            f"{config.sparsity_of(CHANNEL):g}. Hardware likes such widths; --round-channels takes another multiple."
+        ]
+
+    def tables(self, outcome: Outcome) -> list[Table]:
+        """How many stay in each layer."""
+        dense, gone = outcome.plan.sizes.d_inner, {removal.layer for removal in outcome.removed}
+        rows = []
+        for index, layer in enumerate(outcome.layers):
+            kept = dense if layer.channels_kept is None else len(layer.channels_kept)
+            rows.append((str(index), "removed" if index in gone else str(kept)))
+        return [Table("Channels", ("layer", f"kept of {dense}"), tuple(rows))] if rows else []
+
+
+class OutProj(Method):
+    """out_proj fitted to the dense model's residual stream, to make up for what was lost here and before.
+
+    Channels and layers always leave it something to make up for; states do where their repair does not fold into their
+    C rows: in a Mamba-2, and where norms stand between.
+    """
+
+    name = "out_proj"
+    place = 30
+    follows_dense = True
+
+    def asked_for(self, plan: Plan) -> bool:
+        """With the repair."""
+        parts = plan.config.parts
+        whole = CHANNEL in parts or LAYER in parts
+        return plan.config.repair and (whole or (COLUMN in parts and not plan.mixes_c_rows))
+
+    def prune(self, job: Job) -> None:
+        """Every layer that stays."""
+        from ssmc.compressor.methods.channels.out_proj import fit_out_proj
+
+        job.note(fit_out_proj(job))
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        """Whether there was enough text."""
+        if outcome.calibration is None:
+            return []
+        tokens, channels = outcome.calibration.tokens.numel(), max(outcome.plan.keep.channels)
+        if tokens >= FIT_TOKENS_PER_CHANNEL * channels:
+            return []
+        return [
+            f"out_proj was fitted on {tokens} tokens of text, few for {channels} channels: it may know that text "
+            "by heart and lose on any other. Give more with --nsamples or --seqlen, or use --no-repair."
+        ]
+
+    def tables(self, outcome: Outcome) -> list[Table]:
+        """The errors with and without the fit."""
+        rows = tuple(
+            (str(index), error_text(record.error), error_text(record.error_unrepaired))
+            for index, layer in enumerate(outcome.layers)
+            if (record := layer.out_proj) is not None
+        )
+        legend = (
+            "error: squared difference of what the layer adds to the dense model's residual stream, relative to it."
+        )
+        columns = ("layer", "error", "error before the fit")
+        return [Table("out_proj, fitted to the dense model", columns, rows, legend)] if rows else []
+
+
+register_method(Channels())
+register_method(OutProj())

@@ -1,0 +1,73 @@
+"""What a score of channels, or of the heads of a Mamba-2, is. Nothing here imports torch, see `methods.method`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ssmc.compressor.options.patterns import CHANNEL
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ScoredChannels:
+    """What a score may look at: out_proj of a layer, and what it reads.
+
+    Attributes:
+        weight: (d_model, D).
+        moment: (D, D) sum of y y' over the calibration tokens; None for scores that look at no text.
+        seed: of this layer.
+        heads: H, each of D / H neighbouring channels; None where channels go one by one.
+        groups: of heads that share B and C; as many heads stay in each.
+    """
+
+    weight: torch.Tensor
+    moment: torch.Tensor | None = None
+    seed: int = 0
+    heads: int | None = None
+    groups: int = 1
+
+    @property
+    def outputs(self) -> torch.Tensor:
+        """The moment, where there must be one."""
+        if self.moment is None:
+            raise ValueError("this score looks at text")
+        return self.moment
+
+
+class ChannelScore:
+    """How important channels are. Subclass it and decorate it with `register_score`.
+
+    A score must have a name, a help text and `importance`.
+
+    Attributes:
+        name: as `--score` has it.
+        help: what it goes by, a phrase.
+        needs_text: whether it looks at `ScoredChannels.moment`.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    decides: ClassVar[tuple[str, ...]] = (CHANNEL,)
+    needs_text: ClassVar[bool] = True
+
+    def importance(self, layer: ScoredChannels) -> torch.Tensor:
+        """Of every channel, (D,); what is least important is removed."""
+        raise NotImplementedError
+
+    def of_heads(self, layer: ScoredChannels, heads: int) -> torch.Tensor:
+        """Of every head, (H,): the sum over its channels, unless the score has a rule of its own."""
+        return self.importance(layer).unflatten(0, (heads, -1)).sum(1)
+
+    def choose(self, layer: ScoredChannels, keep: int) -> list[int]:
+        """The channels that stay, ascending, `keep` of them."""
+        if layer.heads is None:
+            # stable, so that equal importances are decided by position and not by the sorting routine
+            return sorted(self.importance(layer).argsort(descending=True, stable=True)[:keep].tolist())
+        from ssmc.compressor.methods.channels.heads import channels_of, highest_of_each_group
+
+        head_dim = layer.weight.shape[1] // layer.heads
+        importance = self.of_heads(layer, layer.heads)
+        return channels_of(highest_of_each_group(importance, keep // head_dim, layer.groups), head_dim)

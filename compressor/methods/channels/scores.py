@@ -1,0 +1,84 @@
+"""The built-in scores of channels and heads, registered when this is imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
+from ssmc.compressor.methods.registry import register_score
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _norms(layer: ScoredChannels) -> torch.Tensor:
+    """||W[:, j]||^2 of every column of out_proj, (D,)."""
+    return layer.weight.double().square().sum(0).cpu()
+
+
+@register_score
+class Obs(ChannelScore):
+    """Structured Optimal Brain Surgeon: what out_proj loses after its other columns have made up for it."""
+
+    name = "obs"
+    help = "removes the channels that out_proj can do without best, once its other columns are refitted"
+
+    def choose(self, layer: ScoredChannels, keep: int) -> list[int]:
+        """By backward elimination, of channels or of heads."""
+        if layer.heads is None:
+            from ssmc.compressor.methods.channels.obs import eliminate_channels
+
+            return eliminate_channels(layer.weight, layer.outputs, keep)
+        from ssmc.compressor.methods.channels.heads import channels_of, eliminate_heads
+
+        head_dim = layer.weight.shape[1] // layer.heads
+        stay = eliminate_heads(layer.weight, layer.outputs, keep // head_dim, layer.heads, layer.groups)
+        return channels_of(stay, head_dim)
+
+
+@register_score
+class Activation(ChannelScore):
+    """E[y_j^2] ||W[:, j]||^2."""
+
+    name = "activation"
+    help = "removes the channels that add least to the output of out_proj"
+
+    def importance(self, layer: ScoredChannels) -> torch.Tensor:
+        """(D,)."""
+        return _norms(layer) * layer.outputs.diagonal().cpu()
+
+
+@register_score
+class ColumnMagnitude(ChannelScore):
+    """||W[:, j]||^2."""
+
+    name = "magnitude"
+    help = "goes by the size of the columns of out_proj and looks at no text"
+    needs_text = False
+
+    def importance(self, layer: ScoredChannels) -> torch.Tensor:
+        """(D,)."""
+        return _norms(layer)
+
+
+@register_score
+class RandomChannels(ChannelScore):
+    """A draw that follows the seed and differs between layers."""
+
+    name = "random"
+    help = "draws what is removed, to compare with"
+    needs_text = False
+
+    def importance(self, layer: ScoredChannels) -> torch.Tensor:
+        """(D,)."""
+        return _draw(layer.weight.shape[1], layer.seed)
+
+    def of_heads(self, layer: ScoredChannels, heads: int) -> torch.Tensor:
+        """(H,)."""
+        return _draw(heads, layer.seed)
+
+
+def _draw(count: int, seed: int) -> torch.Tensor:
+    import torch
+
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

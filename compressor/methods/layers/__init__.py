@@ -1,0 +1,1 @@
+"""Whole layers, or the SSM of whole layers."""

@@ -1,0 +1,84 @@
+"""Taking away whole blocks, or only their SSM.
+
+Mamba-Shedder (NAACL 2025) goes one by one: at each step every removal that is still possible is tried, and the one
+that leaves the lowest perplexity on the calibration text is made. Test text is never looked at. The cheaper
+`similarity` runs the model once and takes the blocks that change least what they read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssmc.compressor.methods.layers.score import Removal
+from ssmc.compressor.methods.method import Survey
+
+
+@torch.no_grad()
+def block_influences(survey: Survey) -> list[float]:
+    """Block Influence (ShortGPT, 2024): 1 - mean over tokens of cos(block's input, block's output), for each block."""
+    architecture, model, tokens = survey.plan.architecture, survey.model, survey.text
+    blocks = architecture.blocks(model)
+    cosines = [0.0] * len(blocks)
+    for done, sample in enumerate(tokens.split(1)):
+        survey.progress("similarity of the layers", done, len(tokens))
+        hidden = architecture.embed(model, sample).float()
+        for index, block in enumerate(blocks):
+            after = block(hidden)  # (1, L, d_model)
+            cosines[index] += float(F.cosine_similarity(hidden, after, dim=-1).double().mean()) / len(tokens)
+            hidden = after
+    return [1 - cosine for cosine in cosines]
+
+
+@torch.no_grad()
+def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module], None]) -> list[Removal]:
+    """Try every removal left, make the cheapest, until `count` are made; the model is left as it was.
+
+    The layers before a candidate compute the same with and without it, so a sweep carries their output along and each
+    try runs only what follows: half the work.
+
+    Args:
+        survey: the dense model and calibration samples.
+        count: of removals.
+        remove: makes one, in place.
+    """
+    architecture, model = survey.plan.architecture, survey.model
+    blocks = list(architecture.blocks(model))
+    removals: list[Removal] = []
+    total, done = sum(len(blocks) - i for i in range(count)), 0
+    while len(removals) < count:
+        gone = {r.layer for r in removals}
+        losses = dict.fromkeys((i for i in range(len(blocks)) if i not in gone), 0.0)
+        candidates = {i: _without(blocks[i], remove) for i in losses}
+        for sample in survey.text.split(1):
+            hidden = architecture.embed(model, sample).float()
+            for i, block in enumerate(blocks):
+                if i in losses:
+                    without = candidates[i](hidden)
+                    losses[i] += _loss(survey, sample, without, blocks[i + 1 :]) / len(survey.text)
+                hidden = block(hidden)
+        best = min(losses, key=lambda i: (losses[i], i))
+        removals.append(Removal(best, losses[best]))
+        blocks[best] = candidates[best]
+        done += len(losses)
+        survey.progress("trying removals", done, total)
+    return removals
+
+
+def _without(block: nn.Module, remove: Callable[[nn.Module], None]) -> nn.Module:
+    """A copy of a block with its removal made."""
+    removed = copy.deepcopy(block)
+    remove(removed)
+    return removed
+
+
+def _loss(survey: Survey, sample: torch.Tensor, hidden: torch.Tensor, blocks: list[nn.Module]) -> float:
+    """Mean negative log-likelihood of the next token, in nats, from the hidden states before `blocks`."""
+    for block in blocks:
+        hidden = block(hidden)
+    logits = survey.plan.architecture.head(survey.model, hidden)  # (1, L, vocab)
+    return float(F.cross_entropy(logits[0, :-1].float(), sample[0, 1:]))

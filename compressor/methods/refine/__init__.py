@@ -1,0 +1,1 @@
+"""Gradient steps on each pruned layer, `--refine`."""

@@ -1,0 +1,203 @@
+"""Find the sizes that meet a goal with the least loss: curves of loss, a shortlist, trials of those, the best.
+
+What each part of a pattern costs is measured alone at a few sparsities; the likeliest combinations are tried for real.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, combinable
+from ssmc.compressor.search.allocation import (
+    ROUNDS,
+    Curve,
+    Limit,
+    LossModel,
+    Sizes,
+    cheapest_within,
+    enumerate_sizes,
+    frontier,
+    removable_layers,
+    shortlist,
+)
+from ssmc.compressor.search.layer_sizes import LayerLosses, Layerwise
+from ssmc.compressor.search.per_layer import uneven_sizes
+from ssmc.compressor.search.trials import Trials
+from ssmc.runtime.errors import UsageError, VerificationError
+
+TRIED = 3  # combinations that are tried for real
+SWEEP = {COLUMN: (0.5, 0.75, 0.875), CHANNEL: (0.25, 0.5)}  # where the parts' curves are measured, roughly
+LAYERS = 2  # and up to how many layers
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search decided."""
+
+    sizes: Sizes | Layerwise
+    config: CompressConfig  # the ordinary run that leaves them
+    expected: dict[str, float]
+    record: dict[str, Any]  # for the manifest: everything it was decided on
+
+
+def find_sizes(trials: Trials) -> Found:
+    """Find the sizes that meet the goal with the least loss.
+
+    Args:
+        trials: models tried so far, none at first; those that this tries are added.
+
+    Raises:
+        UsageError: nothing meets it, by the latency table and by counting.
+        VerificationError: what meets it loses more than the bound.
+    """
+    goal = trials.goal
+    candidates, limits = _candidates(trials), _limits(trials)
+    _require_one(trials, candidates, limits)
+    curves = {part: _curve(trials, part, candidates) for part in trials.config.parts}
+    model = LossModel(trials.dense, curves)
+    best: Sizes | Layerwise
+    if goal.target_latency is None and goal.target_params is None:
+        best = _fastest(trials, candidates, model)
+    else:
+        best = _least_loss(trials, candidates, limits, model)
+    losses = None
+    if goal.per_layer:
+        best, losses = uneven_sizes(trials, best, limits, model)
+    return _found(trials, best, model, losses)
+
+
+def _candidates(trials: Trials) -> list[Sizes]:
+    """Every combination of what the pattern may remove, the dense model left out."""
+    dense = trials.dense
+    widths, states = trials.allowed()
+    layers = removable_layers(dense.n_layer) if LAYER in trials.config.parts else [dense.n_layer]
+    return [sizes for sizes in enumerate_sizes(layers, widths, states) if sizes != Sizes.of(dense)]
+
+
+def _limits(trials: Trials) -> list[Limit]:
+    limits = []
+    if trials.goal.target_params is not None:
+        limits.append(Limit("parameters", trials.share_of_parameters, trials.goal.target_params))
+    if trials.goal.target_latency is not None:
+        limits.append(Limit("time", trials.share_of_time, trials.goal.target_latency))
+    return limits
+
+
+def _require_one(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit]) -> None:
+    pattern = trials.config.pattern
+    if not candidates:
+        raise UsageError(f"The pattern {pattern} leaves nothing to choose from for this model.")
+    if any(all(limit.allows(sizes) for limit in limits) for sizes in candidates):
+        return
+    reach = [
+        f"{limit.most:.4g} of the {limit.name} (the least is {min(map(limit.cost, candidates)):.3f})"
+        for limit in limits
+    ]
+    whole = set(trials.config.parts) == set(combinable())
+    raise UsageError(
+        f"The pattern {pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less"
+        + ("." if whole else f", or allow more with --pattern {'+'.join(combinable())}.")
+    )
+
+
+def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
+    """The loss of removing one part alone, measured at two or three shares."""
+    dense, full = trials.dense, Sizes.of(trials.dense)
+    if part == LAYER:
+        most = min(LAYERS, dense.n_layer // 2)
+        points = [Sizes(dense.n_layer - gone, full.d_inner, full.d_state) for gone in range(1, most + 1)]
+    else:
+        alone = {sizes: share for sizes in candidates if (share := _share_alone(sizes, part, dense)) is not None}
+        points = [min(alone, key=lambda s: (abs(alone[s] - share), s)) for share in SWEEP[part] if alone]
+    if not points:
+        return Curve((0.5,), (math.inf,))
+    return Curve.through({sizes.removed(dense)[part]: trials.try_out(sizes) for sizes in dict.fromkeys(points)})
+
+
+def _share_alone(sizes: Sizes, part: str, dense: Any) -> float | None:
+    """How much of a part is gone, where nothing else is."""
+    removed = sizes.removed(dense)
+    return removed[part] if removed.keys() == {part} else None
+
+
+def _least_loss(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit], model: LossModel) -> Sizes:
+    goal, chosen = trials.goal, shortlist(candidates, limits, model, TRIED)
+    if goal.target_latency is not None and goal.latency_table is None:
+        chosen = _set_right(trials, candidates, limits, model)
+    best = min(chosen, key=lambda sizes: (trials.try_out(sizes), sizes))
+    if trials.try_out(best) > goal.most_nats:
+        raise VerificationError(
+            f"What meets the goal with the least loss found raises the perplexity by "
+            f"{math.expm1(trials.try_out(best)):.1%} on held-out calibration text, more than the "
+            f"{goal.max_ppl_increase:.1%} allowed, so nothing was written. Ask for less, or allow more."
+        )
+    return best
+
+
+def _set_right(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit], model: LossModel) -> list[Sizes]:
+    """Time what is chosen before anything is pruned, correct the table by what shows, and choose once more."""
+    chosen = shortlist(candidates, limits, model, TRIED)
+    for _ in range(ROUNDS):
+        new = [sizes for sizes in chosen if sizes not in trials.clocked]
+        if not new:
+            break
+        trials.clock(new)
+        chosen = shortlist(candidates, limits, model, TRIED)
+        if not chosen:
+            raise UsageError(
+                f"The pattern {trials.config.pattern} cannot reach {trials.goal.target_latency:.4g} of the dense "
+                f"model's time here: models took {trials.correction:.2f} times what the latency table says. Ask for "
+                "less."
+            )
+    return chosen
+
+
+def _fastest(trials: Trials, candidates: Sequence[Sizes], model: LossModel) -> Sizes:
+    """The fastest within the bound of the loss, by bisection along what nothing beats in both."""
+    ordered = frontier(candidates, trials.share_of_time, model)
+    bound = trials.goal.most_nats
+    start = next((i for i, sizes in enumerate(ordered) if model(sizes) <= bound), len(ordered) - 1)
+    best = cheapest_within(ordered, trials.try_out, bound, start)
+    if best is None:
+        least = min(trials.losses.values())
+        raise VerificationError(
+            f"Nothing that was tried keeps the perplexity within {trials.goal.max_ppl_increase:.2%} of the dense "
+            f"model's on held-out calibration text (the least was {math.expm1(least):.2%}), so nothing was "
+            "written. Allow more."
+        )
+    return best
+
+
+def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: LayerLosses | None) -> Found:
+    expected = {"parameters": trials.share_of_parameters(sizes), "excess_nats": trials.try_out(sizes)}
+    if trials.goal.needs_time:
+        expected["time"] = trials.share_of_time(sizes)
+
+    def added_up(tried: Sizes | Layerwise) -> float:
+        if isinstance(tried, Sizes):
+            return model(tried)
+        if losses is None:
+            raise ValueError("sizes of each layer are tried only where the layers' losses are known")
+        return losses(tried)
+
+    record: dict[str, Any] = {
+        "asked": trials.goal.model_dump(mode="json", exclude={"latency_table"}),
+        "sizes": asdict(sizes),
+        "expected": expected,
+        "curves": {part: asdict(curve) for part, curve in model.curves.items()},
+        "trials": [
+            {**asdict(tried), "added_up_nats": added_up(tried), "excess_nats": loss}
+            for tried, loss in trials.losses.items()
+        ],
+        "clocked": [{**asdict(tried), "time": asdict(ratio)} for tried, ratio in trials.clocked.items()],
+        "correction": trials.correction,
+        "held_out_seen": trials.samples.seen,
+        "latency_table": trials.table.to_json() if trials.goal.needs_time else None,
+    }
+    if losses is not None:
+        record["layer_weights"] = losses.weights
+    return Found(sizes, trials.configured(sizes), expected, record)
