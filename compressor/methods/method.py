@@ -107,7 +107,7 @@ class Record:
     name: ClassVar[str]
     """How `LayerResult` calls it: a record named "refined" is `layer.refined`."""
 
-    named: ClassVar[set[str]] = set()
+    named: ClassVar[set[str]] = set()  # all names, those of methods whose arithmetic is not loaded yet among them
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -305,6 +305,7 @@ class Method:
     pattern: ClassVar[Pattern | None] = None  # the word that asks for it; None: other options do
     place: ClassVar[int]  # its place among the methods of a layer: smaller numbers come first
     in_every_block: ClassVar[bool] = False  # whether it works on layers without a state-space mixer, too
+    leaves: ClassVar[tuple[str, ...]] = ()  # names of the records it leaves
     follows_dense: ClassVar[bool] = False  # whether it needs what the layer puts out in the dense model: `Job.target`
 
     def asked_for(self, plan: Plan) -> bool:

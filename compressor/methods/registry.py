@@ -28,7 +28,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Protocol, TypeVar
 
-from ssmc.compressor.methods.method import Method
+from ssmc.compressor.methods.method import Method, Record
 from ssmc.compressor.options.patterns import ScoreName, declare_pattern, declare_score, pattern_of
 
 ENTRY_POINTS = "ssmc.methods"
@@ -67,6 +67,7 @@ def register_method(method: Method) -> None:
     if taken is not None and type(taken) is not type(method):
         raise ValueError(f"there is a method {method.name!r} already: {type(taken).__module__}")
     _METHODS[method.name] = method
+    Record.named.update(method.leaves)
     if method.pattern is not None:
         declare_pattern(method.pattern)
 

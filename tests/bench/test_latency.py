@@ -11,9 +11,8 @@ import torch
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure import latency
 from ssmc.runtime.measure.latency import LatencyTable, Workload, cut_to_size, measure_latency, read_latency_table
+from ssmc.runtime.models.architectures.dimensions import HybridDimensions, Mamba2Dimensions
 from ssmc.runtime.models.families import Dimensions, architecture_for
-from ssmc.runtime.models.families.base import HybridDimensions
-from ssmc.runtime.models.families.mamba2 import Mamba2Dimensions
 from tests.support.models import logits, random_model, random_tokens
 
 MAMBA = architecture_for("mamba")

@@ -17,7 +17,9 @@ from ssmc.cli.bench import bench as bench_command
 from ssmc.cli.bench import numbers as parse_numbers
 from ssmc.cli.compress import compress as compress_command
 from ssmc.cli.export import export as export_command
-from ssmc.compressor import CompressConfig
+from ssmc.compressor import CompressConfig, Goal
+from ssmc.compressor.options.flags import flags_of
+from ssmc.compressor.options.patterns import patterns, score_names
 from ssmc.exporters import all_formats
 from ssmc.runtime import errors
 from ssmc.runtime.scan import BACKENDS

@@ -9,8 +9,8 @@ from ssmc.compressor.methods.channels.counts import channels_to_keep
 from ssmc.compressor.methods.states.counts import states_to_keep
 from ssmc.compressor.options.renamed import renamed
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.families import Dimensions, architecture_for
-from ssmc.runtime.models.families.mamba2 import Mamba2Dimensions
 
 SIZES = Dimensions(n_layer=4, d_model=128, d_inner=256, d_state=16, dt_rank=8, d_conv=4, vocab_size=99)
 

@@ -128,8 +128,8 @@ def test_the_reported_error_is_that_of_the_masked_layer(model, tokens, repair):
         dense, masked = (stock_scan_inputs(m, hidden, layer) for m in (model, pruned))
         whole, rest = (scan_output(i, hidden_states(i)) for i in (dense, masked))
         measured = ((whole - rest) ** 2).sum() / (whole**2).sum()
-        assert results[layer].error == pytest.approx(measured, rel=2e-3)
-        assert results[layer].repaired is repair
+        assert results[layer].states.error == pytest.approx(measured, rel=2e-3)
+        assert results[layer].states.repaired is repair
 
 
 def test_pruned_rows_are_zero_and_the_rest_is_untouched(model, tokens):
@@ -151,7 +151,7 @@ def test_repair_lowers_the_error_and_exact_is_the_lowest(model, tokens):
     for score in COLUMN_SCORES:
         for repair in (False, True):
             _, results = prune(model, tokens, score=score, repair=repair)
-            first_layer[score, repair] = results[0].error
+            first_layer[score, repair] = results[0].states.error
     repaired = {score: first_layer[score, True] for score in COLUMN_SCORES}
     assert min(repaired, key=repaired.get) == "exact"
     assert first_layer["exact", True] < first_layer["exact", False]
@@ -168,7 +168,7 @@ def test_weights_are_rounded_to_what_will_be_saved(tokens):
 
 def test_scores_that_need_no_text_run_without(model):
     _, results = prune(model, None, score="magnitude", repair=False)
-    assert [r.error for r in results] == [None, None]
+    assert [r.states.error for r in results] == [None, None]
     A_log = model.backbone.layers[0].mixer.A_log
     assert list(results[0].states_kept) == sorted(A_log.abs().sum(0).argsort(descending=True)[:3].tolist())
 

@@ -18,6 +18,7 @@ class Channels(Method):
     """Channels of d_inner of a Mamba-1, heads of a Mamba-2, with x_proj refitted on those that stay."""
 
     name = "channels"
+    leaves = ("channels",)
     place = 10
     pattern = Pattern(CHANNEL, "channels", "`channel` (channels of d_inner)", "obs", combines=3)
 
@@ -79,6 +80,7 @@ class OutProj(Method):
     """
 
     name = "out_proj"
+    leaves = ("out_proj",)
     place = 30
     follows_dense = True
 

@@ -16,6 +16,7 @@ class Refine(Method):
     """Gradient steps on each pruned layer, without labels, towards the dense model's output there."""
 
     name = "refine"
+    leaves = ("refined",)
     place = 50
     follows_dense = True
 

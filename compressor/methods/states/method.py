@@ -30,6 +30,7 @@ class States(Method):
     """Whole states, with the repair that folds into what reads them."""
 
     name = "states"
+    leaves = ("states",)
     place = 20
     pattern = Pattern(COLUMN, "states", "`column` (whole states)", "exact", combines=2, takes_scope=True)
 
@@ -119,6 +120,7 @@ class Entries(Method):
     """Single entries of A_log, or N of every M of them."""
 
     name = "entries"
+    leaves = ("entries",)
     place = 20
     pattern = Pattern(
         UNSTRUCTURED,

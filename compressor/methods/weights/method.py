@@ -25,6 +25,7 @@ class Weights(Method):
     """Single weights of the projections and of conv1d, where they are in scope."""
 
     name = "weights"
+    leaves = ("weights",)
     place = 40
 
     def asked_for(self, plan: Plan) -> bool:
@@ -94,6 +95,7 @@ class OtherMaps(Method):
     """The linear maps of attention and MLP of a hybrid, where all modules of the mixers are in scope."""
 
     name = "other maps"
+    leaves = ("weights",)
     place = 60
     in_every_block = True
 
