@@ -123,11 +123,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def scores() -> str:
-    """Which scores judge which pattern, the default first."""
-    from ssmc.compressor.options.patterns import PATTERNS, scores_of
+    """Which scores decide about which pattern, the default first, and what they go by."""
+    from ssmc.compressor.options.patterns import described_scores, patterns
 
-    rows = [(f"`{pattern}`", ", ".join(f"`{score}`" for score in scores_of(pattern))) for pattern in PATTERNS]
-    return table(("pattern", "importance scores, the default first"), rows)
+    rows = [
+        (f"`{pattern}`" if first else "", f"`{score}`", help)
+        for pattern in patterns()
+        for first, (score, help) in zip([True] + [False] * 99, described_scores(pattern).items(), strict=False)
+    ]
+    return table(("pattern", "importance score, the default first", "what it does"), rows)
 
 
 def families() -> str:
