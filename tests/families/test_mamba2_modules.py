@@ -115,12 +115,12 @@ def test_modules_are_pruned_with_the_hessians_of_what_stock_transformers_passes_
         x, weight = read[name].flatten(0, 1), getattr(mixer, name).weight
         expected = sparsegpt(weight, x.double().t() @ x.double(), 0.5).weight
         other = copy.deepcopy(model)
-        result = pruned(other, tokens, pattern="unstructured", scope=name, alpha=0)[0].modules[0]
+        result = pruned(other, tokens, pattern="unstructured", scope=name, alpha=0)[0].weights.modules[0]
         now = getattr(other.backbone.layers[0].mixer, name).weight
         torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-4)
         measured = ((x @ (weight - now).t()) ** 2).sum() / ((x @ weight.t()) ** 2).sum()
         assert result.error == pytest.approx(measured.item(), rel=1e-3)
-    result = pruned(model, tokens, pattern="unstructured", scope="conv1d", alpha=0)[0].modules[0]
+    result = pruned(model, tokens, pattern="unstructured", scope="conv1d", alpha=0)[0].weights.modules[0]
     now, x = copy.deepcopy(mixer.conv1d), mixer.in_proj(read["in_proj"])[..., 48:-12].transpose(1, 2)  # x, B, C
     now.weight.copy_(model.backbone.layers[0].mixer.conv1d.weight)
     bias = now.bias[:, None]
@@ -147,7 +147,7 @@ def test_2_to_4_goes_through_to_an_export_that_stock_transformers_runs(tmp_path,
     source = save_transformers(random_mamba2(), tmp_path / "model")
     compress(source, out=tmp_path / "out", pattern="2:4", ffn_score="magnitude")
     result = export(tmp_path / "out", format="sparse24", out=tmp_path / "sparse")
-    assert {module.name.rpartition(".")[2] for module in result.weights.modules} == set(FFN)
+    assert {module.name.rpartition(".")[2] for module in result.modules} == set(FFN)
     masked, stock = load_checkpoint(tmp_path / "out").model, Mamba2ForCausalLM.from_pretrained(tmp_path / "sparse")
     for name, weight in stock.state_dict().items():
         assert torch.equal(weight.float(), masked.state_dict()[name].to(weight.dtype).float()), name
