@@ -207,19 +207,36 @@ LINES = (
 )
 
 
+THEIRS = """
+import torch
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+import ssmc
+theirs = MambaLMHeadModel.from_pretrained("ssmc-out/mamba-ssm", device="cuda", dtype=torch.float32).eval()
+ours, _ = ssmc.load("ssmc-out/safetensors", dtype=torch.float32)
+tokens = torch.randint(ours.config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    wanted = ours(tokens).logits
+    got = theirs(tokens.cuda()).logits.cpu()[..., : wanted.shape[-1]]
+print("largest difference of a logit, relative:", float((got - wanted).abs().max() / wanted.abs().max()))
+"""
+
+
 def every_command(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The commands as a user types them, on the embedded models; with mamba_ssm beside them where it is installed."""
     beside = [name for name in ("mamba_ssm", "causal_conv1d") if find_spec(name) is not None]
     yield Row("installed beside ssmc", after=", ".join(beside) or "neither mamba_ssm nor causal_conv1d")
+    ssmc = [sys.executable, "-c", "import sys; from ssmc.cli import main; sys.exit(main(sys.argv[1:]))"]
+    runs = {f"ssmc {line}": [*ssmc, *line.split()] for line in LINES}
+    if "mamba_ssm" in beside and device.type == "cuda":
+        runs["mamba_ssm itself loads ssmc-out/mamba-ssm"] = [sys.executable, "-c", THEIRS]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.txt").write_text("Once upon a time there was a bear. " * 200, encoding="utf-8")
-        for line in LINES:
+        for what, command in runs.items():
             begin = time.perf_counter()
-            command = [sys.executable, "-c", "import sys; from ssmc.cli import main; sys.exit(main(sys.argv[1:]))"]
-            done = subprocess.run([*command, *line.split()], cwd=folder, capture_output=True, text=True, check=False)
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            note = f"exit code {done.returncode}: {last}" if done.returncode else ""
-            yield Row(f"ssmc {line}", after=f"{time.perf_counter() - begin:.1f} s", note=note)
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            said = (done.stderr if done.returncode else done.stdout if command[2] == THEIRS else "").strip()
+            note = f"exit code {done.returncode}: " if done.returncode else ""
+            yield Row(what, after=f"{time.perf_counter() - begin:.1f} s", note=note + (said.splitlines() or [""])[-1])
 
 
 # --- refine and bench ------------------------------------------------------------------------------------------------
