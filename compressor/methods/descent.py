@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,23 @@ def descend(
                 tensor.copy_(value)
     progress(label, pace.steps, pace.steps)
     return Descent(step, best_step, lowest, before)
+
+
+def batches(samples: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Numbers of samples in random order, each once before any comes again.
+
+    Args:
+        samples: how many there are.
+        size: how many at a time.
+        seed: of the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, waiting = min(size, samples), []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(samples, generator=generator).tolist()
+        yield waiting[:size]
+        del waiting[:size]
 
 
 def root_mean_square(tensor: torch.Tensor) -> float:

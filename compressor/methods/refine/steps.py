@@ -20,7 +20,7 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of
 from ssmc.compressor.methods.channels.out_proj import fit_out_proj
-from ssmc.compressor.methods.descent import Pace, descend
+from ssmc.compressor.methods.descent import Pace, batches, descend
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.scan import ScanInputs
@@ -71,7 +71,7 @@ def refine(job: Job, steps: int) -> Refinement:
         moving = list(parameters.values())
         pinned = [_pinned(name, p, job.plan.carries_out("entries")) for name, p in parameters.items()]
         seen = stepped_on(layer.samples)
-        batches = _batches(seen, max(1, TOKENS // layer.length), job.seed)
+        batches = batches(seen, max(1, TOKENS // layer.length), job.seed)
 
         def gradients() -> list[torch.Tensor]:
             found = layer.gradients(next(batches), moving)
@@ -161,17 +161,6 @@ class _Layer:
 def _pinned(name: str, parameter: torch.Tensor, a_log_zeros: bool) -> torch.Tensor | None:
     """Entries that stay zero; None: a zero of A_log is a decay rate like any other."""
     return parameter.detach() == 0 if a_log_zeros or name != "A_log" else None
-
-
-def _batches(samples: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Samples in random order, each once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    size, waiting = min(size, samples), []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(samples, generator=generator).tolist()
-        yield waiting[:size]
-        del waiting[:size]
 
 
 def _root_mean_square(parameter: torch.Tensor) -> float:

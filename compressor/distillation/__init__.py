@@ -1,0 +1,1 @@
+"""Distillation: the dense model teaches what is left of it, on text without labels, all layers at once."""

@@ -1,0 +1,140 @@
+"""Distillation of checkpoints: the text it reads, the dense model it is taught by, and an artefact that is taught on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmc.compressor.distillation.steps import HELD_OUT, SEQUENCES, WINDOW, Distillation, Pair, distill
+from ssmc.runtime.device import choose_device
+from ssmc.runtime.errors import CalibrationError, UsageError
+from ssmc.runtime.files import new_directory, refuse_existing, require_space
+from ssmc.runtime.manifest import MANIFEST, MaskedManifest, file_records, read_compressed, write_manifest
+from ssmc.runtime.measure.sources import dense_source
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_bytes, write_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
+from ssmc.runtime.progress import NO_PROGRESS, Progress
+from ssmc.runtime.text import draw_windows
+from ssmc.runtime.tiny import calibration_path
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a distillation is told.
+
+    Attributes:
+        steps: gradient steps, at most.
+        calib: the text, as in `read_texts`; None: the stories that come with `tiny`.
+        window: tokens of a sequence, at most.
+        seed: of the draw of sequences and of their order.
+        tokenizer: folder or hub id; None: the one beside the model.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    steps: int
+    calib: str | None = None
+    window: int = WINDOW
+    seed: int = 0
+    tokenizer: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class DistilResult:
+    """What `distil_artefact` wrote."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    distillation: Distillation
+
+
+def distil_checkpoint(
+    student: Checkpoint, dense: str, lesson: Lesson, progress: Progress = NO_PROGRESS
+) -> Distillation:
+    """Distil a masked model in place.
+
+    Args:
+        student: in float32, of the dense model's shape.
+        dense: the dense model, as `load_checkpoint` takes it.
+        lesson: what to do.
+        progress: told about steps.
+
+    Raises:
+        CalibrationError: the text does not suffice.
+        CheckpointError: the dense model cannot be read.
+    """
+    source = calibration_path() if lesson.calib is None else lesson.calib
+    count = lesson.steps * SEQUENCES + HELD_OUT
+    tokenizer = load_tokenizer(student, lesson.tokenizer)
+    tokens = draw_windows(source, tokenizer, count, min(lesson.window, WINDOW), lesson.seed).tokens
+    if len(tokens) < 2:
+        raise CalibrationError(
+            f"Distillation needs at least two sequences of {min(lesson.window, WINDOW)} tokens, {source} holds "
+            f"{len(tokens)}. Give more text with --calib."
+        )
+    teacher = load_checkpoint(dense, dtype=torch.float32)
+    pair = Pair(student.architecture, use_fast_scan(student.model), use_fast_scan(teacher.model))
+    pair.to(choose_device(lesson.device))
+    done = distill(pair, tokens, lesson.steps, lesson.seed, progress)
+    pair.to(torch.device("cpu"))
+    return done
+
+
+def distil_artefact(
+    directory: str | Path,
+    lesson: Lesson,
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    command: str | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> DistilResult:
+    """Distil what `compress` wrote, and write it anew.
+
+    Args:
+        directory: what `compress` wrote.
+        lesson: what to do.
+        out: folder to write; by default DIRECTORY-distilled. With `force` it may be `directory` itself.
+        force: replace an earlier result of ssmc.
+        command: recorded in the manifest.
+        progress: told about steps.
+
+    Raises:
+        UsageError: `directory` is not what `compress` wrote, or there are no steps to take.
+    """
+    if lesson.steps < 1:
+        raise UsageError(f"Distillation needs at least one step, not {lesson.steps}.")
+    directory = Path(directory).expanduser()
+    manifest = read_compressed(directory)
+    place = directory.with_name(f"{directory.name}-distilled") if out is None else Path(out).expanduser()
+    refuse_existing(place, force=force, marker=MANIFEST)
+    progress("reading the model", 0, 1)
+    student = load_checkpoint(directory, dtype=torch.float32)
+    done = distil_checkpoint(student, dense_source(directory, manifest), lesson, progress)
+    tensors = student.tensors()
+    require_space(place, tensor_bytes(tensors))
+    with new_directory(place, force=force, marker=MANIFEST) as folder:
+        files = write_checkpoint(folder, tensors, student.config)
+        if has_tokenizer(directory):
+            files += copy_tokenizer(directory, folder)
+        written = _continued(manifest, done, command, directory, place)
+        write_manifest(folder, replace(written, files=file_records(files)))
+    return DistilResult(place, written.to_json(), done)
+
+
+def _continued(
+    manifest: MaskedManifest, done: Distillation, command: str | None, directory: Path, place: Path
+) -> MaskedManifest:
+    """The manifest with what was done since; the dense model as it is seen from the new folder."""
+    relative = manifest.source.relative
+    if relative is not None:
+        relative = os.path.relpath(directory / relative, place)
+    distilled: Mapping[str, Any] = asdict(done)
+    source = replace(manifest.source, relative=relative)
+    return replace(manifest, source=source, distilled=distilled, command=command)

@@ -1,0 +1,86 @@
+"""Distillation against the divergence of all logits at once, and what it may and may not change."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssmc.compressor.distillation.steps import Pair, distill, divergence
+from ssmc.runtime.errors import CalibrationError
+from ssmc.runtime.measure.losses import last_hidden
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.fast import use_fast_scan
+from tests.support.families import granite
+from tests.support.models import random_mamba2, random_model, random_tokens
+
+
+def pair_of(model):
+    """A model and a copy of it that lost half of its states and some of the weights that nothing else stands for."""
+    teacher, student = use_fast_scan(model), use_fast_scan(copy.deepcopy(model))
+    architecture = architecture_for(model.config.model_type)
+    with torch.no_grad():
+        for block in architecture.blocks(student):
+            mixer = architecture.mixer(block)
+            if mixer is not None:
+                architecture.mask_states(mixer, list(range(0, architecture.dimensions(model.config).d_state, 2)))
+                mixer.out_proj.weight[:, ::3] = 0
+    return Pair(architecture, student, teacher)
+
+
+def naive(pair, tokens):
+    p = F.log_softmax(pair.teacher(tokens).logits.float(), dim=-1)
+    q = F.log_softmax(pair.student(tokens).logits.float(), dim=-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("make", [random_model, random_mamba2, granite])
+def test_the_divergence_and_its_gradients_are_those_of_all_logits(make):
+    pair, tokens = pair_of(make()), random_tokens((3, 17))
+    found = divergence(pair, tokens, last_hidden(pair.teacher, tokens), backward=True)
+    gradients = {name: p.grad for name, p in pair.student.named_parameters()}
+    wanted = naive(pair, tokens)
+    assert found == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for (name, parameter), gradient in zip(
+        pair.student.named_parameters(),
+        torch.autograd.grad(wanted, list(pair.student.parameters()), allow_unused=True),
+        strict=True,
+    ):
+        if gradient is not None:
+            ours = gradients[name]
+            assert torch.allclose(ours, gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-9), (
+                name,
+                parameter.shape,
+            )
+
+
+def test_steps_make_it_better_and_keep_what_was_pruned_at_zero():
+    pair = pair_of(random_model())
+    zero = {name: (p == 0) for name, p in pair.student.named_parameters()}
+    before = {name: p.clone() for name, p in pair.teacher.named_parameters()}
+    text = random_tokens((40, 24), seed=5)
+    done = distill(pair, text, steps=30)
+    assert done.divergence < 0.7 * done.divergence_before
+    assert float(naive(pair, text[-10:])) == pytest.approx(done.divergence, rel=1e-4)
+    for name, parameter in pair.student.named_parameters():
+        assert not parameter[zero[name] & (before[name] != 0)].any(), name
+        assert parameter.requires_grad
+        assert parameter.grad is None
+    assert all(torch.equal(p, before[name]) for name, p in pair.teacher.named_parameters())
+
+
+def test_what_is_equal_stays_as_it_is_and_runs_repeat():
+    model = random_model()
+    pair = Pair(architecture_for("mamba"), use_fast_scan(copy.deepcopy(model)), use_fast_scan(model))
+    done = distill(pair, random_tokens((8, 16)), steps=3)
+    assert done.best_step == 0  # nothing is better than nothing lost
+    assert all(torch.equal(a, b) for a, b in zip(pair.student.parameters(), model.parameters(), strict=True))
+    twice = [pair_of(random_model()) for _ in range(2)]
+    for one in twice:
+        distill(one, random_tokens((8, 16)), steps=4, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(*(one.student.parameters() for one in twice), strict=True))
+
+
+def test_one_sequence_is_too_little():
+    with pytest.raises(CalibrationError, match="at least two sequences"):
+        distill(pair_of(random_model()), random_tokens((1, 16)), steps=1)
