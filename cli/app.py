@@ -13,6 +13,7 @@ import typer
 
 from ssmc.cli.bench import bench
 from ssmc.cli.compress import compress
+from ssmc.cli.distill import distill
 from ssmc.cli.eval import evaluate
 from ssmc.cli.export import export
 from ssmc.cli.generate import generate
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel="Commands, in this order")(inspect)
 app.command(rich_help_panel="Commands, in this order")(compress)
+app.command(rich_help_panel="Commands, in this order")(distill)
 app.command(rich_help_panel="Commands, in this order")(export)
 app.command(rich_help_panel="Commands, in this order")(bench)
 app.command("eval", rich_help_panel="Commands, in this order")(evaluate)

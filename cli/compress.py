@@ -12,6 +12,7 @@ import typer
 
 from ssmc.cli.checks import check_models
 from ssmc.cli.declared import with_options
+from ssmc.cli.distill import achieved
 from ssmc.cli.options import Force, Quiet, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.compressor.methods.registry import load_entry_points
@@ -142,6 +143,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 def _intention(config: CompressConfig) -> str:
     """What a run is going to do."""
     steps = f" Then up to {config.refine} gradient steps on each layer, most of the time." if config.refine else ""
+    steps += f" Then up to {config.distill} gradient steps on the whole model." if config.distill else ""
     return _removal(config) + steps
 
 
@@ -176,6 +178,8 @@ def _share(config: CompressConfig, part: str) -> str:
 
 
 def _report(terminal: Terminal, result: CompressResult) -> None:
+    from ssmc.compressor.distillation.steps import Distillation
+
     manifest, plan = result.manifest, result.plan
     calibration = manifest["calibration"]
     if calibration:
@@ -188,6 +192,8 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
     if "goal" in manifest:
         terminal.say(_intention(plan.config))
         terminal.show(_outcome(manifest["goal"]))
+    if manifest.get("distilled"):
+        terminal.say(achieved(Distillation(**manifest["distilled"])))
     for note in result.notes:
         terminal.note(note)
     written = sum(file["bytes"] for file in manifest["files"].values())

@@ -77,6 +77,7 @@ class Artefact:
                 layers=tuple(_layer(layer) for layer in self.outcome.layers),
                 removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
                 goal=self.goal,
+                distilled=self.outcome.distilled,
                 parameters=parameter_count(tensors),
                 files=file_records(files, folder),
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +14,7 @@ from ssmc.compressor.artefact import Artefact
 from ssmc.compressor.calibration.draw import Calibration, draw_samples
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import HELD_OUT
+from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.families import able_parts, check_family
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
@@ -147,7 +148,11 @@ def _compress_checkpoint(
         reached = reach_goal(checkpoint, config, goal, tokens, device, progress)
         plan, pruned = reached.plan, reached.pruned
         checkpoint = replace(checkpoint, model=reached.model)
-    outcome = Outcome(plan, pruned.layers, pruned.removals, calibration)
+    distilled = None
+    if config.distill:
+        lesson = Lesson(config.distill, config.calib, config.seqlen, config.seed, config.tokenizer, config.device)
+        distilled = asdict(distil_checkpoint(checkpoint, config.model, lesson, progress))
+    outcome = Outcome(plan, pruned.layers, pruned.removals, calibration, distilled)
     artefact = Artefact(checkpoint, outcome, tokenizer_source, reached.record if reached else None, command)
     manifest = artefact.write(out, force=force)
     notes = (*old_names, *notes_for(outcome), *(reached.notes if reached else ()), *checkpoint.notes)

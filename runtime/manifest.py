@@ -144,6 +144,7 @@ class MaskedManifest:
         layers: what is left of each; empty where only whole layers were removed.
         removed: these layers.
         goal: what a search aimed at in place of a sparsity, and how it was met; None where there was none.
+        distilled: what gradient steps towards the dense model's predictions achieved; None where there were none.
         parameters: how many numbers the model has.
         files: size and SHA-256 by name.
     """
@@ -157,6 +158,7 @@ class MaskedManifest:
     layers: tuple[LayerRecord, ...] = ()
     removed: tuple[RemovalRecord, ...] = ()
     goal: Mapping[str, Any] | None = None
+    distilled: Mapping[str, Any] | None = None
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -177,6 +179,7 @@ class MaskedManifest:
             "layers": [layer.to_json() for layer in self.layers],
             "removed": [asdict(removal) for removal in self.removed],
             **({} if self.goal is None else {"goal": self.goal}),
+            **({} if self.distilled is None else {"distilled": dict(self.distilled)}),
             "parameters": self.parameters,
             "files": dict(self.files),
         }
@@ -198,6 +201,7 @@ class MaskedManifest:
             layers=tuple(LayerRecord.from_json(entry) for entry in content.get("layers", ())),
             removed=tuple(RemovalRecord(**{k: e.get(k) for k in RemovalRecord.__dataclass_fields__}) for e in removed),
             goal=content.get("goal", content.get("target")),  # 0.1 called it target
+            distilled=content.get("distilled"),
             parameters=content.get("parameters"),
             files=content.get("files") or {},
         )

@@ -101,6 +101,7 @@ STEPS = {
     "ssmc.compressor.families": 3,
     "ssmc.compressor.notes": 3,
     "ssmc.compressor.artefact": 3,
+    "ssmc.compressor.distillation": 3,  # the whole model, after its layers
     "ssmc.compressor.search": 4,  # a goal in place of a sparsity
     "ssmc.compressor.torch_module": 4,
     "ssmc.compressor.run": 5,

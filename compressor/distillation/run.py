@@ -1,8 +1,9 @@
-"""Distillation of checkpoints: the text it reads, the dense model it is taught by, and an artefact that is taught on."""
+"""Distillation of checkpoints: the text they read, the dense model that teaches, and artefacts that are taught on."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 
 from ssmc.compressor.distillation.steps import HELD_OUT, SEQUENCES, WINDOW, Distillation, Pair, distill
+from ssmc.compressor.options.recipe import RECIPE
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space
 from ssmc.runtime.manifest import MANIFEST, MaskedManifest, file_records, read_compressed, write_manifest
 from ssmc.runtime.measure.sources import dense_source
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_bytes, write_checkpoint
+from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.models.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer
+from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.text import draw_windows
 from ssmc.runtime.tiny import calibration_path
@@ -116,15 +119,16 @@ def distil_artefact(
     refuse_existing(place, force=force, marker=MANIFEST)
     progress("reading the model", 0, 1)
     student = load_checkpoint(directory, dtype=torch.float32)
-    done = distil_checkpoint(student, dense_source(directory, manifest), lesson, progress)
+    done = distil_checkpoint(student, dense_source(directory, manifest).where, lesson, progress)
     tensors = student.tensors()
     require_space(place, tensor_bytes(tensors))
     with new_directory(place, force=force, marker=MANIFEST) as folder:
-        files = write_checkpoint(folder, tensors, student.config)
-        if has_tokenizer(directory):
-            files += copy_tokenizer(directory, folder)
-        written = _continued(manifest, done, command, directory, place)
-        write_manifest(folder, replace(written, files=file_records(files)))
+        files = write_checkpoint(folder, tensors, student.config, like=student)
+        files += copy_companions(directory, tokenizer_directory(student), folder)
+        if (directory / RECIPE).is_file():
+            files.append(Path(shutil.copyfile(directory / RECIPE, folder / RECIPE)))
+        written = replace(_continued(manifest, done, command, directory, place), files=file_records(files, folder))
+        write_manifest(folder, written)
     return DistilResult(place, written.to_json(), done)
 
 

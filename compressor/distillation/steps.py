@@ -7,7 +7,7 @@ rows at a time: neither model's logits ever lie in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 

@@ -277,6 +277,7 @@ class Outcome:
     layers: Sequence[LayerResult]
     removed: Sequence[Any] = ()  # `methods.layers.Removal`, in their order
     calibration: Calibration | None = None
+    distilled: Mapping[str, Any] | None = None  # what steps on the whole model achieved; None: there were none
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,16 @@ class CompressConfig(BaseModel):
             metavar="STEPS",
         ),
     ] = 0
+    distill: Annotated[
+        int,
+        Field(ge=0),
+        Flag(
+            "Gradient steps on all parameters together after everything else, at most, towards the predictions of the "
+            "dense model on the calibration text (no labels). 300 is a good number, 0 means none. It helps most where "
+            "channels, heads or layers are removed, and takes minutes.",
+            metavar="STEPS",
+        ),
+    ] = 0
     calib: Annotated[
         str | None,
         Flag(

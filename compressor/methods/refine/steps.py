@@ -71,10 +71,10 @@ def refine(job: Job, steps: int) -> Refinement:
         moving = list(parameters.values())
         pinned = [_pinned(name, p, job.plan.carries_out("entries")) for name, p in parameters.items()]
         seen = stepped_on(layer.samples)
-        batches = batches(seen, max(1, TOKENS // layer.length), job.seed)
+        order = batches(seen, max(1, TOKENS // layer.length), job.seed)
 
         def gradients() -> list[torch.Tensor]:
-            found = layer.gradients(next(batches), moving)
+            found = layer.gradients(next(order), moving)
             for gradient, entries in zip(found, pinned, strict=True):
                 if entries is not None:
                     gradient.masked_fill_(entries, 0)

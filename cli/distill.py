@@ -1,0 +1,99 @@
+"""`ssmc distill`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssmc.cli.checks import check_compressed
+from ssmc.cli.options import Device, Force, Quiet, Verbose, tokenizer_option
+from ssmc.cli.terminal import Terminal
+from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
+
+if TYPE_CHECKING:
+    from ssmc.compressor.distillation.steps import Distillation
+
+
+def distill(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `ssmc compress` wrote.")] = Path(
+        "ssmc-out"
+    ),
+    steps: Annotated[
+        int, typer.Option(metavar="STEPS", min=1, help="Gradient steps, at most.", rich_help_panel=METHOD)
+    ] = 300,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Text to distil on, as for `ssmc compress --calib`. With much text, no sequence comes twice.",
+            show_default="the embedded stories",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int, typer.Option(min=2, help="Tokens in one sequence, at most 512.", rich_help_panel=CALIBRATION)
+    ] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the draw of sequences and of their order.", rich_help_panel=CALIBRATION)
+    ] = 0,
+    tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", CALIBRATION)] = None,
+    device: Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=CALIBRATION)] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write. DIR itself is replaced only with --force.",
+            show_default="DIR-distilled",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Teach a compressed model to predict what the dense model predicts.
+
+    All parameters that are left take gradient steps together, on text without labels; what was pruned stays pruned.
+    Steps that make the model worse on held-out sequences are undone.
+
+    **Examples**
+
+        ssmc distill
+
+        ssmc distill smaller --steps 1000 --calib my-text.jsonl --out smaller-1000
+    """
+    terminal = context.ensure_object(Terminal)
+    check_compressed(directory)
+    from ssmc.compressor.distillation.run import Lesson, distil_artefact
+
+    terminal.hush_libraries()
+    with terminal.progress() as progress:
+        result = distil_artefact(
+            directory,
+            Lesson(steps, calib, seqlen, seed, tokenizer, device),
+            out=out,
+            force=force,
+            command=shlex.join(["ssmc", *sys.argv[1:]]),
+            progress=progress,
+        )
+    terminal.say(achieved(result.distillation))
+    terminal.say(f"Wrote {result.directory}: the masked model, in its original shape.")
+    terminal.say(f"Next: ssmc export {shlex.quote(str(result.directory))} --format safetensors")
+
+
+def achieved(done: Distillation) -> str:
+    """What distilling achieved, in a sentence or two."""
+    if done.best_step == 0:
+        return (
+            f"Distilled for {done.steps} steps, none of which made the model better on held-out sequences: it is as it "
+            "was. More text, given with --calib, may help."
+        )
+    return (
+        f"Distilled for {done.steps} steps of {done.tokens} tokens: the divergence from the dense model's predictions "
+        f"fell from {done.divergence_before:.4f} to {done.divergence:.4f} nats a token on held-out sequences."
+    )
