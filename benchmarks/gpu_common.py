@@ -47,11 +47,12 @@ class Sizes:
     decode_d_model: int = 512  # a 22 M Mamba
     decode_layers: int = 12
     decode_vocab: int = 4096
-    decode_tokens: int = 200
+    decode_batches: tuple[int, ...] = (1, 64, 256)
+    decode_tokens: int = 100
     refine_steps: int = 10
 
 
-TOY = Sizes(64, 2, 64, (1, 8), 64, 2, 4096, 2, 64, (16,), (1,), 2, 6, 0.5, 32, 2, 64, 4, 2)
+TOY = Sizes(64, 2, 64, (1, 8), 64, 2, 4096, 2, 64, (16,), (1,), 2, 6, 0.5, 32, 2, 64, (1, 8), 4, 2)
 
 
 def mamba(d_model: int, layers: int, vocab: int, d_state: int = 16) -> MambaForCausalLM:

@@ -49,7 +49,7 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     shapes = f"d_model {sizes.decode_d_model}, {sizes.decode_layers} layers"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = use_fast_scan(mamba(sizes.decode_d_model, sizes.decode_layers, sizes.decode_vocab)).to(device, dtype)
-    for batch in sizes.steps:
+    for batch in sizes.decode_batches:
         step = work.decoding(model, batch)
         runs = {"launched from Python": step.run}
         note = ""
@@ -65,9 +65,9 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield Row(f"{shapes}, batch {batch}: Python", summary.format_timing(launched), note=note)
         with_session = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens)
         yield Row(f"{shapes}, batch {batch}: a session, choosing included", after=f"{1e3 * with_session:.3f} ms")
-        if device.type == "cuda" and batch == min(sizes.steps):
+        if device.type == "cuda" and batch == min(sizes.decode_batches):
             yield from launched_kernels(model, batch)
-    for batch in sizes.steps:  # last: its kernels take long to compile
+    for batch in sizes.decode_batches:  # last: its kernels take long to compile
         yield from mamba_ssm_decode(sizes, device, dtype, batch)
 
 
