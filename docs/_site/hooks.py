@@ -159,7 +159,7 @@ def refusals() -> str:
     for family in known.families():
         missing = {f"--format {name}": reason for name, reason in missing_formats(family).items()}
         for option, reason in (limits(family) | missing).items():
-            key = (option, reason.replace(family.model_type, "this type"))
+            key = (option, reason.replace(f"type {family.model_type}", "this type"))
             reasons.setdefault(key, []).append(f"`{family.model_type}`")
     rows = [(f"`{option}`", ", ".join(names), reason) for (option, reason), names in reasons.items()]
     return table(("option", "families", "why"), sorted(rows))
