@@ -84,8 +84,10 @@ def round_to_half(source: Source, shrunk: Shrunk, dtype: str | None) -> tuple[Sh
 
 def _modules(source: Source, shrunk: Shrunk) -> list[Sparse24Module]:
     """The modules the manifest calls 2:4, with the sizes they have in `shrunk`."""
-    found = []
-    for layer, entry in enumerate(source.manifest.layers):
+    manifest, found = source.manifest, []
+    if manifest is None:
+        raise UsageError(f"{source.checkpoint.source} is a dense model. Compress it with --pattern 2:4 first.")
+    for layer, entry in enumerate(manifest.layers):
         for name in (module.name for module in entry.modules if module.target == PATTERN):
             full_name = source.checkpoint.architecture.mixer_prefix(layer) + name
             shape = tuple(shrunk.tensors[f"{full_name}.weight"].flatten(1).shape)
@@ -94,7 +96,7 @@ def _modules(source: Source, shrunk: Shrunk) -> list[Sparse24Module]:
     if not found:
         raise UsageError(
             f"{source.checkpoint.source} has no 2:4 modules (it was compressed with --pattern "
-            f"{source.manifest.config['pattern']}), so "
+            f"{manifest.config['pattern']}), so "
             "there is nothing for sparse tensor cores. Run `ssmc compress MODEL --pattern 2:4 --scope ffn` first."
         )
     return found

@@ -190,7 +190,7 @@ class MaskedManifest:
         config = content.get("config") or {}
         # schema 1 does not say which part went: it follows from the pattern
         part = BLOCK if "layer" in str(config.get("pattern")).split("+") else SSM
-        removed = [{"part": part} | dict(entry) for entry in content.get("removed", ())]
+        removed: list[dict[str, Any]] = [{"part": part} | dict(entry) for entry in content.get("removed", ())]
         return cls(
             source=_origin(content),
             versions=content.get("versions") or {},

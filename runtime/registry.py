@@ -6,7 +6,7 @@ import pkgutil
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -51,14 +51,14 @@ class Registry(Generic[T]):
         self._registered[name] = thing
         return thing
 
-    def find(self, name: str | None) -> T | None:
+    def find(self, name: str | None) -> Any:
         """The thing of that name, or None. Names may come from anywhere: only what is known is imported."""
         if name in self._files:
             module = import_module(f"{self._package}.{name}")
             return module if self._attribute is None else getattr(module, self._attribute, None)
         if name in self._offered and name not in self._registered:
             self._offered[name].load()
-        return self._registered.get(name)
+        return None if name is None else self._registered.get(name)
 
     def all(self) -> tuple[T, ...]:
         """All things, sorted by name."""

@@ -139,7 +139,9 @@ def about(job: Job) -> Mapping[str, Any]:
     from ssmc.runtime.models.tokenizers import TOKENIZER_JSON
 
     config, tensors, options = job.shrunk.config, job.shrunk.tensors, job.options
-    sizes = LAYERS.find(config.model_type).sizes
+    layer = LAYERS.find(config.model_type)
+    assert layer is not None  # `missing` refuses families without one
+    sizes = layer.sizes
     return {
         "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target")},
         "onnx": {

@@ -104,12 +104,12 @@ def chunked(op: OpBuilder, heads: Heads, chunks: Chunks, inputs: Inputs, past: i
         op.Transpose(chunks.divided(op, inputs.C, G, N), perm=[0, 2, 3, 1, 4]),  # (number, B, G, T, N)
     ]
     seen = _not_later(op, chunks.length)
-    shapes = {"h_before": (H, N, P), "u": (H, "tokens", P), "dt": (H, "tokens", 1)}
+    shapes: dict[str, tuple[int | str, ...]] = {"h_before": (H, N, P), "u": (H, "tokens", P), "dt": (H, "tokens", 1)}
     shapes |= {"B": (G, N, "tokens"), "C": (G, "tokens", N)}
     body = subgraph(
         op,
         "chunk",
-        lambda op, *values: _chunk(op, heads, *values, inputs, seen),
+        lambda op, h, u, dt, B, C: _chunk(op, heads, h, u, dt, B, C, inputs, seen),
         inputs=[typed(name, "batch", *shape) for name, shape in shapes.items()],
         outputs=[typed("h", "batch", H, N, P), typed("y", "batch", H, "tokens", P)],
     )

@@ -7,6 +7,7 @@ written, one after the other, so that a model needs no second copy of itself in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 
 import onnx_ir as ir
 import torch
@@ -68,10 +69,10 @@ class Weights:
         x = self._from_float32(op, x)
         for part, size in parts.items():
             rows, end = slice(start, start + size), f".{part}" if part else ""
-            matrix = self._initializer(weight + end, weight, lambda w, rows=rows: w[rows].t(), self._dtype)
+            matrix = self._initializer(weight + end, weight, _rows_transposed(rows), self._dtype)
             y = self._to_float32(op, op.MatMul(x, matrix))
             if bias in self:
-                y = op.Add(y, self.float32(bias, lambda b, rows=rows: b[rows], name_as=bias + end))
+                y = op.Add(y, self.float32(bias, itemgetter(rows), name_as=bias + end))
             outputs.append(y)
             start += size
         return outputs
@@ -115,3 +116,8 @@ class Weights:
 
     def _to_float32(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return x if self._dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+
+
+def _rows_transposed(rows: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Take these rows and turn them into columns."""
+    return lambda weight: weight[rows].t()

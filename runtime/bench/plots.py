@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -179,7 +180,8 @@ def _smallest_batch(measured: tuple[Measurement, ...]) -> list[Measurement]:
 
 def _svg(name: str, draw: Callable[[Axes, Results], None], description: str, report: Results) -> str:
     # a Figure of its own, not pyplot's: no window system, no global state
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    style: Any = _STYLE | {"svg.hashsalt": name}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(5.6, 3.7), layout="constrained")
         axes = figure.add_subplot()
         draw(axes, report)

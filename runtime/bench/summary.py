@@ -228,8 +228,8 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _memory_row(report: Results, metric: str, read: Callable[[Memory], int]) -> Row:
-    return _size_row(report, metric, lambda model: read(model.memory), format_bytes, noise=MEMORY_NOISE)
+def _memory_row(report: Results, metric: str, read: Callable[[Memory], int | None]) -> Row:
+    return _size_row(report, metric, lambda model: model.memory and read(model.memory), format_bytes, noise=MEMORY_NOISE)
 
 
 def _size_row(

@@ -103,7 +103,7 @@ def evaluate_models(
         for subject, score, values in zip(subjects, perplexities, measured, strict=True)
     ]
     if recall and tokens is not None:
-        results = _with_recall(results, losses)
+        results = _with_recall(results, [found for found in losses if found is not None])
     if perplexities[0] is not None:
         notes += shortened_note(perplexities[0], window)
     return EvalReport(

@@ -86,7 +86,10 @@ def busy_note(load: tuple[float, float, float] | None) -> list[str]:
 
 def load_average() -> tuple[float, float, float] | None:
     """Processes that ran or wanted to, over 1, 5 and 15 minutes; None where the system does not count them."""
-    return tuple(round(x, 2) for x in os.getloadavg()) if hasattr(os, "getloadavg") else None
+    if not hasattr(os, "getloadavg"):
+        return None
+    one, five, fifteen = os.getloadavg()
+    return round(one, 2), round(five, 2), round(fifteen, 2)
 
 
 def _cpu_model() -> str:

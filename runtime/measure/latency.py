@@ -26,7 +26,7 @@ from ssmc.runtime.files import write_text
 from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.phases import PHASES, workload_text
-from ssmc.runtime.measure.timing import Ratio, interleave, paired_ratio
+from ssmc.runtime.measure.timing import K, Ratio, interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import Progress, silent
@@ -280,11 +280,12 @@ def cut_to_size(model: nn.Module, architecture: Architecture, n_layer: int, d_in
 def cut_to_blocks(model: nn.Module, architecture: Architecture, sizes: Sequence[tuple[int, int]]) -> nn.Module:
     """As `cut_to_size`, with (d_inner, d_state) of each block by itself."""
     cut, dense = cut_to_size(model, architecture, len(sizes), *max(sizes)), architecture.blocks(model)
+    blocks: Any = architecture.blocks(cut)  # a ModuleList
     for size in set(sizes) - {max(sizes)}:
         other = architecture.blocks(_empty(model, architecture, len(sizes), *size).eval())
         for index in (i for i, own in enumerate(sizes) if own == size):
             _fill(other[index], dense[index])
-            architecture.blocks(cut)[index] = other[index]
+            blocks[index] = other[index]
     return use_fast_scan(cut)
 
 
@@ -360,9 +361,7 @@ def _counted(part: _Parts, workload: Workload) -> Callable[[], None]:
     return lambda: part.record(run)
 
 
-def _watched(
-    runs: dict[tuple[Any, ...], Callable[[], object]], progress: Progress, repeats: int
-) -> dict[tuple[Any, ...], Callable[[], object]]:
+def _watched(runs: Mapping[K, Callable[[], object]], progress: Progress, repeats: int) -> dict[K, Callable[[], object]]:
     """The same callables, the first of which reports about how many rounds have begun."""
     first = next(iter(runs))
     calls = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import OnnxSession
 
-    LanguageModel = nn.Module | OnnxSession
+    LanguageModel: TypeAlias = nn.Module | OnnxSession
     """A causal language model: transformers' in eval mode, or the session of an ONNX export."""
 
 IGNORED = -100

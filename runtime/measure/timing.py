@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import torch
+
+K = TypeVar("K", bound=Hashable)
+"""Names of what is timed, or whatever else tells the contenders apart."""
 
 MIN_ROUNDS = 6
 """Fewer rounds give no confidence interval worth the name: the range of 6 holds the median with 97 %."""
@@ -70,15 +74,15 @@ class Ratio:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[K, Callable[[], object]],
     device: torch.device,
     repeats: int,
     budget: float,
     *,
     calls: int | None = None,
     sample: float = MIN_SAMPLE,
-    prepare: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, Timing]:
+    prepare: Mapping[K, Callable[[], object]] | None = None,
+) -> dict[K, Timing]:
     """Time several callables in turns: A, B, B, A, A, B, ...
 
     Every contender is called untimed first (compilation, allocation, caches). Rounds end after `repeats`, or earlier
@@ -99,7 +103,7 @@ def interleave(
     }
     per_sample = {name: calls or warm[name] for name in contenders}
     names = list(contenders)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[K, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for done in range(1, repeats + 1):
         for name in names if done % 2 else reversed(names):

@@ -68,7 +68,7 @@ def find_mixers(module: nn.Module) -> list[Mixer]:
                 continue
             reason = sizes
         elif hasattr(candidate, "A_log"):
-            reason = "without " + ", ".join(min(missing.values(), key=len))
+            reason = "without " + ", ".join(min(missing.values(), key=lambda names: len(list(names))))
         if reason is not None:
             near.append(f"{type(candidate).__name__} {reason}")
     if not found:
@@ -186,7 +186,7 @@ def _module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 def _renamed(mixer: Mixer, before: Any, after: Any) -> list[tuple[int, int, Sequence[str]]]:
     """Old size, new size, and the names it goes by."""
-    changes = [(before.state_size, after.state_size, STATE_NAMES)]
+    changes: list[tuple[int, int, Sequence[str]]] = [(before.state_size, after.state_size, STATE_NAMES)]
     changes += [(before.intermediate_size, after.intermediate_size, CHANNEL_NAMES)]
     others = [mixer.architecture.other_sizes(sizes) for sizes in (before, after)]
     return changes + [(others[0][names], others[1][names], names) for names in others[0]]

@@ -69,7 +69,7 @@ class Outline:
     def mixer_shapes(self, layer: int) -> dict[str, Shape]:
         """The tensors of a layer's mixer that the family's table lists, by their names in it; empty without a mixer."""
         architecture, prefix = self.architecture, self.architecture.mixer_prefix(layer)
-        if prefix + architecture.rates_name not in self.shapes:
+        if f"{prefix}A_log" not in self.shapes:
             return {}
         return {name: self.shapes[prefix + name] for name in architecture.plan.tensors if prefix + name in self.shapes}
 
@@ -168,7 +168,8 @@ def _fits(read: Outline) -> bool:
 
 def _are_alike(read: Outline) -> bool:
     """Whether every layer has the same tensors of the same shapes."""
-    start, layers = read.architecture.block_prefix(0).removesuffix("0."), Counter()
+    start = read.architecture.block_prefix(0).removesuffix("0.")
+    layers: Counter[tuple[str, Shape]] = Counter()
     for name, shape in read.shapes.items():
         if name.startswith(start):
             number, _, rest = name.removeprefix(start).partition(".")

@@ -22,7 +22,7 @@ TOKENIZER_JSON = "tokenizer.json"
 
 # Any one of these makes a tokenizer; the others only describe it.
 _VOCABULARIES = (TOKENIZER_JSON, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_DESCRIPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_DESCRIPTIONS: tuple[str, ...] = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _DESCRIPTIONS += ("chat_template.jinja",)
 FILES = (*_VOCABULARIES, *_DESCRIPTIONS)
 

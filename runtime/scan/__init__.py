@@ -157,7 +157,7 @@ def _choose(
     tensors = [t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]
     on_gpu = accelerator(backend, tensors, gradients=is_ssd or with_gradients is not None)
     if on_gpu is not None:
-        _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
+        _check(inputs, state)
         return on_gpu
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if backend not in ("auto", "cpu"):
@@ -167,7 +167,7 @@ def _choose(
         obstacle = f"it computes no gradients of {'a Mamba-2' if is_ssd else 'all states'}"
     if obstacle is None:
         # the kernels work on raw memory
-        _check_ssd_shapes(inputs, state) if is_ssd else _check_shapes(inputs, state)
+        _check(inputs, state)
         return _kernels(with_gradients if grad else kernels)
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
@@ -193,6 +193,14 @@ def _kernels(name: str) -> ModuleType | None:
         return import_module(f".{name}", __name__)
     except Exception:  # a numba that does not fit this numpy or Python raises all sorts of errors
         return None
+
+
+def _check(inputs: ScanInputs | SsdInputs, state: torch.Tensor | None) -> None:
+    """Raise ValueError unless all shapes belong together."""
+    if isinstance(inputs, SsdInputs):
+        _check_ssd_shapes(inputs, state)
+    else:
+        _check_shapes(inputs, state)
 
 
 def _check_shapes(inputs: ScanInputs, state: torch.Tensor | None) -> None:

@@ -118,7 +118,7 @@ def _scan(
     body = subgraph(
         op,
         "step",
-        lambda op, *values: _step(op, *values, A),
+        lambda op, h, dt, dt_u, B, C: _step(op, h, dt, dt_u, B, C, A),
         inputs=[typed(name, "batch", *shape) for name, shape in shapes.items()],
         outputs=[typed("h", "batch", n, d_inner), typed("y", "batch", 1, d_inner)],
     )

@@ -198,7 +198,7 @@ class Mamba2(Convolution, PlannedSurgery):
             B=inputs.B[:, :, group : group + 1],
             C=inputs.C[:, :, group : group + 1],
             D=inputs.D[heads],
-            z=inputs.z[..., channels],
+            z=None if inputs.z is None else inputs.z[..., channels],
             dt_bias=None if inputs.dt_bias is None else inputs.dt_bias[heads],
         )
         y, _ = ssd_scan(inputs, backend=backend)

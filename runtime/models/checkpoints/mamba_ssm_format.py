@@ -31,7 +31,16 @@ REQUIRED = ("d_model", "n_layer", "vocab_size")
 KEPT_CONFIG = "mamba_ssm_config"  # the original config.json, as an extra key of transformers' configuration
 
 # the fields of mamba_ssm's MambaConfig
-_ORDER = ("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm")
+_ORDER: tuple[str, ...] = (
+    "d_model",
+    "d_intermediate",
+    "n_layer",
+    "vocab_size",
+    "ssm_cfg",
+    "attn_layer_idx",
+    "attn_cfg",
+    "rms_norm",
+)
 _ORDER += ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings")
 _DEFAULT_EXPAND = 2
 _DEFAULT_MULTIPLE = 8
@@ -70,6 +79,7 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path} has d_model {d_model!r} and expand {expand!r}, not positive numbers. Mend it.")
     family = _kinds()[ssm_cfg.get("layer", _DEFAULT_LAYER)]
     kind = family.capabilities.mamba_ssm
+    assert kind is not None  # `_kinds` has those with one
     values = {field: ssm_cfg.get(key, default) for key, (field, default) in kind.fields.items()}
     values |= {
         "vocab_size": _padded(raw, path),

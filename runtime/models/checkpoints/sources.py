@@ -19,7 +19,13 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?",
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 PACKED_FILE = "model.sparse24-packed.safetensors"
 """Weights in ssmc's own layout, see `packed_format`."""
-_DESCRIPTIONS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json")
+_DESCRIPTIONS: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "*.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+)
 _DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template.jinja")
 # What goes wherever the model goes: templates, processors, licence, README; see runtime/models/companions.py.
 _COMPANIONS = ("*.json", "*.jinja", "*.md", "*.txt", "*.model", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")

@@ -20,7 +20,8 @@ class NotRecordable(Exception):  # noqa: N818 (a finding for a report, nobody's 
 class Step(Protocol):
     """One token more of B sequences, from and to states that lie at fixed places."""
 
-    run: Callable[[], torch.Tensor]
+    def run(self) -> torch.Tensor:
+        """What follows every token, from the states as they are."""
 
     def states(self) -> list[torch.Tensor]:
         """The tensors that a step changes."""

@@ -23,7 +23,7 @@ class TextStream:
         Raises:
             CheckpointError: the tokenizer is not one of the tokenizers library.
         """
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise CheckpointError(
                 f"The tokenizer ({type(tokenizer).__name__}) cannot decode token by token. Save it once as "

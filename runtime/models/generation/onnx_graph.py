@@ -113,7 +113,8 @@ def open_graph(
     _check_files(folder)
     progress(f"reading {folder.name}", 1, 2)
     try:
-        options, source = _options(ort), str(folder / GRAPH)
+        options = _options(ort)
+        source: str | bytes = str(folder / GRAPH)
         if all_logits:
             source = _with_all_logits(folder) or source
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

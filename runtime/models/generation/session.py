@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -12,7 +12,7 @@ from ssmc.runtime.errors import UsageError
 LOGITS_AT_ONCE = 2**24
 """Entries of the float32 logits held at a time (64 MiB): 2048 tokens of a 50k vocabulary would be 400 MiB."""
 
-Tokens = torch.Tensor | Sequence[Sequence[int]] | Sequence[int]
+Tokens: TypeAlias = torch.Tensor | Sequence[Sequence[int]] | Sequence[int]
 
 
 class Session(Protocol):

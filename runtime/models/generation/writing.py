@@ -129,8 +129,10 @@ class Generation:
         if row is None:
             self.ended = "length" if len(self.tokens) == self._most else "end"
             return self._filter.push(self._stream.end()) + self._filter.end()
-        self.tokens += row
-        piece = self._filter.push(self._stream.push(row[0]))
+        (token,) = row
+        assert token is not None  # a single sequence ends with its iterator
+        self.tokens.append(token)
+        piece = self._filter.push(self._stream.push(token))
         if self._filter.stopped:
             self.ended = "stop"
         return piece

@@ -103,7 +103,8 @@ class Stack:
         pattern = re.compile(re.escape(self.block_prefix(0)).replace("0", r"\d+", 1) + "|")
         out, cuts = {}, []
         for name, tensor in tensors.items():
-            prefix = pattern.match(name)[0]
+            match = pattern.match(name)
+            prefix = match[0] if match else ""
             if not prefix or prefix in number:
                 out[number.get(prefix, "") + name[len(prefix) :]] = tensor
             else:
