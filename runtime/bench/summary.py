@@ -229,7 +229,9 @@ def _digits(value: float) -> str:
 
 
 def _memory_row(report: Results, metric: str, read: Callable[[Memory], int | None]) -> Row:
-    return _size_row(report, metric, lambda model: model.memory and read(model.memory), format_bytes, noise=MEMORY_NOISE)
+    return _size_row(
+        report, metric, lambda model: model.memory and read(model.memory), format_bytes, noise=MEMORY_NOISE
+    )
 
 
 def _size_row(

@@ -168,7 +168,8 @@ def _choose(
     if obstacle is None:
         # the kernels work on raw memory
         _check(inputs, state)
-        return _kernels(with_gradients if grad else kernels)
+        found = _kernels(with_gradients if grad and with_gradients else kernels)
+        return plain if found is None else found
     if backend == "cpu":
         raise UsageError(f"The cpu scan cannot run here: {obstacle}. Use backend 'auto' or 'reference'.")
     return plain
