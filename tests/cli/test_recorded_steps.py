@@ -1,12 +1,16 @@
 """Sessions that replay a recorded step against sessions that launch every step."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import TorchSession
-from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
-from tests.support.gpu import HAS_CUDA
+from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, capture, record
+from tests.support.gpu import HAS_CUDA, needs_cuda
 from tests.support.models import random_model, random_tokens
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA GPU"))
@@ -49,3 +53,15 @@ def test_a_step_that_cannot_be_recorded_leaves_the_states_as_they_were():
 
 def refuse(step, device):
     raise NotRecordable("not here")
+
+
+@needs_cuda
+def test_a_graph_keeps_what_it_reads():
+    device = torch.device("cuda")
+    read = torch.ones(1 << 20, device=device)
+    alive, replay = weakref.ref(read), capture(partial(torch.mul, read, 2), device)
+    del read
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert alive() is not None
+    assert replay().unique().tolist() == [2]
