@@ -95,5 +95,6 @@ def achieved(done: Distillation) -> str:
         )
     return (
         f"Distilled for {done.steps} steps of {done.tokens} tokens: the divergence from the dense model's predictions "
-        f"fell from {done.divergence_before:.4f} to {done.divergence:.4f} nats a token on held-out sequences."
+        f"fell from {done.divergence_before:.4f} to {done.divergence:.4f} nats a token on held-out sequences, the loss "
+        f"above the dense model's from {done.excess_before:+.4f} to {done.excess:+.4f}."
     )

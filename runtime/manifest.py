@@ -199,7 +199,9 @@ class MaskedManifest:
             calibration=content.get("calibration"),
             dimensions=content.get("dimensions") or {},
             layers=tuple(LayerRecord.from_json(entry) for entry in content.get("layers", ())),
-            removed=tuple(RemovalRecord(**dict((k, e.get(k)) for k in RemovalRecord.__dataclass_fields__)) for e in removed),
+            removed=tuple(
+                RemovalRecord(**dict((k, e.get(k)) for k in RemovalRecord.__dataclass_fields__)) for e in removed
+            ),
             goal=content.get("goal", content.get("target")),  # 0.1 called it target
             distilled=content.get("distilled"),
             parameters=content.get("parameters"),

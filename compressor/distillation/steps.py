@@ -17,7 +17,7 @@ from torch import nn
 
 from ssmc.compressor.methods.descent import Descent, Pace, batches, descend
 from ssmc.runtime.errors import CalibrationError
-from ssmc.runtime.measure.losses import LOGITS_AT_ONCE, last_hidden
+from ssmc.runtime.measure.losses import IGNORED, LOGITS_AT_ONCE, last_hidden, token_losses
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -44,13 +44,25 @@ class Pair:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What distilling achieved; divergences are means over tokens, in nats, on held-out sequences."""
+    """What distilling achieved; means over tokens, in nats, on held-out sequences.
 
-    steps: int  # that were run
-    best_step: int  # whose weights the model has now; 0: those it had before
+    Attributes:
+        steps: that were run.
+        best_step: whose weights the model has now; 0: those it had before.
+        divergence: KL(dense || pruned).
+        divergence_before: the same before the first step.
+        excess: loss above the dense model's.
+        excess_before: the same before the first step.
+        tokens: of a step.
+    """
+
+    steps: int
+    best_step: int
     divergence: float
     divergence_before: float
-    tokens: int  # of a step
+    excess: float
+    excess_before: float
+    tokens: int
 
 
 def distill(
@@ -77,6 +89,7 @@ def distill(
     seen, judged = tokens[:-held], tokens[-held:]
     device = pair.student.get_output_embeddings().weight.device
     wanted = last_hidden(pair.teacher, judged)
+    dense, before = (_loss(model, judged) for model in (pair.teacher, pair.student))
     order = batches(len(seen), SEQUENCES, seed)
     with _trained(pair) as (parameters, pinned):
 
@@ -99,8 +112,21 @@ def distill(
         pace = Pace(steps, [RATE] * len(parameters), checks=CHECKS)
         done: Descent = descend(parameters, gradients, judge, pace, progress, "distilling")
     return Distillation(
-        done.steps, done.best_step, done.error, done.error_before, min(SEQUENCES, len(seen)) * tokens.shape[1]
+        steps=done.steps,
+        best_step=done.best_step,
+        divergence=done.error,
+        divergence_before=done.error_before,
+        excess=_loss(pair.student, judged) - dense,
+        excess_before=before - dense,
+        tokens=min(SEQUENCES, len(seen)) * tokens.shape[1],
     )
+
+
+def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
+    """The mean loss of the next token, in nats, over (n, L) sequences."""
+    targets = F.pad(sequences[:, 1:], (0, 1), value=IGNORED)
+    losses = [token_losses(model, *pair)[0] for pair in zip(sequences.split(1), targets.split(1), strict=True)]
+    return float(torch.cat(losses)[:, :-1].mean())
 
 
 def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward: bool = False) -> float:

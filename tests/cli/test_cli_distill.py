@@ -53,6 +53,18 @@ def test_compress_distils_when_it_is_told_to_and_repeats_itself(artefact, tmp_pa
     assert "distill: 2" in (tmp_path / "one" / "recipe.yaml").read_text("utf-8")
 
 
+def test_a_result_that_few_would_use_is_called_so_in_the_last_line(tmp_path, capsys):
+    from ssmc.cli import main
+
+    short = ("--nsamples", "4", "--seqlen", "128", "--distill", "1")
+    layers = ("--pattern", "layer", "--score", "similarity", "--sparsity", "0.6")
+    for name, options, said in (("layers", layers, True), ("states", ("--sparsity", "0.5"), False)):
+        assert main(["compress", "tiny", *short, *options, "--out", str(tmp_path / name)]) in (0, None)
+        outcome = capsys.readouterr()
+        lines = (outcome.out + outcome.err).strip()
+        assert ("Few would use it" in " ".join(lines[-400:].split())) == said
+
+
 def test_what_is_no_artefact_is_refused(tmp_path, capsys):
     from ssmc.cli import main
 

@@ -61,7 +61,10 @@ def test_steps_make_it_better_and_keep_what_was_pruned_at_zero():
     text = random_tokens((40, 24), seed=5)
     done = distill(pair, text, steps=30)
     assert done.divergence < 0.7 * done.divergence_before
-    assert float(naive(pair, text[-10:])) == pytest.approx(done.divergence, rel=1e-4)
+    judged = text[-10:]
+    assert float(naive(pair, judged).detach()) == pytest.approx(done.divergence, rel=1e-4)
+    losses = [float(model(judged, labels=judged).loss) for model in (pair.student, pair.teacher)]
+    assert losses[0] - losses[1] == pytest.approx(done.excess, abs=1e-4)
     for name, parameter in pair.student.named_parameters():
         assert not parameter[zero[name] & (before[name] != 0)].any(), name
         assert parameter.requires_grad
