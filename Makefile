@@ -43,7 +43,7 @@ test: $(READY) ## Run all tests
 quick: $(READY) ## Run the tests that are not marked slow
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow'
 
-check: $(READY) ## Look for mistakes and formatting that differs
+check: $(READY) types ## Look for mistakes, formatting that differs and types that do not fit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

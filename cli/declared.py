@@ -69,7 +69,7 @@ def _default(flag: Flag, default: Any) -> Any:
 
 
 def _option(flag: Flag) -> Any:
-    shown = {None: True, "": False}.get(flag.default_text, flag.default_text)
+    shown: bool | str = True if flag.default_text is None else flag.default_text or False
     return typer.Option(
         *((flag.switch,) if flag.switch else ()),
         help=flag.text,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "safetensors"
 _FORMATS = all_formats()
-Name = Literal[tuple(_FORMATS)]  # type: ignore[valid-type]
+Name: Any = Literal[tuple(_FORMATS)]  # type: ignore[valid-type]
 
 
 def export(
@@ -85,7 +85,7 @@ def _declare_options() -> None:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [_parameter(name, owners) for name, owners in found.items()]
     parameters = [*own[:4], *added, *own[4:]]
-    export.__signature__ = signature.replace(parameters=parameters)
+    export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     export.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from ssmc.compressor.methods.channels.counts import widths_of_heads
 from ssmc.compressor.options.config import PROJECTIONS, CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
+from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
@@ -45,7 +47,7 @@ def limits(architecture: Architecture) -> dict[str, str]:
     """What is refused for a family, option by option, with the reason."""
     able, found = architecture.capabilities, {}
     for part in PATTERNS:
-        reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part))
+        reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part, ""))
         if reason:
             found[f"--pattern {part}"] = reason
     return found if able.uniform else found | {_GOALS: _MANY}
@@ -130,5 +132,6 @@ def _heads(sizes: Dimensions, smaller: Callable[..., str]) -> list[Prospect]:
     widths = widths_of_heads(sizes)
     if not widths:
         return []
-    what = f"{sizes.heads - widths[0] // sizes.head_dim} of {sizes.heads} heads"
+    heads = sizes.d_inner // cast(Mamba2Dimensions, sizes).head_dim
+    what = f"{heads - heads * widths[0] // sizes.d_inner} of {heads} heads"
     return [Prospect(CHANNEL, what, scores_of(CHANNEL)[0], smaller(d_inner=widths[0]))]

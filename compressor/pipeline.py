@@ -107,12 +107,13 @@ def each_alone(run: Run) -> Iterator[int]:
         The number of the layer that is pruned just now; it is as before when the next number comes.
     """
     walk = _Walk(replace(run, progress=NO_PROGRESS), follows_dense=True)
-    for index, block in enumerate(walk.blocks):
-        run.progress(f"{run.plan.config.pattern} of each layer alone", index, len(walk.blocks))
-        walk.blocks[index] = copy.deepcopy(block)
-        prune_layer(walk.arrive(index, block, walk.blocks[index]))
+    blocks: Any = walk.blocks  # a ModuleList
+    for index, block in enumerate(blocks):
+        run.progress(f"{run.plan.config.pattern} of each layer alone", index, len(blocks))
+        blocks[index] = copy.deepcopy(block)
+        prune_layer(walk.arrive(index, block, blocks[index]))
         yield index
-        walk.blocks[index] = block
+        blocks[index] = block
         walk.go_on_dense()
     run.progress(f"{run.plan.config.pattern} of each layer alone", len(walk.blocks), len(walk.blocks))
 

@@ -121,6 +121,11 @@ class RemovalRecord:
     influence: float | None = None
 
 
+def _removal(entry: Mapping[str, Any]) -> RemovalRecord:
+    fields: Any = {name: entry.get(name) for name in RemovalRecord.__dataclass_fields__}
+    return RemovalRecord(**fields)
+
+
 @dataclass(frozen=True)
 class CutRecord:
     """A tensor that got smaller; a removed one has no size afterwards."""
@@ -199,9 +204,7 @@ class MaskedManifest:
             calibration=content.get("calibration"),
             dimensions=content.get("dimensions") or {},
             layers=tuple(LayerRecord.from_json(entry) for entry in content.get("layers", ())),
-            removed=tuple(
-                RemovalRecord(**dict((k, e.get(k)) for k in RemovalRecord.__dataclass_fields__)) for e in removed
-            ),
+            removed=tuple(_removal(entry) for entry in removed),
             goal=content.get("goal", content.get("target")),  # 0.1 called it target
             distilled=content.get("distilled"),
             parameters=content.get("parameters"),

@@ -105,7 +105,8 @@ def batches(samples: int, size: int, seed: int) -> Iterator[list[int]]:
         seed: of the order.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, waiting = min(size, samples), []
+    size = min(size, samples)
+    waiting: list[int] = []
     while True:
         while len(waiting) < size:
             waiting += torch.randperm(samples, generator=generator).tolist()

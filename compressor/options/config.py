@@ -263,7 +263,7 @@ class CompressConfig(BaseModel):
             if counts is not None and part not in self.parts:
                 raise ValueError(f"{name} goes with the pattern {part}, which is not in {self.pattern}")
         if self.modules and self.nm is None:
-            check_ramp(self.sparsity, self.alpha)
+            check_ramp(self.sparsity_of(self.parts[0]), self.alpha)
         if self.refine:
             self._check_refine()
         return self

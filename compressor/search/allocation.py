@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
 from ssmc.runtime.models.families import Dimensions
@@ -16,6 +17,9 @@ from ssmc.runtime.models.families import Dimensions
 SMALLEST = 1e-6  # nats a token: what a loss of zero, or below it by chance, is taken for
 EXPONENT = 2.0  # of the power law where only one point was measured
 ROUNDS = 3  # of clocking what was chosen and choosing again
+
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, order=True)
@@ -60,7 +64,8 @@ class Curve:
     @classmethod
     def through(cls, measured: Mapping[float, float]) -> Curve:
         """The curve through measured points; a loss below that of a smaller share is noise and is raised to it."""
-        shares, losses = sorted(measured), []
+        shares = sorted(measured)
+        losses: list[float] = []
         for share in shares:
             losses.append(max(measured[share], SMALLEST, *losses[-1:]))
         return cls(tuple(shares), tuple(losses))
@@ -97,10 +102,10 @@ class Limit:
     """What a candidate may cost at most: a share of the dense model's parameters, or of its time."""
 
     name: str
-    cost: Callable[[Sizes], float]  # 1 for the dense model
+    cost: Callable[[Any], float]  # 1 for the dense model
     most: float
 
-    def allows(self, sizes: Sizes) -> bool:
+    def allows(self, sizes: Any) -> bool:
         """Whether a candidate is within the limit."""
         return self.cost(sizes) <= self.most
 
@@ -140,9 +145,7 @@ def frontier(
     return found[::-1]
 
 
-def cheapest_within(
-    candidates: Sequence[Sizes], measure: Callable[[Sizes], float], bound: float, start: int
-) -> Sizes | None:
+def cheapest_within(candidates: Sequence[S], measure: Callable[[S], float], bound: float, start: int) -> S | None:
     """The first of `candidates` (the cheapest first) whose measured loss is within `bound`, by bisection.
 
     Args:

@@ -34,6 +34,7 @@ def uneven_sizes(
         The sizes, and what the layers' losses are taken to be.
     """
     losses = layer_losses(trials, uniform, model)
+    candidates: list[Sizes | Layerwise]
     if limits:
         found = [_within(trials, losses, limits, *sizes) for sizes in _choices(trials, uniform, model)]
         candidates = [uniform, *_new(found, uniform)]

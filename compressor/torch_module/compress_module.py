@@ -34,7 +34,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 PARTS = {COLUMN: families.STATE, CHANNEL: families.CHANNEL}
 """What can be cut out of the mixers of a module; other patterns leave zeros or need a language model."""
 
-_OF_A_CHECKPOINT = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
+_OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
 _OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha")
 
 

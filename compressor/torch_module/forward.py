@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,8 +47,9 @@ class Call:
         if hidden is None:
             return None
         mask = kwargs.get("attention_mask")
-        two = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        return cls(hidden, mask[:, -hidden.shape[1] :] if two else None)
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return cls(hidden, None)
+        return cls(hidden, mask[:, -hidden.shape[1] :])
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """The sequences without their padding: all together, or (1, length, d_model) each."""
@@ -126,7 +127,7 @@ class Runs:
             calls: how often a forward calls it; with the last the forward ends.
             label: what to call the work.
         """
-        total = len(self.batches) if hasattr(self.batches, "__len__") else 0
+        total = len(self.batches) if isinstance(self.batches, Sized) else 0
         for number, batch in enumerate(self.batches):
             self.progress(label, number, max(total, number + 1))
             read: list[torch.Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ssmc.compressor.methods.counts import listed, nearest
 from ssmc.compressor.methods.method import Plan
@@ -12,6 +12,7 @@ from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
     from ssmc.runtime.models.families import Dimensions
 
 MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first
@@ -63,7 +64,7 @@ def widths_of_heads(sizes: Dimensions) -> list[int]:
     transformers and mamba_ssm have one width for all layers, `expand` times d_model with a whole `expand` (a fraction
     is refused by Mamba2Config, and gives a layer of fractional size in mamba_ssm), and whole heads in every group.
     """
-    unit = sizes.groups * sizes.head_dim
+    unit = sizes.groups * cast("Mamba2Dimensions", sizes).head_dim
     return [width for width in range(sizes.d_model, sizes.d_inner, sizes.d_model) if width % unit == 0]
 
 
@@ -84,7 +85,7 @@ def _check_heads(config: CompressConfig, sizes: Dimensions, widths: Sequence[int
     )
     if not able:
         raise UsageError(f"No heads can be removed from this model of {sizes.d_inner} channels: {why}.")
-    P = sizes.head_dim
+    P = cast("Mamba2Dimensions", sizes).head_dim
     choices = ", ".join(f"{width} ({width // P} heads, sparsity {1 - width / sizes.d_inner:.4g})" for width in able)
     if config.round_channels is not None:
         raise UsageError(f"round_channels does not go with the heads of a Mamba-2, as {why}: {choices}.")

@@ -50,9 +50,9 @@ class Channels(Method):
         config, sizes = plan.config, plan.sizes
         if sizes.heads is not None:
             return [
-                f"{width // sizes.head_dim} of {sizes.heads} heads stay in each layer. In the export the gated norm's "
-                "weight makes up for its mean over fewer channels, in float32 even where the model is in half "
-                "precision."
+                f"{sizes.heads * width // sizes.d_inner} of {sizes.heads} heads stay in each layer. In the export the "
+                "gated norm's weight makes up for its mean over fewer channels, in float32 even where the model is in "
+                "half precision."
             ]
         if config.widths is not None:
             return [f"At most {width} of {sizes.d_inner} channels stay, as --widths says."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ssmc.compressor.methods.layers import scores as scores  # registers them
 from ssmc.compressor.methods.layers.score import LayerScore, Removal
@@ -25,7 +25,7 @@ def removal_count(n_layer: int, sparsity: float) -> int:
 class _Removing(BlockMethod):
     """What both have in common."""
 
-    pattern: Pattern
+    pattern: ClassVar[Pattern]
     place = 0
 
     def needs_text(self, plan: Plan) -> bool:

@@ -45,8 +45,8 @@ def collect(job: Job, statistics: Sequence[Statistic], group: int = 0, backend: 
     nsamples, length, _ = hidden.shape
     carried = _Carried(nsamples)
     groups = list(_slices(nsamples, max(1, PROJECTED[device.type] // STRETCH)))
-    stretches = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
-    stretches = ahead(stretches, device)
+    pieces = (hidden[rows, start : start + STRETCH] for start in range(0, length, STRETCH) for rows in groups)
+    stretches = ahead(pieces, device)
     for start in range(0, length, STRETCH):
         job.report("statistics", start, length)
         for rows in groups:

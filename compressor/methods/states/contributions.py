@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ssmc.compressor.methods.states.statistics import Chunk, Statistic
-from ssmc.runtime.scan import SsdMoments
+from ssmc.compressor.methods.states.statistics import Chunk, Statistic, Sum
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Contributions(Statistic):
     """Q and what the skip needs, as streaming sums, of one group of heads."""
 
     heads: int  # of this group
-    gram: torch.Tensor | float = 0.0  # (N, N) float64: Q
-    cross: torch.Tensor | float = 0.0  # (H, N) float64: c
-    skip: torch.Tensor | float = 0.0  # (H,) float64: s
+    gram: Sum = 0.0  # (N, N) float64: Q
+    cross: Sum = 0.0  # (H, N) float64: c
+    skip: Sum = 0.0  # (H,) float64: s
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -43,7 +43,7 @@ class Contributions(Statistic):
         self.cross = self.cross + cross.unflatten(0, (self.heads, -1)).sum(1)
         self.skip = self.skip + skip.square().sum((0, 1)).double().unflatten(0, (self.heads, -1)).sum(1)
 
-    def add_moments(self, moments: SsdMoments) -> None:
+    def add_moments(self, moments: Any) -> None:
         """Take in sums over the states of a few samples."""
         self.gram = self.gram + moments.gram
         self.cross = self.cross + moments.cross
@@ -84,5 +84,5 @@ class Loss:
 def loss_of(contributions: Contributions, removed: Sequence[int], repair: bool) -> Loss:
     """What losing some states of a group costs; see `Contributions.errors`."""
     index = torch.as_tensor(list(removed), dtype=torch.long)
-    errors = (float(contributions.errors(way)[index][:, index].sum()) for way in (repair, False))
-    return Loss(*errors, energy=float(contributions.gram.sum()))
+    error, unrepaired = (float(contributions.errors(way)[index][:, index].sum()) for way in (repair, False))
+    return Loss(error, unrepaired, float(contributions.gram.sum()))

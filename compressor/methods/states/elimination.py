@@ -109,7 +109,8 @@ def eliminate_from(Q: torch.Tensor, keep: int) -> list[int]:
     Returns:
         The kept states, ascending.
     """
-    left, removed = list(range(len(Q))), []
+    left = list(range(len(Q)))
+    removed: list[int] = []
     while len(left) > keep:
         cost = Q.diagonal() + 2 * Q[:, removed].sum(1)
         j = min(left, key=lambda state: (float(cost[state]), state))

@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of, samples
 from ssmc.compressor.methods.descent import Pace, descend
+from ssmc.runtime.models.architectures.interface import NormedReaders
 from ssmc.runtime.models.families import Architecture
 
 TOKENS = 4096  # what is fitted and measured looks at no more, or at one sample
@@ -78,7 +80,9 @@ def remove_states(
         mixings = [None] if mixing is None else [None, mixing]
         found += [layer.candidate(m, scale=True) for m in mixings]
     best = min(found, key=lambda candidate: candidate.error)
-    architecture.mixer(block).load_state_dict(best.mixer.state_dict())
+    mixer = architecture.mixer(block)
+    assert mixer is not None  # it lost states
+    mixer.load_state_dict(best.mixer.state_dict())
     return NormFit(best.error, plain.error, best.spread)
 
 
@@ -87,8 +91,10 @@ class _Layer:
 
     def __init__(self, architecture: Architecture, block: nn.Module, hidden: torch.Tensor, kept: Sequence[int]):
         self._architecture, self._block, self._hidden = architecture, block, hidden
-        self._kept, self._mixer = kept, architecture.mixer(block)
-        self._dense = self._see(self._mixer)
+        mixer = architecture.mixer(block)
+        assert mixer is not None  # it loses states
+        self._kept, self._mixer, self._norms = kept, mixer, cast(NormedReaders, architecture)
+        self._dense = self._see(mixer)
 
     def candidate(self, mixing: torch.Tensor | None, scale: bool) -> _Candidate:
         """A copy of the mixer with states removed, its rows and read-out scaled to come closest to the dense one."""
@@ -98,16 +104,16 @@ class _Layer:
         architecture.mask_states(mixer, kept, mixing)
         if scale:
             seen, index = self._see(mixer), list(kept)
-            tied = not architecture.has_norm_weights
+            tied = not self._norms.has_norm_weights
             b, c = fit_scales(seen.b[:, index], seen.c[:, index], dense.b, dense.c, tied)
-            architecture.scale_readers(mixer, kept, b, c, 1.0)
+            self._norms.scale_readers(mixer, kept, b, c, 1.0)
         seen = self._see(mixer)
         cross, square, energy = (
             float((p * q).sum()) for p, q in ((seen.y, dense.y), (seen.y, seen.y), (dense.y, dense.y))
         )
         if scale and cross > 0:
             factor = cross / square  # least squares
-            architecture.scale_readers(mixer, kept, ones, ones, factor)
+            self._norms.scale_readers(mixer, kept, ones, ones, factor)
         error = max(0.0, energy - 2 * factor * cross + factor**2 * square) / energy if energy > 0 else 0.0
         changes = _log_ratio(seen.b, dense.b) + _log_ratio(seen.c, dense.c)
         return _Candidate(error, float(changes.std(correction=0)) / 2, mixer)  # of squares
@@ -118,7 +124,7 @@ class _Layer:
         for _, sample in samples(self._hidden, device_of(block)):
             inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, sample)))
             y, _ = architecture.scan(mixer, replace(inputs, D=torch.zeros_like(inputs.D)))
-            parts.append((y, *architecture.before_norm(mixer, inputs.u)))
+            parts.append((y, *self._norms.before_norm(mixer, inputs.u)))
         y, b, c = (torch.cat(part, dim=1)[0].double() for part in zip(*parts, strict=True))
         return _Seen(y, b.square(), c.square())
 

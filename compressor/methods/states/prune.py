@@ -18,6 +18,7 @@ from ssmc.compressor.methods.states.score import ScoredGroup, StateScore
 from ssmc.compressor.methods.states.statistics import Statistic
 from ssmc.compressor.methods.states.sums import STATISTICS, Request
 from ssmc.compressor.options.patterns import COLUMN
+from ssmc.runtime.models.architectures.interface import HeadReaders
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _lose(job: Job, number: int, group: ScoredGroup, chosen: list[int]) -> Loss:
     loss = loss_of(sums, removed, job.config.repair)
     if grams := group.sums.get("readout-grams"):
         fit = fit_readers(job, number, grams, chosen)
-        job.architecture.change_skip(job.mixer, number, fit.skip_change)
+        cast("HeadReaders", job.architecture).change_skip(job.mixer, number, fit.skip_change)
         # both on the same held-out stretches
         loss = Loss(fit.error * loss.energy, fit.error_before * loss.energy, loss.energy)
     return loss

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from ssmc.compressor.calibration.placement import device_of
 from ssmc.compressor.methods.descent import Pace, descend, root_mean_square
 from ssmc.compressor.methods.method import Job
 from ssmc.compressor.methods.states.statistics import Chunk, Statistic
+from ssmc.runtime.models.architectures.interface import HeadReaders
 from ssmc.runtime.models.families import Readers
 
 MOST_BYTES = 256 << 20  # of the matrices S_t of a layer
@@ -86,7 +88,7 @@ def fit_readers(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[in
         statistic: filled on what the layer reads.
         kept: states of the group that stay.
     """
-    readers = job.architecture.readers(job.mixer, group)
+    readers = cast(HeadReaders, job.architecture).readers(job.mixer, group)
     starts, grams = statistic.stretches()
     task = ReaderTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept)
     index = torch.as_tensor(list(kept), device=grams.device)
@@ -129,7 +131,7 @@ class ReaderTask:
             self.wanted = F.pad(C, (0, grams.shape[2] - C.shape[2]))
             self.energy = self._square(self.wanted, range(len(grams)))  # (S,)
 
-    def read(self, rows: torch.Tensor | slice, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def read(self, rows: torch.Tensor | slice, tensors: Sequence[Any]) -> torch.Tensor:
         """C of some stretches, (S, T, K): silu(conv1d(in_proj(x))), nothing before the first token."""
         weight, in_bias, taps, bias = tensors
         windows = self.windows[rows]
@@ -172,7 +174,7 @@ def input_windows(job: Job, starts: Sequence[int], length: int, readers: Readers
     for start in starts:
         first = max(0, start - before)
         part = job.samples[:, first : start + length].to(device)
-        normed = job.architecture.read_by_in_proj(job.work, part).float()
+        normed = cast(HeadReaders, job.architecture).read_by_in_proj(job.work, part).float()
         normed = F.pad(normed, (0, 1), value=1.0)
         windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))
     return torch.cat(windows)

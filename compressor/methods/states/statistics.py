@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from ssmc.compressor.options.config import Weighting
 from ssmc.runtime.scan import Moments, ScanInputs, SsdMoments, quartic_moment, sum_of_squares
 
 STRETCH = 64  # time steps whose hidden states exist at once
+
+
+Sum = Any
+"""A tensor that sums something up; 0.0 before anything was added."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Statistic:
 class SquaredStates(Statistic):
     """sum over samples and time of h_{t-1}^2, as Theorem 1 of SparseSSM needs it; `value` is (N, D)."""
 
-    value: torch.Tensor | float = 0.0
+    value: Sum = 0.0
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -86,9 +91,9 @@ class SquaredStates(Statistic):
 class SquaredReadout(Statistic):
     """The factors and the product of the read-out C_t[n] h_t[d, n], for `ghost` and `energy`."""
 
-    states: torch.Tensor | float = 0.0  # (N, D): sum of h_t^2
-    readers: torch.Tensor | float = 0.0  # (N,): sum of C_t^2
-    products: torch.Tensor | float = 0.0  # (N, D): sum of (C_t h_t)^2
+    states: Sum = 0.0  # (N, D): sum of h_t^2
+    readers: Sum = 0.0  # (N,): sum of C_t^2
+    products: Sum = 0.0  # (N, D): sum of (C_t h_t)^2
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -113,10 +118,10 @@ class TimeWeighted(Statistic):
     """
 
     weights: torch.Tensor
-    value: torch.Tensor | float = 0.0
+    value: Sum = 0.0
     _start: int = 0
-    _squares: torch.Tensor | float = 0.0  # (T, N, D): sum over samples of h_{t-1}^2
-    _decays: torch.Tensor | float = 0.0  # (T, N, D): sum over samples of dA_t = exp(dt_t A)
+    _squares: Sum = 0.0  # (T, N, D): sum over samples of h_{t-1}^2
+    _decays: Sum = 0.0  # (T, N, D): sum over samples of dA_t = exp(dt_t A)
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -159,9 +164,9 @@ class Vote(Statistic):
     A_log: torch.Tensor  # (D, N)
     name: Callable[[torch.Tensor], torch.Tensor]  # importance (T, ...) -> which are named at each step, bool (T, ...)
     states: bool  # judge whole states, (T, N); else entries, (T, D, N)
-    value: torch.Tensor | float = 0.0  # (N,) or (D, N): how often each was named
+    value: Sum = 0.0  # (N,) or (D, N): how often each was named
     _start: int = 0
-    _importance: torch.Tensor | float = 0.0  # of this stretch so far
+    _importance: Sum = 0.0  # of this stretch so far
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
@@ -200,13 +205,13 @@ class NormalMatrix(Statistic):
     a sum over tokens of outer products of two small (N, N) matrices, so one matrix product per chunk.
     """
 
-    value: torch.Tensor | float = 0.0  # (N N, N N) float64, row index k N + m, column index n N + p
+    value: Sum = 0.0  # (N N, N N) float64, row index k N + m, column index n N + p
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
         self.value = self.value + quartic_moment(chunk.after, chunk.inputs)
 
-    def add_moments(self, moments: Moments) -> None:
+    def add_moments(self, moments: Any) -> None:
         """Take in sums over the states of a few samples."""
         self.value = self.value + moments.quartic
 

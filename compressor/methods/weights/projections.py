@@ -155,7 +155,9 @@ def _moments(job: Job, weights: Mapping[str, torch.Tensor]) -> dict[str, Moment]
     """Second moments of what modules of the mixer read."""
     device, count = device_of(job.work), len(job.samples)
     moments: dict[str, Moment] = {
-        name: (DepthwiseSecondMoment(*w.shape, device) if name == CONV else SecondMoment(w.shape[1], device))
+        name: (
+            DepthwiseSecondMoment(w.shape[0], w.shape[1], device) if name == CONV else SecondMoment(w.shape[1], device)
+        )
         for name, w in weights.items()
     }
     for i, sample in samples(job.samples, device):
