@@ -13,7 +13,7 @@ import typer
 from ssmc.cli.checks import check_models
 from ssmc.cli.declared import with_options
 from ssmc.cli.distill import achieved
-from ssmc.cli.options import Force, Quiet, Verbose, complete_model
+from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.compressor.methods.registry import load_entry_points
 from ssmc.compressor.options.config import CompressConfig, configure
@@ -31,6 +31,7 @@ from ssmc.compressor.options.patterns import (
 from ssmc.compressor.options.recipe import read_recipe
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
+from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
 
 PROBLEMS = load_entry_points()  # before the help texts are made, which name what is registered
 TOO_MUCH = 0.2  # nats a token above the dense model: a fifth more perplexity
-MODEL_HELP = "A transformers or mamba_ssm folder, a hub id (state-spaces/mamba-130m), or `tiny`, the embedded model."
+MODEL_HELP = (
+    "A transformers or mamba_ssm folder, a hub id (state-spaces/mamba-130m, also with @ and a revision), or `tiny`, "
+    "the embedded model."
+)
 
 
 @with_options(CompressConfig, Goal, after="recipe")
@@ -63,6 +67,7 @@ def compress(
         "ssmc-out"
     ),
     force: Force = False,
+    revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     **options: Any,
@@ -93,6 +98,8 @@ def compress(
     terminal = context.ensure_object(Terminal)
     asked = {} if recipe is None else read_recipe(recipe)
     asked.update(_given(context))
+    if revision is not None:
+        asked["model"] = at_revision(asked.get("model", ""), revision)
     goal, ordinary = split_goal(asked)
     config = configure(**ordinary)
     check_models([config.model])
@@ -133,7 +140,7 @@ compress.__doc__ = (compress.__doc__ or "").replace("{scores}", _scores_text())
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options of the run that stand on the command line; what is left out keeps the recipe's or its default."""
-    elsewhere = {"recipe", "out", "force", "verbose", "quiet"}
+    elsewhere = {"recipe", "out", "force", "revision", "verbose", "quiet"}
     return {
         name: value
         for name, value in context.params.items()

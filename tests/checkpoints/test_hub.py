@@ -14,6 +14,7 @@ import torch
 
 import ssmc
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.tokenizers import GPT_NEOX, load_tokenizer, tokenizer_directory
 from ssmc.runtime.tiny import TINY_DIRECTORY
@@ -193,6 +194,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, tmp_path, tiny, capsys):
     assert torch.equal(model.lm_head.weight, tiny.model.lm_head.weight)
     done = run(capsys, "inspect", "owner/stories", "--revision", "v1.0")
     assert done.code == 0, done.err
+    blind = ("--score", "magnitude", "--no-repair", "--out", tmp_path / "out")
+    done = run(capsys, "compress", "owner/stories", "--revision", "v1.0", *blind)
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "out").source.model == "owner/stories@v1.0"
     assert set(hub.asked) == {"v1.0"}
     with pytest.raises(CheckpointError, match="owner/stories of the hub has no revision 'v9'"):
         load_checkpoint("owner/stories@v9")
