@@ -20,7 +20,8 @@ _HOMES = lazy.homes(
         "ssmc.compressor.options.recipe": "read_recipe",
         "ssmc.compressor.pipeline": "Run prune",
         "ssmc.compressor.plan": "make_plan",
-        "ssmc.compressor.torch_module.compress_module": "CompressedModule MixerResult compress_module",
+        "ssmc.compressor.torch_module.compress_module": "CompressedModule compress_module",
+        "ssmc.compressor.torch_module.mixer": "MixerResult",
     }
 )
 __all__ = list(_HOMES)

@@ -7,48 +7,32 @@ reads is found by running the whole module on the user's batches up to it, the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from ssmc.compressor.calibration.placement import put, samples
 from ssmc.compressor.families import check_family
-from ssmc.compressor.methods.method import Job, KeepCounts, LayerResult, Plan
-from ssmc.compressor.methods.registry import score
-from ssmc.compressor.methods.states.score import StateScore
+from ssmc.compressor.methods.method import KeepCounts, Plan
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, scores_of
-from ssmc.compressor.pipeline import prune_layer
 from ssmc.compressor.plan import make_plan
-from ssmc.compressor.torch_module.forward import Forward, Runs, Seen, evaluating, run_on, same
+from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
+from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, left_as_it_is, touched
+from ssmc.compressor.torch_module.restore import Restorer, keep_attributes
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
-from ssmc.runtime.models import families
-from ssmc.runtime.models.families import Cut
-from ssmc.runtime.models.mixers import Mixer, cut_mixer, find_mixers, tell_configurations
+from ssmc.runtime.models.mixers import Mixer, find_mixers, tell_configurations
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
-
-PARTS = {COLUMN: families.STATE, CHANNEL: families.CHANNEL}
-"""What can be cut out of the mixers of a module; other patterns leave zeros or need a language model."""
 
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
 _OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha")
 
-
-@dataclass(frozen=True)
-class MixerResult:
-    """What happened to one mixer of a module."""
-
-    name: str
-    family: str  # the `model_type` of language models with such mixers
-    states: tuple[int, int]  # of a group, before and after
-    channels: tuple[int, int]  # d_inner before and after
-    layer: LayerResult | None = None  # which states and channels stayed, and at what error; None: it was not pruned
-    cuts: tuple[Cut, ...] = ()  # tensors that got smaller
-    note: str | None = None  # why it was left as it is, or why what was removed is silent in place of gone
+COMPILED = (
+    "The module was compiled. The smaller one that is returned is not; give it to torch.compile again if you like."
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +43,16 @@ class CompressedModule:
     config: CompressConfig
     mixers: tuple[MixerResult, ...]  # in the order they run
     parameters: tuple[int, int]  # before and after
+    remarks: tuple[str, ...] = ()  # on the module as a whole
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know: mixers that were left as they are, or did not get smaller."""
-        return tuple(f"{mixer.name}: {mixer.note}" for mixer in self.mixers if mixer.note)
+        """What the user should know, each thing once: mixers that were left as they are, or did not get smaller."""
+        named: dict[str, list[str]] = defaultdict(list)
+        for mixer in self.mixers:
+            if mixer.note:
+                named[mixer.note].append(mixer.name or "the mixer")
+        return (*self.remarks, *(f"{', '.join(names)}: {note}" for note, names in named.items()))
 
 
 @torch.no_grad()
@@ -81,17 +70,18 @@ def compress_module(
     A mixer is known by the names and shapes of its parameters (those of transformers, mamba_ssm and mamba-minimal) and
     by its own forward, which must put out on the first batch what this structure says. Each is pruned on what it reads
     when the module runs on the batches with the mixers before it pruned. With `repair`, the C rows of a Mamba-1 are
-    mixed; the rest is fitted to what the dense mixer makes of the same input.
+    mixed; the rest is fitted to what the dense mixer puts out for the same input. A mixer that cannot be pruned is left
+    as it is, with a note; so is one that shares a parameter that would change with another part of the module.
 
-    Memory does not grow with the number of batches for the pattern column of a Mamba-1 by `streaming_scores`;
-    otherwise what one mixer reads is kept, and then all sequences must have one length. Batches are run once for each
-    mixer that needs them, up to that mixer.
+    Memory does not grow with the number of batches for the pattern column of a Mamba-1 by
+    `torch_module.mixer.streaming_scores`; otherwise what one mixer reads is kept, and then all sequences must have one
+    length. Batches are run once for each mixer that needs them, up to that mixer.
 
     Args:
         module: any torch module; in eval mode while it is run.
         batches: what to run it on: an iterable that can be read several times, such as a list or a DataLoader.
-        in_place: change `module` itself; by default a copy is made and `module` stays as it is. After an error a module
-            changed in place may be pruned in part.
+        in_place: change `module` itself; by default a copy is made and `module` stays as it is. After an error it is as
+            it was in either case.
         forward: called as `forward(module, batch)`; by default a tensor is the module's only argument, a tuple or list
             are several, a mapping is given by name. A loader of (input, label) needs `lambda m, b: m(b[0])`.
         progress: told what is being done.
@@ -107,27 +97,44 @@ def compress_module(
         CalibrationError: there are no batches, the module does not run on them, or they give NaN.
     """
     config = _configured(module, options)
-    before = _parameters(module)
-    find_mixers(guard_kernels(module))  # before a copy of something big
-    work = module if in_place else _copy(module)
-    with evaluating(work):
-        runs = Runs(work, batches, forward, progress)
-        mixers = find_mixers(work)
-        progress("looking at the mixers", 0, 1)
-        seen = runs.look(mixers)
-        order = sorted(mixers, key=lambda m: [*seen, m.name].index(m.name))
-        able = [mixer for mixer in order if _reason(seen.get(mixer.name)) is None]
-        if not able:
-            reasons = "; ".join(
-                f"{mixer.name or type(mixer.module).__name__} {_reason(seen.get(mixer.name))}" for mixer in order
-            )
-            raise CheckpointError(f"No mixer of this {type(module).__name__} can be pruned: {reasons}.")
-        pruner = _Pruner(runs, seen, _plans(config, able))
-        done = {mixer.name: pruner.prune(mixer, index) for index, mixer in enumerate(able)}
-    if set(done) == {mixer.name for mixer in mixers}:
-        _tell(work, list(done.values()))
-    results = [done.get(mixer.name) or _left(mixer, _reason(seen.get(mixer.name))) for mixer in order]
-    return CompressedModule(work, config, tuple(results), (before, _parameters(work)))
+    own = getattr(module, "_orig_mod", module)  # of a module that torch.compile wrapped
+    remarks = () if own is module else (COMPILED,)
+    before = _parameters(own)
+    found = find_mixers(guard_kernels(own))  # before a copy of something big
+    work = own if in_place else _copy(own)
+    mixers = found if in_place else find_mixers(work)
+    restorer = Restorer(mixers) if in_place else None
+    try:
+        with evaluating(work), torch.compiler.set_stance("force_eager"):
+            results = _prune(WatchedModule(work, batches, forward, progress), mixers, config, restorer)
+        if all(result.layer is not None for result in results):
+            undo = _tell(work, results)
+            if undo is not None and restorer is not None:
+                restorer.remember(undo)
+    except BaseException:
+        if restorer is not None:
+            restorer.restore()
+        raise
+    return CompressedModule(work, config, tuple(results), (before, _parameters(work)), remarks)
+
+
+def _prune(
+    watched: WatchedModule, mixers: list[Mixer], config: CompressConfig, restorer: Restorer | None
+) -> list[MixerResult]:
+    """Prune the mixers that can be, in the order they are first called."""
+    watched.progress("looking at the mixers", 0, 1)
+    uses = watched.look(mixers)
+    order = sorted(mixers, key=lambda m: [*uses, m.name].index(m.name))
+    reasons = {mixer.name: reason for mixer in order if (reason := _reason(uses.get(mixer.name))) is not None}
+    plans = _plans(config, [mixer for mixer in order if mixer.name not in reasons], reasons)
+    reasons |= _ties(watched.module, [mixer for mixer in order if mixer.name in plans], plans)
+    able = [mixer for mixer in order if mixer.name not in reasons]
+    if not able:
+        listed = "; ".join(f"{m.name or type(m.module).__name__} {reasons[m.name]}" for m in order)
+        raise CheckpointError(f"No mixer of this {type(watched.module).__name__} can be pruned: {listed}.")
+    pruner = MixerPruner(watched, _together([plans[mixer.name] for mixer in able]), restorer)
+    done = {mixer.name: pruner.prune(mixer, index, uses[mixer.name].calls) for index, mixer in enumerate(able)}
+    return [done.get(mixer.name) or left_as_it_is(mixer, reasons[mixer.name]) for mixer in order]
 
 
 def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
@@ -151,18 +158,18 @@ def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
     return config
 
 
-def _reason(seen: Seen | None) -> str | None:
+def _reason(use: Use | None) -> str | None:
     """Why a mixer is left as it is; None: it is not."""
-    if seen is None:
+    if use is None:
         return "was not called on the first batch"
-    if not seen.reads_sequences:
+    if not use.reads_sequences:
         return "was called without a (B, L, d_model) tensor"
-    if not seen.finite:
+    if not use.finite:
         raise CalibrationError(
             "The module puts out NaN or infinity on the first batch. Check the batches and the module, or compute in "
             "float32."
         )
-    if not seen.agrees:
+    if not use.agrees:
         return (
             "has the parameters of a Mamba, but its forward computes something else (a norm on B, C or dt, a second "
             "direction, a cache)"
@@ -170,11 +177,11 @@ def _reason(seen: Seen | None) -> str | None:
     return None
 
 
-def _plans(config: CompressConfig, mixers: list[Mixer]) -> list[Plan]:
-    """The plan of each mixer; all of them have the counts of all mixers.
+def _plans(config: CompressConfig, mixers: list[Mixer], reasons: dict[str, str]) -> dict[str, Plan]:
+    """The plan of each mixer by name; why one has none is added to `reasons`.
 
     Raises:
-        UsageError: the numbers do not fit, or the pattern does not fit a family.
+        UsageError: the user's own numbers do not fit, or no mixer can be pruned so.
     """
     listed = {name: getattr(config, name) for name in ("states", "widths") if getattr(config, name) is not None}
     for name, numbers in listed.items():
@@ -182,148 +189,92 @@ def _plans(config: CompressConfig, mixers: list[Mixer]) -> list[Plan]:
             raise UsageError(
                 f"{name} names {len(numbers)} mixers, the module has {len(mixers)}. Give one number for each."
             )
-    plans = []
+    plans: dict[str, Plan] = {}
+    problems: list[UsageError] = []
     for index, mixer in enumerate(mixers):
-        fixed = mixer.architecture.capabilities.fixed
-        able = [part for part, dimension in PARTS.items() if dimension not in fixed]
-        if wrong := [part for part in config.parts if part not in able]:
-            raise UsageError(
-                f"The pattern {wrong[0]} is not carried out for {mixer.family} ({mixer.name}); "
-                f"{', '.join(able)} can be used."
-            )
-        check_family(config, mixer.architecture)
         own = config.model_copy(update={name: (numbers[index],) for name, numbers in listed.items()})
-        plans.append(make_plan(own, mixer.architecture, mixer.dimensions))
-    states = tuple(plan.keep.states[0] for plan in plans)
-    channels = tuple(plan.keep.channels[0] for plan in plans)
-    return [replace(plan, config=config, keep=KeepCounts(states, channels)) for plan in plans]
-
-
-@dataclass(frozen=True)
-class _Pruner:
-    """What the mixers of one run have in common."""
-
-    runs: Runs
-    seen: dict[str, Seen]
-    plans: list[Plan]
-
-    def prune(self, mixer: Mixer, index: int) -> MixerResult:
-        """Prune a mixer in place: silence what goes, then cut it out if the mixer's own forward takes that."""
-        plan, block, label = self.plans[index], mixer.block(), f"mixer {index + 1}/{len(self.plans)}"
-        calls = self.seen[mixer.name].calls
-        job = Job(plan, block, index, None, label=label, progress=self.runs.progress)
-        job.stored_dtypes = {name: tensor.dtype for name, tensor in block.mixer.named_parameters()}
-        if plan.needs_text:
-            inputs = _Inputs(self.runs, mixer, calls, f"{label}: inputs")
-            job.hidden = inputs if _streams(plan) else inputs.together()
-        if plan.follows_dense:
-            _check_sequences(plan.config, job.samples)
-            job.stream = _stream(mixer, block, job.samples)
-        prune_layer(job)
-        return self._cut(mixer, job.result(), calls)
-
-    def _cut(self, mixer: Mixer, layer: LayerResult, calls: int) -> MixerResult:
-        """Cut out what is silent, unless the mixer's own forward then fails or puts out something else."""
-        sizes, groups = mixer.dimensions, mixer.dimensions.groups
-        states, channels = len(layer.states_kept) // groups, len(layer.channels_kept or range(sizes.d_inner))
-        result = MixerResult(mixer.name, mixer.family, (sizes.d_state,) * 2, (sizes.d_inner,) * 2, layer)
-        masked = self.runs.outputs(mixer, calls)
-        undo = cut_mixer(mixer, layer.states_kept if states < sizes.d_state else None, layer.channels_kept)
         try:
-            problem = None if same(self.runs.outputs(mixer, calls), masked) else "puts out something else"
-        except CalibrationError as error:
-            problem = f"fails ({error.__cause__})"
-        if problem is None:
-            return replace(result, states=(sizes.d_state, states), channels=(sizes.d_inner, channels), cuts=undo.cuts)
-        undo()
-        gone = f"{states} states" if channels == sizes.d_inner else f"{states} states and {channels} channels"
-        note = f"its own forward {problem} with {gone}, so what was removed is silent and still there"
-        return replace(result, note=note)
+            plans[mixer.name] = _plan(own, mixer)
+        except UsageError as error:
+            if listed:
+                raise
+            problems.append(error)
+            reasons[mixer.name] = f"is left as it is: {error}"
+    if problems and not plans:
+        raise problems[0]
+    return plans
 
 
-def _streams(plan: Plan) -> bool:
-    """Whether the sums can be taken batch by batch."""
-    if plan.follows_dense or plan.config.parts != (COLUMN,) or (plan.has_heads and plan.config.repair):
-        return False
-    return cast(StateScore, score(COLUMN, plan.config.score_of(COLUMN))).streams
-
-
-def streaming_scores() -> tuple[str, ...]:
-    """Scores of states whose sums take one batch after the other."""
-    return tuple(name for name in scores_of(COLUMN) if cast(StateScore, score(COLUMN, name)).streams)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a mixer reads, found anew each time it is asked for."""
-
-    runs: Runs
-    mixer: Mixer
-    calls: int
-    label: str
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self.runs.inputs(self.mixer, self.calls, self.label)
-
-    def together(self) -> torch.Tensor:
-        """All of it, (nsamples, L, d_model).
-
-        Raises:
-            CalibrationError: the sequences have several lengths.
-        """
-        pieces = list(self)
-        lengths = sorted({piece.shape[1] for piece in pieces})
-        if len(lengths) > 1:
-            raise CalibrationError(
-                f"{self.mixer.name or 'The mixer'} reads sequences of several lengths "
-                f"({', '.join(map(str, lengths))}), and this score or repair needs all of one length. Give batches of "
-                f"one length, or use the pattern column on a Mamba-1 with one of {', '.join(streaming_scores())}."
-            )
-        return torch.cat(pieces).float()
-
-
-def _check_sequences(config: CompressConfig, hidden: torch.Tensor) -> None:
-    """Make sure that some sequences can judge the refinement on the others.
+def _plan(config: CompressConfig, mixer: Mixer) -> Plan:
+    """The plan of one mixer.
 
     Raises:
-        CalibrationError: there is only one.
+        UsageError: it cannot be pruned so.
     """
-    if config.refine and len(hidden) < 2:
-        raise CalibrationError(
-            "Refining needs at least 2 sequences, as some judge the steps on the others; the batches have one."
+    fixed = mixer.architecture.capabilities.fixed
+    able = [part for part, dimension in PARTS.items() if dimension not in fixed]
+    if wrong := [part for part in config.parts if part not in able]:
+        raise UsageError(
+            f"The pattern {wrong[0]} is not carried out for {mixer.family} ({mixer.name}); {', '.join(able)} can be "
+            "used."
         )
+    check_family(config, mixer.architecture)
+    return make_plan(config, mixer.architecture, mixer.dimensions)
 
 
-def _stream(mixer: Mixer, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """What the dense mixer makes of its inputs, added to them, as a residual block would: (nsamples, L, d_model)."""
-    stream = torch.empty_like(hidden)
-    for i, sample in samples(hidden, block.mixer.A_log.device):
-        _, y = mixer.architecture.scanned(block, sample)
-        put(stream, i, mixer.architecture.output(block, sample, y))
-    return stream
+def _together(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans of several mixers as those of the layers of one model: each has the counts of all."""
+    states = tuple(plan.keep.states[0] for plan in plans)
+    channels = tuple(plan.keep.channels[0] for plan in plans)
+    return [replace(plan, keep=KeepCounts(states, channels)) for plan in plans]
 
 
-def _tell(module: nn.Module, results: list[MixerResult]) -> None:
-    """Where all mixers had one size and have another now, let the module's configuration say so."""
+def _ties(module: nn.Module, mixers: Sequence[Mixer], plans: dict[str, Plan]) -> dict[str, str]:
+    """Mixers that share a parameter that would change with another part of the module, with the reason to leave them.
+
+    Pruning one of them would prune the other by text that it does not read, or untie the two. Parameters that a plan
+    does not touch may be shared: they stay so.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)  # of each parameter: mixers, and parts outside of any
+    for mixer in mixers:
+        for parameter in mixer.module.parameters():
+            owners[id(parameter)].append(mixer.name)
+    inside = {id(part) for mixer in mixers for part in mixer.module.modules()}
+    for name, part in module.named_modules():
+        for parameter in () if id(part) in inside else part.parameters(recurse=False):
+            owners[id(parameter)].append(name)
+    reasons = {}
+    for mixer in mixers:
+        changing = touched(plans[mixer.name])
+        for name, parameter in mixer.module.named_parameters():
+            others = [owner for owner in owners[id(parameter)] if owner != mixer.name]
+            if name in changing and others:
+                reasons[mixer.name] = (
+                    f"shares {name} with {', '.join(others)}: pruning it would change both or untie them, so it is "
+                    "left as it is"
+                )
+                break
+    return reasons
+
+
+def _tell(module: nn.Module, results: list[MixerResult]) -> Any:
+    """Where all mixers had one size and have another now, let the module's configuration say so; how to undo it."""
     sizes = {(m.states, m.channels) for m in results}
     if len(sizes) == 1 and all(m.cuts for m in results):
-        tell_configurations(module, *sizes.pop())
-
-
-def _left(mixer: Mixer, reason: str | None) -> MixerResult:
-    """A mixer that was not pruned."""
-    sizes = mixer.dimensions
-    return MixerResult(mixer.name, mixer.family, (sizes.d_state,) * 2, (sizes.d_inner,) * 2, note=reason)
+        return tell_configurations(module, *sizes.pop())
+    return None
 
 
 def _copy(module: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(module)
+        copied = copy.deepcopy(module)
     except Exception as error:  # whatever a module's own parts raise
         raise UsageError(
             f"This {type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Use in_place=True to "
             "have it changed itself."
         ) from error
+    keep_attributes(module, copied)
+    return copied
 
 
 def _parameters(module: nn.Module) -> int:

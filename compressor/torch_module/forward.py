@@ -63,7 +63,7 @@ class Call:
 
 
 @dataclass
-class Seen:
+class Use:
     """What a mixer did on the first batch."""
 
     calls: int = 0
@@ -73,7 +73,7 @@ class Seen:
 
 
 @dataclass
-class Runs:
+class WatchedModule:
     """A module and the batches it is calibrated on."""
 
     module: nn.Module
@@ -95,15 +95,15 @@ class Runs:
                 "DataLoader."
             ) from None
 
-    def look(self, mixers: Sequence[Mixer]) -> dict[str, Seen]:
+    def look(self, mixers: Sequence[Mixer]) -> dict[str, Use]:
         """What the mixers do on the first batch, by name, in the order they are first called."""
-        seen: dict[str, Seen] = {}
+        seen: dict[str, Use] = {}
 
         def hook(mixer: Mixer) -> Callable[..., None]:
             block = mixer.block()
 
             def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                entry = seen.setdefault(mixer.name, Seen())
+                entry = seen.setdefault(mixer.name, Use())
                 entry.calls += 1
                 call = Call.of(args, kwargs)
                 if call is None:

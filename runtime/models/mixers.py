@@ -6,9 +6,10 @@ uses and the mixer's own parameters.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from ssmc.runtime.models.architectures.convolution import is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, STATE, Cut
 from ssmc.runtime.models.families import lone_mixers
+
+OTHER_LAYOUTS = {
+    "A_logs": "scans of several directions with their parameters stacked in one tensor, as SS2D of VMamba has them; "
+    "these are not read",
+    "A_log_fwd": "two directions with parameters of their own in one module; give each direction a mixer of its own",
+}
+"""Parameters by which mixers are known whose layout is not read -> what they are."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ def find_mixers(module: nn.Module) -> list[Mixer]:
             reason = sizes
         elif hasattr(candidate, "A_log"):
             reason = "without " + ", ".join(min(missing.values(), key=lambda names: len(list(names))))
+        elif (other := next((name for name in OTHER_LAYOUTS if hasattr(candidate, name)), None)) is not None:
+            reason = f"with {other}: {OTHER_LAYOUTS[other]}"
         if reason is not None:
             near.append(f"{type(candidate).__name__} {reason}")
     if not found:
@@ -147,6 +157,9 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
         mixer: as `find_mixers` found it.
         states: those that stay, numbered over all groups; None: all.
         channels: those that stay; None: all.
+
+    Raises:
+        AttributeError, TypeError: the mixer does not let a size be set; it is as it was.
     """
     own, before = mixer.module, mixer.sizes
     tensors = {name: p.detach().cpu() for name, p in own.named_parameters()}
@@ -156,24 +169,71 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
             tensors, sizes, more = mixer.architecture.cut(tensors, sizes, dimension, [kept])
             cuts |= {c.name: replace(c, before=cuts[c.name].before) if c.name in cuts else c for c in more}
     was: list[tuple[Any, str, Any]] = []
-
-    def tell(holder: Any, name: str, value: Any) -> None:
-        was.append((holder, name, getattr(holder, name)))
-        setattr(holder, name, value)
-
-    for name in cuts:
-        path, _, leaf = name.rpartition(".")
-        holder, old = own.get_submodule(path), own.get_parameter(name)
-        tell(holder, leaf, nn.Parameter(tensors[name].detach().to(old.device), requires_grad=old.requires_grad))
-        for attribute, size in _module_sizes(holder):
-            if getattr(holder, attribute) != size:
-                tell(holder, attribute, size)
-    for old, new, names in _renamed(mixer, before, sizes):
-        for holder in _holders(own, tell, old, names):
-            for name in names:
-                if getattr(holder, name, None) == old != new:
-                    tell(holder, name, new)
+    try:
+        for name in cuts:
+            path, _, leaf = name.rpartition(".")
+            holder = own.get_submodule(path)
+            _tell(was, holder, leaf, _smaller(own.get_parameter(name), tensors[name]))
+            for attribute, size in _module_sizes(holder):
+                if getattr(holder, attribute) != size:
+                    _tell(was, holder, attribute, size)
+        for old, new, names in _renamed(mixer, before, sizes):
+            if old != new:
+                _tell_sizes(was, own, old, new, names)
+                for attribute in CONFIGURATIONS:
+                    _tell_configuration(was, own, attribute, dict.fromkeys(names, new), old)
+    except BaseException:
+        Undo((), tuple(was))()
+        raise
     return Undo(tuple(cuts.values()), tuple(was))
+
+
+def _smaller(old: nn.Parameter, tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter in the place of a larger one, with its attributes, such as `_no_weight_decay`."""
+    new = nn.Parameter(tensor.detach().to(old.device), requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    return new
+
+
+def _tell(was: list[tuple[Any, str, Any]], holder: Any, name: str, value: Any) -> None:
+    """Set an attribute and note what it was."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    was.append((holder, name, before))
+
+
+def _tell_sizes(was: list[tuple[Any, str, Any]], own: nn.Module, old: int, new: int, names: Sequence[str]) -> None:
+    """Tell a mixer a size by each name that has the old one; a read-only property says what it says."""
+    for name in names:
+        if getattr(own, name, None) == old and not isinstance(getattr(type(own), name, None), property):
+            _tell(was, own, name, new)
+
+
+def _tell_configuration(
+    was: list[tuple[Any, str, Any]], holder: Any, attribute: str, sizes: Mapping[str, int], old: int
+) -> None:
+    """Give a holder another configuration in which all of these names that had the old size have the new one.
+
+    The configuration itself stays as it is, as others may read it too.
+    """
+    configuration = getattr(holder, attribute, None)
+    changed = {name: size for name, size in sizes.items() if getattr(configuration, name, None) == old}
+    if configuration is None or not changed:
+        return
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # one that cannot be told keeps what it says
+        _tell(was, holder, attribute, _with_sizes(configuration, changed))
+
+
+def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
+    """A copy of a configuration with other sizes; frozen dataclasses and named tuples are made anew."""
+    if hasattr(configuration, "_replace"):
+        return configuration._replace(**sizes)
+    if is_dataclass(configuration):
+        return replace(configuration, **sizes)
+    changed = copy.copy(configuration)
+    for name, size in sizes.items():
+        setattr(changed, name, size)
+    return changed
 
 
 def _module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -192,27 +252,33 @@ def _renamed(mixer: Mixer, before: Any, after: Any) -> list[tuple[int, int, Sequ
     return changes + [(others[0][names], others[1][names], names) for names in others[0]]
 
 
-def _holders(own: nn.Module, tell: Callable[[Any, str, Any], None], old: int, names: Sequence[str]) -> Iterator[Any]:
-    """The mixer and copies of its configurations that speak of a size."""
-    yield own
-    for attribute in CONFIGURATIONS:
-        configuration = getattr(own, attribute, None)
-        if configuration is not None and any(getattr(configuration, name, None) == old for name in names):
-            tell(own, attribute, copy.copy(configuration))
-            yield getattr(own, attribute)
-
-
-def tell_configurations(module: nn.Module, states: tuple[int, int], channels: tuple[int, int]) -> None:
+def tell_configurations(module: nn.Module, states: tuple[int, int], channels: tuple[int, int]) -> Undo:
     """Have the configurations inside a module (transformers' `config`) speak of the sizes its mixers have now.
+
+    One that several parts share is still shared afterwards; those that cannot be changed keep what they say.
 
     Args:
         module: whose mixers all had one size and all have another.
         states: before and after.
         channels: before and after.
     """
-    configurations = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    for configuration in configurations.values():
-        for (old, new), names in ((states, STATE_NAMES), (channels, CHANNEL_NAMES)):
-            for name in names:
-                if getattr(configuration, name, None) == old != new:
-                    setattr(configuration, name, new)
+    was: list[tuple[Any, str, Any]] = []
+    made: dict[int, Any] = {}  # by the configuration before
+    for part in module.modules():
+        configuration = getattr(part, "config", None)
+        sizes = {
+            name: new
+            for (old, new), names in ((states, STATE_NAMES), (channels, CHANNEL_NAMES))
+            for name in names
+            if old != new and getattr(configuration, name, None) == old
+        }
+        if configuration is None or not sizes:
+            continue
+        try:
+            for name, size in sizes.items():
+                _tell(was, configuration, name, size)
+        except (AttributeError, TypeError):  # frozen
+            with contextlib.suppress(AttributeError, TypeError, ValueError):
+                changed = made.setdefault(id(configuration), _with_sizes(configuration, sizes))
+                _tell(was, part, "config", changed)
+    return Undo((), tuple(was))

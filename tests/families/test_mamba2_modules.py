@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -146,8 +147,9 @@ def test_states_and_modules_together_keep_the_pruned_states_silent(tokens):
 def test_2_to_4_goes_through_to_an_export_that_stock_transformers_runs(tmp_path, tokens):
     source = save_transformers(random_mamba2(), tmp_path / "model")
     compress(source, out=tmp_path / "out", pattern="2:4", ffn_score="magnitude")
-    result = export(tmp_path / "out", format="sparse24", out=tmp_path / "sparse")
-    assert {module.name.rpartition(".")[2] for module in result.modules} == set(FFN)
+    export(tmp_path / "out", format="sparse24", out=tmp_path / "sparse")
+    about = json.loads((tmp_path / "sparse" / "ssmc.json").read_text())["sparse24"]
+    assert {module["name"].rpartition(".")[2] for module in about["modules"]} == set(FFN)
     masked, stock = load_checkpoint(tmp_path / "out").model, Mamba2ForCausalLM.from_pretrained(tmp_path / "sparse")
     for name, weight in stock.state_dict().items():
         assert torch.equal(weight.float(), masked.state_dict()[name].to(weight.dtype).float()), name

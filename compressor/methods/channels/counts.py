@@ -53,7 +53,7 @@ def channels_to_keep(d_inner: int, sparsity: float, multiple: int | None = None)
         smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
         raise UsageError(
             f"sparsity {sparsity} of {d_inner} channels, rounded to a multiple of {multiple}, removes none; "
-            f"use a higher one{f', or --round-channels with a smaller number ({smaller})' if smaller else ''}."
+            f"use a higher one{f', or a smaller round_channels ({smaller})' if smaller else ''}."
         )
     return kept
 

@@ -62,5 +62,5 @@ def _check_repairable(plan: Plan) -> None:
     if d_state > LARGEST_REPAIRABLE and (config.repair or config.score_of(COLUMN) == "exact"):
         raise UsageError(
             f"The repair and the score exact keep N^4 numbers a layer, too many for d_state {d_state} (at most "
-            f"{LARGEST_REPAIRABLE}). Use --score energy --no-repair."
+            f"{LARGEST_REPAIRABLE}). Use the score energy without repair."
         )

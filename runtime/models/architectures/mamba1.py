@@ -21,6 +21,7 @@ PLAN = Plan(
         "conv1d.weight": ((CHANNEL,), (), ()),
         "conv1d.bias": ((CHANNEL,),),
         "x_proj.weight": ((RANK, STATE, STATE), (CHANNEL,)),  # dt, B, C
+        "x_proj.bias": ((RANK, STATE, STATE),),  # no stock mixer has one
         "dt_proj.weight": ((CHANNEL,), (RANK,)),
         "dt_proj.bias": ((CHANNEL,),),
         "A_log": ((CHANNEL,), (STATE,)),
@@ -30,7 +31,7 @@ PLAN = Plan(
     },
     # A state whose B row is zero stays zero, one whose C row is zero is never read. A channel whose columns of x_proj
     # and out_proj are zero is read by nobody; its other rows are zeroed so that the file shows what is gone.
-    silent={STATE: ("x_proj.weight",), CHANNEL: ("x_proj.weight", "out_proj.weight")},
+    silent={STATE: ("x_proj.weight", "x_proj.bias"), CHANNEL: ("x_proj.weight", "out_proj.weight")},
     constant=("A_log",),
     listed_first={STATE: "A_log"},
 )
@@ -180,10 +181,11 @@ class Mamba1(Convolution, PlannedSurgery):
             mixing: (K, N) matrix M of the repair: the kept states' C rows become M C. None keeps them as they are.
         """
         if mixing is not None:
-            weight, (_, c_rows) = mixer.x_proj.weight, self.state_rows(mixer)
+            _, c_rows = self.state_rows(mixer)
             with torch.no_grad():
-                mixed = mixing.to(weight.device, torch.float64) @ weight[c_rows].double()
-                weight[c_rows][list(kept)] = mixed.to(weight.dtype)
+                for tensor in (t for t in (mixer.x_proj.weight, mixer.x_proj.bias) if t is not None):
+                    mixed = mixing.to(tensor.device, torch.float64) @ tensor[c_rows].double()
+                    tensor[c_rows][list(kept)] = mixed.to(tensor.dtype)
         self.mask(mixer, STATE, kept)
 
     def with_size(self, config: Any, dimension: str, count: int) -> Any:
