@@ -228,7 +228,7 @@ def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
     """A copy of a configuration with other sizes; frozen dataclasses and named tuples are made anew."""
     if hasattr(configuration, "_replace"):
         return configuration._replace(**sizes)
-    if is_dataclass(configuration):
+    if is_dataclass(configuration) and not isinstance(configuration, type):
         return replace(configuration, **sizes)
     changed = copy.copy(configuration)
     for name, size in sizes.items():
