@@ -101,7 +101,7 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("ssmc ", {"compress", "export", "bench", "eval", "generate", "inspect"}),
+        ("ssmc ", {"compress", "distill", "export", "bench", "eval", "generate", "inspect"}),
         ("ssmc compress ti", {"tiny", "tiny-mamba2", "tiny-hybrid"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
