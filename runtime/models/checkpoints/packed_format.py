@@ -90,9 +90,8 @@ def write(
     """
     del max_shard_size
     written = [transformers_format.write_config(directory / "config.json", tensors, config, stored, {MARK: NAME})]
-    save_file(
-        pack_tensors(tensors), directory / FILE, metadata={"format": "pt", "layout": NAME}
-    )  # one key: several are written in any order
+    # one key of metadata: safetensors writes several in any order, and the same input shall give the same bytes
+    save_file(pack_tensors(tensors), directory / FILE, metadata={"layout": NAME})
     (directory / "README.md").write_text(_README, encoding="utf-8", newline="\n")
     return [*written, directory / FILE, directory / "README.md"]
 
