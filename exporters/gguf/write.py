@@ -1,0 +1,110 @@
+"""One file in llama.cpp's format, through the package gguf: keys, vocabulary, tensors, quantised where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from ssmc.exporters.gguf.parts import Entry
+from ssmc.exporters.gguf.vocabulary import Vocabulary
+
+FILE = "model.gguf"
+TYPES = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "f16": gguf.GGMLQuantizationType.F16,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q5_1": gguf.GGMLQuantizationType.Q5_1,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+}
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+BLOCK = 32  # numbers that share a scale in the quantised types: a row that is no multiple stays float16
+
+
+def write_file(
+    path: Path,
+    architecture: str,
+    keys: Mapping[str, Any],
+    entries: Iterable[Entry],
+    vocabulary: Vocabulary,
+    quantize: str,
+) -> Path:
+    """Write a file; same input, same bytes.
+
+    Args:
+        path: of the file.
+        architecture: llama.cpp's name.
+        keys: sizes and constants without the architecture before each; those that begin with "general." as they are.
+        entries: its tensors, made one after the other.
+        vocabulary: of its tokenizer.
+        quantize: of large matrices, one of `TYPES`.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_file_type(FILE_TYPES[quantize])
+    if quantize.startswith("q"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in keys.items():
+        _add(writer, key if key.startswith("general.") else f"{architecture}.{key}", value)
+    _add_vocabulary(writer, vocabulary)
+    for entry in entries:
+        kind = type_of(entry, quantize)
+        data = np.ascontiguousarray(entry.tensor.detach().to("cpu", torch.float32).numpy())
+        writer.add_tensor(entry.name, gguf.quantize(data, TYPES[kind]), raw_dtype=TYPES[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def type_of(entry: Entry, quantize: str) -> str:
+    """How a tensor is stored: only large matrices whose rows are whole blocks are quantised."""
+    if not entry.large:
+        return "f32"
+    return "f16" if quantize.startswith("q") and entry.tensor.shape[-1] % BLOCK else quantize
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a file in float32, by name."""
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """One key, with the type that llama.cpp expects of such values."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, list(value))
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    writer.add_token_merges(list(vocabulary.merges))
+    for key, value in vocabulary.numbers.items():
+        _add(writer, f"tokenizer.ggml.{key}", value)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
