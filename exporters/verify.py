@@ -66,6 +66,15 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
 
 
 @torch.no_grad()
+def expected(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Logits (B, L, V) that an export must give, and how far it may be off; see `compare`."""
+    stock = use_stock_scan(model)(tokens).logits
+    reference = use_fast_scan(model)(tokens).logits
+    noise = float((stock - reference).abs().max())
+    return reference, max(NOISE_MARGIN * noise, FLOOR * float(reference.abs().max()))
+
+
+@torch.no_grad()
 def compare(masked: Any, shrunk: Any, tokens: torch.Tensor, real_text: bool) -> Comparison:
     """Run both models on the same tokens.
 
@@ -81,12 +90,9 @@ def compare(masked: Any, shrunk: Any, tokens: torch.Tensor, real_text: bool) -> 
     Raises:
         VerificationError: the logits differ by more than rounding.
     """
-    stock = use_stock_scan(masked)(tokens).logits
-    reference = use_fast_scan(masked)(tokens).logits
+    reference, tolerance = expected(masked, tokens)
     result = use_fast_scan(shrunk)(tokens).logits
     scale = float(reference.abs().max())
-    noise = float((stock - reference).abs().max())
-    tolerance = max(NOISE_MARGIN * noise, FLOOR * scale)
     difference = float((result - reference).abs().max())
     if not difference <= tolerance:  # also when it is NaN
         raise VerificationError(

@@ -1,4 +1,4 @@
-"""What the files of several families share: the tensors of mixers, attention and MLPs as llama.cpp names and lays them out.
+"""What the files of several families share: tensors of mixers, attention and MLPs as llama.cpp names and lays them.
 
 A tensor is given as (name in the file, tensor, whether it may be quantised). Norms, biases, convolutions, A and D stay
 float32. A = -exp(A_log) is computed in float32 whatever the checkpoint holds: in float16 the logits move by 1e-3.
@@ -162,7 +162,9 @@ def general(sizes: Any, epsilon: float, feed_forward: int | Sequence[int] = 0, c
     }
 
 
-def refused_activation(config: Any, name: str = "hidden_act", wanted: tuple[str, ...] = ("silu", "swish")) -> str | None:
+def refused_activation(
+    config: Any, name: str = "hidden_act", wanted: tuple[str, ...] = ("silu", "swish")
+) -> str | None:
     """Why an activation cannot be expressed."""
     found = getattr(config, name, wanted[0])
     return None if found in wanted else f"llama.cpp computes {wanted[0]} there, this model {found}"

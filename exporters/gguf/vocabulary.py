@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as llama.cpp reads it: tokens, their kinds, merges, and which regular expression splits text."""
+"""A byte-level BPE tokenizer as llama.cpp reads it: tokens, their kinds, merges, and how text is split."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssmc.exporters.format import Job
-from ssmc.exporters.onnx.quality import Quality, measure
+from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import differences, prove
 from ssmc.exporters.onnx.write import ON_THE_WAY, proven_folder
+from ssmc.exporters.quality import Quality
 from ssmc.exporters.verify import Comparison, Way, cut_epsilons
 
 

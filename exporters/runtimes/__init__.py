@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.registry import Registry
 
 
@@ -54,3 +55,13 @@ def needs_twice(sizes: Dimensions) -> str:
     """What is to be said of llama.cpp's conversion, which wants a d_inner of 2 x d_model; nothing if it is that."""
     twice = sizes.d_inner == 2 * sizes.d_model
     return "" if twice else f"; d_inner must be 2 x d_model, here it is {sizes.d_inner}"
+
+
+def gguf_runs_where(architecture: Architecture, config: Any) -> list[Runtime]:
+    """The table for a GGUF file of a model of this configuration."""
+    sizes = architecture.dimensions(config)
+    gpu = "falls back to the CPU, layer by layer, for sizes its kernels have not"
+    return [
+        Runtime("llama.cpp, CPU", "gguf", True, "any d_state" if sizes.heads is None else "any d_state, any heads"),
+        Runtime("llama.cpp, GPU", "gguf", True, gpu + "; by source"),
+    ]

@@ -1,4 +1,4 @@
-"""What a family's file looks like to llama.cpp: a file each, named as the `model_type`, and those registered from outside."""
+"""What llama.cpp expects of a family: a file each, named as the `model_type`, and those registered from outside."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from ssmc.runtime.registry import Registry
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LAYOUTS", "Layout", "adapt", "architecture_name"]
 
 
 class Layout(Protocol):
     """A module with these names, or an object with these members."""
 
-    NAME: str  # of the architecture in llama.cpp
+    NAME: str  # of the architecture in llama.cpp; a function `name(config)` says it where that depends
 
     def refusal(self, config: Any, sizes: Any) -> str | None:
         """Why llama.cpp cannot compute a model of this configuration; None where it can."""
@@ -23,6 +23,20 @@ class Layout(Protocol):
 
     def entries(self, config: Any, sizes: Any, tensors: Mapping[str, Any]) -> Iterable[Any]:
         """The tensors of the file, `parts.Entry` each."""
+
+
+def architecture_name(layout: Any, config: Any) -> str:
+    """What llama.cpp calls the architecture of a model."""
+    return layout.name(config) if hasattr(layout, "name") else layout.NAME
+
+
+def adapt(layout: Any, model: Any) -> str | None:
+    """Make a model compute what llama.cpp computes where the two differ, in place.
+
+    Returns:
+        How they differ, for people; None where they do not.
+    """
+    return layout.adapt(model) if hasattr(layout, "adapt") else None
 
 
 LAYOUTS: Registry[Layout] = Registry(__name__)

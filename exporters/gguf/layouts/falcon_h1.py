@@ -24,7 +24,7 @@ def refusal(config: Any, sizes: Any) -> str | None:
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
     """Sizes and constants."""
-    length = config.head_dim or config.hidden_size // config.num_attention_heads
+    length = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     general = parts.general(sizes, config.rms_norm_eps, config.intermediate_size, config.max_position_embeddings)
     own = {
         "attention.head_count": config.num_attention_heads,
@@ -48,7 +48,7 @@ def entries(config: Any, sizes: Any, tensors: parts.Tensors) -> parts.Entries:
     for layer in range(sizes.n_layer):
         name, block = f"model.layers.{layer}.", f"blk.{layer}"
         yield parts.Entry(f"{block}.attn_norm.weight", tensors[name + "input_layernorm.weight"])
-        yield parts.Entry(f"{block}.ffn_norm.weight", tensors[name + "pre_ff_layernorm.weight"])
+        yield parts.Entry(f"{block}.ffn_norm", tensors[name + "pre_ff_layernorm.weight"])  # its own name has no end
         mixer = name + "mamba."
         yield from parts.mamba2_mixer(tensors, mixer, block, sizes.groups, rows, config.ssm_out_multiplier)
         yield from parts.attention(tensors, name + "self_attn.", block, attention)

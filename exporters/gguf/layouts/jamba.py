@@ -21,16 +21,14 @@ def refusal(config: Any, sizes: Any) -> str | None:
 def keys(config: Any, sizes: Any) -> parts.Keys:
     """Sizes and constants."""
     attends = [kind != "mamba" for kind in config.layers_block_type]
-    return (
-        parts.general(sizes, config.rms_norm_eps, config.intermediate_size, config.max_position_embeddings)
-        | parts.mamba1_keys(sizes.d_inner, sizes.d_state, sizes.dt_rank, sizes.d_conv)
-        | {
-            "attention.head_count": config.num_attention_heads,
-            "attention.head_count_kv": [config.num_key_value_heads if here else 0 for here in attends],
-            "expert_count": config.num_experts,
-            "expert_used_count": config.num_experts_per_tok,
-        }
-    )
+    own = {
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [config.num_key_value_heads if here else 0 for here in attends],
+    }
+    if config.num_experts > 1:
+        own |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+    general = parts.general(sizes, config.rms_norm_eps, config.intermediate_size, config.max_position_embeddings)
+    return general | parts.mamba1_keys(sizes.d_inner, sizes.d_state, sizes.dt_rank, sizes.d_conv) | own
 
 
 def entries(config: Any, sizes: Any, tensors: parts.Tensors) -> parts.Entries:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,15 @@ class Mamba2HybridDimensions(Mamba2Dimensions):
     def mixers(self) -> int:
         """Layers with a state-space mixer."""
         return self.mamba_layers
+
+
+def from_dict(record: Mapping[str, int]) -> Dimensions:
+    """The sizes that `as_dict` wrote, of whichever kind they are.
+
+    Raises:
+        ValueError: they are of none.
+    """
+    for kind in (Mamba2HybridDimensions, Mamba2Dimensions, HybridDimensions, Dimensions):
+        if {item.name for item in fields(kind)} == record.keys():
+            return kind(**record)
+    raise ValueError(f"no family has the sizes {', '.join(record)}")

@@ -1,0 +1,1 @@
+"""Files for llama.cpp: layouts of the families, vocabulary, writing, and the proof."""

@@ -1,0 +1,62 @@
+"""From a job of the export pipeline to one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ssmc.exporters.format import Job
+from ssmc.exporters.gguf.layouts import LAYOUTS, architecture_name
+from ssmc.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
+from ssmc.exporters.gguf.write import FILE, write_file
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.tokenizers import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before writing.
+
+    Attributes:
+        layout: of the family.
+        vocabulary: of the model.
+        sizes: of the smaller model.
+    """
+
+    layout: Any
+    vocabulary: Vocabulary
+    sizes: Any
+
+
+def prepare(job: Job) -> Job:
+    """Refuse what llama.cpp cannot compute, and read the tokenizer.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    source = job.source
+    architecture = source.checkpoint.architecture
+    sizes, layout = architecture.dimensions(job.shrunk.config), LAYOUTS.find(architecture.model_type)
+    if reason := layout.refusal(job.shrunk.config, sizes):
+        raise UsageError(f"There is no export to gguf for this model: {reason}. Use --format safetensors.")
+    if source.tokenizer is None:
+        raise UsageError(
+            f"{source.checkpoint.source} comes without a tokenizer, which llama.cpp cannot do without. Put its "
+            "tokenizer.json into the folder, or compress with --tokenizer."
+        )
+    tokenizer = load_tokenizer(source.checkpoint)
+    stops = getattr(source.checkpoint.model.generation_config, "eos_token_id", None)
+    stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
+    vocabulary = read_vocabulary(source.tokenizer, tokenizer, sizes.vocab_size, stops)
+    return replace(job, extra=Prepared(layout, vocabulary, sizes))
+
+
+def write(job: Job, folder: Path, quantize: str) -> Path:
+    """Write the file of a job, its large matrices as `quantize` says."""
+    config, tensors, prepared = job.shrunk.config, job.shrunk.tensors, job.extra
+    layout, sizes = prepared.layout, prepared.sizes
+    keys = layout.keys(config, sizes) | {"general.name": Path(job.source.origin.model or "model").name}
+    entries = layout.entries(config, sizes, tensors)
+    name = architecture_name(layout, config)
+    return write_file(folder / FILE, name, keys, entries, prepared.vocabulary, quantize)

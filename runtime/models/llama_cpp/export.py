@@ -1,0 +1,87 @@
+"""A GGUF export as benchmarks and evaluations see a model: what its manifest says, and a session of llama.cpp's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
+from ssmc.runtime.models.architectures.dimensions import Dimensions, from_dict
+from ssmc.runtime.models.llama_cpp.client import PACKAGE, is_installed
+from ssmc.runtime.models.llama_cpp.session import LlamaSession
+
+FORMAT, FILE = "gguf", "model.gguf"
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """The counterpart of `runtime.models.checkpoints.Checkpoint`.
+
+    Attributes:
+        model: a session of llama.cpp's.
+        source: as the user named it.
+        directory: where it lies.
+        dimensions: its sizes.
+        parameters: how many numbers the model has.
+        stored_dtype: of the large matrices, "f32" or how they were quantised.
+        format: always "gguf".
+    """
+
+    model: LlamaSession
+    source: str
+    directory: Path
+    dimensions: Dimensions
+    parameters: int
+    stored_dtype: str
+    format: str = FORMAT
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state one sequence occupies."""
+        return self.dimensions.state_bytes()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on disk."""
+        return (self.directory / FILE).stat().st_size
+
+
+def is_gguf_export(source: str | Path) -> bool:
+    """Whether a folder is a GGUF export of ssmc's."""
+    folder = Path(source).expanduser() if str(source) else Path(".")
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    return isinstance(manifest, ExportManifest) and manifest.format == FORMAT
+
+
+def load_gguf_export(folder: str | Path, *, context: int = 4096, threads: int | None = None) -> GgufExport:
+    """Have llama.cpp load an export.
+
+    Args:
+        folder: what `ssmc export --format gguf` wrote.
+        context: tokens of a sequence, to begin with.
+        threads: None: as many as torch takes.
+
+    Raises:
+        UsageError: llama.cpp is not installed.
+        CheckpointError: files are missing or damaged.
+    """
+    directory = Path(folder).expanduser()
+    manifest = read_manifest(directory)
+    if not isinstance(manifest, ExportManifest) or manifest.parameters is None or not manifest.dimensions:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: it lacks sizes. Export the model again.")
+    if not is_installed():
+        raise UsageError(f"{folder} is a file for llama.cpp, which is not installed: pip install {PACKAGE}.")
+    if not (directory / FILE).is_file():
+        raise CheckpointError(f"{directory / FILE} is missing. Export the model again.")
+    dimensions = from_dict(manifest.dimensions)
+    return GgufExport(
+        model=LlamaSession(directory / FILE, dimensions.vocab_size, context=context, threads=threads),
+        source=str(folder),
+        directory=directory,
+        dimensions=dimensions,
+        parameters=manifest.parameters,
+        stored_dtype=(manifest.about.get(FORMAT) or {}).get("quantize", "f32"),
+    )
