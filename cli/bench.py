@@ -106,7 +106,7 @@ def bench(
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
-    runtime: Runtimes = "torch,onnx",
+    runtime: Runtimes = "torch,onnx,llama.cpp",
     stock: Annotated[
         bool,
         typer.Option("--stock/--no-stock", help="Also time transformers' own loop over tokens.", rich_help_panel=SPEED),

@@ -109,7 +109,7 @@ def evaluate(
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
-    runtime: Runtimes = "torch,onnx",
+    runtime: Runtimes = "torch,onnx,llama.cpp",
     out: Annotated[
         Path | None,
         typer.Option(

@@ -67,8 +67,8 @@ MaxWindows = Annotated[
 Runtimes = Annotated[
     str,
     typer.Option(
-        metavar="torch|onnx|torch,onnx",
-        help="Runtimes whose exports in the folder are measured.",
+        metavar="torch|onnx|llama.cpp|...",
+        help="Runtimes whose exports in the folder are measured; several with commas between.",
         rich_help_panel=MODELS,
     ),
 ]

@@ -18,7 +18,7 @@ MANIFEST = "ssmc.json"
 SCHEMA = 2
 READ = (1, 2)  # ssmc 0.1 wrote 1
 BLOCK, SSM = "block", "ssm"
-EXPORTS = {"torch": ("safetensors", "mamba-ssm", "sparse24"), "onnx": ("onnx",)}
+EXPORTS = {"torch": ("safetensors", "mamba-ssm", "sparse24"), "onnx": ("onnx",), "llama.cpp": ("gguf",)}
 """Runtime -> folders of an artefact that hold exports for it, the first choice first."""
 
 RUNTIMES = tuple(EXPORTS)

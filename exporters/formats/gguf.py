@@ -68,10 +68,13 @@ class Gguf(Format):
         return parameter_count(job.shrunk.tensors) * (8 if job.options.lossy else 4)
 
     def write(self, job: Job, folder: Path) -> list[Path]:
-        """Write the file."""
+        """Write the file, and config.json for those who want to know what the model is."""
         from ssmc.exporters.gguf.prepare import write
+        from ssmc.runtime.models.checkpoints.transformers_format import write_config
 
-        return [write(job, folder, job.options.quantize)]
+        shrunk, stored = job.shrunk, job.source.checkpoint.stored_config
+        config = write_config(folder / "config.json", shrunk.tensors, shrunk.config, stored)
+        return [write(job, folder, job.options.quantize), config]
 
     def weight_bytes(self, job: Job, folder: Path) -> int:
         """Of the file."""

@@ -70,6 +70,8 @@ def _prefill(axes: Axes, report: Results) -> None:
     measured = _smallest_batch(report.of_kind("prefill"))
     lengths = [m.length for m in measured]
     for model, color in zip(report.models, SERIES, strict=False):
+        if any(model.name not in m.timings for m in measured):
+            continue
         timings = [m.timings[model.name] for m in measured]
         middle = [t.median * 1e3 for t in timings]
         spread = [[abs(t.quartiles[side] - t.median) * 1e3 for t in timings] for side in (0, 1)]
@@ -86,10 +88,11 @@ def _prefill(axes: Axes, report: Results) -> None:
 def _decode(axes: Axes, report: Results) -> None:
     measured = report.of_kind("decode")
     groups = [f"batch {m.batch}" for m in measured]
-    series = {model.name: [m.timings[model.name] for m in measured] for model in report.models}
-    bars = {name: [t.median * 1e3 for t in timings] for name, timings in series.items()}
+    series = {model.name: [m.timings.get(model.name) for m in measured] for model in report.models}
+    # a bar of no height where a model does not take so many sequences at once
+    bars = {name: [t.median * 1e3 if t else 0.0 for t in timings] for name, timings in series.items()}
     spread = {
-        name: [[abs(t.quartiles[side] - t.median) * 1e3 for t in timings] for side in (0, 1)]
+        name: [[abs(t.quartiles[side] - t.median) * 1e3 if t else 0.0 for t in timings] for side in (0, 1)]
         for name, timings in series.items()
     }
     _bars(axes, groups, bars, SERIES, spread)
@@ -168,7 +171,8 @@ def _bars(
         error_style = {"ecolor": INK, "capsize": 3, "lw": 1}
         axes.bar(places, values, width * 0.92, color=color, label=name, yerr=errors, error_kw=error_style)
         for place, value in zip(places, values, strict=True):  # inside, where neither bars of spread nor lines cross
-            axes.text(place, 0, label(value), ha="center", va="bottom", fontsize=10, weight="bold", color=PAPER)
+            figure = label(value) if value else ""
+            axes.text(place, 0, figure, ha="center", va="bottom", fontsize=10, weight="bold", color=PAPER)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.08)

@@ -84,7 +84,7 @@ def benchmark(
         backend: of the selective scan, see `use_fast_scan`.
         max_batch: also decode 1, 2, 4, ... sequences at once up to this many, each model alone, or until memory is
             full; 0 leaves that out, None does it on a GPU only, without a limit.
-        runtimes: "torch", "onnx" or both: whose exports of an artefact are measured.
+        runtimes: of "torch", "onnx" and "llama.cpp", those whose exports of an artefact are measured.
         progress: told what is being done.
 
     Raises:
@@ -136,16 +136,18 @@ def benchmark(
 def _conditions(
     subjects: Sequence[Subject], where: torch.device, load_before: tuple[float, float, float] | None
 ) -> Conditions:
-    """The conditions of now; where ONNX exports were measured, with the version of onnxruntime."""
+    """The conditions of now, with the versions of what else computed."""
     found = conditions(where, getattr(torch, compute_dtype(subjects[0])), load_before)
     if all(subject.runtime == "torch" for subject in subjects):
         return found
-    return replace(found, versions=found.versions | {"onnxruntime": version("onnxruntime")})
+    used = {"onnx": "onnxruntime", "llama.cpp": "xllamacpp"}
+    packages = [package for name, package in used.items() if any(subject.runtime == name for subject in subjects)]
+    return replace(found, versions=found.versions | {package: version(package) for package in packages})
 
 
 def _run_sparse(subject: Subject, settings: Settings, notes: list[str], progress: Progress) -> Sparse24Report | None:
     """Run an export as sparse24 on sparse tensor cores where that is faster at the longest prefill."""
-    if subject.runtime == "onnx" or not is_sparse24(subject.checkpoint.directory):
+    if subject.runtime != "torch" or not is_sparse24(subject.checkpoint.directory):
         return None
     batch, length = min(settings.batch_sizes), max(settings.lengths)
     report = use_sparse24(subject.checkpoint.model, batch, length, progress=progress)

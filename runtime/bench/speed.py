@@ -44,8 +44,8 @@ def measure_speed(
     measurements = []
     for done, cell in enumerate(cells):
         progress(f"timing {cell.kind}, {cell.length} x {cell.batch} tokens", done, len(cells) + stock)
-        run = [subject for subject in subjects if subject.runtime == "torch" or cell.kind != "scan"]
-        if not run:
+        run = [subject for subject in subjects if _takes(subject, cell)]
+        if not run or (run[0] is not subjects[0] and cell.kind != "scan"):  # nothing to compare with
             continue
         timings = interleave(
             {subject.source.name: cell.make(subject) for subject in run},
@@ -62,6 +62,13 @@ def measure_speed(
         measurements.append(_time_stock(subjects[0], settings, device, budget))
     progress("timing", len(cells) + stock, len(cells) + stock)
     return measurements
+
+
+def _takes(subject: Subject, cell: _Cell) -> bool:
+    """Whether a subject has this workload: parts of graphs and files cannot be timed alone, some take one sequence."""
+    if subject.runtime != "torch" and cell.kind == "scan":
+        return False
+    return subject.max_batch is None or cell.batch <= subject.max_batch
 
 
 def _cells(settings: Settings) -> list[_Cell]:

@@ -183,7 +183,8 @@ def findings(report: Results) -> list[str]:
         prefix = f"{model.name} at " if several else ""
         sentences.append(_sizes_sentence(who, report.dense, model))
         for kind in ("prefill", "decode"):
-            sentences += [_speed_sentence(prefix, model, m) for m in _extremes(report.of_kind(kind), kind)]
+            measured = [m for m in _extremes(report.of_kind(kind), kind) if model.name in m.ratios]
+            sentences += [_speed_sentence(prefix, model, m) for m in measured]
         sentences += _scan_sentence(report, model)
         sentences += _loss_sentence(prefix, model)
     return sentences

@@ -127,6 +127,8 @@ def _by_part(value: object) -> str:
 def _trade_off(report: Results, measurement: Measurement) -> TradeOff:
     points = [Point(report.dense.name, 1.0, 1.0, 1.0, 0.0, None)]
     for model in report.compressed:
+        if model.name not in measurement.ratios:  # it does not take so many sequences at once
+            continue
         ratio = measurement.ratios[model.name]  # dense over compressed
         times = (1 / ratio.median, 1 / ratio.high, 1 / ratio.low)
         points.append(Point(model.name, *times, model.excess.nats, model.excess.stderr))

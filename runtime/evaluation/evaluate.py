@@ -73,7 +73,7 @@ def evaluate_models(
         device: "cpu", "cuda" or "auto".
         dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
         backend: of the selective scan, see `use_fast_scan`.
-        runtimes: "torch", "onnx" or both: whose exports are taken of an artefact.
+        runtimes: of "torch", "onnx" and "llama.cpp", those whose exports are taken of an artefact.
         progress: told what is being done.
 
     Raises:

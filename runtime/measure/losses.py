@@ -11,12 +11,13 @@ from torch import nn
 
 from ssmc.runtime.models.families import find_family
 from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE
+from ssmc.runtime.models.llama_cpp import LlamaSession
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.generation import OnnxSession
 
-    LanguageModel: TypeAlias = nn.Module | OnnxSession
-    """A causal language model: transformers' in eval mode, or the session of an ONNX export."""
+    LanguageModel: TypeAlias = nn.Module | OnnxSession | LlamaSession
+    """A causal language model: transformers' in eval mode, or the session of an export."""
 
 IGNORED = -100
 """The target of a position whose loss is not asked for (cross_entropy's own convention)."""
@@ -32,7 +33,8 @@ def vocab_size(model: LanguageModel) -> int:
 
 def best_batch(model: LanguageModel, batch: int) -> int:
     """How many sequences to score at once where `batch` are asked for; no score depends on it."""
-    stepped = not isinstance(model, nn.Module) and not model.graph.all_logits
+    graph = None if isinstance(model, nn.Module) else getattr(model, "graph", None)
+    stepped = graph is not None and not graph.all_logits
     return max(batch, STEPPED_BATCH) if stepped else batch
 
 
@@ -55,6 +57,9 @@ def token_losses(
     wanted = targets != IGNORED
     if isinstance(model, nn.Module):
         losses[wanted], likeliest[wanted] = _of_torch(model, inputs, targets, wanted)
+        return losses, likeliest
+    if isinstance(model, LlamaSession):
+        losses[wanted], likeliest[wanted] = model.losses(inputs, targets, wanted)
         return losses, likeliest
     end = int(wanted.any(dim=0).nonzero().max()) + 1 if wanted.any() else 0
     most, start = LOGITS_AT_ONCE // (model.vocab_size * len(inputs)), 0

@@ -16,8 +16,9 @@ import psutil
 import torch
 from torch import nn
 
-from ssmc.runtime.measure.workloads import decode, decoding, prefill
+from ssmc.runtime.measure.workloads import decode, decoding, prefill, random_tokens
 from ssmc.runtime.models.generation import check_runtime, is_onnx_export, load_onnx_export
+from ssmc.runtime.models.llama_cpp import is_gguf_export, load_gguf_export
 
 DECODE_STEPS = 4
 
@@ -98,6 +99,8 @@ def run_task(task: MemoryTask) -> Memory:
 
     if is_onnx_export(task.source):
         return _run_onnx_task(task)
+    if is_gguf_export(task.source):
+        return _run_gguf_task(task)
     device = torch.device(task.device)
     cuda = device.type == "cuda"
     high_water = torch.cuda.max_memory_allocated if cuda else _resident_peak
@@ -151,6 +154,30 @@ def _run_onnx_task(task: MemoryTask) -> Memory:
         state=state,
         capacity=available,
         sequence=state,
+        weights=export.weight_bytes,
+    )
+
+
+def _run_gguf_task(task: MemoryTask) -> Memory:
+    """The same for a GGUF export, one sequence at a time; the marks are of llama.cpp's own process."""
+    available = psutil.virtual_memory().available
+    export = load_gguf_export(task.source, context=task.length + 2 * DECODE_STEPS)
+    try:
+        llama = export.model.llama
+        export.model.time(random_tokens(export.model, 1, task.length), DECODE_STEPS)
+        steady = llama.resident_bytes()
+    finally:
+        export.model.close()
+    return Memory(
+        libraries=llama.memory["before"],
+        loaded=llama.memory["resident"],
+        peak=steady,
+        reserved=None,
+        steady=steady,
+        steady_reserved=None,
+        state=export.state_bytes,
+        capacity=available,
+        sequence=export.state_bytes,
         weights=export.weight_bytes,
     )
 

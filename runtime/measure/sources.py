@@ -15,10 +15,15 @@ from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
 from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
 from ssmc.runtime.models.generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
+from ssmc.runtime.models.llama_cpp import GgufExport, check_llama_cpp, is_gguf_export, load_gguf_export
 from ssmc.runtime.progress import Progress, silent
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""
+
+
+Measured = Checkpoint | OnnxExport | GgufExport
+"""A model of any runtime."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,18 @@ class Subject:
     """A model to measure, read; `twins` are the same tensors in other formats, which need no timing of their own."""
 
     source: Source
-    checkpoint: Checkpoint | OnnxExport
+    checkpoint: Measured
     twins: tuple[tuple[Source, Checkpoint], ...] = ()
 
     @property
     def runtime(self) -> str:
-        """What computes it, "torch" or "onnx"."""
-        return "onnx" if isinstance(self.checkpoint, OnnxExport) else "torch"
+        """What computes it, "torch", "onnx" or "llama.cpp"."""
+        return "torch" if isinstance(self.checkpoint, Checkpoint) else self.checkpoint.model.runtime
+
+    @property
+    def max_batch(self) -> int | None:
+        """How many sequences it computes at once; None: any number."""
+        return getattr(self.checkpoint.model, "max_batch", None)
 
 
 def find_sources(
@@ -112,6 +122,9 @@ def load_subjects(
         if is_onnx_export(source.where):
             subjects.append(Subject(source, load_onnx_export(source.where, device, all_logits)))
             continue
+        if is_gguf_export(source.where):
+            subjects.append(Subject(source, load_gguf_export(source.where)))
+            continue
         checkpoint = _load(source, dtype)
         for position, other in enumerate(subjects):
             if not source.dense and not other.source.dense and _same_model(other.checkpoint, checkpoint):
@@ -137,26 +150,29 @@ def label(where: str | Path) -> str:
 
 
 def runnable(sources: Sequence[Source], device: torch.device) -> tuple[list[Source], list[str]]:
-    """Those of the sources that can be run on a device, and a note on ONNX exports that cannot.
+    """Those of the sources that can be run on a device, and notes on exports that cannot.
 
     Raises:
         UsageError: one that cannot is the dense model, or nothing is left beside it.
     """
-    exports = [source for source in sources if is_onnx_export(source.where)]
-    try:
-        if exports:
-            check_runtime(device.type)
-    except UsageError as error:
-        left = [source for source in sources if source not in exports]
-        if len(left) < 2 or exports[0].dense:
-            raise
-        return left, [f"{', '.join(source.name for source in exports)} was left out: {error}"]
-    return list(sources), []
+    left, notes = list(sources), []
+    for is_export, check in ((is_onnx_export, check_runtime), (is_gguf_export, check_llama_cpp)):
+        exports = [source for source in left if is_export(source.where)]
+        try:
+            if exports:
+                check(device.type)
+        except UsageError as error:
+            rest = [source for source in left if source not in exports]
+            if len(rest) < 2 or exports[0].dense:
+                raise
+            left = rest
+            notes.append(f"{', '.join(source.name for source in exports)} was left out: {error}")
+    return left, notes
 
 
-def weight_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+def weight_bytes(checkpoint: Measured) -> int:
     """Bytes on disk of the weights that a model was read from."""
-    if isinstance(checkpoint, OnnxExport):
+    if not isinstance(checkpoint, Checkpoint):
         return checkpoint.weight_bytes
     directory = checkpoint.directory
     for single in (*SINGLE_FILES, PACKED_FILE):
@@ -169,14 +185,14 @@ def weight_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
     raise ValueError(f"{directory} was loaded, so it has weights")
 
 
-def state_bytes(checkpoint: Checkpoint | OnnxExport) -> int:
+def state_bytes(checkpoint: Measured) -> int:
     """Bytes of recurrent state one sequence occupies, in float32 for torch's models."""
-    return checkpoint.state_bytes if isinstance(checkpoint, OnnxExport) else checkpoint.dimensions.state_bytes()
+    return checkpoint.dimensions.state_bytes() if isinstance(checkpoint, Checkpoint) else checkpoint.state_bytes
 
 
-def stored_dtype(checkpoint: Checkpoint | OnnxExport) -> str:
+def stored_dtype(checkpoint: Measured) -> str:
     """Of the weights on disk; "mixed" if they have several."""
-    if isinstance(checkpoint, OnnxExport):
+    if not isinstance(checkpoint, Checkpoint):
         return checkpoint.stored_dtype
     names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
     return names.pop() if len(names) == 1 else "mixed"
@@ -184,7 +200,7 @@ def stored_dtype(checkpoint: Checkpoint | OnnxExport) -> str:
 
 def compute_dtype(subject: Subject) -> str:
     """What a model computes in; a graph computes in float32 what is not a matrix product."""
-    return "float32" if subject.runtime == "onnx" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
+    return "float32" if subject.runtime != "torch" else str(subject.checkpoint.model.dtype).removeprefix("torch.")
 
 
 def dtypes_note(subjects: Sequence[Subject]) -> list[str]:
@@ -251,8 +267,8 @@ def _load(source: Source, dtype: torch.dtype | None) -> Checkpoint:
         ) from error
 
 
-def _same_model(one: Checkpoint | OnnxExport, other: Checkpoint) -> bool:
-    if isinstance(one, OnnxExport):
+def _same_model(one: Measured, other: Checkpoint) -> bool:
+    if not isinstance(one, Checkpoint):
         return False
     ours, theirs = one.tensors(), other.tensors()
     return ours.keys() == theirs.keys() and all(

@@ -10,14 +10,19 @@ import torch
 from torch import nn
 
 from ssmc.runtime.measure.losses import vocab_size
+from ssmc.runtime.measure.timing import Elapsed
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.generation import OnnxSession
 from ssmc.runtime.models.generation.cuda_graphs import states_of
 from ssmc.runtime.models.generation.torch_session import cache_name
+from ssmc.runtime.models.llama_cpp import LlamaSession
 from ssmc.runtime.scan import ScanInputs, SsdInputs, accelerator
 
 if TYPE_CHECKING:
     from ssmc.runtime.measure.losses import LanguageModel
+
+STEPS = 8
+"""Tokens that llama.cpp writes in one call, as it is asked for whole texts only."""
 
 PROMPT = 16
 """Tokens read before decoding. Its length does not matter to a recurrent model: the state has one size."""
@@ -45,6 +50,8 @@ def random_tokens(model: LanguageModel, batch: int, length: int) -> torch.Tensor
 def prefill(model: LanguageModel, batch: int, length: int) -> Callable[[], torch.Tensor]:
     """Read (B, L) tokens into a fresh cache and score the next token."""
     tokens = random_tokens(model, batch, length)
+    if isinstance(model, LlamaSession):
+        return lambda: Elapsed(model.time(tokens, 0)["read"])
     if isinstance(model, OnnxSession):
         return lambda: _afresh(model, tokens)
 
@@ -89,6 +96,9 @@ def decoding(model: nn.Module, batch: int, prompt: int = PROMPT) -> Decoding:
 
 def decode(model: LanguageModel, batch: int) -> Callable[[], torch.Tensor]:
     """One step: one token for each of B sequences, from the cache of all steps before."""
+    if isinstance(model, LlamaSession):
+        prompt = random_tokens(model, batch, PROMPT)
+        return lambda: Elapsed(model.time(prompt, STEPS)["token"])
     if isinstance(model, OnnxSession):
         _afresh(model, random_tokens(model, batch, PROMPT))
         tokens = random_tokens(model, batch, 1)[:, 0]

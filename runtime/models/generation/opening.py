@@ -19,10 +19,11 @@ from ssmc.runtime.models.generation.onnx_graph import is_onnx_export, open_graph
 from ssmc.runtime.models.generation.onnx_session import OnnxSession
 from ssmc.runtime.models.generation.session import Session
 from ssmc.runtime.models.generation.torch_session import TorchSession
+from ssmc.runtime.models.llama_cpp import check_llama_cpp, is_gguf_export, load_gguf_export
 from ssmc.runtime.models.tokenizers import check_fits, has_tokenizer, load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import Progress, silent
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def open_session(
     source = _inside_artefact(source)
     if is_onnx_export(source):
         return _open_onnx(Path(source).expanduser(), tokenizer, device, dtype, progress)
+    if is_gguf_export(source):
+        return _open_gguf(Path(source).expanduser(), tokenizer, device, dtype)
     where = choose_device(device)
     checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), progress=progress)
     model = use_fast_scan(checkpoint.model.to(where), backend=backend)
@@ -84,13 +87,25 @@ def _open_onnx(
 ) -> LoadedSession:
     if dtype is not None:
         raise UsageError(f"The dtype of {folder} was chosen when it was exported: leave out --dtype, or export again.")
-    session = OnnxSession(open_graph(folder, device, progress=progress))
-    config = SimpleNamespace(**read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    return _loaded(OnnxSession(open_graph(folder, device, progress=progress)), folder, tokenizer)
+
+
+def _open_gguf(folder: Path, tokenizer: str | None, device: str, dtype: torch.dtype | None) -> LoadedSession:
+    if dtype is not None:
+        raise UsageError(f"The dtype of {folder} was chosen when it was exported: leave out --dtype, or export again.")
+    check_llama_cpp("cpu" if device == "auto" else device)
+    return _loaded(load_gguf_export(folder).model, folder, tokenizer)
+
+
+def _loaded(session: Session, folder: Path, tokenizer: str | None) -> LoadedSession:
+    """A session of an export with what lies beside it: the tokenizer, and which tokens end a text."""
+    beside = [folder / name for name in (GENERATION_CONFIG, CONFIG)]
+    configs = [SimpleNamespace(**read_json(path)) for path in beside if path.is_file()]
     found = None
     if tokenizer is not None or has_tokenizer(folder):
         found = load_tokenizer(folder, tokenizer)
         check_fits(found, session.vocab_size, str(tokenizer or folder), str(folder))
-    return LoadedSession(session, found, _stop_tokens(found, config), str(folder))
+    return LoadedSession(session, found, _stop_tokens(found, *configs), str(folder))
 
 
 def warm_up(session: Session) -> None:

@@ -15,7 +15,7 @@ _HOMES = lazy.homes(
     {
         "ssmc.runtime.models.llama_cpp.client": "LlamaCpp is_installed",
         "ssmc.runtime.models.llama_cpp.session": "LlamaSession",
-        "ssmc.runtime.models.llama_cpp.export": "GgufExport is_gguf_export load_gguf_export",
+        "ssmc.runtime.models.llama_cpp.export": "GgufExport check_llama_cpp is_gguf_export load_gguf_export",
     }
 )
 __all__ = list(_HOMES)

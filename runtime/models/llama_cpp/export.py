@@ -56,6 +56,21 @@ def is_gguf_export(source: str | Path) -> bool:
     return isinstance(manifest, ExportManifest) and manifest.format == FORMAT
 
 
+def check_llama_cpp(device: str = "cpu") -> None:
+    """Make sure that llama.cpp can be asked.
+
+    Args:
+        device: it is asked on the CPU only, also where torch has a GPU.
+
+    Raises:
+        UsageError: it is not installed, or another device is wanted.
+    """
+    if not is_installed():
+        raise UsageError(f"GGUF files are run by llama.cpp, which is not installed: pip install {PACKAGE}.")
+    if device != "cpu":
+        raise UsageError(f"GGUF files are run on the CPU here, not on {device}. Use --device cpu.")
+
+
 def load_gguf_export(folder: str | Path, *, context: int = 4096, threads: int | None = None) -> GgufExport:
     """Have llama.cpp load an export.
 
@@ -72,8 +87,7 @@ def load_gguf_export(folder: str | Path, *, context: int = 4096, threads: int | 
     manifest = read_manifest(directory)
     if not isinstance(manifest, ExportManifest) or manifest.parameters is None or not manifest.dimensions:
         raise CheckpointError(f"{directory / MANIFEST} is damaged: it lacks sizes. Export the model again.")
-    if not is_installed():
-        raise UsageError(f"{folder} is a file for llama.cpp, which is not installed: pip install {PACKAGE}.")
+    check_llama_cpp()
     if not (directory / FILE).is_file():
         raise CheckpointError(f"{directory / FILE} is missing. Export the model again.")
     dimensions = from_dict(manifest.dimensions)

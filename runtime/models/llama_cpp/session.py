@@ -93,6 +93,13 @@ class LlamaSession:
         self.reset()
         return torch.tensor(losses, dtype=torch.float64), torch.tensor(likeliest, dtype=torch.bool)
 
+    def time(self, tokens: torch.Tensor, new: int) -> dict[str, float]:
+        """Seconds to read (1, L) tokens, and of each of so many more, by llama.cpp's own clock; see `LlamaCpp.time`."""
+        check_batch(tokens, 1)
+        self.make_room(tokens.shape[1] + new + 2)
+        self.reset()
+        return self._llama.time(tokens[0].tolist(), new)
+
     def make_room(self, length: int) -> None:
         """Load the file again if so many tokens do not fit.
 
