@@ -134,6 +134,20 @@ def scores() -> str:
     return table(("pattern", "importance score, the default first", "what it does"), rows)
 
 
+def options() -> str:
+    """The options of a compression run, as Python and recipes name them."""
+    from ssmc.compressor.options.config import CompressConfig
+    from ssmc.compressor.options.flags import flags_of
+    from ssmc.compressor.options.goal import Goal
+
+    rows = []
+    for declared in (CompressConfig, Goal):
+        for name, flag, _, default in flags_of(declared):
+            shown = flag.default_text if flag.default_text is not None else f"`{getattr(default, 'value', default)}`"
+            rows.append((f"`{name}`", flag.text, shown))
+    return table(("option", "what it does", "default"), rows)
+
+
 def families() -> str:
     """What every family can be pruned by and exported to."""
     from ssmc.compressor.families import parts_of
@@ -195,6 +209,7 @@ def exit_codes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "options": options,
     "scores": scores,
     "families": families,
     "refusals": refusals,

@@ -155,7 +155,10 @@ def generate(
         model: what `open_session` takes, or what it gave.
         prompt: text to continue.
         max_new_tokens: at most.
-        temperature, top_k, top_p, seed: see `Sampling`.
+        temperature: see `Sampling`, as the next three.
+        top_k: sample from the most probable tokens only.
+        top_p: sample from those that together have this probability.
+        seed: of the sampling.
         stop: strings that end the text; neither they nor what follows is given.
 
     Returns:
