@@ -1,88 +1,38 @@
 """Every command and every Python block of README.md, CONTRIBUTING.md and docs/ does what the page says it does."""
 
 import json
+import os
 import re
-import shutil
-import tomllib
+import subprocess
+import sys
 
 import pytest
 
-from ssmc.cli import main
-from ssmc.compressor.options.config import configure
-from ssmc.compressor.options.recipe import read_recipe
-from ssmc.runtime.tiny import TINY_DIRECTORY, calibration_path, heldout_path
-from tests.docs.blocks import LANGUAGES, PAGES, ROOT, blocks, small
+from tests.docs.blocks import PAGES, ROOT
+from tests.docs.pages import lay_out, run_page
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+APART = ("docs/extending.md",)  # what these pages register would stay for the tests that come after them
+SLOW = ("README.md", "docs/choose.md", "docs/quickstart.md")
 
 
-@pytest.fixture(scope="session")
-def belongings(tmp_path_factory):
-    """What a reader of the pages has: a model and texts."""
-    folder = tmp_path_factory.mktemp("belongings")
-    shutil.copytree(TINY_DIRECTORY, folder / "my-model", ignore=shutil.ignore_patterns("*.py", "__*", "*.jsonl"))
-    for name, source in (("my-text.jsonl", calibration_path()), ("my-heldout.jsonl", heldout_path())):
-        lines = source.read_text(encoding="utf-8").splitlines()[:200]
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+def name(page):
+    return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_of_a_page_runs(page, belongings, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(belongings, tmp_path / "page")
-    monkeypatch.chdir(folder)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=name(p), marks=[pytest.mark.slow] if name(p) in SLOW else []) for p in PAGES]
+)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(lay_out(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names, failed = {"__name__": "page"}, None
-    for block in blocks(page):
-        assert block.language in LANGUAGES, f"{block.where} is not marked as one of {', '.join(LANGUAGES)}"
-        for command in block.first:
-            assert main(small(command.split())) == 0, f"{block.where}: {command}"
-        if failed is not None and block.language == "text":
-            assert " ".join(block.text.split()) == failed, f"{block.where} is not what is printed"
-        failed = None
-        if block.not_run is not None:
-            continue
-        if block.language == "bash":
-            failed = run_commands(block, capsys)
-        elif block.language == "python":
-            exec(compile(block.text, block.where, "exec"), names)
-        elif block.language == "yaml":
-            (folder / "block.yaml").write_text(block.text, encoding="utf-8")
-            configure(**{"model": "tiny"} | read_recipe("block.yaml"))
-
-
-def run_commands(block, capsys):
-    """Run a block's commands; the error of the last one where the page says that it fails."""
-    commands = block.commands()
-    for number, words in enumerate(commands):
-        if words[0] != "ssmc":
-            check_other(words, block)
-            continue
-        capsys.readouterr()
-        code = main(small(words))
-        captured = capsys.readouterr()
-        expected = block.exit_code if number == len(commands) - 1 else 0
-        assert code == expected, f"{block.where}: {' '.join(words)}: {code}\n{captured.out}\n{captured.err}"
-        if expected:
-            return " ".join(captured.err.split())
-    return None
-
-
-def check_other(words, block):
-    """Commands of other programs are not run: they install things or take minutes. What they name must be there."""
-    if words[0] == "make":
-        assert all(word in TARGETS for word in words[1:] if "=" not in word), f"{block.where}: {words}"
-    elif words[:2] == ["python", "-m"]:
-        path = ROOT / f"{words[2].replace('.', '/')}.py"
-        assert path.is_file() or words[2] in ("pytest", "venv"), f"{block.where}: {words[2]} is not there"
-    elif words[0] == "python":
-        assert (ROOT / words[1]).is_file(), f"{block.where}: {words[1]} is not there"
-    elif words[:2] == ["pip", "install"]:
-        extras = {extra for word in words for extra in re.findall(r"\[(.*?)\]", word)}
-        assert {e for extra in extras for e in extra.split(",")} <= set(PROJECT["optional-dependencies"]), block.where
-    else:
-        assert words[0] in ("cd", "git", "hf", ".venv/bin/python"), f"{block.where}: who runs {words[0]}?"
+    if name(page) not in APART:
+        run_page(page)
+        return
+    command = [sys.executable, "-m", "tests.docs.pages", str(page)]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_links_of_readme_lead_somewhere():
