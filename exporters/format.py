@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from ssmc.exporters.cutting import Shrunk
@@ -52,7 +52,7 @@ class Job:
     shrunk: Shrunk
     options: Any
     tokens: Tokens
-    progress: Progress = silent
+    progress: Progress = NO_PROGRESS
     extra: Any = None
 
 

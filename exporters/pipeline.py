@@ -16,7 +16,7 @@ from ssmc.runtime.manifest import MANIFEST, CutRecord, ExportManifest, MaskedMan
 from ssmc.runtime.models.checkpoints import parameter_count, tensor_bytes
 from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.models.families import Cut
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.versions import versions
 
 DEFAULT = "safetensors"
@@ -60,7 +60,7 @@ def export(
     format: str = DEFAULT,
     out: str | Path | None = None,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
     **options: Any,
 ) -> ExportResult:
     """Write a compressed model in a format others load, physically smaller.

@@ -14,5 +14,3 @@ def no_progress(description: str, done: int, total: int) -> None:
 
 NO_PROGRESS: Progress = no_progress
 """What library calls use unless told otherwise."""
-
-silent = NO_PROGRESS

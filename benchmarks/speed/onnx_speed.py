@@ -42,7 +42,7 @@ from ssmc.runtime.measure.timing import Timing, interleave, paired_ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer
-from ssmc.runtime.progress import silent
+from ssmc.runtime.progress import NO_PROGRESS
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
 
@@ -204,7 +204,7 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
                 origin, format="onnx", out=out, text=str(source) if options else None, target=args.target, **options
             )
             model = dense if "dense" in title else load_checkpoint(folder / "pruned", dtype=torch.float32)
-            found = measure(model.model, out, stream, str(source), silent)
+            found = measure(model.model, out, stream, str(source), NO_PROGRESS)
             rows[title] = {
                 "bytes": result.weight_bytes[1],
                 "ppl": found.ppl_after,

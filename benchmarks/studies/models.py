@@ -16,7 +16,7 @@ from ssmc.compressor.options.patterns import COLUMN, LAYER, SSM_MODULE, UNSTRUCT
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import Checkpoint
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 HALF = 0.5
 ALPHAS = (0.0, 0.02, 0.04, 0.08, 0.16)
@@ -172,7 +172,7 @@ def alpha_cells() -> list[Cell]:
     ]
 
 
-def measure(subject: Subject, cell: Cell, progress: Progress = silent) -> list[dict]:
+def measure(subject: Subject, cell: Cell, progress: Progress = NO_PROGRESS) -> list[dict]:
     """Make and score the models of one cell. A model that computes no number is a result: its `failed` says why.
 
     Returns:

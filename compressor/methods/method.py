@@ -218,7 +218,7 @@ class Job:
         return self.hidden  # type: ignore[return-value]
 
     @property
-    def target(self) -> torch.Tensor:
+    def dense_output(self) -> torch.Tensor:
         """What the layer put out in the dense model, (nsamples, L, d_model)."""
         if self.stream is None:
             raise ValueError("the plan does not follow the dense model")
@@ -235,7 +235,7 @@ class Job:
 
     def on(self, samples: slice) -> Job:
         """The same with some of the samples only."""
-        return replace(self, hidden=self.samples[samples], stream=self.target[samples])
+        return replace(self, hidden=self.samples[samples], stream=self.dense_output[samples])
 
     def note(self, record: Record) -> None:
         """Add a record; one of the same type before it is replaced."""
@@ -307,7 +307,7 @@ class Method:
     place: ClassVar[int]  # its place among the methods of a layer: smaller numbers come first
     in_every_block: ClassVar[bool] = False  # whether it works on layers without a state-space mixer, too
     leaves: ClassVar[tuple[str, ...]] = ()  # names of the records it leaves
-    follows_dense: ClassVar[bool] = False  # whether it needs what the layer puts out in the dense model: `Job.target`
+    follows_dense: ClassVar[bool] = False  # whether it needs `Job.dense_output`
 
     def asked_for(self, plan: Plan) -> bool:
         """Whether a run has this method; `plan` has its options and sizes, not yet its steps."""

@@ -12,13 +12,13 @@ from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.measure.workloads import decoding
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 KIND = "graph"
 
 
 def measure_graphs(
-    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = silent
+    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = NO_PROGRESS
 ) -> tuple[list[Measurement], list[str]]:
     """Time decoding from CUDA graphs at every batch size; on a CPU there is nothing to time.
 

@@ -14,7 +14,7 @@ from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.scan import accelerator
 
 KIND = "part"
@@ -24,7 +24,7 @@ Run = Callable[[], torch.Tensor]
 
 
 def measure_parts(
-    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = silent
+    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = NO_PROGRESS
 ) -> list[Measurement]:
     """Time every part of all subjects, which are on `device`, at the longest prefill and the smallest batch."""
     if not subjects:

@@ -35,7 +35,7 @@ from ssmc.runtime.measure.sources import (
     weight_bytes,
 )
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.sparse24 import Sparse24Report, use_sparse24
 
 
@@ -60,7 +60,7 @@ def benchmark(
     backend: str = "auto",
     max_batch: int | None = None,
     runtimes: Sequence[str] = RUNTIMES,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Measure the dense model beside the compressed ones: sizes, memory, speed, perplexity.
 

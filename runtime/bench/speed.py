@@ -13,7 +13,7 @@ from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import interleave, paired_ratio
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 STOCK_TOKENS = 256
 """Tokens of transformers' own loop over time steps at most: it takes seconds where ours takes milliseconds."""
@@ -32,7 +32,7 @@ class _Cell:
 
 
 def measure_speed(
-    subjects: Sequence[Subject], settings: Settings, device: torch.device, stock: bool, progress: Progress = silent
+    subjects: Sequence[Subject], settings: Settings, device: torch.device, stock: bool, progress: Progress = NO_PROGRESS
 ) -> list[Measurement]:
     """Time prefill, decoding and the scan of all subjects, which are on `device` and use our scan.
 

@@ -13,7 +13,7 @@ from ssmc.runtime.measure.sources import Subject
 from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.measure.workloads import decoding
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 KIND = "throughput"
 UNLIMITED = 2**20  # sequences; more than any memory holds
@@ -22,7 +22,7 @@ PART_OF_RAM = 0.5  # that states may take on a CPU: beyond it a system starts to
 
 
 def measure_throughput(
-    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = silent
+    subjects: Sequence[Subject], settings: Settings, device: torch.device, progress: Progress = NO_PROGRESS
 ) -> tuple[list[Measurement], list[str]]:
     """Sweep the batch sizes of decoding, one model after the other, alone on the device.
 

@@ -28,7 +28,7 @@ from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import OnnxExport
 from ssmc.runtime.models.tokenizers import load_tokenizer
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.text import NAMED_DATASETS, read_texts, tokenize
 from ssmc.runtime.versions import versions
 
@@ -53,7 +53,7 @@ def evaluate_models(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     runtimes: Sequence[str] = RUNTIMES,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> EvalReport:
     """Score models by perplexity on a text and by lm-eval's tasks, and compare them with the first.
 

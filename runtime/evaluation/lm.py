@@ -14,7 +14,7 @@ from torch import nn
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.measure.losses import IGNORED, best_batch, token_losses
 from ssmc.runtime.models.generation import Generation, LoadedSession, Sampling
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from ssmc.runtime.measure.losses import LanguageModel
@@ -38,7 +38,7 @@ class RecurrentLM(TemplateLM):
         tokenizer: Any,
         batch_size: int = 8,
         name: str = "model",
-        progress: Progress = silent,
+        progress: Progress = NO_PROGRESS,
     ):
         """Wrap a model.
 

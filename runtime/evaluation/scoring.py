@@ -16,7 +16,7 @@ from ssmc.runtime.evaluation.statistics import RESAMPLES, SLOW_RESAMPLES, Aggreg
 from ssmc.runtime.evaluation.tasks import LoadedTask, quiet
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.generation import OnnxExport
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 _CORPUS_METRICS = ("bleu", "chrf", "chrf++", "ter")
 
@@ -55,7 +55,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     name: str = "model",
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> list[Measured]:
     """Score a model on tasks with lm-eval's evaluator.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.evaluation.documents import LocalDocuments, read_documents, require_files
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 EXTRA = "pip install 'ssmc[eval]'"
 
@@ -48,7 +48,7 @@ def require_lm_eval() -> None:
 
 
 def load_tasks(
-    names: Sequence[str], data: str | Path | None = None, limit: int | None = None, progress: Progress = silent
+    names: Sequence[str], data: str | Path | None = None, limit: int | None = None, progress: Progress = NO_PROGRESS
 ) -> tuple[LoadedTask, ...]:
     """Load tasks and their documents.
 

@@ -29,7 +29,7 @@ from ssmc.runtime.measure.phases import PHASES, workload_text
 from ssmc.runtime.measure.timing import K, Ratio, interleave, paired_ratio
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 SCHEMA = "ssmc-latency/1"
 STACK_BYTES = 512 << 20
@@ -189,7 +189,7 @@ def measure_latency(
     states: Sequence[int] | None = None,
     repeats: int = 25,
     budget: float = 45.0,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> LatencyTable:
     """Time models of several sizes, cut out of `model` wherever its numbers happen to lie, in turns.
 
@@ -243,7 +243,7 @@ def time_sizes(
     *,
     repeats: int = 15,
     budget: float = 30.0,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> list[Ratio]:
     """What whole models of other sizes really take, over the dense model's time, all in turns: below 1 is faster.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.measure.losses import IGNORED, best_batch, token_losses, vocab_size
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from ssmc.runtime.measure.losses import LanguageModel
@@ -52,7 +52,7 @@ class ExcessLoss:
 
 
 def perplexity(
-    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = silent
+    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = NO_PROGRESS
 ) -> Perplexity:
     """Score a stream of tokens in windows that do not overlap, each run from a fresh state.
 
@@ -76,7 +76,7 @@ def perplexity(
 
 
 def losses_of_tokens(
-    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = silent
+    model: LanguageModel, tokens: torch.Tensor, window: int, batch: int = 1, progress: Progress = NO_PROGRESS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows a text is scored in, (W, window), and the loss of every prediction in them, (W, window - 1) float64.
 

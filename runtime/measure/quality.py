@@ -15,7 +15,7 @@ from ssmc.runtime.models.checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.generation import OnnxExport, load_onnx_export
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
 
@@ -100,13 +100,13 @@ def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> N
             )
 
 
-def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent) -> Perplexity:
+def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = NO_PROGRESS) -> Perplexity:
     """Perplexity of one model, told to `progress` under its name."""
     return summarise(*score_tokens(subject, tokens, window, progress))
 
 
 def score_tokens(
-    subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = silent
+    subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = NO_PROGRESS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows and the loss of every prediction of one model, see `losses_of_tokens`."""
 

@@ -16,7 +16,7 @@ from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
 from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
 from ssmc.runtime.models.generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
 from ssmc.runtime.models.llama_cpp import GgufExport, check_llama_cpp, is_gguf_export, load_gguf_export
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""
@@ -99,7 +99,7 @@ def find_sources(
 def load_subjects(
     sources: Sequence[Source],
     dtype: torch.dtype | None,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
     device: str = "auto",
     all_logits: bool = False,
 ) -> list[Subject]:

@@ -13,7 +13,7 @@ from torch import nn
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.timing import Ratio, Timing, interleave, paired_ratio
 from ssmc.runtime.models.families import architecture_for
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.sparse24.backends import obstacle
 from ssmc.runtime.sparse24.cuda import first_line, to_sparse, why_dense
 from ssmc.runtime.sparse24.packing import is_24
@@ -103,7 +103,7 @@ def use_sparse24(
     *,
     keep_dense: bool | None = None,
     rounds: int = ROUNDS,
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> Sparse24Report:
     """Measure every 2:4 module of a model dense against sparse and run it sparse where that is faster.
 

@@ -208,3 +208,12 @@ def test_the_wide_world_needs_no_terminal(tmp_path):
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": "/nonexistent"}
     done = subprocess.run([SSMC, "--help"], env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_option_of_0_1_is_read_by_its_old_name_with_a_note(capsys, tmp_path):
+    done = run(
+        capsys, "compress", "tiny", "--target", "ssm", "--score", "magnitude", "--no-repair", "--out", tmp_path / "out"
+    )
+    assert done.code == 0
+    assert "Note: The option target is now called scope" in done.words
+    assert "scope: ssm" in (tmp_path / "out" / "recipe.yaml").read_text()

@@ -12,10 +12,10 @@ from transformers import Mamba2ForCausalLM
 
 from ssmc.compressor import compress, configure
 from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.compressor.methods.states.c_rows import CRowsTask, ReadoutGrams, fit_c_rows, input_windows
 from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.contributions import Contributions, loss_of
 from ssmc.compressor.methods.states.elimination import SCALED_RIDGE, eliminate_from, eliminate_scaled
-from ssmc.compressor.methods.states.readers import ReaderTask, ReadoutGrams, fit_readers, input_windows
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -149,13 +149,13 @@ def test_the_fit_of_the_readers_minimises_the_error_that_is_measured():
         starts, grams = statistic.stretches()
         assert starts == [0]  # the last stretch is a short one
         readers = ARCHITECTURE.readers(block.mixer, 1)
-        task = ReaderTask(input_windows(job, starts, 64, readers), grams, readers, kept)
+        task = CRowsTask(input_windows(job, starts, 64, readers), grams, readers, kept)
         rows = torch.arange(SAMPLES)
         before = task.error(rows, [None if t is None else t[kept] for t in vars(readers).values()], torch.zeros(6))
         lost = reads[:, :64, 6:][..., [1, 4, 5]].sum(-1) * gain[:, :64, 6:]
         energy = ((reads[:, :64, 6:].sum(-1) * gain[:, :64, 6:]) ** 2).sum()
         assert before == pytest.approx((lost**2).sum() / energy, rel=1e-4)
-        fit = fit_readers(job, 1, statistic, kept)
+        fit = fit_c_rows(job, 1, statistic, kept)
     assert fit.error <= fit.error_before
     changed = random_mamba2().backbone.layers[1].mixer
     moved = (block.mixer.in_proj.weight != changed.in_proj.weight).any(dim=1).nonzero().flatten().tolist()

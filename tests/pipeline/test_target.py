@@ -11,12 +11,13 @@ import torch
 from ssmc.compressor import compress, read_recipe
 from ssmc.compressor.calibration.split import Samples
 from ssmc.compressor.options.patterns import combinable
-from ssmc.compressor.search import trials
+from ssmc.compressor.search import find, trials
 from ssmc.exporters import export
 from ssmc.exporters.cutting import shrink
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
 from ssmc.runtime.errors import CalibrationError, UsageError, VerificationError
 from ssmc.runtime.manifest import read_compressed
+from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import Dimensions
 from tests.support.models import random_model, save_transformers
@@ -180,3 +181,33 @@ def test_trials_are_measured_on_text_they_are_not_fitted_to():
     assert "no samples to spare" in short.notes[0]
     with pytest.raises(CalibrationError, match="at least two calibration samples"):
         Samples.split(drawn[:1], 12)
+
+
+def test_of_several_attempts_the_best_is_written_and_sizes_are_enumerated_once(dense, table, tmp_path, monkeypatch):
+    """A machine on which every pruned model turns out slower than its trial, each later one more so."""
+    came_out, clocked, attempts, enumerated = iter((0.8, 0.9, 1.0)), set(), [], []
+
+    def clock(model, architecture, several, workload, progress):
+        ratios = []
+        for blocks in map(tuple, several):
+            attempts.extend([blocks] if blocks in clocked else [])
+            ratio = next(came_out) if blocks in clocked else 0.55
+            clocked.add(blocks)
+            ratios.append(Ratio(ratio, ratio, ratio, 6))
+        return ratios
+
+    def enumerate_sizes(*sizes):
+        enumerated.append(sizes)
+        return every(*sizes)
+
+    every = find.enumerate_sizes
+    monkeypatch.setattr(trials, "measure_latency", lambda *_, **__: read_latency_table(table))
+    monkeypatch.setattr(trials, "time_sizes", clock)
+    monkeypatch.setattr(find, "enumerate_sizes", enumerate_sizes)
+    result, goal = run(dense, tmp_path / "out", target_latency=0.6, pattern="column+channel", round_channels=4)
+    assert len(set(attempts)) == 3
+    assert goal["outcome"]["time"] == 0.8
+    assert attempts[0] == tuple((goal["sizes"]["d_inner"], goal["sizes"]["d_state"]) for _ in attempts[0])
+    assert any("0.800 of the dense one's time, 0.600 were asked for" in note for note in result.notes)
+    assert load_checkpoint(export(tmp_path / "out").directory).dimensions.d_inner == goal["sizes"]["d_inner"]
+    assert len(enumerated) == 3  # once a search, however many curves it measures

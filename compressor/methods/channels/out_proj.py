@@ -37,7 +37,7 @@ def fit_out_proj(job: Job) -> OutProjRecord:
     moment = SecondMoment(out_proj.shape[1], out_proj.device)
     cross = torch.zeros(out_proj.shape, dtype=torch.float64, device=out_proj.device)
     energy, count = 0.0, len(job.samples)
-    pairs = zip(samples(job.samples, out_proj.device), samples(job.target, out_proj.device), strict=True)
+    pairs = zip(samples(job.samples, out_proj.device), samples(job.dense_output, out_proj.device), strict=True)
     for (i, sample), (_, dense) in pairs:
         job.report("out_proj", i, count)
         y = job.architecture.scanned(job.work, sample)[1][0].float()  # (L, D)

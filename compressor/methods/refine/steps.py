@@ -113,7 +113,7 @@ class _Layer:
     def __init__(self, job: Job):
         self._architecture, self._block, self._mixer = job.architecture, job.work, job.mixer
         self._kept = job.states_kept
-        self._hidden, self._stream = job.samples, job.target
+        self._hidden, self._stream = job.samples, job.dense_output
         self.samples, self.length, _ = self._hidden.shape
 
     @contextmanager

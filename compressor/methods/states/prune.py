@@ -9,11 +9,11 @@ import torch
 
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.registry import score
+from ssmc.compressor.methods.states.c_rows import fit_c_rows
 from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.contributions import Loss, loss_of
 from ssmc.compressor.methods.states.elimination import evaluate
 from ssmc.compressor.methods.states.normed import remove_states
-from ssmc.compressor.methods.states.readers import fit_readers
 from ssmc.compressor.methods.states.score import ScoredGroup, StateScore
 from ssmc.compressor.methods.states.statistics import Statistic
 from ssmc.compressor.methods.states.sums import STATISTICS, Request
@@ -81,7 +81,7 @@ def _lose(job: Job, number: int, group: ScoredGroup, chosen: list[int]) -> Loss:
     removed = sorted(set(range(group.A_log.shape[1])) - set(chosen))
     loss = loss_of(sums, removed, job.config.repair)
     if grams := group.sums.get("readout-grams"):
-        fit = fit_readers(job, number, grams, chosen)
+        fit = fit_c_rows(job, number, grams, chosen)
         cast("HeadReaders", job.architecture).change_skip(job.mixer, number, fit.skip_change)
         # both on the same held-out stretches
         loss = Loss(fit.error * loss.energy, fit.error_before * loss.energy, loss.energy)

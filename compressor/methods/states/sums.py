@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ssmc.compressor.methods.states.c_rows import ReadoutGrams, stretches_apart
 from ssmc.compressor.methods.states.contributions import Contributions
 from ssmc.compressor.methods.states.ranking import by_head, lowest
-from ssmc.compressor.methods.states.readers import ReadoutGrams, stretches_apart
 from ssmc.compressor.methods.states.statistics import (
     STRETCH,
     NormalMatrix,

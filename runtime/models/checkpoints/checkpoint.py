@@ -19,7 +19,7 @@ from ssmc.runtime.models.checkpoints.names import model_names
 from ssmc.runtime.models.checkpoints.reading import read_json, refuse_adapter, refuse_quantised
 from ssmc.runtime.models.checkpoints.sources import find_directory
 from ssmc.runtime.models.families import Architecture, Dimensions, architecture_for
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 FORMATS = {module.NAME: module for module in (packed_format, transformers_format, mamba_ssm_format)}
 """The layouts of a model directory, by name; each module reads and writes one. The first to recognise it reads it."""
@@ -73,7 +73,9 @@ class Checkpoint:
         return {name: state[name].detach().to("cpu", dtype).contiguous() for name, dtype in self.dtypes.items()}
 
 
-def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None, progress: Progress = silent) -> Checkpoint:
+def load_checkpoint(
+    source: str | Path, *, dtype: torch.dtype | None = None, progress: Progress = NO_PROGRESS
+) -> Checkpoint:
     """Read a model, with every tensor accounted for; nothing in its files is ever executed.
 
     Args:

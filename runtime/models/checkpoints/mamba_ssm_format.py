@@ -24,7 +24,7 @@ from ssmc.runtime.models.architectures.capabilities import MambaSsmLayer
 from ssmc.runtime.models.checkpoints.config_reading import make_config
 from ssmc.runtime.models.checkpoints.reading import read_tensors, some_of
 from ssmc.runtime.models.families import Architecture, architecture_for, families, find_family
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 NAME = "mamba-ssm"
 REQUIRED = ("d_model", "n_layer", "vocab_size")
@@ -59,7 +59,7 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "model_type" not in raw and "d_model" in raw
 
 
-def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
     """All stored tensors by the names they have in transformers' model; errors as `read_tensors`."""
     stored = read_tensors(directory, progress)
     # whatever a wrapper around the model put before the name, or saving its body alone took away

@@ -19,7 +19,7 @@ from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.checkpoints import transformers_format
 from ssmc.runtime.models.checkpoints.reading import read_tensors
 from ssmc.runtime.models.checkpoints.sources import PACKED_FILE
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.sparse24 import Packed24, is_24, pack24, unpack24
 
 NAME = "sparse24-packed"
@@ -54,7 +54,7 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     return transformers_format.read_config({key: value for key, value in raw.items() if key != MARK}, path)
 
 
-def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
     """All tensors by transformers' names, unpacked.
 
     Raises:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    directory: Path, progress: Progress = silent, files: Sequence[str] = SINGLE_FILES
+    directory: Path, progress: Progress = NO_PROGRESS, files: Sequence[str] = SINGLE_FILES
 ) -> dict[str, torch.Tensor]:
     """Read all tensors of a model directory, from one file or from shards with an index.
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from ssmc.runtime.models.checkpoints.config_reading import read_config
 from ssmc.runtime.models.checkpoints.reading import read_tensors
 from ssmc.runtime.models.checkpoints.stored_config import in_new_words, in_own_words
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 NAME = "transformers"
 __all__ = ["NAME", "main_dtype", "read", "read_config", "recognises", "words_of", "write", "write_config"]
@@ -38,7 +38,7 @@ def words_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return raw
 
 
-def read(directory: Path, progress: Progress = silent) -> dict[str, torch.Tensor]:
+def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
     """All stored tensors, whose names are transformers' own; errors as `read_tensors`."""
     return read_tensors(directory, progress)
 

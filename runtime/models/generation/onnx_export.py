@@ -13,7 +13,7 @@ from ssmc.runtime.models.checkpoints import read_dimensions
 from ssmc.runtime.models.families import Dimensions
 from ssmc.runtime.models.generation.onnx_graph import GRAPH, open_graph
 from ssmc.runtime.models.generation.onnx_session import OnnxSession
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 FORMAT = "onnx"
 
@@ -52,7 +52,7 @@ class OnnxExport:
 
 
 def load_onnx_export(
-    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = silent
+    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = NO_PROGRESS
 ) -> OnnxExport:
     """Read an ONNX export.
 

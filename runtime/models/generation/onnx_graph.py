@@ -22,7 +22,7 @@ from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.files import sha256
 from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 GRAPH = "model.onnx"
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
@@ -89,7 +89,7 @@ def is_onnx_export(folder: str | Path) -> bool:
 
 
 def open_graph(
-    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = silent
+    folder: str | Path, device: str = "auto", all_logits: bool = False, progress: Progress = NO_PROGRESS
 ) -> Graph:
     """Read an ONNX export.
 

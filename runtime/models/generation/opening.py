@@ -21,7 +21,7 @@ from ssmc.runtime.models.generation.session import Session
 from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.models.llama_cpp import check_llama_cpp, is_gguf_export, load_gguf_export
 from ssmc.runtime.models.tokenizers import check_fits, has_tokenizer, load_tokenizer, tokenizer_directory
-from ssmc.runtime.progress import Progress, silent
+from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -50,7 +50,7 @@ def open_session(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = NO_PROGRESS,
 ) -> LoadedSession:
     """Read a model and start a session of it.
 

@@ -70,7 +70,7 @@ def stretches_apart(tokens: int, stretch: int, states: int, heads: int) -> int:
 
 
 @dataclass(frozen=True)
-class ReaderFit:
+class CRowsFit:
     """What fitting achieved: squared errors of the gated read-out on stretches held out, relative to its energy."""
 
     error: float
@@ -79,7 +79,7 @@ class ReaderFit:
 
 
 @torch.enable_grad()
-def fit_readers(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int]) -> ReaderFit:
+def fit_c_rows(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int]) -> CRowsFit:
     """Fit the C rows of the states that stay, in place; never for the worse on the held-out stretches.
 
     Args:
@@ -90,7 +90,7 @@ def fit_readers(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[in
     """
     readers = cast(HeadReaders, job.architecture).readers(job.mixer, group)
     starts, grams = statistic.stretches()
-    task = ReaderTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept)
+    task = CRowsTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept)
     index = torch.as_tensor(list(kept), device=grams.device)
     tensors = [None if t is None else t[index] for t in vars(readers).values()]
     parameters = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
@@ -117,10 +117,10 @@ def fit_readers(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[in
     with torch.no_grad():
         for tensor, value in zip((t for t in vars(readers).values() if t is not None), learnt, strict=False):
             tensor[index] = value.detach().to(tensor)
-    return ReaderFit(fit.error, fit.error_before, skip.detach())
+    return CRowsFit(fit.error, fit.error_before, skip.detach())
 
 
-class ReaderTask:
+class CRowsTask:
     """Stretches of tokens: what in_proj reads, what C should be, and what a wrong C costs."""
 
     def __init__(self, windows: torch.Tensor, grams: torch.Tensor, readers: Readers, kept: Sequence[int]):
