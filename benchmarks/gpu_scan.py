@@ -4,9 +4,9 @@
     python benchmarks/gpu_scan.py --section tune --json tune.json --seconds 90   # every design and cut, the best stored
     python benchmarks/gpu_scan.py --section scan --dry-run                       # toy sizes, in Triton's interpreter
 
-- `scan`: first prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8. `floor` is the time the bytes alone take
-  (u, dt, z, B, C read once, y and the state written once) at the bandwidth of a large copy, bytes read and written
-  counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies. Then `tune`, if time is left.
+- `scan`: a short `tune`, then prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8, then `gradients`. `floor` is
+  the time the bytes alone take (u, dt, z, B, C read once, y and the state written once) at the bandwidth of a large copy,
+  bytes read and written counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies.
 - `tune`: what `ssmc.runtime.scan.gpu.tune` times, every figure of it.
 - `gradients`: forward and backward against mamba-ssm's, with the memory they take.
 - `sums`: what calibration needs, from registers, against the states written to memory and summed by torch.
@@ -26,7 +26,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -173,7 +172,7 @@ def has_mamba_ssm() -> str | None:
 
 
 def scans(bench: Bench) -> Iterator[Row]:
-    """Prefill scans by the chosen plan, by the other design, by mamba-ssm; ratios to the first number of states.
+    """Prefill scans by the plan that tuning finds, beside mamba-ssm; ratios to the first number of states.
 
     A wrong result is told in its row and stops nothing: the others are worth their time.
     """
@@ -181,23 +180,18 @@ def scans(bench: Bench) -> Iterator[Row]:
     missing = has_mamba_ssm()
     if missing is not None:
         yield Row("scan", "mamba-ssm", note=f"not there: {missing}")
-    warm_up(bench, gpu)
+    left = bench.end - time.monotonic()
+    yield from tuned(replace(bench, end=bench.end - 0.5 * left), thorough=False)
     most: float | None = None
     for name, d_inner, batch in bench.sizes.works:
         for d_state in bench.sizes.states:
             if bench.over:
                 return
             sets = input_sets(bench, gpu, batch, d_inner, d_state)
-            plans = both_plans(gpu, sets[0])
             wanted, wanted_state = reference.selective_scan(sets[0].with_time_steps())
-            errors = {}
-            for way, plan in plans.items():
-                y, state = gpu.selective_scan(sets[0], plan=plan)
-                errors[way] = max(error_of(y, wanted) / BOUND[bench.dtype], error_of(state, wanted_state) / 1e-4)
-            ways = {
-                w: in_turns(bench, [lambda i=i, p=p: gpu.selective_scan(i, plan=p) for i in sets])
-                for w, p in plans.items()
-            }
+            y, state = gpu.selective_scan(sets[0])
+            errors = {"ours": max(error_of(y, wanted) / BOUND[bench.dtype], error_of(state, wanted_state) / 1e-4)}
+            ways = {"ours": in_turns(bench, [lambda i=i: gpu.selective_scan(i) for i in sets])}
             if missing is None:
                 calls = [in_its_layout(i) for i in sets]
                 errors["mamba-ssm"] = error_of(calls[0]()[0].transpose(1, 2), wanted) / BOUND[bench.dtype]
@@ -208,11 +202,11 @@ def scans(bench: Bench) -> Iterator[Row]:
             against = [] if most is None else [f"N = {bench.sizes.states[0]} {most / ours[1].median:.2f}x"]
             against += [f"{way} {1e6 * t.median:.1f} us {faster(t, ours[1])}" for way, t in others]
             wrong = [f"WRONG RESULT of {way}: {e:.1f} times the bound" for way, e in errors.items() if not e < 1]
-            note = "; ".join([str(plans["ours"]), f"errors of {max(errors.values()):.2f} of the bound", *wrong])
+            plan = str(gpu.plan_for(sets[0]))
+            note = "; ".join([plan, f"errors of {max(errors.values()):.2f} of the bound", *wrong])
             what = f"{name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
             floor = scan_bytes(sets[0]) / bench.bandwidth
             yield Row("scan", what, ours[1].median, floor, ", ".join(against), note)
-    yield from tuned(replace(bench, end=bench.end - 12))  # with most of the time that is left
     yield from gradients(bench)
 
 
@@ -228,10 +222,17 @@ def gradients(bench: Bench) -> Iterator[Row]:
             wrong = gradient_error(gpu, gpu.tune.random_inputs(1, min(256, bench.sizes.length), *options))
             inputs = gpu.tune.random_inputs(batch, bench.sizes.length, *options)
             ways = {"ours": backward_of(inputs, lambda i: gpu.selective_scan(i)[0])}
+            against = "mamba-ssm is not there" if missing else ""
             if missing is None:
-                ways["mamba-ssm"] = backward_of(turned(inputs), in_turned_layout)
+                theirs = backward_of(turned(inputs), in_turned_layout)
+                try:
+                    theirs()
+                    ways["mamba-ssm"] = theirs
+                except RuntimeError as error:  # a build without it
+                    against = f"mamba-ssm: {str(error).splitlines()[0]}"
             timings = bench.time(ways)
-            against = "" if missing else f"mamba-ssm {faster(timings['mamba-ssm'], timings['ours'])}"
+            if "mamba-ssm" in ways:
+                against = f"mamba-ssm {faster(timings['mamba-ssm'], timings['ours'])}"
             with torch.no_grad():
                 forward = peaks(bench, {"forward alone": lambda i=inputs: gpu.selective_scan(i)})
             note = f"errors of {wrong:.2f} of the bound; {forward}; {peaks(bench, ways)}"
@@ -271,38 +272,6 @@ def in_turned_layout(i: ScanInputs) -> torch.Tensor:
     return scan(i.u, i.dt, i.A, i.B, i.C, i.D.float(), z=i.z, delta_bias=i.dt_bias.float(), delta_softplus=True)
 
 
-def both_plans(gpu: ModuleType, inputs: ScanInputs) -> dict[str, object]:
-    """The chosen plan first, then what the other design would do."""
-    chosen = gpu.plan_for(inputs)
-    chunks = gpu.chunks_for(inputs.batch * inputs.d_inner, inputs.d_state, inputs.length, gpu.gpu_of(inputs.u)[1])
-    other = {"chunks": chunks} if isinstance(chosen, gpu.Lanes) else {"lanes": gpu.Lanes()}
-    return {"ours": chosen, **other}
-
-
-def warm_up(bench: Bench, gpu: ModuleType) -> None:
-    """Compile what is timed, several kernels at once."""
-    if bench.device.type != "cuda":
-        return
-
-    def compile_one(work: tuple[int, int, int]) -> None:
-        d_inner, batch, d_state = work
-        inputs = gpu.tune.random_inputs(batch, bench.sizes.length, d_inner, d_state, bench.dtype, bench.device)
-        with torch.no_grad():
-            for plan in both_plans(gpu, inputs).values():
-                gpu.selective_scan(inputs, plan=plan)
-
-    def compile_gradients(d_state: int) -> None:
-        options = (1536, d_state, bench.dtype, bench.device)
-        backward_of(gpu.tune.random_inputs(1, 64, *options), lambda i: gpu.selective_scan(i)[0])()
-
-    works = [(d, b, n) for _, d, b in bench.sizes.works for n in bench.sizes.states if b == 1 or d < 2000]
-    with ThreadPoolExecutor(16) as pool:
-        slow = [pool.submit(compile_gradients, n) for n in bench.sizes.states[:3:2]]
-        list(pool.map(compile_one, works))
-        for job in slow:
-            job.result()
-
-
 def in_its_layout(inputs: ScanInputs) -> Callable[[], object]:
     """mamba-ssm's scan on tensors that lie as it wants them: (B, D, L), time together."""
     scan, _ = mamba_ssm_scan.kernels()
@@ -311,14 +280,15 @@ def in_its_layout(inputs: ScanInputs) -> Callable[[], object]:
     return lambda: scan(u, dt, inputs.A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, return_last_state=True)
 
 
-def tuned(bench: Bench) -> Iterator[Row]:
+def tuned(bench: Bench, thorough: bool = True) -> Iterator[Row]:
     """Every design and cut; the fastest of each work is stored for this machine, and comes again at the end."""
     gpu = triton(bench)
     if bench.device.type != "cuda":
         yield Row("tune", "nothing to time", note="no CUDA device")
         return
     found = []
-    for timed in gpu.tune.timings(bench.device, bench.end - time.monotonic() - 2, dtype=bench.dtype):
+    seconds = bench.end - time.monotonic() - 1
+    for timed in gpu.tune.timings(bench.device, seconds, dtype=bench.dtype, thorough=thorough):
         found.append(timed)
         what = f"{timed.work.d_inner} channels, N = {timed.work.states}, batch {timed.work.batch}"
         yield Row("tune", what, timed.microseconds / 1e6, note=str(timed.plan))

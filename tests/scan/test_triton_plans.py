@@ -28,26 +28,16 @@ def stored(tmp_path, monkeypatch):
     plans.choices.cache_clear()
 
 
-def test_a_batch_that_fills_the_gpu_gets_one_pass_and_little_work_time_along_the_lanes():
-    def plan(channels: int, length: int = 2048, states: int = 16) -> gpu.Plan:
-        return plans.estimated(channels, states, length, multiprocessors=132)
-
-    assert isinstance(plan(1536), gpu.Lanes)
-    assert isinstance(plan(5120, 256), gpu.Lanes)
-    full = plan(64 * 132 * 4 * 3)
-    assert isinstance(full, gpu.Chunks)
-    assert full.chunk >= 2048
-    assert isinstance(plan(1536, states=100), gpu.Chunks)  # all the states of a channel do not go through one loop
-
-
 def test_chunks_are_as_many_as_fill_the_gpu():
-    def chunks(batch: int, length: int) -> int:
-        plan = plans.chunks_for(batch * 5120, 16, length, multiprocessors=132)
+    def chunks(batch: int, length: int, states: int = 16) -> int:
+        plan = plans.estimated(batch * 5120, states, length, multiprocessors=132)
+        assert isinstance(plan, gpu.Chunks)
         assert plan.chunk % plan.tokens == 0
         return -(-length // plan.chunk)
 
-    assert chunks(1, 2048) == 20
-    assert chunks(8, 2048) == 1
+    assert chunks(1, 2048) == 27  # 80 blocks of channels, four warps for each of 528 schedulers
+    assert chunks(1, 2048, 2) == 40  # six
+    assert chunks(16, 2048) == 1
     assert chunks(1, 16) == 1
 
 

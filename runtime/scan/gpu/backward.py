@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from ssmc.runtime.scan.gpu.chunks import (
     CARRIED,
-    GROUP,
     Chunked,
     Chunks,
+    carried_together,
     last_of,
+    load_rates,
     load_readers,
     load_rows,
     load_states,
@@ -76,7 +77,7 @@ def chunk_tails_kernel(
     dy_ptr,
     dy_batch,
     dy_token,
-    rates_ptr,
+    A_ptr,
     bias_ptr,
     ends_ptr,
     sums_ptr,
@@ -104,7 +105,7 @@ def chunk_tails_kernel(
     size = channels * states
     first = part.to(tl.int64) * TOKENS
     left = length - part * TOKENS
-    rates = load_states(rates_ptr, across, channels, channels, 1, PARTS)
+    rates = load_rates(A_ptr, ends_ptr, across, here, length < 0, channels, states, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
     dts = load_rows(dt_ptr + row * dt_batch + first * dt_token, dt_token, left, d, channels, TOKENS)
     dys = load_rows(dy_ptr + row * dy_batch + first * dy_token, dy_token, left, d, channels, TOKENS)
@@ -131,7 +132,7 @@ def chunk_tails_kernel(
 def carry_back_kernel(
     ends_ptr,
     sums_ptr,
-    rates_ptr,
+    A_ptr,
     last_ptr,
     chunks,
     channels,
@@ -148,7 +149,7 @@ def carry_back_kernel(
     row = tl.program_id(1).to(tl.int64)
     size = channels * states
     here = i < size
-    rate = tl.load(rates_ptr + i, mask=here, other=0.0)
+    rate = tl.load(A_ptr + i % channels * states + i // channels, mask=here, other=0.0) * LOG2_E
     r = tl.load(last_ptr + row * size + i, mask=here, other=0.0)
     ends_ptr += row * (chunks + 1) * size + i[None, :]
     sums_ptr += row * chunks * channels + (i % channels)[None, :]
@@ -184,7 +185,7 @@ def chunk_gradients_kernel(
     dy_ptr,
     dy_batch,
     dy_token,
-    rates_ptr,
+    A_ptr,
     bias_ptr,
     skip_ptr,
     starts_ptr,
@@ -225,9 +226,9 @@ def chunk_gradients_kernel(
     left = length - part * TOKENS
     slot = row * chunks + part
     starts_ptr += slot * size
-    rates = load_states(rates_ptr, across, channels, channels, 1, PARTS)
-    h = load_states(starts_ptr, across, channels, channels, 1, PARTS)
-    r = load_states(ends_ptr + (row * (chunks + 1) + part + 1) * size, across, channels, channels, 1, PARTS)
+    rates = load_rates(A_ptr, starts_ptr, across, here, length < 0, channels, states, PARTS)
+    h = load_states(starts_ptr, across, here, channels, 1, PARTS)
+    r = load_states(ends_ptr + (row * (chunks + 1) + part + 1) * size, across, here, channels, 1, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
     skip = tl.load(skip_ptr + d, mask=here, other=0.0).to(tl.float32)
     us = load_rows(u_ptr + row * u_batch + first * u_token, u_token, left, d, channels, TOKENS)
@@ -420,14 +421,16 @@ class _Stretch:
         sums = torch.empty(2, batch, self.chunks, D, dtype=torch.float32, device=r.device)
         chunk_tails_kernel[scan.grid](
             *(*scan.sequences[3:9], *scan.sequences[12:], *self._strided(self.dy)),
-            *(scan.rates, scan.bias, ends, sums, inputs.length, self.chunks, D, N, 0),
+            *(scan.A, scan.bias, ends, sums, inputs.length, self.chunks, D, N, 0),
             **self._options("B_ALIGNED"),
         )
-        carry_back_kernel[triton.cdiv(N * D, CARRIED), batch](
-            *(ends, sums, scan.rates, r.contiguous(), self.chunks, D, N),
-            BLOCK=CARRIED,
-            GROUP=GROUP.value,
-            num_warps=1,
+        group = carried_together(self.chunks)
+        block = CARRIED // group
+        carry_back_kernel[triton.cdiv(N * D, block), batch](
+            *(ends, sums, scan.A, r.contiguous(), self.chunks, D, N),
+            BLOCK=block,
+            GROUP=group,
+            num_warps=4,
         )
         return ends, sums
 
@@ -445,7 +448,7 @@ class _Stretch:
         dz = du if found.z is None else found.z[:, where]
         chunk_gradients_kernel[scan.grid](
             *(*scan.sequences, *self._strided(self.dy)),
-            *(scan.rates, scan.bias, inputs.D.contiguous(), scan.starts, ends, du, ddt, dz, du.stride(0)),
+            *(scan.A, scan.bias, inputs.D.contiguous(), scan.starts, ends, du, ddt, dz, du.stride(0)),
             *(dB, dC, sums, inputs.length, self.chunks, inputs.d_inner, inputs.d_state, 0),
             **self._options(),
         )

@@ -22,8 +22,8 @@ from ssmc.runtime.scan.gpu.lanes import chain
 from ssmc.runtime.scan.inputs import ScanInputs
 
 WARP = 32
-GROUP = tl.constexpr(8)  # chunks whose ends `carry_kernel` loads together
-CARRIED = 64  # states of a program of it
+CARRIED = 2048  # numbers that a program of `carry_kernel` loads together
+FEW, MANY = 16, 64  # chunks they come from
 
 ENDS, OUTPUTS, STATES = (tl.constexpr(mode) for mode in range(3))  # what `chunk_kernel` writes
 
@@ -37,22 +37,24 @@ class Chunks:
         warps: of a program.
         tokens: loaded together, while as many before them are computed.
         chunk: tokens of a program, a multiple of `tokens`; at least the length: one pass.
+        registers: of a thread at most, so that more programs run side by side; 0: as many as it takes.
     """
 
     block: int = 64
     warps: int = 1
     tokens: int = 4
     chunk: int = 1 << 30
+    registers: int = 0
 
 
 @triton.jit
-def load_states(ptr, d, channels, n_step, d_step, PARTS: tl.constexpr):
-    """All states of a block of channels, a tuple of tiles (PARTS[i], BLOCK)."""
+def load_states(ptr, d, wanted, n_step, d_step, PARTS: tl.constexpr):
+    """All states of a block of channels, a tuple of tiles (PARTS[i], BLOCK); zeros unless wanted (BLOCK,)."""
     tiles = ()
     first = 0
     for i in tl.static_range(len(PARTS)):
         at = (first + tl.arange(0, PARTS[i]))[:, None] * n_step + d[None, :] * d_step
-        tiles = tiles + (tl.load(ptr + at, mask=(d < channels)[None, :], other=0.0),)
+        tiles = tiles + (tl.load(ptr + at, mask=wanted[None, :], other=0.0),)
         first += PARTS[i]
     return tiles
 
@@ -102,6 +104,21 @@ def load_readers(ptr, token, left, PARTS: tl.constexpr, ALIGNED: tl.constexpr, T
     return rows
 
 
+@triton.jit
+def load_rates(A_ptr, starts_ptr, d, here, never, channels, states, PARTS: tl.constexpr):
+    """A (D, N) of a block of channels in powers of two, as tiles of states.
+
+    The zeros of a load that never happens make the tiles lie in registers as `starts` does, a lane with all states of
+    its channels. As A lies in memory, a lane would get some states of many channels.
+    """
+    rates = load_states(A_ptr, d, here, 1, states, PARTS)
+    lie = load_states(starts_ptr, d, here & never, channels, 1, PARTS)
+    out = ()
+    for i in tl.static_range(len(PARTS)):
+        out = out + (rates[i] * LOG2_E + lie[i],)
+    return out
+
+
 @triton.jit(do_not_specialize=["length", "chunk", "chunks", "zero"])
 def chunk_kernel(
     u_ptr,
@@ -119,7 +136,7 @@ def chunk_kernel(
     C_ptr,
     C_batch,
     C_token,
-    rates_ptr,
+    A_ptr,
     bias_ptr,
     skip_ptr,
     starts_ptr,
@@ -155,13 +172,12 @@ def chunk_kernel(
     part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = d < channels
     size = channels * states
-    rates = load_states(rates_ptr, across, channels, channels, 1, PARTS)
+    rates = load_rates(A_ptr, starts_ptr, across, here, chunk < 0, channels, states, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
     slot = row * chunks + part
+    h = zero_tiles(PARTS, BLOCK)
     if STARTED:
-        h = load_states(starts_ptr + slot * size, across, channels, channels, 1, PARTS)
-    else:
-        h = zero_tiles(PARTS, BLOCK)
+        h = load_states(starts_ptr + slot * size, across, here, channels, 1, PARTS)
     total = tl.zeros((BLOCK,), tl.float32)
     first = part.to(tl.int64) * chunk
     count = tl.minimum(length - part * chunk, chunk)
@@ -241,7 +257,7 @@ def last_of(tile, COUNT: tl.constexpr):
 def carry_kernel(
     starts_ptr,
     sums_ptr,
-    rates_ptr,
+    A_ptr,
     state_ptr,
     chunks,
     channels,
@@ -260,7 +276,7 @@ def carry_kernel(
     size = channels * states
     here = i < size
     d, n = i % channels, i // channels
-    rate = tl.load(rates_ptr + i, mask=here, other=0.0)
+    rate = tl.load(A_ptr + d * states + n, mask=here, other=0.0) * LOG2_E
     if CONTINUES:
         h = tl.load(state_ptr + row * size + d * states + n, mask=here, other=0.0)
     else:
@@ -285,6 +301,11 @@ def parts_of(states: int) -> tuple[int, ...]:
     return tuple(1 << i for i in reversed(range(states.bit_length())) if states >> i & 1)
 
 
+def carried_together(chunks: int) -> int:
+    """How many chunks a program of `carry_kernel` takes at a time; two numbers, so that few kernels are compiled."""
+    return FEW if chunks <= FEW else MANY
+
+
 def aligned(tensor: torch.Tensor) -> int:
     """Bytes, a power of two up to 16, that divide the address of every row of a tensor."""
     addresses = [tensor.data_ptr(), *(step * tensor.element_size() for step in tensor.stride()[:2])]
@@ -304,8 +325,7 @@ class Chunked:
         u, dt, B, C = (rows(t) for t in (inputs.u, inputs.dt, inputs.B, inputs.C))
         z = u if inputs.z is None else rows(inputs.z)
         self.sequences = tuple(x for t in (u, dt, z, B, C) for x in (t, t.stride(0), t.stride(1)))
-        self.rates = u.new_empty(inputs.d_state, inputs.d_inner, dtype=torch.float32)  # (N, D), in powers of two
-        torch.mul(inputs.A.detach().t(), LOG2_E.value, out=self.rates)
+        self.A = inputs.A.detach().float().contiguous()
         self.bias = dt if inputs.dt_bias is None else inputs.dt_bias.float().contiguous()
         self.chunk = min(plan.chunk, triton.cdiv(max(1, inputs.length), plan.tokens) * plan.tokens)
         self.chunks = max(1, triton.cdiv(inputs.length, self.chunk))
@@ -319,6 +339,7 @@ class Chunked:
             "SOFTPLUS": inputs.dt_bias is not None,
             "num_warps": plan.warps,
             "enable_fp_fusion": True,  # Triton 3.10 will not by itself
+            **({"maxnreg": plan.registers} if plan.registers else {}),
         }
         self.starts: torch.Tensor | None = None  # (B, chunks, N, D); None: the only chunk starts from zero
         if self.chunks > 1:
@@ -340,13 +361,15 @@ class Chunked:
         blocks, _, batch = self.grid
         self.run(ENDS, (blocks, chunks - 1, batch), starts, sums)
         size = inputs.d_state * inputs.d_inner
-        carry_kernel[triton.cdiv(size, CARRIED), batch](
-            *(starts, sums, self.rates, starts if state is None else state.float().contiguous()),
+        group = carried_together(chunks - 1)
+        block = CARRIED // group
+        carry_kernel[triton.cdiv(size, block), batch](
+            *(starts, sums, self.A, starts if state is None else state.float().contiguous()),
             *(chunks, inputs.d_inner, inputs.d_state),
             CONTINUES=state is not None,
-            BLOCK=CARRIED,
-            GROUP=GROUP.value,
-            num_warps=1,
+            BLOCK=block,
+            GROUP=group,
+            num_warps=4,
         )
         return starts
 
@@ -360,11 +383,11 @@ class Chunked:
         """Launch `chunk_kernel`; `written` is what the mode writes: sums, or y and the final state, or all states."""
         inputs = self.inputs
         started = mode.value != ENDS.value and starts is not None
-        starts = self.rates if starts is None else starts
+        starts = self.A if starts is None else starts
         y, other = written[0], written[-1]
         chunk_kernel[grid](
             *self.sequences,
-            *(self.rates, self.bias, inputs.D.contiguous(), starts, other, y, other),
+            *(self.A, self.bias, inputs.D.contiguous(), starts, other, y, other),
             *(inputs.length, self.chunk, self.chunks, inputs.d_inner, inputs.d_state, 0),
             MODE=mode.value,
             **self.options,

@@ -233,7 +233,7 @@ def moments_kernel(
     C_ptr,
     C_batch,
     C_token,
-    rates_ptr,
+    A_ptr,
     bias_ptr,
     starts_ptr,
     before_ptr,
@@ -262,7 +262,7 @@ def moments_kernel(
     n = tl.arange(0, PART)
     part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     size = channels * states
-    rates = load_padded(rates_ptr, d, channels, channels, 1, states, PART)
+    rates = load_padded(A_ptr, d, channels, 1, states, states, PART) * LOG2_E
     bias = load_row(bias_ptr, d, channels, False) if SOFTPLUS else 0.0
     if STARTED:
         at = (row * tl.num_programs(1) + part) * size

@@ -50,10 +50,10 @@ def _moments(inputs: ScanInputs, state: torch.Tensor | None, longest: int) -> Mo
     squares = torch.empty(3, batch, chunks, N, D, dtype=torch.float32, device=inputs.u.device)
     grams = torch.empty(blocks, batch, inputs.length, N, N, dtype=torch.float32, device=inputs.u.device)
     final = torch.empty(batch, D, N, dtype=torch.float32, device=inputs.u.device)
-    starts = scan.rates if scan.starts is None else scan.starts
+    starts = scan.A if scan.starts is None else scan.starts
     kernels.moments_kernel[scan.grid](
         *scan.sequences,
-        *(scan.rates, scan.bias, starts, *squares, grams, final),
+        *(scan.A, scan.bias, starts, *squares, grams, final),
         *(inputs.length, scan.chunk, D, N),
         PART=max(SMALLEST_DOT, triton.next_power_of_2(N)),
         BLOCK=BLOCK,

@@ -30,8 +30,7 @@ DESIGNS: dict[str, type[Plan]] = {"lanes": Lanes, "chunks": Chunks}
 SHIPPED = Path(__file__).parent / "plans.json"
 VERSION = 1  # of the file format
 SCHEDULERS = 4  # of a multiprocessor: each runs one warp at a time
-WARPS_EACH = 3  # warps a scheduler needs to hide most of what one waits for
-SHORTEST_CHUNK = 32  # tokens
+SHORTEST_CHUNK = 16  # tokens
 SHORT = 64  # tokens: most of a tile of `lanes` would be empty
 
 
@@ -77,30 +76,24 @@ def nearest(known: Sequence[Choice], channels: int, states: int) -> Choice:
 
 
 def estimated(channels: int, states: int, length: int, multiprocessors: int) -> Plan:
-    """A plan without any measurement.
-
-    One pass over all tokens needs a warp for 32 or 64 channels; where that fills the GPU it is the least work. Below
-    that the lanes of a warp share the tokens of one channel.
-    """
-    lane = 2 if states <= 16 else 1
-    block = WARP * lane
-    if triton.cdiv(channels, block) >= multiprocessors * SCHEDULERS * WARPS_EACH or states > 64:
-        return chunks_for(channels, states, length, multiprocessors)
-    return Lanes()
+    """A plan without any measurement: chunks, which beat time along the lanes in most of what was measured."""
+    return chunks_for(channels, states, length, multiprocessors)
 
 
 def chunks_for(channels: int, states: int, length: int, multiprocessors: int) -> Chunks:
     """The cut into chunks whose programs fill a GPU of so many multiprocessors.
 
-    Blocks and tokens keep the decay rates, the states and the rows in flight in registers (docs/gpu_scan.md).
+    Blocks and tokens keep the decay rates, the states and the rows in flight in registers (docs/gpu_scan.md). A
+    scheduler needs several warps to hide what one waits for, and has room for more of them the fewer the states.
     """
     lane, tokens = (2, 4) if states <= 8 else (2, 2) if states <= 16 else (1, 2)
     if states > 32:
         tokens = 1
+    warps = 6 if states <= 4 else 5 if states <= 8 else 4
     block = WARP * lane
     programs = triton.cdiv(channels, block)
-    slots = multiprocessors * SCHEDULERS
-    count = 1 if programs >= slots else triton.cdiv(slots * WARPS_EACH, programs)
+    wanted = multiprocessors * SCHEDULERS * warps
+    count = 1 if programs >= wanted // 2 else triton.cdiv(wanted, programs)
     chunk = max(SHORTEST_CHUNK, triton.cdiv(length, count))
     return Chunks(block, 1, tokens, triton.cdiv(chunk, tokens) * tokens)
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.scan.gpu import chunks
 from ssmc.runtime.scan.gpu.chunks import Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
 from ssmc.runtime.scan.gpu.plans import Choice, Plan, gpu_of, run, stored_path, write
@@ -31,18 +32,11 @@ LENGTH = 2048
 UNCACHED = 160 << 20  # bytes of inputs that no cache holds
 COMPILING = 16  # threads; Triton compiles without Python's lock for the most part
 REPLAYS = 7
-LANES = (
-    *(Lanes(channels, warps, 16) for channels, warps in ((4, 4), (2, 2), (8, 4))),
-    *(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (2, 2), (8, 8), (8, 4), (4, 2))),
-    Lanes(4, 4, 16, wide=True),
-    Lanes(4, 4, 16, registers=128),
-    Lanes(8, 8, 16, registers=128),
-    Lanes(4, 4, 16, wide=True, registers=128),
-    Lanes(4, 4, 16, ahead=True, registers=168),
-    Lanes(8, 8, 8, wide=True),
-)
-BLOCKS = ((64, 4), (64, 2), (32, 4))  # channels and tokens of `Chunks`
-CUTS = (1, 2, 4, 8, 16, 32)  # chunks
+LANES = (Lanes(4, 4, 16), Lanes(8, 4, 16), Lanes(8, 8, 16, registers=128))
+MORE_LANES = tuple(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (8, 8), (16, 8), (16, 16)))
+CUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # chunks
+MORE_CUTS = (3, 6, 12, 24, 48, 96)
+PROGRAMS = (500, 5000)  # of `Chunks` that are worth trying
 
 
 @dataclass(frozen=True)
@@ -75,13 +69,19 @@ class Timed:
     microseconds: float
 
 
-def tune(seconds: float = 100.0, works: Sequence[Work] = WORKS, dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
+def tune(
+    seconds: float = 100.0,
+    works: Sequence[Work] = WORKS,
+    dtype: torch.dtype = torch.bfloat16,
+    thorough: bool = True,
+) -> list[Choice]:
     """Time all designs and cuts on the current GPU, store the fastest of each work, return them.
 
     Args:
         seconds: after which nothing more is timed; what was timed until then is stored.
         works: what is timed, most important first.
         dtype: of the sequences.
+        thorough: try what is rarely fastest, too.
 
     Raises:
         UsageError: there is no CUDA device.
@@ -89,7 +89,7 @@ def tune(seconds: float = 100.0, works: Sequence[Work] = WORKS, dtype: torch.dty
     if not torch.cuda.is_available():
         raise UsageError("There is no CUDA device to tune the scan for. Without one, nothing needs to be tuned.")
     device = torch.device("cuda", torch.cuda.current_device())
-    found = fastest(list(timings(device, seconds, works, dtype)))
+    found = fastest(list(timings(device, seconds, works, dtype, thorough)))
     write(stored_path(), gpu_of(torch.empty(0, device=device))[0], found)
     return found
 
@@ -105,7 +105,11 @@ def fastest(timed: Sequence[Timed]) -> list[Choice]:
 
 @torch.no_grad()
 def timings(
-    device: torch.device, seconds: float, works: Sequence[Work] = WORKS, dtype: torch.dtype = torch.bfloat16
+    device: torch.device,
+    seconds: float,
+    works: Sequence[Work] = WORKS,
+    dtype: torch.dtype = torch.bfloat16,
+    thorough: bool = True,
 ) -> Iterator[Timed]:
     """The time of every candidate for every work, as long as there are seconds left."""
     end = time.monotonic() + seconds
@@ -113,7 +117,8 @@ def timings(
     for work in works:
         if (work.d_inner, work.batch) != size:  # what the works of a size need is compiled together
             size = (work.d_inner, work.batch)
-            compile_all(device, [w for w in works if (w.d_inner, w.batch) == size], dtype, end)
+            together = [(w, p) for w in works if (w.d_inner, w.batch) == size for p in candidates(w, thorough)]
+            compile_all(device, together, dtype, end)
         if time.monotonic() > end:
             return
         first = random_inputs(work.batch, LENGTH, work.d_inner, work.states, dtype, device)
@@ -122,43 +127,46 @@ def timings(
             first,
             *(replace(first, u=first.u.clone(), dt=first.dt.clone(), z=first.z.clone()) for _ in range(count - 1)),
         ]
-        for plan in candidates(work):
+        for plan in candidates(work, thorough):
             if time.monotonic() > end:
                 return
             seconds_each = seconds_of(lambda i, p=plan: run(i, plan=p), sets)
             yield Timed(work, plan, 1e6 * seconds_each)
 
 
-def candidates(work: Work) -> list[Plan]:
+def candidates(work: Work, thorough: bool = True) -> list[Plan]:
     """The plans worth trying for a work."""
-    plans: list[Plan] = [] if work.states > 64 else [*LANES]
-    for block, tokens in BLOCKS:
+    plans: list[Plan] = [] if work.states > 64 else [*LANES, *(MORE_LANES if thorough else ())]
+    blocks = ((64, 2), (64, 4)) if work.states > 4 else ((64, 4), (128, 4))  # channels and tokens
+    for block, tokens in (*blocks, (32, 4)):
         programs = work.batch * triton.cdiv(work.d_inner, block)
-        for cut in CUTS:
-            if 128 <= programs * cut <= 8192:
+        for cut in sorted((*CUTS, *MORE_CUTS) if thorough else CUTS):
+            if PROGRAMS[0] <= programs * cut <= PROGRAMS[1] and (thorough or block > 32 or cut == 1):
                 plans.append(Chunks(block, 1, tokens, triton.cdiv(LENGTH, cut * tokens) * tokens))
     return plans
 
 
-def compile_all(device: torch.device, works: Sequence[Work], dtype: torch.dtype, end: float) -> None:
-    """Compile what the candidates need, several at once, by running short scans."""
+def compile_all(device: torch.device, pairs: Sequence[tuple[Work, Plan]], dtype: torch.dtype, end: float) -> None:
+    """Compile what the plans need, several kernels at once, by running short scans."""
     jobs = {}
-    for work in works:
-        for plan in candidates(work):
-            key = (replace(plan, chunk=0), plan.chunk < LENGTH, work.states) if isinstance(plan, Chunks) else (plan,)
-            jobs.setdefault((work.d_inner % 16 == 0, *key), (work, plan))
+    for work, plan in pairs:
+        if isinstance(plan, Chunks):  # one pass or two, and what adds up few chunks or many
+            count = triton.cdiv(LENGTH, plan.chunk)
+            cut = min(1, count - 1) + (count - 1 > chunks.FEW)
+            jobs.setdefault((replace(plan, chunk=0), cut, work.states), (work, plan, (512, 256, 16)[cut]))
+        else:
+            jobs.setdefault(plan, (work, plan, 0))
 
-    def job(work: Work, plan: Plan) -> None:
+    def job(work: Work, plan: Plan, chunk: int) -> None:
         if time.monotonic() > end:
             return
-        cut = isinstance(plan, Chunks) and plan.chunk < LENGTH
         length = 512
-        plan = replace(plan, chunk=256) if cut else plan
+        plan = replace(plan, chunk=chunk) if chunk else plan
         with torch.no_grad(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
             run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan=plan)
 
     with ThreadPoolExecutor(COMPILING) as pool:
-        list(pool.map(lambda pair: job(*pair), jobs.values()))
+        list(pool.map(lambda each: job(*each), jobs.values()))
     torch.cuda.synchronize(device)
 
 
