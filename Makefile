@@ -19,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FEW := --nsamples 16 --seqlen 512 --force
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check types format docs clean
+.PHONY: help demo test quick check types format docs consumers clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,7 +61,10 @@ format: $(READY) ## Format the code and mend what can be mended mechanically
 docs: $(READY) ## Build the documentation in build/site; open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-clean: ## Remove what the other targets made, except .venv
+consumers: $(READY) ## Let other people's software run exports, in environments of its own in .consumers
+	$(TEST_ENV) $(BIN)/python -m consumers.run
+
+clean: ## Remove what the other targets made, except .venv and .consumers
 	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 

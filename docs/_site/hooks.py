@@ -199,6 +199,13 @@ def runtimes() -> str:
     return "\n\n".join(parts)
 
 
+def consumers() -> str:
+    """What other people's software made of our exports, when it was last asked."""
+    from consumers.results import markdown, read_rows
+
+    return markdown(read_rows())
+
+
 def exit_codes() -> str:
     """The error classes with their exit codes."""
     from ssmc.runtime import errors
@@ -214,5 +221,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "refusals": refusals,
     "runtimes": runtimes,
+    "consumers": consumers,
     "exit-codes": exit_codes,
 }

@@ -1,0 +1,122 @@
+"""The models that the consumers are given: dense and pruned, of every family, in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ssmc.compressor import compress
+from ssmc.exporters import export
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.stock_kernels import guard_kernels
+from ssmc.runtime.models.tokenizers import load_tokenizer
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import heldout_path
+from tests.support.families import FAMILIES, TINY_VOCAB, with_tokenizer
+
+LENGTH = 48  # tokens that a consumer reads
+TRAINED = ("tiny", "tiny-mamba2", "tiny-hybrid")
+DENSE = "dense"
+SMALL = {"nsamples": 8, "seqlen": 256}  # of the calibration: what is right does not depend on it
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A way to prune.
+
+    Attributes:
+        name: for people.
+        pattern: of `compress`.
+        sparsity: of each part of it.
+        families: it is tried on; none: all.
+    """
+
+    name: str
+    pattern: str
+    sparsity: float | Mapping[str, float]
+    families: tuple[str, ...] = ()
+
+
+CUTS = {
+    "tiny": (
+        Cut("8 of 16 states", "column", 0.5),
+        Cut("4 of 16 states", "column", 0.75),
+        Cut("8 states, 3/4 of the channels", "column+channel", {"column": 0.5, "channel": 0.25}),
+    ),
+    "tiny-mamba2": (
+        Cut("32 of 64 states", "column", 0.5),
+        Cut("half of the heads", "channel", 0.5),
+    ),
+    "tiny-hybrid": (Cut("half of the states", "column", 0.5), Cut("half of the heads", "channel", 0.5)),
+}
+RANDOM_CUTS = (Cut("half of the states", "column", 0.5),)
+
+
+def models(folder: Path) -> dict[str, str]:
+    """Every model by name, and what it is loaded from; the random ones are written into a folder."""
+    found = {name: name for name in TRAINED}
+    for family, make in FAMILIES.items():
+        directory = folder / family / "model"
+        if not directory.is_dir():
+            make(vocab_size=TINY_VOCAB).save_pretrained(directory)
+            with_tokenizer(directory)
+        found[f"{family}, random"] = str(directory)
+    return found
+
+
+def prune(name: str, source: str, folder: Path) -> Iterator[tuple[str, str | Path]]:
+    """The dense model and the pruned ones: what was done, and what holds the masked model.
+
+    Args:
+        name: of the model.
+        source: it is loaded from.
+        folder: to write to, one for each cut.
+    """
+    yield DENSE, source
+    own = {} if name in TRAINED else {"calib": Path(source).parent / "text.jsonl", "nsamples": 4, "seqlen": 48}
+    for number, cut in enumerate(CUTS.get(name, RANDOM_CUTS)):
+        out = folder / str(number)
+        if not out.is_dir():
+            compress(source, out=out, pattern=cut.pattern, sparsity=cut.sparsity, **(SMALL | own))
+        yield cut.name, out
+
+
+def exported(masked: str | Path, cut: str, format: str, options: Mapping[str, Any], dense: bool, folder: Path) -> Path:
+    """The folder of an export, made unless it is there; of a dense model that is read as it is, its own.
+
+    Args:
+        masked: an artefact, or a dense model.
+        cut: what was done to it.
+        format: of the export.
+        options: of the format.
+        dense: whether a dense model is read as it is.
+        folder: to write to.
+
+    Raises:
+        SsmcError: the model does not go into this format.
+    """
+    if cut == DENSE and dense:
+        return find_directory(str(masked))
+    out = folder / "-".join([format, *options.values()])
+    if not out.is_dir():
+        export(masked, format=format, out=out, **options)
+    return out
+
+
+def read_tokens(source: str) -> list[int]:
+    """The text that a model is asked about: the beginning of the held-out stories."""
+    checkpoint = load_checkpoint(source)
+    return tokenize(read_texts(heldout_path()), load_tokenizer(checkpoint))[:LENGTH].tolist()
+
+
+@torch.inference_mode()
+def reference(masked: str | Path, tokens: list[int]) -> torch.Tensor:
+    """(L, V) logits of L tokens by stock transformers, without anything of ours."""
+    model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
+    return guard_kernels(model).eval()(torch.tensor([tokens])).logits[0]

@@ -1,0 +1,135 @@
+"""`make consumers`: other people's software loads and runs what ssmc exports, and gives the masked model's logits.
+
+    python -m consumers.run
+    python -m consumers.run --consumer mlx-lm --consumer openvino --model tiny --keep
+
+Every consumer has an environment of its own in .consumers and runs in a process of its own. What it computes, for whole
+prompts and token by token, is compared with stock transformers on the masked model. The result goes to
+benchmarks/results/consumers.json, of which the documentation makes its table; rows that were not run again stay.
+What fails is a row with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from consumers.artefacts import exported, models, prune, read_tokens, reference
+from consumers.asking import Consumer, ConsumerError
+from consumers.environments import KINDS, ROOT, Kind, python_of
+from consumers.results import (
+    DIFFERS,
+    FAILED,
+    RAN,
+    REFUSED,
+    RESULTS,
+    TOLERANCE,
+    Row,
+    markdown,
+    merged,
+    read_rows,
+    write_rows,
+)
+from ssmc.runtime.errors import SsmcError
+
+FOLDER = ROOT / "build" / "consumers"
+LENGTHS, FIRST = (1, 3, 16, 48), 16
+
+
+def differences(found: Sequence[torch.Tensor], wanted: torch.Tensor, values: str) -> tuple[float, float]:
+    """Largest difference over whole prompts and token by token.
+
+    Args:
+        found: behind every prompt of LENGTHS (len(LENGTHS), V), and behind every token after the first FIRST.
+        wanted: (L, V) logits.
+        values: "logits", or "log probabilities" that `found` holds.
+    """
+    if values != "logits":
+        wanted = wanted.double().log_softmax(-1)
+    whole, stepped = found
+    pairs = (whole, wanted[[length - 1 for length in LENGTHS]]), (stepped, wanted[FIRST:])
+    return tuple(float((got[:, : right.shape[-1]].double() - right).abs().max()) for got, right in pairs)
+
+
+def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wanted: torch.Tensor) -> Row:
+    """Have a consumer run an export."""
+    try:
+        with Consumer(python, kind.script, export) as consumer:
+            row = replace(row, version=consumer.versions[kind.package], values=consumer.values)
+            found = [torch.from_numpy(values) for values in consumer.logits(tokens, LENGTHS, FIRST)]
+            whole, stepped = differences(found, wanted, consumer.values)
+    except ConsumerError as error:
+        return replace(row, outcome=FAILED, reason=str(error))
+    row = replace(row, whole=whole, stepped=stepped)
+    if max(whole, stepped) <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+        return row
+    return replace(row, outcome=DIFFERS, reason=f"whole prompts {whole:.1e}, token by token {stepped:.1e}")
+
+
+def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Path | ConsumerError]) -> Iterator[Row]:
+    """Every cut of a model in every consumer."""
+    folder = FOLDER / name.split(",")[0]
+    tokens = read_tokens(source)
+    for cut, masked in prune(name, source, folder):
+        wanted = reference(masked, tokens)
+        for kind in kinds:
+            row = Row(kind.title, kind.page, name, cut, kind.format, RAN, date.today().isoformat())
+            python = pythons[kind.name]
+            if isinstance(python, ConsumerError):
+                yield replace(row, outcome=FAILED, reason=str(python))
+                continue
+            try:
+                place = folder / "exports" / cut.replace(" ", "-").replace("/", "-").replace(",", "")
+                export = exported(masked, cut, kind.format, dict(kind.options), kind.dense, place)
+            except SsmcError as error:
+                yield replace(row, outcome=REFUSED, reason=str(error))
+                continue
+            yield ask(row, kind, python, export, tokens, wanted)
+
+
+def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:
+    """The interpreter of every consumer, or why there is none."""
+    found: dict[str, Path | ConsumerError] = {}
+    for kind in kinds:
+        print(f"environment of {kind.title}", flush=True)
+        try:
+            found[kind.name] = python_of(kind.name)
+        except ConsumerError as error:
+            found[kind.name] = error
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 1 if a consumer computes something else than the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--consumer", action="append", choices=[kind.name for kind in KINDS], help="all unless given")
+    parser.add_argument("--model", action="append", help="tiny, tiny-mamba2, jamba ...; all unless given")
+    parser.add_argument("--keep", action="store_true", help="take exports of an earlier run as they are")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    logging.set_verbosity_error()  # transformers recommends CUDA kernels
+    kinds = [kind for kind in KINDS if not args.consumer or kind.name in args.consumer]
+    if not args.keep:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    pythons, rows = environments(kinds), []
+    for name, source in models(FOLDER).items():
+        if args.model and name.split(",")[0] not in args.model:
+            continue
+        for row in rows_of(name, source, kinds, pythons):
+            said = row.reason or f"whole prompts {row.whole:.1e}, token by token {row.stepped:.1e}"
+            print(f"{row.consumer}: {row.model}, {row.cut}: {row.outcome}: {said}", flush=True)
+            rows.append(row)
+        write_rows(merged(read_rows(args.json), rows), args.json)
+    print("\n" + markdown(merged(read_rows(args.json), rows)))
+    return int(any(row.outcome == DIFFERS for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
