@@ -9,7 +9,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "consumers.json"
 TOLERANCE = 1e-4
-"""Largest difference of a logit or log probability, relative to the largest logit where that is above 1."""
+"""Largest difference of a logit or log probability."""
 
 RAN, DIFFERS, FAILED, REFUSED = "ran", "differs", "failed", "no export"
 BY_HAND = (

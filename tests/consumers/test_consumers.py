@@ -1,0 +1,94 @@
+"""`make consumers`: a consumer is asked in a process of its own, what it computes is judged, and rows become tables.
+
+Here the consumer is the onnxruntime of this environment, and the export a graph whose recurrence is written in numpy.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from consumers.asking import Consumer, ConsumerError
+from consumers.environments import KINDS, REQUIREMENTS
+from consumers.results import DIFFERS, FAILED, RAN, REFUSED, Row, markdown, merged, read_rows, write_rows
+from consumers.run import FIRST, LENGTHS, differences
+from tests.support.graphs import V, naive_logits, save
+
+PYTHON = Path(sys.executable)
+SCRIPT = "ask_onnxruntime.py"
+
+
+def row(**changes):
+    content = {"consumer": "software", "page": "vllm", "model": "tiny", "cut": "dense", "format": "onnx"}
+    content |= {"outcome": RAN, "date": "2026-11-01", "version": "1.2", "whole": 1e-6, "stepped": 3e-6}
+    return Row(**(content | changes))
+
+
+def test_a_consumer_tells_whole_prompts_and_single_tokens(tmp_path):
+    save(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, V, (1, 12))
+    wanted = naive_logits(tokens)[0]
+    with Consumer(PYTHON, SCRIPT, tmp_path) as consumer:
+        whole, stepped = consumer.logits(tokens[0].tolist(), (1, 5, 12), 7)
+        times = consumer.time(tokens[0].tolist(), 4)
+        assert consumer.values == "logits"
+        assert consumer.versions["onnxruntime"]
+    np.testing.assert_allclose(whole, wanted[[0, 4, 11]], atol=1e-5)
+    np.testing.assert_allclose(stepped, wanted[7:], atol=1e-5)
+    assert min(times["prefill"], times["decode"]) > 0
+
+
+def test_what_does_not_load_is_an_error_with_its_reason(tmp_path):
+    with pytest.raises(ConsumerError, match=r"model\.onnx"):
+        Consumer(PYTHON, SCRIPT, tmp_path)
+
+
+def test_a_consumer_that_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(ConsumerError, match=r"no answer within 0\.01 s"):
+        Consumer(PYTHON, SCRIPT, tmp_path, limit=0.01)
+
+
+def test_differences_are_of_the_right_tokens_and_kind():
+    wanted = torch.randn(LENGTHS[-1], V, generator=torch.Generator().manual_seed(0))
+    whole, stepped = wanted[[n - 1 for n in LENGTHS]].clone(), wanted[FIRST:].clone()
+    assert differences((whole, stepped), wanted, "logits") == (0, 0)
+    whole[1, 3] += 0.5
+    stepped[2, 1] -= 0.25
+    assert differences((whole, stepped), wanted, "logits") == pytest.approx((0.5, 0.25), abs=1e-6)
+    logs = wanted.log_softmax(-1)
+    found = logs[[n - 1 for n in LENGTHS]], logs[FIRST:]
+    assert max(differences(found, wanted, "log probabilities")) < 1e-5
+    assert min(differences(found, wanted, "logits")) > 1
+
+
+def test_rows_that_were_run_again_replace_the_old_ones(tmp_path):
+    path = tmp_path / "rows.json"
+    old, other = row(date="2026-01-01"), row(model="jamba")
+    write_rows([old, other], path)
+    new = row(date="2026-02-02")
+    assert merged(read_rows(path), [new]) == [new, other]
+
+
+def test_the_table_says_what_ran_when_and_why_not():
+    rows = [row(), row(model="jamba", outcome=REFUSED, reason="no graph", whole=None, stepped=None)]
+    rows.append(row(consumer="another", outcome=FAILED, reason="no kernel", whole=None, stepped=None, version=""))
+    rows.append(row(model="zamba2", outcome=DIFFERS, whole=0.3, stepped=0.2, reason="whole prompts 3e-01"))
+    text = markdown(rows)
+    assert "| [software](vllm.md) | 1.2 | ran, 2026-11-01 | 1 of 3 | 3.0e-06 |" in text
+    assert "| [another](vllm.md) |  | did not run, 2026-11-01 | 0 of 1 |  |" in text
+    assert "| tiny | dense | 3e-06 | no |" in text
+    assert "| zamba2 | dense | **differs**, 3e-01 |  |" in text
+    assert "| software | jamba (dense) | no graph |" in text
+    assert "by source" in text
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_consumer_has_exact_versions_a_script_and_a_page(kind):
+    root = REQUIREMENTS.parents[1]
+    lines = (REQUIREMENTS / f"{kind.name}.txt").read_text(encoding="utf-8").splitlines()
+    assert all("==" in line for line in lines if not line.startswith("#"))
+    assert any(line.startswith(f"{kind.package}==") for line in lines)
+    assert (root / "consumers" / "ask" / kind.script).is_file()
+    assert (root / "docs" / "deploy" / f"{kind.page}.md").is_file()
