@@ -5,6 +5,8 @@ from __future__ import annotations
 from ssmc.compressor.methods.method import Outcome
 from ssmc.runtime.models.checkpoints import EMBEDDED
 
+FEW_TOKENS = 32  # different ones, in all calibration samples; a paragraph of prose has more
+
 
 def notes_for(outcome: Outcome) -> list[str]:
     """Sentences about a run that is over."""
@@ -16,6 +18,11 @@ def notes_for(outcome: Outcome) -> list[str]:
         notes.append(
             "Calibrated on the embedded sample of simple stories. For a model of real text give text like what it "
             "will read: --calib wikitext2 or a file."
+        )
+    if calibration and (different := len(calibration.tokens.unique())) < FEW_TOKENS:
+        notes.append(
+            f"The calibration text has only {different} different tokens: what it cannot determine stays near what it "
+            "was. Give more text, of more kinds, with --calib."
         )
     for step in outcome.plan.steps:
         notes += step.notes(outcome)

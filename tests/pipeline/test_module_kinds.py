@@ -10,7 +10,6 @@ from torch import nn
 
 import ssmc
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
-from tests.pipeline.test_module import mixers_of, outputs, silence
 from tests.support.layouts import (
     INNER,
     RANK,
@@ -24,6 +23,7 @@ from tests.support.layouts import (
     randomised,
     series,
 )
+from tests.support.modules import mixers_of, outputs, silence
 
 
 @dataclass(frozen=True)
