@@ -41,7 +41,7 @@ def distill(
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the draw of sequences and of their order.", rich_help_panel=CALIBRATION)
     ] = 0,
-    tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", CALIBRATION)] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("the model's own", CALIBRATION)] = None,
     device: Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=CALIBRATION)] = "auto",
     out: Annotated[
         Path | None,

@@ -100,7 +100,7 @@ def evaluate(
     text: Annotated[str | None, heldout_option("wikitext2, its test split")] = None,
     window: Window = 2048,
     max_windows: MaxWindows = 0,
-    tokenizer: Annotated[str | None, tokenizer_option("the one beside the first model", MODELS)] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("that of the first model", MODELS)] = None,
     batch_size: Annotated[
         int, typer.Option(help="Sequences of a task that run at once; no score depends on it.", rich_help_panel=SPEED)
     ] = 8,

@@ -92,7 +92,7 @@ def generate(
             rich_help_panel=CHOICE,
         ),
     ] = None,
-    tokenizer: Annotated[str | None, tokenizer_option("the one beside the model", GENERAL)] = None,
+    tokenizer: Annotated[str | None, tokenizer_option("the model's own", GENERAL)] = None,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
     backend: Annotated[
@@ -117,7 +117,7 @@ def generate(
     terminal = context.ensure_object(Terminal)
     text = _prompt(prompt, prompt_file)
     if greedy and (temperature, top_k, top_p) != (None, None, None):
-        raise UsageError("--greedy takes the likeliest token: leave out --temperature, --top-k and --top-p, or it.")
+        raise UsageError("--greedy takes the most probable token: leave out --temperature, --top-k and --top-p, or it.")
     model = at_revision(model, revision)
     check_models([model])
     import torch

@@ -66,7 +66,7 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
     blocks, layers = architecture.blocks(masked.model), manifest.layers
     if layers and len(layers) != len(blocks):
         raise CheckpointError(
-            f"The manifest in {where} speaks of {len(layers)} layers, its model has {len(blocks)}. Compress again."
+            f"The manifest in {where} has {len(layers)} layers, its model has {len(blocks)}. Compress again."
         )
     changed = "its weights were changed after compressing. Compress again."
     removed = {removal.layer for removal in manifest.removed}

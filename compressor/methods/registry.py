@@ -110,6 +110,6 @@ def load_entry_points() -> list[str]:
             entry.load()
         except Exception as error:  # whatever another package's module raises
             problems.append(
-                f"The methods of {entry.value} cannot be used ({type(error).__name__}: {error}). Mend or uninstall it."
+                f"The methods of {entry.value} cannot be used ({type(error).__name__}: {error}). Correct or remove it."
             )
     return problems

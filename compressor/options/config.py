@@ -197,7 +197,7 @@ class CompressConfig(BaseModel):
     ] = None
     tokenizer: Annotated[
         str | None,
-        Flag("Folder or hub id of the tokenizer.", CALIBRATION, metavar="SRC", default_text="the one beside the model"),
+        Flag("Folder or hub id of the tokenizer.", CALIBRATION, metavar="SRC", default_text="the model's own"),
     ] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("Device to compute on.", CALIBRATION)] = "auto"
 

@@ -76,15 +76,15 @@ def _row(path: Path, number: int, line: str, adapt: Callable[[dict[str, Any]], d
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Mend the line.") from error
+        raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Correct the line.") from error
     if not isinstance(row, dict) or not row:
-        raise CalibrationError(f"{path}, line {number}, is not a JSON object with fields. Mend the line.")
+        raise CalibrationError(f"{path}, line {number}, is not a JSON object with fields. Correct the line.")
     try:
         return row if adapt is None else adapt(row)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CalibrationError(
             f'{path}, line {number}, has "choices" as a list but no "label" that is the number of one of them. '
-            "Mend the line."
+            "Correct the line."
         ) from error
 
 

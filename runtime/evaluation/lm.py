@@ -129,7 +129,7 @@ class RecurrentLM(TemplateLM):
             if not tokens:
                 raise CalibrationError(
                     f"A document of the tasks asks for the probability of a text without tokens ({continuation!r}). "
-                    "Mend the document or leave the task out."
+                    "Correct the document or leave the task out."
                 )
         sequences = [(context + target)[-(self.max_length + 1) :] for _, context, target in requests]
         order = sorted(range(len(requests)), key=lambda i: -len(sequences[i]))  # the longest first, so memory shows now

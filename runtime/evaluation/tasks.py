@@ -191,7 +191,7 @@ def _check_documents(name: str, task: Any, documents: LocalDocuments, limit: int
             # a task may drop documents; then lines cannot be told any more
             where = f", line {documents.lines[index]}," if len(found) == len(documents.lines) else ""
             raise CalibrationError(
-                f"{documents.path}{where} does not fit lm-eval's task {name} ({_reason(error)}). Mend the document."
+                f"{documents.path}{where} does not fit lm-eval's task {name} ({_reason(error)}). Correct the document."
             ) from error
 
 

@@ -84,10 +84,10 @@ def text_of(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CalibrationError(f"{where} is not JSON: {getattr(error, 'msg', error)}. Mend the line.") from error
+        raise CalibrationError(f"{where} is not JSON: {getattr(error, 'msg', error)}. Correct the line.") from error
     except RecursionError as error:
         raise CalibrationError(
-            f"{where} is not JSON that can be read: it is nested too deeply. Mend the line."
+            f"{where} is not JSON that can be read: it is nested too deeply. Correct the line."
         ) from error
     return _field(row, where)
 
@@ -103,7 +103,7 @@ def _whole_json(text: str, path: Path) -> Iterator[str]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path} is not JSON: {getattr(error, 'msg', error)}. Mend it.") from error
+        raise CalibrationError(f"{path} is not JSON: {getattr(error, 'msg', error)}. Correct it.") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield _field(row, f"{path}, entry {number},")
 

@@ -50,9 +50,9 @@ def make_config(model_type: str, values: Mapping[str, Any], path: Path) -> Pretr
     """
     layers = values.get(LAYERS)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise CheckpointError(f"{path} speaks of {layers} layers, which makes no sense. Mend it.")
+        raise CheckpointError(f"{path} has {layers} layers, which makes no sense. Correct it.")
     try:
         return CONFIG_MAPPING[model_type](**values)
     except Exception as error:  # the strict dataclasses, torch and transformers each raise their own
         reason = " ".join(str(error).split()).rstrip(".")
-        raise CheckpointError(f"{path} has a value that makes no sense ({reason}). Mend it.") from error
+        raise CheckpointError(f"{path} has a value that makes no sense ({reason}). Correct it.") from error

@@ -76,7 +76,9 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     ssm_cfg = raw.get("ssm_cfg") or {}
     d_model, expand = raw["d_model"], ssm_cfg.get("expand", _DEFAULT_EXPAND)
     if not all(isinstance(value, int | float) and value > 0 for value in (d_model, expand)):
-        raise CheckpointError(f"{path} has d_model {d_model!r} and expand {expand!r}, not positive numbers. Mend it.")
+        raise CheckpointError(
+            f"{path} has d_model {d_model!r} and expand {expand!r}, not positive numbers. Correct it."
+        )
     family = _kinds()[ssm_cfg.get("layer", _DEFAULT_LAYER)]
     kind = family.capabilities.mamba_ssm
     assert kind is not None  # `_kinds` has those with one
@@ -193,7 +195,7 @@ def _widths(kind: MambaSsmLayer, d_inner: int, values: Mapping[str, Any], path: 
         return {"intermediate_size": d_inner}
     head_dim = values["head_dim"]
     if not isinstance(head_dim, int) or head_dim < 1 or d_inner % head_dim:
-        raise CheckpointError(f"{path} has headdim {head_dim!r}, which does not divide d_inner {d_inner}. Mend it.")
+        raise CheckpointError(f"{path} has headdim {head_dim!r}, which does not divide d_inner {d_inner}. Correct it.")
     # what MambaConfig has by default; Mamba2Config's defaults point into other vocabularies
     return {"num_heads": d_inner // head_dim, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -235,7 +237,7 @@ def _padded(raw: Mapping[str, Any], path: Path) -> int:
     size, multiple = raw["vocab_size"], raw.get("pad_vocab_size_multiple", _DEFAULT_MULTIPLE)
     if not all(isinstance(value, int) and value > 0 for value in (size, multiple)):
         raise CheckpointError(
-            f"{path} has vocab_size {size!r} and pad_vocab_size_multiple {multiple!r}, not positive numbers. Mend it."
+            f"{path} has vocab_size {size!r} and pad_vocab_size_multiple {multiple!r}, not positive numbers. Correct it."
         )
     return -(-size // multiple) * multiple
 
@@ -247,14 +249,14 @@ def _refuse_other_models(raw: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} does not say {', '.join(missing)}. Copy the model's own config.json.")
     ssm_cfg = raw.get("ssm_cfg") or {}
     if not isinstance(ssm_cfg, dict):
-        raise CheckpointError(f"{path} has the ssm_cfg {ssm_cfg!r}, which is not an object. Mend it.")
+        raise CheckpointError(f"{path} has the ssm_cfg {ssm_cfg!r}, which is not an object. Correct it.")
     layer, kinds = ssm_cfg.get("layer", _DEFAULT_LAYER), _kinds()
     if layer not in kinds:
         known = " and ".join(kinds)
         raise CheckpointError(f"{path} describes layers of the kind {layer}; ssmc knows {known} of mamba_ssm so far.")
     kind = kinds[layer].capabilities.mamba_ssm
     if unknown := ssm_cfg.keys() - kind.fields.keys() - kind.fixed.keys() - set(kind.ignored):
-        raise CheckpointError(f"{path} has ssm_cfg keys that {layer} does not know: {some_of(unknown)}. Mend it.")
+        raise CheckpointError(f"{path} has ssm_cfg keys that {layer} does not know: {some_of(unknown)}. Correct it.")
     for key, expressible in kind.fixed.items():
         if ssm_cfg.get(key, expressible[0]) not in expressible:
             raise CheckpointError(

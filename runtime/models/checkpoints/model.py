@@ -129,10 +129,12 @@ def check_sizes(config: PretrainedConfig, where: str) -> None:
     try:
         sizes = architecture_for(config.model_type, where).dimensions(config).as_dict()
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} has a size in its config.json that is no number ({error}). Mend it.") from error
+        raise CheckpointError(
+            f"{where} has a size in its config.json that is no number ({error}). Correct it."
+        ) from error
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise CheckpointError(f"{where} has {name} {size!r} in its config.json, not a positive number. Mend it.")
+            raise CheckpointError(f"{where} has {name} {size!r} in its config.json, not a positive number. Correct it.")
 
 
 def _empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
@@ -142,7 +144,7 @@ def _empty_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
             return guard_kernels(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config))
     except Exception as error:  # transformers looks some values up only now, and raises whatever comes
         raise CheckpointError(
-            f"{where} has a value in its config.json that transformers cannot use ({error}). Mend it."
+            f"{where} has a value in its config.json that transformers cannot use ({error}). Correct it."
         ) from error
 
 
@@ -179,7 +181,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size, where: str
     # NaN wins in both; unlike isfinite this makes no temporary of the tensor's size
     if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(
-            f"{where} has NaN or infinity in {name}, so no result of it means anything. Copy it again or mend "
+            f"{where} has NaN or infinity in {name}, so no result of it means anything. Copy it again or correct "
             "the model."
         )
 

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
     except json.JSONDecodeError as error:
         raise CheckpointError(
-            f"{path} is not JSON (line {error.lineno}: {error.msg}). Mend it or copy it again."
+            f"{path} is not JSON (line {error.lineno}: {error.msg}). Correct it or copy it again."
         ) from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON text. Copy it again.") from error
