@@ -237,7 +237,7 @@ def _padded(raw: Mapping[str, Any], path: Path) -> int:
     size, multiple = raw["vocab_size"], raw.get("pad_vocab_size_multiple", _DEFAULT_MULTIPLE)
     if not all(isinstance(value, int) and value > 0 for value in (size, multiple)):
         raise CheckpointError(
-            f"{path} has vocab_size {size!r} and pad_vocab_size_multiple {multiple!r}, not positive numbers. Correct it."
+            f"{path} has vocab_size {size!r} and pad_vocab_size_multiple {multiple!r}, not positive. Correct them."
         )
     return -(-size // multiple) * multiple
 
