@@ -10,9 +10,10 @@ import torch
 
 from ssmc.compressor.calibration.placement import ahead, device_of
 from ssmc.compressor.methods.method import Job
-from ssmc.compressor.methods.states.statistics import STRETCH, Chunk, Statistic
+from ssmc.compressor.methods.states.statistics import Chunk, Statistic
 from ssmc.runtime.progress import NO_PROGRESS
 from ssmc.runtime.scan import accelerator, scan_states
+from ssmc.runtime.scan.moments import STRETCH
 
 PROJECTED = {"cpu": 512, "cuda": 8192}  # tokens that pass in_proj together: enough to keep the matrix product busy
 SUMMED = 8192  # tokens together where a GPU sums over the states without keeping them

@@ -19,9 +19,6 @@ from ssmc.compressor.methods.weights.second_moments import StateMoment
 from ssmc.compressor.options.config import Weighting
 from ssmc.runtime.scan import Moments, ScanInputs, SsdMoments, quartic_moment, sum_of_squares
 
-STRETCH = 64  # time steps whose hidden states exist at once
-
-
 Sum = Any
 """A tensor that sums something up; 0.0 before anything was added."""
 

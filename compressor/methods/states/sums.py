@@ -11,7 +11,6 @@ from ssmc.compressor.methods.states.c_rows import ReadoutGrams, stretches_apart
 from ssmc.compressor.methods.states.contributions import Contributions
 from ssmc.compressor.methods.states.ranking import by_head, lowest
 from ssmc.compressor.methods.states.statistics import (
-    STRETCH,
     NormalMatrix,
     SquaredReadout,
     SquaredStates,
@@ -25,6 +24,7 @@ from ssmc.compressor.methods.weights.masks import nm_mask, pruned_count
 from ssmc.compressor.methods.weights.second_moments import StateMoment
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import COLUMN
+from ssmc.runtime.scan.moments import STRETCH
 
 
 @dataclass(frozen=True)
