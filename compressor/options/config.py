@@ -103,6 +103,13 @@ class CompressConfig(BaseModel):
         ),
     ] = None
     weighting: Annotated[Weighting, Flag("Weight of the time steps in `--score sparsessm`.")] = Weighting.power
+    pruned_entry: Annotated[
+        Literal["zero", "forget"],
+        Flag(
+            "What a pruned entry of A_log is stored as. `zero`: 0, that is A = -1, a state like others. `forget`: 12, "
+            "so that exp(dt A) is 0 and the state has no memory, which is what the paper evaluates.",
+        ),
+    ] = "zero"
     ffn_score: Annotated[
         str,
         Flag(

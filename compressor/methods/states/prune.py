@@ -20,6 +20,11 @@ from ssmc.compressor.methods.states.sums import STATISTICS, Request
 from ssmc.compressor.options.patterns import COLUMN
 from ssmc.runtime.models.architectures.interface import HeadReaders
 
+# A_log of a state without memory. A = -e^12 = -162755: exp(dt A) is 0 in float32 from dt = 6e-4 on and below 1e-7 from
+# dt = 1e-4 on; with shorter steps next to nothing is written into the state either. A larger number would cost the sums
+# of dt A, of whose differences chunked scans of Mamba-2 make decays, their precision. Half precision holds it exactly.
+FORGET = 12.0
+
 
 @dataclass(frozen=True)
 class StatesRecord(Record):
@@ -44,11 +49,11 @@ class EntriesRecord(Record):
 
     name = "entries"
 
-    zeros: float  # part of A_log that is 0 now
+    pruned: float  # part of A_log that was pruned: is 0 now, or FORGET
 
     def as_manifest(self) -> dict[str, Any]:
-        """The part of A_log that is 0."""
-        return {"a_log_zeros": self.zeros}
+        """The part of A_log that was pruned, under the name it had when that meant 0."""
+        return {"a_log_zeros": self.pruned}
 
 
 def prune_states(job: Job) -> None:
@@ -89,7 +94,7 @@ def _lose(job: Job, number: int, group: ScoredGroup, chosen: list[int]) -> Loss:
 
 
 def prune_entries(job: Job) -> None:
-    """Set entries of A_log to 0, in a Mamba-2 those of whole heads."""
+    """Set entries of A_log to 0 or to `FORGET`, in a Mamba-2 those of whole heads."""
     config, A_log = job.config, job.mixer.A_log
     part, keep = config.pattern, job.plan.keep.states[job.index]
     groups = [scored_group(job, number, part, keep) for number in range(len(_group_sizes(job)))]
@@ -98,7 +103,10 @@ def prune_entries(job: Job) -> None:
         A_log.copy_(prune_heads(judge, groups, A_log, sparsity))
     else:
         A_log.copy_(judge.pruned_entries(groups[0], sparsity))
-    job.note(EntriesRecord(float((A_log == 0).sum()) / A_log.numel()))
+    pruned = A_log == 0
+    if config.pruned_entry == "forget":
+        A_log.masked_fill_(pruned, FORGET)
+    job.note(EntriesRecord(float(pruned.sum()) / A_log.numel()))
 
 
 def prune_heads(judge: StateScore, groups: list[ScoredGroup], A_log: torch.Tensor, sparsity: Any) -> torch.Tensor:
