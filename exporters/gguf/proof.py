@@ -133,8 +133,8 @@ def _ways(path: Path, sample: torch.Tensor, reference: np.ndarray) -> list[Way]:
             values, _ = llama.score(row, STEPPED)
             right = wanted[np.arange(STEPPED - 1, len(row) - 1), row[STEPPED:]]
             stepped.append(float(np.abs(np.array(values) - right).max()))
-    found = (("whole prompts", whole), (f"{sample.shape[1] - STEPPED} decode steps", stepped))
-    return [Way(name, worst if math.isfinite(worst := max(values)) else math.inf) for name, values in found]
+    ways = (("whole prompts", whole), (f"{sample.shape[1] - STEPPED} decode steps", stepped))
+    return [Way(name, worst if math.isfinite(worst := max(values)) else math.inf) for name, values in ways]
 
 
 def _quality(job: Job, path: Path) -> Quality:

@@ -95,7 +95,7 @@ def _pre_tokenizer(content: Mapping[str, Any], path: Path) -> str:
         if not others and levels[0].get("use_regex", True):
             return "gpt-2"
         if len(others) == 1 and others[0].get("type") == "Split" and not levels[0].get("use_regex", True):
-            name = _SPLITS.get((others[0].get("pattern") or {}).get("Regex"))
+            name = _SPLITS.get((others[0].get("pattern") or {}).get("Regex") or "")
             if name is not None and others[0].get("behavior") == "Isolated":
                 return name
     named = json.dumps(splits, ensure_ascii=False)

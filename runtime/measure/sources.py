@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,7 +22,7 @@ RECIPE = ("pattern", "sparsity", "score", "repair")
 """What of a manifest's configuration a report repeats; the rest may name the user's paths."""
 
 
-Measured = Checkpoint | OnnxExport | GgufExport
+Measured: TypeAlias = Checkpoint | OnnxExport | GgufExport
 """A model of any runtime."""
 
 

@@ -54,8 +54,9 @@ def entries(config: Any, sizes: Any, tensors: parts.Tensors) -> parts.Entries:
         else:
             for entry in parts.attention(tensors, name + "self_attn.", block):
                 count = heads.get(entry.name.removeprefix(f"{block}."))
-                turned = _turns(config) and count is not None
-                yield entry._replace(tensor=parts.interleaved(entry.tensor, count)) if turned else entry
+                if count is not None and _turns(config):
+                    entry = entry._replace(tensor=parts.interleaved(entry.tensor, count))
+                yield entry
         yield from _feed_forward(config, tensors, name, block)
 
 

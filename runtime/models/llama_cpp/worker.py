@@ -60,7 +60,8 @@ class Model:
         if self._plain is None:
             self._plain = next(token for token in range(2**20) if self._chosen(tokens, token, 1, cached) is not None)
             cached = True
-        return self._chosen(tokens, self._plain, 2**20, cached)["top_logprobs"]
+        found = self._chosen(tokens, self._plain, 2**20, cached)
+        return [] if found is None else found["top_logprobs"]
 
     def _chosen(self, tokens: list[int], token: int, count: int, cached: bool) -> dict[str, Any] | None:
         """What is told when some token is chosen, with the `count` likeliest ones.
@@ -111,7 +112,8 @@ def serve(model: Model, out: BinaryIO) -> None:
         try:
             answer, data = calls[request.pop("call")](**request), b""
             if isinstance(answer, array):
-                answer, data = len(answer), answer.tobytes()
+                data = answer.tobytes()
+                answer = len(answer)
             reply = {"answer": answer, "bytes": len(data)}
         except (RuntimeError, ValueError, KeyError) as error:
             reply, data = {"error": str(error) or type(error).__name__, "bytes": 0}, b""
