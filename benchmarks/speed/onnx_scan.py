@@ -21,8 +21,8 @@ import torch
 from onnxscript import GraphBuilder, OpBuilder
 
 from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
-from ssmc.exporters.onnx import ssd
-from ssmc.exporters.onnx.ssd import Heads, Inputs
+from ssmc.exporters.onnx.ops import ssd
+from ssmc.exporters.onnx.ops.ssd import Heads, Inputs
 from ssmc.runtime.measure.timing import Timing
 
 HEADS = Heads(heads=24, head_dim=64, d_state=128, groups=1)

@@ -29,9 +29,10 @@ class OnnxOptions:
     quantize: str | None = option("int8 weights for in_proj, out_proj and the head, for CPUs", choices=(INT8,))
     logits: str = option("which tokens' logits the graph gives", "last", choices=("last", "all"))
     target: str = option(
-        "`portable`: standard operators only; `ort`: onnxruntime's own too (Mamba-2 decodes faster)",
+        "`portable`: standard operators only; `ort`: onnxruntime's own too (Mamba-2 decodes faster); `genai`: a folder "
+        "that onnxruntime-genai runs as it is",
         "portable",
-        choices=("portable", "ort"),
+        choices=("portable", "ort", "genai"),
     )
     text: str | None = option(
         "held-out text for the perplexity before and after float16 or int8, as for `ssmc compress --calib`",
@@ -120,12 +121,16 @@ class Onnx(Format):
         half = job.options.dtype == "float16"
         cpu = "any sizes; computed in float32, float16 saves no time here" if half else "any sizes"
         operators = "standard operators only"
+        others = [Runtime("OpenVINO, CPU", self.name, job.options.target != "ort", operators)]
+        if job.options.target == "genai":
+            others.append(Runtime("onnxruntime-genai", self.name, True, "any sizes, one sequence or padded batches"))
         if job.options.target == "ort":
             operators = "needs its own LinearAttention, tested with 1.32"
             cpu += "; " + operators
         return (
             Runtime("onnxruntime, CPU", self.name, True, cpu),
             Runtime("onnxruntime, CUDA", self.name, True, operators + "; not measured"),
+            *others,
         )
 
     def next(self, directory: str, artefact: str) -> str:

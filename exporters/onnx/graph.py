@@ -14,12 +14,13 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
-from ssmc.exporters.onnx.layers import LAYERS, ORT, PORTABLE, GraphLayer
-from ssmc.exporters.onnx.padding import Tokens, chosen_rows, real_first
-from ssmc.exporters.onnx.parts import Layer
-from ssmc.exporters.onnx.ssd import MICROSOFT
-from ssmc.exporters.onnx.weights import Weights
+from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE, GraphLayer
+from ssmc.exporters.onnx.ops.padding import Tokens, chosen_rows, real_first
+from ssmc.exporters.onnx.ops.parts import END, Layer
+from ssmc.exporters.onnx.ops.ssd import MICROSOFT
+from ssmc.exporters.onnx.ops.weights import Weights
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.generation.onnx_names import PAST, PAST_GENAI, STATES_GENAI, present_name
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it
@@ -34,7 +35,8 @@ class Settings:
     Attributes:
         dtype: of embedding and matrix products, "float32" or "float16"; everything between them is float32.
         logits: "last": of the last real token of every row, (B, 1, V); "all": of every token, (B, L, V).
-        target: "portable": standard operators only; "ort": those of onnxruntime too, where a family has a use for them.
+        target: "portable": standard operators only; "ort": those of onnxruntime too, where a family has a use for them;
+            "genai": portable with the names of inputs and outputs that onnxruntime-genai looks for.
         own_head: store the head (d_model, V) on its own even where it is tied to the embedding, as quantisation needs.
     """
 
@@ -97,16 +99,17 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     builder = GraphBuilder(graph)
     op, weights = builder.op, Weights(builder, tensors, DTYPES[settings.dtype])
     input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "length"])
-    attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "length"])
+    genai = settings.target == GENAI
+    attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total" if genai else "length"])
     layers = tuple(family.sizes(config, tensors, layer) for layer in range(config.num_hidden_layers))
     pasts = [
         {
-            name: builder.input(f"past_{name}_{layer}", ir.DataType.FLOAT, ["batch", *shape])
+            name: builder.input(past_name(name, layer, settings.target), ir.DataType.FLOAT, ["batch", *shape])
             for name, shape in family.states(sizes).items()
         }
         for layer, sizes in enumerate(layers)
     ]
-    tokens = real_first(op, input_ids, attention_mask)
+    tokens = real_first(op, input_ids, _of_these(op, attention_mask, input_ids) if genai else attention_mask)
     hidden = weights.rows(op, EMBEDDING, tokens.ids)  # (L, B, d_model)
     presents = []
     for layer, past in enumerate(pasts):
@@ -121,9 +124,19 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     builder.add_output(_head(op, weights, hidden, tokens, config, settings), "logits")
     for layer, present in enumerate(presents):
         for name, state in present.items():
-            builder.add_output(state, f"present_{name}_{layer}")
+            builder.add_output(state, present_name(past_name(name, layer, settings.target)))
     _name_shapes(graph, config, settings, family, layers)
     return Built(ir.Model(graph, ir_version=IR_VERSION), layers)
+
+
+def past_name(state: str, layer: int, target: str = PORTABLE) -> str:
+    """The input for a state of a layer; onnxruntime-genai finds states by names of its own."""
+    return f"{PAST_GENAI}{layer}.{STATES_GENAI[state]}" if target == GENAI else f"{PAST}{state}_{layer}"
+
+
+def _of_these(op: OpBuilder, mask: ir.Value, input_ids: ir.Value) -> ir.Value:
+    """What a mask (B, all tokens so far) says of the (B, L) tokens that come now."""
+    return op.Slice(mask, op.Neg(op.Shape(input_ids, start=1, end=2)), [END], [1])
 
 
 def _norm(op: OpBuilder, weights: Weights, name: str, hidden: ir.Value, config: Any) -> ir.Value:
@@ -148,7 +161,8 @@ def _name_shapes(
     length = 1 if settings.logits == "last" else "length"
     shapes = {"logits": ["batch", length, config.vocab_size]}
     for layer, sizes in enumerate(layers):
-        shapes |= {f"present_{name}_{layer}": ["batch", *shape] for name, shape in family.states(sizes).items()}
+        for name, shape in family.states(sizes).items():
+            shapes[present_name(past_name(name, layer, settings.target))] = ["batch", *shape]
     for output in graph.outputs:
         output.shape = ir.Shape(shapes[output.name])
         output.type = ir.TensorType(ir.DataType.FLOAT)

@@ -12,6 +12,7 @@ from ssmc.exporters.onnx.files import GRAPH
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.generation.onnx_graph import reason
 from ssmc.runtime.models.generation.onnx_logits import give_all_logits
+from ssmc.runtime.models.generation.onnx_names import present_name
 
 PROVIDERS = ("CPUExecutionProvider",)
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -66,6 +67,6 @@ def run(
         Logits, (B, 1, V) or (B, L, V) as the graph gives them, and the states after the tokens.
     """
     mask = np.ones_like(ids) if mask is None else mask
-    presents = [name.replace("past_", "present_", 1) for name in states]
+    presents = [present_name(name) for name in states]
     logits, *new = session.run(["logits", *presents], {"input_ids": ids, "attention_mask": mask, **states})
     return logits, dict(zip(states, new, strict=True))

@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from ssmc.exporters.format import Job
 from ssmc.exporters.onnx.files import write_graph
+from ssmc.exporters.onnx.genai import write_genai_config
 from ssmc.exporters.onnx.graph import Settings, build
+from ssmc.exporters.onnx.layers import GENAI
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.runtime.models.checkpoints import parameter_count
 from ssmc.runtime.models.checkpoints.transformers_format import write_config
@@ -50,6 +52,8 @@ def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
         final.metadata_props.update(known)
         files = write_graph(folder, final)
     stored = job.source.checkpoint.stored_config
+    if options.target == GENAI:
+        files.append(write_genai_config(folder, job))
     return [*files, write_config(folder / "config.json", shrunk.tensors, shrunk.config, stored)]
 
 

@@ -12,8 +12,9 @@ from transformers import Mamba2ForCausalLM
 import ssmc.exporters.onnx.graph as graph_module
 from ssmc.compressor import compress
 from ssmc.exporters import export
-from ssmc.exporters.onnx import Settings, build, ssd
+from ssmc.exporters.onnx import Settings, build
 from ssmc.exporters.onnx.layers import mamba2
+from ssmc.exporters.onnx.ops import ssd
 from ssmc.exporters.onnx.running import open_written
 from ssmc.exporters.onnx.verify import prove
 from ssmc.runtime.errors import CheckpointError, UsageError, VerificationError

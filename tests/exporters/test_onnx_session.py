@@ -11,14 +11,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from ssmc.exporters import export as ssmc_export
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.manifest import ExportManifest, Origin, file_records, write_manifest
+from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.generation import OnnxSession, generate, open_session, stream_tokens
 from ssmc.runtime.models.generation.onnx_graph import is_onnx_export, open_graph
 from ssmc.runtime.models.generation.session import pad_left
 from ssmc.runtime.tiny import TINY_DIRECTORY
 from tests.support import graphs
 from tests.support.commandline import run
+from tests.support.models import random_mamba2, random_model
 
 TOKENS = np.random.default_rng(1).integers(0, graphs.V, (3, 20))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -261,3 +264,18 @@ def test_the_command_says_what_is_wrong(capsys, export):
     assert "model.onnx.data is missing" in run(capsys, "generate", export, "x").sentence(3)
     (export / "model.onnx").unlink()
     assert "model.onnx" in run(capsys, "generate", export, "x").sentence(3)
+
+
+@pytest.mark.parametrize("make", [random_model, random_mamba2])
+def test_a_convolution_of_one_tap(make, tmp_path):
+    """It remembers nothing, so its state has no numbers, which no address can be given for."""
+    make(conv_kernel=1).save_pretrained(tmp_path / "model")
+    ssmc_export(tmp_path / "model", format="onnx", out=tmp_path / "onnx")
+    stock = load_checkpoint(tmp_path / "model", dtype=torch.float32).model
+    session = open_session(tmp_path / "onnx").session
+    tokens = torch.tensor([[5, 8, 13, 21], [1, 2, 3, 4]])
+    session.prefill(tokens[:, :2])
+    session.step(tokens[:, 2])
+    found = session.step(tokens[:, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(found, stock(tokens, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-4)

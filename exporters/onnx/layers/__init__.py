@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from ssmc.runtime.registry import Registry
 
-__all__ = ["LAYERS", "ORT", "PORTABLE", "GraphLayer"]
+__all__ = ["GENAI", "LAYERS", "ORT", "PORTABLE", "GraphLayer"]
 
-PORTABLE, ORT = "portable", "ort"
-"""Targets of a graph: standard operators only; those of onnxruntime too."""
+PORTABLE, ORT, GENAI = "portable", "ort", "genai"
+"""Targets of a graph: standard operators only; those of onnxruntime too; the names onnxruntime-genai looks for."""
 
 
 class GraphLayer(Protocol):

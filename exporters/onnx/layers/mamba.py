@@ -13,12 +13,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.layers import PORTABLE
-from ssmc.exporters.onnx.padding import Tokens
-from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
-from ssmc.exporters.onnx.weights import Weights
+from ssmc.exporters.onnx.layers import GENAI, PORTABLE
+from ssmc.exporters.onnx.ops.padding import Tokens
+from ssmc.exporters.onnx.ops.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
+from ssmc.exporters.onnx.ops.weights import Weights
 
-TARGETS = (PORTABLE,)
+TARGETS = (PORTABLE, GENAI)
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

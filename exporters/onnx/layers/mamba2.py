@@ -14,12 +14,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx import ssd
-from ssmc.exporters.onnx.layers import ORT, PORTABLE
-from ssmc.exporters.onnx.parts import Layer, convolve, convolve_one, one_or_many, silu
-from ssmc.exporters.onnx.ssd import Heads, Inputs
+from ssmc.exporters.onnx.layers import GENAI, ORT, PORTABLE
+from ssmc.exporters.onnx.ops import ssd
+from ssmc.exporters.onnx.ops.parts import Layer, convolve, convolve_one, one_or_many, silu
+from ssmc.exporters.onnx.ops.ssd import Heads, Inputs
 
-TARGETS = (PORTABLE, ORT)  # ORT: LinearAttention decodes
+TARGETS = (PORTABLE, ORT, GENAI)  # ORT: LinearAttention decodes
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

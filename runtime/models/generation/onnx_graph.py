@@ -22,11 +22,11 @@ from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.files import sha256
 from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
+from ssmc.runtime.models.generation.onnx_names import PAST, present_name
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 GRAPH = "model.onnx"
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
-PAST, PRESENT = "past_", "present_"
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 SPIN_MICROSECONDS = "200"
 """How long a thread waits for work until it sleeps. onnxruntime's own choice is longer and made for an idle machine:
@@ -218,7 +218,7 @@ def _graph(session: Any, device: torch.device, folder: Path) -> Graph:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     pasts = [name for name in inputs if name.startswith(PAST)]
-    wanted = {IDS, MASK, *pasts}, {LOGITS, *(PRESENT + name.removeprefix(PAST) for name in pasts)}
+    wanted = {IDS, MASK, *pasts}, {LOGITS, *(present_name(name) for name in pasts)}
     for kind, names, found in (("input", wanted[0], inputs), ("output", wanted[1], outputs)):
         if names != set(found):
             missing, more = sorted(names - set(found)), sorted(set(found) - names)
@@ -226,9 +226,7 @@ def _graph(session: Any, device: torch.device, folder: Path) -> Graph:
             raise _foreign(folder, f"it has {what}")
     if not pasts:
         raise _foreign(folder, "it has no states (no input past_...)")
-    states = tuple(
-        (_slot(inputs[name], folder), _slot(outputs[PRESENT + name.removeprefix(PAST)], folder)) for name in pasts
-    )
+    states = tuple((_slot(inputs[name], folder), _slot(outputs[present_name(name)], folder)) for name in pasts)
     for past, present in states:
         if (past.shape, past.dtype) != (present.shape, present.dtype):
             raise _foreign(folder, f"{past.name} and {present.name} differ")

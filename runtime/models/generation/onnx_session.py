@@ -133,6 +133,10 @@ class OnnxSession:
         for name, tensor in ((IDS, tokens), (MASK, mask)):
             binding.bind_input(name, *place, np.int64, tuple(tensor.shape), tensor.data_ptr())
         for (past, present), old, new in zip(self.graph.states, pasts, presents, strict=True):
+            if not old.numel():  # a convolution of one tap has no inputs to remember, and nothing has no address
+                binding.bind_cpu_input(past.name, old.cpu().numpy())
+                binding.bind_output(present.name)
+                continue
             binding.bind_input(past.name, *place, past.numpy_dtype, tuple(old.shape), old.data_ptr())
             binding.bind_output(present.name, *place, present.numpy_dtype, tuple(new.shape), new.data_ptr())
         slot = self.graph.logits

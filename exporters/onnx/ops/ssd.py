@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.parts import END, subgraph, typed
+from ssmc.exporters.onnx.ops.parts import END, subgraph, typed
 
 CHUNK = 64  # tokens: the (T, T) matrices of all heads stay in a core's cache; 32 and 128 were slower
 FORGOTTEN = -60.0
@@ -103,13 +103,12 @@ def chunked(op: OpBuilder, heads: Heads, chunks: Chunks, inputs: Inputs, past: i
         op.Transpose(chunks.divided(op, inputs.B, G, N), perm=[0, 2, 3, 4, 1]),  # (number, B, G, N, T)
         op.Transpose(chunks.divided(op, inputs.C, G, N), perm=[0, 2, 3, 1, 4]),  # (number, B, G, T, N)
     ]
-    seen = _not_later(op, chunks.length)
     shapes: dict[str, tuple[int | str, ...]] = {"h_before": (H, N, P), "u": (H, "tokens", P), "dt": (H, "tokens", 1)}
     shapes |= {"B": (G, N, "tokens"), "C": (G, "tokens", N)}
     body = subgraph(
         op,
         "chunk",
-        lambda op, h, u, dt, B, C: _chunk(op, heads, h, u, dt, B, C, inputs, seen),
+        lambda op, h, u, dt, B, C: _chunk(op, heads, h, u, dt, B, C, inputs),
         inputs=[typed(name, "batch", *shape) for name, shape in shapes.items()],
         outputs=[typed("h", "batch", H, N, P), typed("y", "batch", H, "tokens", P)],
     )
@@ -117,12 +116,6 @@ def chunked(op: OpBuilder, heads: Heads, chunks: Chunks, inputs: Inputs, past: i
     y = op.Transpose(y, perm=[0, 3, 1, 2, 4])  # (number, T, B, H, P)
     y = op.Reshape(y, op.Concat(op.Mul(chunks.number, chunks.length), [-1, heads.d_inner], axis=0))
     return op.Slice(y, [0], chunks.tokens, [0]), h
-
-
-def _not_later(op: OpBuilder, length: ir.Value) -> ir.Value:
-    """(T, T), 1 at pairs t, s with s <= t and 0 at the others."""
-    order = op.Range(0, op.Squeeze(length, [0]), 1)
-    return op.Cast(op.LessOrEqual(op.Unsqueeze(order, [0]), op.Unsqueeze(order, [1])), to=ir.DataType.FLOAT)
 
 
 def _chunk(
@@ -134,7 +127,6 @@ def _chunk(
     B: ir.Value,
     C: ir.Value,
     inputs: Inputs,
-    seen: ir.Value,
 ) -> list[ir.Value]:
     """One chunk: the state after it, (B, H, N, P), and y (B, H, T, P); all else is shaped as in `chunked`."""
     drive = op.Mul(u, dt)
@@ -142,7 +134,7 @@ def _chunk(
     exponents = op.Cast(op.Mul(dt, op.Unsqueeze(inputs.A, [1, 2])), to=ir.DataType.DOUBLE)
     sums = op.CumSum(exponents, -2)  # (B, H, T, 1)
     between = _float32(op, op.Sub(sums, op.Transpose(sums, perm=[0, 1, 3, 2])))  # (B, H, t, s)
-    pairs = _per_head(op, heads, op.Mul(op.MatMul(C, B), seen))
+    pairs = _per_head(op, heads, op.Trilu(op.MatMul(C, B), upper=0))  # tokens s that are not after t
     pairs = op.Mul(pairs, op.Exp(op.Clip(between, FORGOTTEN, 0.0)))
     total = op.Slice(sums, [-1], [END], [-2])
     since_start, to_end, whole = (_remains(op, exponent) for exponent in (sums, op.Sub(total, sums), total))

@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from ssmc.exporters.onnx.padding import Tokens, window_rows
-from ssmc.exporters.onnx.weights import Weights
+from ssmc.exporters.onnx.ops.padding import Tokens, window_rows
+from ssmc.exporters.onnx.ops.weights import Weights
 
 END = 2**63 - 1  # of a slice that goes to the end
 SMALLEST = 1e-30  # for w - 1 where e is below the resolution of 1 + e: log(w) is 0 there, and so is the time step
