@@ -39,7 +39,7 @@ class NormFit:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer makes of some tokens."""
+    """What a layer computes for some tokens."""
 
     y: torch.Tensor  # (T, D): the gated read-out, without the skip
     b: torch.Tensor  # (T, N): squares of what the norm of B reads

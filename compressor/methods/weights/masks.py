@@ -28,7 +28,7 @@ def unstructured_mask(importance: torch.Tensor, sparsity: float) -> torch.Tensor
     """The round(sparsity * numel) least important entries of the whole tensor go.
 
     Args:
-        importance: any shape; higher is dearer.
+        importance: any shape; the lowest goes.
         sparsity: part that is removed, in [0, 1).
 
     Returns:
