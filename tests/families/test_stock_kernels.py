@@ -115,11 +115,11 @@ from ssmc.runtime.tiny import TINY_DIRECTORY
 config = MambaConfig(vocab_size=4096, hidden_size=16, state_size=4, num_hidden_layers=2)
 MambaForCausalLM(config).save_pretrained("model")
 load_tokenizer(TINY_DIRECTORY).save_pretrained("model")
-bench = "bench --time-budget 1 --repeats 2 --lengths 16 --batch-sizes 1 --decode-tokens 2 --window 64 --max-windows 2"
+bench = "bench --model model --time-budget 1 --repeats 2 --lengths 16 --batch-sizes 1 --decode-tokens 2 --window 64"
 for line in (
     "compress model --nsamples 2 --seqlen 64 --quiet --device cpu",
     "export --format safetensors", "export --format mamba-ssm", "export --format onnx",
-    f"{bench} --device cpu", "eval ssmc-out --text text.txt --device cpu",
+    f"{bench} --max-windows 2 --device cpu", "eval ssmc-out --text text.txt --device cpu",
     "generate ssmc-out Once --max-new-tokens 3 --device cpu",
 ):
     if code := main(line.split()):
