@@ -113,7 +113,7 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
     started = []
     for log, command in zip(logs, commands(section, seconds - LAST_WORDS - 2, result, dry_run), strict=True):
         with log.open("wb") as file:
-            environment = {"OMP_NUM_THREADS": "4", **os.environ, "PYTHONUNBUFFERED": "1"}
+            environment = {"OMP_NUM_THREADS": "4", **os.environ, "PYTHONUNBUFFERED": "1", **bytecode(folder)}
             started.append(
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
@@ -131,6 +131,12 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
     if failed is not None:
         found["failed"] = f"{failed}: {last_line(logs[0])}"
     return {**record, **found}
+
+
+def bytecode(folder: Path) -> dict[str, str]:
+    """Where Python keeps what it compiled: an installation that nobody may write to is compiled anew in every process."""
+    kept = {name: value for name, value in os.environ.items() if name == "PYTHONPYCACHEPREFIX"}
+    return kept or {"PYTHONPYCACHEPREFIX": str(folder.parent / "ssmc-bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def wait(started: list[subprocess.Popen], end: float) -> str | None:

@@ -140,8 +140,13 @@ def launched_kernels(model: nn.Module, batch: int) -> Iterator[Row]:
 # --- compress --------------------------------------------------------------------------------------------------------
 
 COMMAND = """
-import faulthandler, sys, time
-faulthandler.dump_traceback_later(2, repeat=True)  # where it is every two seconds, for the log
+import sys, threading, time, traceback
+def watch():  # where the main thread is every two seconds, for the log
+    while True:
+        time.sleep(2)
+        frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+        print(*(f"{f.name}:{f.lineno}" for f in frames[-6:]), file=sys.stderr, flush=True)
+threading.Thread(target=watch, daemon=True).start()
 begin = time.perf_counter()
 from ssmc.cli import main
 code = main(sys.argv[1:])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor import pipeline
+from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.contributions import Contributions
 from ssmc.compressor.methods.states.statistics import SquaredReadout, SquaredStates
 from ssmc.runtime.errors import UsageError
@@ -18,6 +18,7 @@ from ssmc.runtime.scan import ssd_moments
 from tests.families.test_mamba2 import random_inputs, random_state
 from tests.support.families import FAMILIES
 from tests.support.models import random_mamba2
+from tests.support.pruning import job_of
 
 pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA on Linux")
 pytest.importorskip("ssmc.runtime.scan.gpu")
@@ -88,7 +89,7 @@ def test_calibration_takes_the_sums_where_it_took_the_states(family):
         squares, readout, contributions = SquaredStates(), SquaredReadout(), Contributions(heads)
         block.to(DEVICE if backend == "triton" else "cpu")
         statistics = [squares, readout, contributions]
-        pipeline.collect(architecture, block, hidden, statistics, group=1, backend=backend)
+        collect(job_of(architecture, block, hidden), statistics, group=1, backend=backend)
         found = [squares.value, readout.states, readout.readers, readout.products]
         return [*found, contributions.gram, contributions.cross, contributions.skip]
 
@@ -98,7 +99,8 @@ def test_calibration_takes_the_sums_where_it_took_the_states(family):
 
 def test_what_has_no_kernel_is_refused():
     inputs = random_inputs(length=2)
+    there = {name: t.to(DEVICE) for name, t in vars(inputs).items() if isinstance(t, torch.Tensor)}
     with pytest.raises(UsageError, match="need a GPU"):
         ssd_moments(inputs, inputs.u, backend="cpu")
     with pytest.raises(ValueError, match="one group"):
-        ssd_moments(replace(inputs, u=inputs.u.to(DEVICE)), inputs.u, backend="triton")
+        ssd_moments(replace(inputs, **there), there["u"], backend="triton")
