@@ -4,9 +4,9 @@
     python benchmarks/gpu_scan.py --section tune --json tune.json --seconds 90   # every design and cut, the best stored
     python benchmarks/gpu_scan.py --section scan --dry-run                       # toy sizes, in Triton's interpreter
 
-- `scan`: a short `tune`, then prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8, then `gradients`. `floor` is
-  the time the bytes alone take (u, dt, z, B, C read once, y and the state written once) at the bandwidth of a copy,
-  bytes read and written counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies.
+- `scan`: a short `tune`, then prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8, then `gradients`. `floor`
+  is the time the bytes alone take (u, dt, z, B, C read once, y and the state written once) at the bandwidth of a large
+  copy, bytes read and written counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies.
 - `tune`: what `ssmc.runtime.scan.gpu.tune` times, every figure of it.
 - `gradients`: forward and backward against mamba-ssm's, with the memory they take.
 - `sums`: what calibration needs, from registers, against the states written to memory and summed by torch.
