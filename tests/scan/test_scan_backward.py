@@ -35,7 +35,7 @@ def leaves(inputs: ScanInputs, state: torch.Tensor, dtype: torch.dtype) -> dict[
 def weights(inputs: ScanInputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Random gradients of both outputs, so that every entry of every gradient counts."""
     g = torch.Generator().manual_seed(5)
-    return tuple(torch.randn(t.shape, generator=g) for t in (inputs.u, state))
+    return tuple(torch.randn(t.shape, generator=g).to(t.device) for t in (inputs.u, state))
 
 
 def gradients(

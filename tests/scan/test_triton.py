@@ -46,8 +46,13 @@ def scanned(inputs: ScanInputs, state: torch.Tensor | None = None, plan: gpu.Pla
     return [t.cpu() for t in gpu.selective_scan(moved(inputs), state, plan=plan)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("d_state", [1, 4, 5, 8, 12, 16, 64])
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("d_state", "dtype"),
+    [(n, torch.float32) for n in (1, 4, 5, 12, 16, 34)] + [(n, d) for n in (2, 12) for d in HALVES],
+)
 def test_equals_the_formula(d_state, dtype):
     inputs = random_inputs(2, 7, 37, d_state)
     inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in ("u", "B", "C", "D", "z")})
@@ -281,7 +286,7 @@ def sums_of(inputs: ScanInputs, states: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("d_state", [1, 4, 5, 8, 16, 64])
+@pytest.mark.parametrize("d_state", [1, 4, 5, 16, 34])
 def test_sums_over_the_states_equal_those_of_the_formula(d_state):
     inputs = random_inputs(2, 5, 37, d_state, gated=d_state != 5)
     state = random_state(inputs)

@@ -105,14 +105,14 @@ def test_of_half_precision_have_its_dtype_and_are_rounded_once(dtype):
 
 
 def test_a_stock_model_learns_the_same_with_it():
-    ids = random_tokens((2, 11)).to(DEVICE)
+    ids = random_tokens((2, 11))
     found = []
-    for fast in (False, True):
-        model = random_model().to(DEVICE)
-        use_fast_scan(model, "triton") if fast else use_stock_scan(model)
-        model(ids, labels=ids).loss.backward()
+    for device in (torch.device("cpu"), DEVICE):  # the first without our scan, the second with it
+        model = random_model().to(device)
+        use_stock_scan(model) if not found else use_fast_scan(model, "triton")
+        model(ids.to(device), labels=ids.to(device)).loss.backward()
         found.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
-    assert_close(found[1], found[0], 2e-4 if HAS_CUDA else 2e-5)
+    assert_close(found[1], found[0], 2e-3 if HAS_CUDA else 2e-5)  # a GPU's products of matrices are rounded otherwise
 
 
 def test_a_second_derivative_is_refused():

@@ -180,6 +180,7 @@ def lanes_kernel(
             tl.store(final_ptr + n, tl.load(state_ptr + n, mask=here), mask=here)
         else:
             tl.store(final_ptr + n, tl.zeros((CHANNELS,), tl.float32), mask=here)
+    hop = tl.full((), TOKENS, tl.int64)
     left = length
     while left > 0:
         tl.debug_barrier()  # what other lanes stored of `final` is there
@@ -203,9 +204,9 @@ def lanes_kernel(
             steps = steps + (step,)
             drives = drives + (step * u,)
             ys = ys + (skip * u,)
-        u_ptr += TOKENS * u_token.to(tl.int64)
-        dt_ptr += TOKENS * dt_token.to(tl.int64)
-        z_ptr += TOKENS * z_token.to(tl.int64)
+        u_ptr += hop * u_token
+        dt_ptr += hop * dt_token
+        z_ptr += hop * z_token
         if AHEAD and left > TOKENS:
             fetch(u_ptr, t, u_token, left - TOKENS, V, RUNS)
             fetch(dt_ptr, t, dt_token, left - TOKENS, V, RUNS)
@@ -246,7 +247,7 @@ def lanes_kernel(
             out = tl.trans(tl.reshape(y.to(y_ptr.dtype.element_ty), (CHANNELS, TILE)))
             wanted = (t + r * V < left)[:, None] & here[None, :]
             tl.store(y_ptr + (t + r * V)[:, None] * channels + d[None, :], out, mask=wanted)
-        y_ptr += TOKENS * channels.to(tl.int64)
+        y_ptr += hop * channels
         packed_ptr += TILE * LOADS
         left -= TOKENS
 

@@ -86,9 +86,8 @@ def chunks_for(channels: int, states: int, length: int, multiprocessors: int) ->
     Blocks and tokens keep the decay rates, the states and the rows in flight in registers (docs/gpu_scan.md). A
     scheduler needs several warps to hide what one waits for, and has room for more of them the fewer the states.
     """
-    lane, tokens = (2, 4) if states <= 8 else (2, 2) if states <= 16 else (1, 2)
-    if states > 32:
-        tokens = 1
+    lane = 2 if states <= 16 else 1
+    tokens = 4 if states <= 8 or states == 16 else 2 if states <= 32 else 1  # 12 = 8 + 4 states take more registers
     warps = 6 if states <= 4 else 5 if states <= 8 else 4
     block = WARP * lane
     programs = triton.cdiv(channels, block)

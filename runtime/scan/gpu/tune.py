@@ -36,7 +36,7 @@ LANES = (Lanes(4, 4, 16), Lanes(8, 4, 16), Lanes(8, 8, 16, registers=128))
 MORE_LANES = tuple(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (8, 8), (16, 8), (16, 16)))
 CUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # chunks
 MORE_CUTS = (3, 6, 12, 24, 48, 96)
-PROGRAMS = (500, 5000)  # of `Chunks` that are worth trying
+PROGRAMS = (500, 7000)  # of `Chunks` that are worth trying
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,8 @@ def timings(
             return
         first = random_inputs(work.batch, LENGTH, work.d_inner, work.states, dtype, device)
         count = max(1, min(12, UNCACHED // (4 * first.u.nbytes)))
-        sets = [
-            first,
-            *(replace(first, u=first.u.clone(), dt=first.dt.clone(), z=first.z.clone()) for _ in range(count - 1)),
-        ]
+        shape = (work.batch, LENGTH, work.d_inner, work.states, dtype, device)
+        sets = [first, *(random_inputs(*shape, seed=seed) for seed in range(1, count))]
         for plan in candidates(work, thorough):
             if time.monotonic() > end:
                 return
@@ -137,12 +135,14 @@ def timings(
 def candidates(work: Work, thorough: bool = True) -> list[Plan]:
     """The plans worth trying for a work."""
     plans: list[Plan] = [] if work.states > 64 else [*LANES, *(MORE_LANES if thorough else ())]
-    blocks = ((64, 2), (64, 4)) if work.states > 4 else ((64, 4), (128, 4))  # channels and tokens
-    for block, tokens in (*blocks, (32, 4)):
+    few = ((64, 4), (128, 4), (32, 4)) if work.states <= 4 else ((64, 2), (64, 4), (32, 4))  # channels and tokens
+    for block, tokens in (*few, (64, 8)) if thorough and work.states <= 4 else few:
         programs = work.batch * triton.cdiv(work.d_inner, block)
         for cut in sorted((*CUTS, *MORE_CUTS) if thorough else CUTS):
-            if PROGRAMS[0] <= programs * cut <= PROGRAMS[1] and (thorough or block > 32 or cut == 1):
+            if PROGRAMS[0] <= programs * cut <= PROGRAMS[1] and (block > 32 or cut == 1):
                 plans.append(Chunks(block, 1, tokens, triton.cdiv(LENGTH, cut * tokens) * tokens))
+                if thorough and 8 < work.states < 16 and tokens == 4:
+                    plans.append(replace(plans[-1], registers=168))  # one program more on a multiprocessor
     return plans
 
 
