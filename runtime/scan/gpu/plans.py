@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -29,6 +29,7 @@ Plan = Lanes | Chunks
 DESIGNS: dict[str, type[Plan]] = {"lanes": Lanes, "chunks": Chunks}
 SHIPPED = Path(__file__).parent / "plans.json"
 VERSION = 1  # of the file format
+MEASURED = 2048  # tokens of the scans that choices were measured with
 SCHEDULERS = 4  # of a multiprocessor: each runs one warp at a time
 SHORTEST_CHUNK = 16  # tokens
 SHORT = 64  # tokens: most of a tile of `lanes` would be empty
@@ -57,7 +58,7 @@ def plan_for(inputs: ScanInputs) -> Plan:
         return chunks_for(channels, inputs.d_state, inputs.length, multiprocessors)
     known = choices(name)
     if known:
-        return nearest(known, channels, inputs.d_state).plan
+        return stretched(nearest(known, channels, inputs.d_state).plan, inputs.length)
     return estimated(channels, inputs.d_state, inputs.length, multiprocessors)
 
 
@@ -73,6 +74,14 @@ def run(
 def nearest(known: Sequence[Choice], channels: int, states: int) -> Choice:
     """The choice measured nearest to so many channels and states: by the ratios of both, those of states first."""
     return min(known, key=lambda c: 2 * abs(log2(c.states / states)) + abs(log2(c.channels / channels)))
+
+
+def stretched(plan: Plan, length: int) -> Plan:
+    """A measured plan for another length: as many chunks as there were, unless they become too short."""
+    if isinstance(plan, Lanes):
+        return plan
+    chunk = max(min(plan.chunk, SHORTEST_CHUNK), triton.cdiv(plan.chunk * length, MEASURED))
+    return replace(plan, chunk=triton.cdiv(chunk, plan.tokens) * plan.tokens)
 
 
 def estimated(channels: int, states: int, length: int, multiprocessors: int) -> Plan:

@@ -25,10 +25,9 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan.gpu import chunks
 from ssmc.runtime.scan.gpu.chunks import Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
-from ssmc.runtime.scan.gpu.plans import Choice, Plan, gpu_of, run, stored_path, write
+from ssmc.runtime.scan.gpu.plans import MEASURED, Choice, Plan, gpu_of, run, stored_path, write
 from ssmc.runtime.scan.inputs import ScanInputs
 
-LENGTH = 2048
 UNCACHED = 160 << 20  # bytes of inputs that no cache holds
 COMPILING = 16  # threads; Triton compiles without Python's lock for the most part
 REPLAYS = 7
@@ -121,9 +120,9 @@ def timings(
             compile_all(device, together, dtype, end)
         if time.monotonic() > end:
             return
-        first = random_inputs(work.batch, LENGTH, work.d_inner, work.states, dtype, device)
+        first = random_inputs(work.batch, MEASURED, work.d_inner, work.states, dtype, device)
         count = max(1, min(12, UNCACHED // (4 * first.u.nbytes)))
-        shape = (work.batch, LENGTH, work.d_inner, work.states, dtype, device)
+        shape = (work.batch, MEASURED, work.d_inner, work.states, dtype, device)
         sets = [first, *(random_inputs(*shape, seed=seed) for seed in range(1, count))]
         for plan in candidates(work, thorough):
             if time.monotonic() > end:
@@ -140,7 +139,7 @@ def candidates(work: Work, thorough: bool = True) -> list[Plan]:
         programs = work.batch * triton.cdiv(work.d_inner, block)
         for cut in sorted((*CUTS, *MORE_CUTS) if thorough else CUTS):
             if PROGRAMS[0] <= programs * cut <= PROGRAMS[1] and (block > 32 or cut == 1):
-                plans.append(Chunks(block, 1, tokens, triton.cdiv(LENGTH, cut * tokens) * tokens))
+                plans.append(Chunks(block, 1, tokens, triton.cdiv(MEASURED, cut * tokens) * tokens))
                 if thorough and 8 < work.states < 16 and tokens == 4:
                     plans.append(replace(plans[-1], registers=168))  # one program more on a multiprocessor
     return plans
@@ -151,7 +150,7 @@ def compile_all(device: torch.device, pairs: Sequence[tuple[Work, Plan]], dtype:
     jobs = {}
     for work, plan in pairs:
         if isinstance(plan, Chunks):  # one pass or two, and what adds up few chunks or many
-            count = triton.cdiv(LENGTH, plan.chunk)
+            count = triton.cdiv(MEASURED, plan.chunk)
             cut = min(1, count - 1) + (count - 1 > chunks.FEW)
             jobs.setdefault((replace(plan, chunk=0), cut, work.states), (work, plan, (512, 256, 16)[cut]))
         else:
