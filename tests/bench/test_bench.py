@@ -7,7 +7,6 @@ No test asserts how long anything takes, only that it was measured.
 
 import dataclasses
 import getpass
-import html.parser
 import json
 import math
 import platform
@@ -29,68 +28,12 @@ from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.measure.quality import read_tokens
 from ssmc.runtime.measure.sources import find_sources, label, load_subjects
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Timing, paired_ratio
-from ssmc.runtime.models.checkpoints import load_checkpoint, write_checkpoint
-from ssmc.runtime.models.families import STATE, architecture_for
-from ssmc.runtime.models.tokenizers import copy_tokenizer, load_tokenizer
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
+from tests.support.benches import CPU, Page, save
 from tests.support.models import write_manifest
-
-KEPT = [0, 2, 5]  # of 8 states
-CPU = torch.device("cpu")
-SMALL = {"lengths": (8, 16), "batch_sizes": (1, 3), "decode_tokens": 4, "repeats": MIN_ROUNDS, "time_budget": 0.1}
-
-
-def random_model(d_state: int = 8, seed: int = 0) -> MambaForCausalLM:
-    torch.manual_seed(seed)
-    config = MambaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        state_size=d_state,
-        num_hidden_layers=2,
-        time_step_rank=4,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return MambaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
-    """A dense model beside `ssmc-out` with the same three of its states in two formats, as compress and export leave
-    them."""
-    base = tmp_path_factory.mktemp("bench")
-    model = random_model()
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    dense, out = base / "dense", base / "ssmc-out"
-    save(dense, tensors, model.config)
-    copy_tokenizer(load_checkpoint("tiny").directory, dense)
-    cut, config, _ = architecture_for("mamba").cut(tensors, model.config, STATE, [KEPT, KEPT])
-    source = {"model": str(dense), "format": "transformers", "relative": "../dense"}
-    manifest = {
-        "kind": "masked",
-        "source": source,
-        "config": {"pattern": "column", "sparsity": 0.6, "calib": str(base)},
-    }
-    out.mkdir()
-    write_manifest(out, manifest)
-    for name, format in (("safetensors", "transformers"), ("mamba-ssm", "mamba-ssm")):
-        save(out / name, cut, config, format)
-        write_manifest(out / name, manifest | {"kind": "export"})
-    return out
-
-
-def save(folder, tensors, config, format="transformers"):
-    folder.mkdir()
-    write_checkpoint(folder, tensors, config, format=format)
-
-
-@pytest.fixture(scope="module")
-def report(artefact):
-    return benchmark(artefact, **SMALL, window=64, max_windows=9)
-
 
 # --- which models ---------------------------------------------------------------------------------------------------
 
@@ -314,86 +257,6 @@ def test_json_holds_everything(report, artefact):
         for ratio in entry["ratios"].values():
             assert ratio["verdict"] in ("faster", "slower", "no difference")
     assert any("fair text only for the embedded model" in note for note in data["notes"])
-
-
-class Page(html.parser.HTMLParser):
-    """What a page is made of: tags, attributes, ids and texts of headings."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.attributes, self.ids, self.headings, self.texts = [], [], [], [], []
-        self._heading = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.ids += [value for name, value in attrs if name == "id"]
-        self._heading = tag == "h2"
-
-    def handle_data(self, data):
-        if self._heading and data.strip():
-            self.headings.append(data.strip())
-        self._heading = False
-        self.texts.append(data)
-
-
-def test_the_page_says_how_a_model_was_compressed_and_nothing_of_defaults(report):
-    recipe = {"pattern": "column", "sparsity": {"column": 0.5}, "score": None, "repair": True}
-    text = render(
-        dataclasses.replace(report, models=(report.dense, dataclasses.replace(report.models[1], recipe=recipe)))
-    )
-    assert "pattern column, sparsity 0.5 of column, repair yes" in text
-    assert "None" not in text
-
-
-def test_the_page_loads_nothing_and_shows_everything(report, artefact):
-    report.write(artefact)
-    text = (artefact / "bench.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
-    assert not re.search(r"https?:|@import|//[a-z]+\.", text)
-    assert all(re.match(r"url\(#", found) for found in re.findall(r"url\([^)]?", text))
-    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
-    assert all(link.startswith("#") for link in links)
-    assert len(page.ids) == len(set(page.ids))
-    assert {link[1:] for link in links} | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
-    assert page.headings == [
-        "Summary",
-        "Notes",
-        "Dense model and compressed models",
-        "Time of a prefill",
-        "Time of a step of decoding",
-        "Time of the scan alone",
-        "Time of the parts of the first layer",
-        "Tokens per second",
-        "Sizes",
-        "Memory",
-        "Sequences in memory",
-        "Perplexity",
-        "Stock transformers: time of a prefill",
-        "Conditions",
-    ]
-    assert page.tags.count("svg") == 4
-    assert "#0304" not in text  # every colour of a plot became one of the page's
-    shown = "".join(page.texts)
-    assert f"{report.dense.parameters:,}" in shown
-    assert report.conditions.cpu in shown
-    for sentence in (*findings(report), *report.notes):
-        assert sentence in shown
-    assert str(artefact.parent) not in text
-
-
-def test_markup_in_a_name_stays_text(report):
-    evil = "<script>alert(1)</script>$x$"
-    models = (dataclasses.replace(report.dense, name=evil), report.models[1])
-    measurements = tuple(
-        dataclasses.replace(m, timings={evil if k == report.dense.name else k: t for k, t in m.timings.items()})
-        for m in report.measurements
-    )
-    page = Page(render(dataclasses.replace(report, models=models, measurements=measurements)))
-    assert "script" not in page.tags
-    assert evil in "".join(page.texts)
 
 
 def test_the_summary_says_what_does_not_help(report):

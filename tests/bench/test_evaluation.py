@@ -4,16 +4,14 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
-from ssmc.runtime.errors import CalibrationError, CheckpointError, OutputError, UsageError
+from ssmc.runtime.errors import CalibrationError, CheckpointError, OutputError
 from ssmc.runtime.evaluation import EvalReport, check_output, evaluate_models
 from ssmc.runtime.evaluation.models import choose_sources
 from ssmc.runtime.evaluation.scoring import run_tasks
@@ -21,9 +19,9 @@ from ssmc.runtime.evaluation.statistics import exp_mean, paired_difference, stan
 from ssmc.runtime.measure.perplexity import perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
-from ssmc.runtime.tiny import TINY_DIRECTORY, heldout_path
+from ssmc.runtime.tiny import TINY_DIRECTORY
+from tests.support.tasks import HERE, SIX
 
 pytest.importorskip("lm_eval", reason="tasks need the extra `eval`")
 
@@ -31,74 +29,9 @@ import datasets
 import lm_eval.api.task
 
 from ssmc.runtime.evaluation.lm import RecurrentLM
-from ssmc.runtime.evaluation.tasks import find_definitions, load_tasks, quiet
+from ssmc.runtime.evaluation.tasks import load_tasks, quiet
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-SIX = ("piqa", "openbookqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
-
-PIQA = [
-    {"goal": "Find a small planet.", "sol1": "Look at the sky at night.", "sol2": "Purple the of.", "label": 0},
-    {"goal": "Feed a dog.", "sol1": "It.", "sol2": "Put some food in a bowl for the dog to eat.", "label": 1},
-    {"goal": "Open the door.", "sol1": "Turn the handle.", "sol2": "Turn the handle and then pull it.", "label": 1},
-    {"goal": "Swim.", "sol1": "Jump into the lake.", "sol2": "Jump into the stone.", "label": 0},
-    {"goal": "Make a friend.", "sol1": "Say hello with a smile.", "sol2": "Say nothing, ever.", "label": 0},
-]
-ARC = [
-    {"question": "What shines at night?", "choices": ["the moon", "a shoe", "grass", "milk"], "label": 0},
-    {"question": "What do birds use to fly?", "choices": ["their tails", "their wings", "water"], "label": 1},
-    {
-        "question": "Where do fish live?",
-        "choices": ["in the trees", "in the sky", "in the water", "in books"],
-        "label": 2,
-    },
-]
-WINOGRANDE = [
-    {"sentence": "Lyra thanked Tom because _ had helped.", "option1": "Lyra", "option2": "Tom", "answer": "2"},
-    {"sentence": "The cup did not fit in the box as the _ was big.", "option1": "cup", "option2": "box", "answer": "1"},
-]
-LAMBADA = [
-    {"text": "Once upon a time there was a little girl. Everybody loved the little girl"},
-    {"text": "He looked up at the night sky. There were so many stars in the sky"},
-    {"text": "The old man told the children a story. They sat down to hear the story"},
-    {"text": "The robot was alone, and it wanted to have a friend"},
-]
-HERE = {"piqa": PIQA, "arc_easy": ARC, "winogrande": WINOGRANDE, "lambada_openai": LAMBADA}
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Local documents in all three places they may lie in."""
-    folder = tmp_path_factory.mktemp("data")
-    for number, (task, rows) in enumerate(HERE.items()):
-        write_lines(folder / (f"{task}.jsonl" if number % 2 else f"tasks/{task}.jsonl"), rows)
-    stories = read_texts(heldout_path()).documents[:12]
-    write_lines(folder / "wikitext2" / "test.jsonl", [{"text": story} for story in stories])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TINY_DIRECTORY)
-
-
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory):
-    """The embedded model with noise in its output projections: one that scores differently."""
-    directory = tmp_path_factory.mktemp("changed") / "noisy"
-    shutil.copytree(TINY_DIRECTORY, directory, ignore=shutil.ignore_patterns("__*", "*.py"))
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    g = torch.Generator().manual_seed(0)
-    for name in tensors:
-        if name.endswith("out_proj.weight"):
-            tensors[name] += 0.03 * torch.randn(tensors[name].shape, generator=g).half()
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -274,22 +207,6 @@ def test_perplexity_of_the_text(report, data, tiny, tokenizer):
     assert report.text.sha256 == read_texts(data / "wikitext2" / "test.jsonl").sha256
 
 
-@pytest.mark.parametrize("form", ["hub", "list"])
-def test_arc_reads_the_hubs_form_as_well_as_a_list_with_a_number(tmp_path, form):
-    rows = ARC
-    if form == "hub":
-        rows = [
-            {"question": r["question"], "answerKey": "1234"[r["label"]], "choices": {"text": r["choices"]}} for r in ARC
-        ]
-        for row in rows:
-            row["choices"]["label"] = list("1234"[: len(row["choices"]["text"])])
-    write_lines(tmp_path / "arc_challenge.jsonl", rows)
-    (loaded,) = load_tasks(["arc_challenge"], tmp_path)
-    task = loaded.task
-    assert [task.doc_to_target(doc) for doc in task.eval_docs] == [row["label"] for row in ARC]
-    assert [task.doc_to_choice(doc) for doc in task.eval_docs] == [row["choices"] for row in ARC]
-
-
 def measure(tasks, checkpoint, tokenizer, **options):
     found = run_tasks(tasks, checkpoint, tokenizer, **options)
     return {(one.task, one.metric): one for one in found}
@@ -438,85 +355,3 @@ def test_without_a_text_at_hand_tasks_are_still_run(data, tmp_path):
 
 
 # --- wrong inputs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"limit": -3}, "limit must be at least 1, not -3"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"window": 1}, "window must be at least 2"),
-        ({"tasks": "piqa,,arc_easy"}, "empty name"),
-        ({"tasks": "piqa_easy"}, "no task 'piqa_easy'. Did you mean piqa"),
-        ({"tasks": "mmlu"}, "mmlu is a group"),
-    ],
-)
-def test_wrong_options(data, options, message):
-    with pytest.raises(UsageError, match=message):
-        evaluate_models(["tiny"], **({"tasks": "piqa", "data": data} | options))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "has no documents for piqa: there is no piqa.jsonl in it"),
-        ("", "holds no document"),
-        ("\n\n", "holds no document"),
-        ('{"goal": ', "line 1, is not JSON"),
-        ("[1]\n", "line 1, is not a JSON object"),
-        (b"\xff\xfe", "is not UTF-8"),
-        (json.dumps(PIQA[0]) + '\n\n{"goal": "x"}\n', "line 3, has the fields goal, line 1 has goal, sol1"),
-        ('{"question": "x"}\n', "does not fit lm-eval's task piqa"),
-        (json.dumps(PIQA[0]) + "\n" + json.dumps(PIQA[0] | {"label": 2}), "line 2, does not fit .* 2 choices"),
-        (json.dumps(PIQA[0]) + "\n" + json.dumps(PIQA[0] | {"sol2": ""}), "line 2, does not fit .* an empty choice"),
-    ],
-)
-def test_wrong_files(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "piqa.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CalibrationError, match=message):
-        load_tasks(["piqa"], tmp_path)
-
-
-@pytest.mark.parametrize("label", [4, -1, "A", None, True])
-def test_a_wrong_label_of_arc(tmp_path, label):
-    write_lines(tmp_path / "arc_easy.jsonl", [ARC[0], ARC[2] | {"label": label}])
-    with pytest.raises(CalibrationError, match=r'line 2, has "choices" as a list but no "label"'):
-        load_tasks(["arc_easy"], tmp_path)
-
-
-def test_a_winogrande_sentence_without_a_gap_is_named_by_its_line(tmp_path):
-    write_lines(tmp_path / "winogrande.jsonl", [*WINOGRANDE, WINOGRANDE[0] | {"sentence": "No gap."}])
-    with pytest.raises(CalibrationError, match="line 3, does not fit lm-eval's task winogrande"):
-        load_tasks(["winogrande"], tmp_path)
-    assert load_tasks(["winogrande"], tmp_path, limit=2)[0].documents == 3  # what is not scored is not checked
-
-
-def test_a_missing_folder(tmp_path):
-    with pytest.raises(CalibrationError, match="does not exist"):
-        load_tasks(["piqa"], tmp_path / "none")
-
-
-def test_a_task_that_reads_its_documents_itself_cannot_have_local_ones(tmp_path):
-    write_lines(tmp_path / "squadv2.jsonl", [{"question": "x"}])
-    with pytest.raises(UsageError, match="cannot use --data"):
-        load_tasks(["squadv2"], tmp_path)
-
-
-def test_missing_lm_eval(data, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # makes the import fail
-    with pytest.raises(UsageError, match=r"pip install 'ssmc\[eval\]'"):
-        evaluate_models(["tiny"], "piqa", data=data)
-    report = evaluate_models(["tiny"], data=data, window=256, max_windows=1, device="cpu")
-    assert report.dense.perplexity.windows == 1
-
-
-def test_the_definitions_are_lm_evals_own():
-    found = find_definitions(SIX)
-    assert [path.parent.name for path in found.values()] == [
-        "piqa", "openbookqa", "winogrande", "arc", "arc", "lambada"
-    ]  # fmt: skip
-    assert all("lm_eval" in path.parts for path in found.values())

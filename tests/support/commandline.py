@@ -54,3 +54,6 @@ def run_process(*arguments: object, cwd: Path, **environment: str) -> Outcome:
         check=False,
     )
     return Outcome(done.returncode, ANSI.sub("", done.stdout), ANSI.sub("", done.stderr))
+
+
+PROMPTS = ("Once upon a time", "The dog", "One day, a girl named Lily went to the")
