@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,11 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
 
 
 def bytecode(folder: Path) -> dict[str, str]:
-    """Where Python keeps what it compiled: an installation that nobody may write to is compiled anew in every process."""
-    kept = {name: value for name, value in os.environ.items() if name == "PYTHONPYCACHEPREFIX"}
-    return kept or {"PYTHONPYCACHEPREFIX": str(folder.parent / "ssmc-bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    """Where Python keeps what it compiles, if it has nowhere: else every process compiles torch and transformers anew."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None or Path(cache_from_source(torch.origin)).is_file():
+        return {}
+    return {"PYTHONPYCACHEPREFIX": str(folder.parent / "ssmc-bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def wait(started: list[subprocess.Popen], end: float) -> str | None:
