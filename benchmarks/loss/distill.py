@@ -1,0 +1,81 @@
+"""What distillation buys: loss above the dense model before and after, on held-out text, as table and JSON.
+
+    python -m benchmarks.loss.distill                                # the embedded texts
+    python -m benchmarks.loss.distill --calib train.jsonl --device cuda
+
+"Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text
+that neither calibration nor steps have seen. Seconds are those of the steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.reporting import print_conditions
+from ssmc.compressor import compress
+from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
+from ssmc.runtime.measure.perplexity import excess_loss, perplexity
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.tokenizers import load_tokenizer
+from ssmc.runtime.text import read_texts, tokenize
+from ssmc.runtime.tiny import heldout_path
+
+CELLS = ("tiny:channel:0.25", "tiny:channel:0.5", "tiny-mamba2:channel:0.5", "tiny:column:0.875")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="*", default=CELLS, help="MODEL:PATTERN:SPARSITY")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--calib", help="calibration text; by default the embedded stories")
+    parser.add_argument("--text", default=heldout_path(), help="held-out text")
+    parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/distill.json"))
+    args = parser.parse_args()
+    report = {"conditions": asdict(print_conditions()), "settings": {"steps": args.steps, "window": args.window}}
+    report |= {"device": args.device, "rows": []}
+    for cell in args.cells:
+        report["rows"].append(row := measured(cell, args))
+        print(row, flush=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    table = Table("removed", "repair alone", f"{args.steps} steps", "divergence before", "after", "seconds")
+    for row in report["rows"]:
+        figures = (row["excess_before"], row["excess"], row["divergence_before"], row["divergence"])
+        table.add_row(row["cell"], *(f"{figure:.4f}" for figure in figures), f"{row['seconds']:.0f}")
+    Console(width=120).print(table)
+
+
+def measured(cell: str, args: argparse.Namespace) -> dict[str, object]:
+    """One model before and after distillation."""
+    source, pattern, sparsity = cell.split(":")
+    dense = load_checkpoint(source, dtype=torch.float32)
+    text = tokenize(read_texts(args.text), load_tokenizer(dense))[: args.max_tokens]
+    wanted = perplexity(use_fast_scan(dense.model), text, args.window)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        options = {"pattern": pattern, "sparsity": float(sparsity), "calib": args.calib, "device": args.device}
+        compress(source, out=out, **options)
+        student = load_checkpoint(out, dtype=torch.float32)
+    before = excess_loss(perplexity(use_fast_scan(student.model), text, args.window), wanted)
+    start = time.perf_counter()
+    done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device))
+    seconds = time.perf_counter() - start
+    after = excess_loss(perplexity(student.model, text, args.window), wanted)
+    row = {"cell": cell, "excess_before": before.nats, "excess": after.nats, "stderr": after.stderr, "seconds": seconds}
+    return row | {"divergence_before": done.divergence_before, "divergence": done.divergence, "steps": done.best_step}
+
+
+if __name__ == "__main__":
+    main()
