@@ -55,6 +55,8 @@ runs = dict(V=4, RUNS=4, PAIRS=True)
 flags = dict(AHEAD=True, SOFTPLUS=True, GATED=True, CONTINUES=False)
 ptx = compiled(lanes.lanes_kernel, 4, CHANNELS=4, **runs, **flags, **ones)
 say(min((loop for loop in loops(ptx) if "ex2" in loop), key=len))
+# a stride or a size of 1 is a number for Triton, and has no type of a number
+compiled(lanes.lanes_kernel, 1, CHANNELS=1, **runs, **flags, **ones, channels=1, u_token=1, dt_token=1, z_token=1)
 states = options | dict(MODE=chunks.STATES.value, SOFTPLUS=False, GATED=False, STARTED=True)
 compiled(chunks.chunk_kernel, **states)
 compiled(chunks.carry_kernel, 4, CONTINUES=True, BLOCK=32, GROUP=64)
