@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ssmc.runtime.models.generation import generate as generate
     from ssmc.runtime.models.generation import open_session as open_session
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
 
 _HOMES = {
