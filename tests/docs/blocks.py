@@ -5,6 +5,7 @@ page, in one folder for the page. `text` is output, `yaml` a recipe. Comments in
 
     <!-- not run: REASON -->         the next block cannot run here: no GPU, no network, hours
     <!-- run first: COMMAND -->      what an earlier page has done; the reader does not see it
+    <!-- output of: COMMAND -->      the next block is what that command of the page printed, numbers aside
     <!-- exit code: N -->            the last command of the next block fails so; a `text` block behind it is its error
 
 In the folder there are a model of the user, `my-model`, and texts, `my-text.jsonl` and `my-heldout.jsonl`.
@@ -38,7 +39,7 @@ SMALL = {
     "eval": {"--window": "64", "--max-windows": "2", "--text": "my-heldout.jsonl"},
     "generate": {"--max-new-tokens": "4"},
 }
-_COMMENT = re.compile(r"<!-- (not run|run first|exit code): (.*?) -->", re.DOTALL)
+_COMMENT = re.compile(r"<!-- (not run|run first|exit code|output of): (.*?) -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Block:
     not_run: str | None = None  # the reason
     exit_code: int = 0
     first: tuple[str, ...] = field(default=())  # commands to run before it
+    output_of: str | None = None  # the command that printed it
 
     @property
     def where(self) -> str:
@@ -81,6 +83,7 @@ def blocks(page: Path) -> list[Block]:
                     not_run=marks.get("not run", [None])[0],
                     exit_code=int(marks.get("exit code", ["0"])[0]),
                     first=tuple(marks.get("run first", ())),
+                    output_of=marks.get("output of", [None])[0],
                 )
             )
             marks = {}

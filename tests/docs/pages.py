@@ -34,6 +34,7 @@ def run_page(page: Path) -> None:
     """Run a page in the current folder, which `lay_out` has filled; a failed assertion says where."""
     names: dict[str, Any] = {"__name__": "page"}
     printed = None  # by a command that fails, as the page says
+    outputs: dict[str, str] = {}
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.where} is not marked as one of {', '.join(LANGUAGES)}"
         for command in block.first:
@@ -43,13 +44,15 @@ def run_page(page: Path) -> None:
             assert " ".join(block.text.split()) == printed, f"{block.where} is not what is printed"
         printed = None
         if block.not_run is None:
-            printed = run_block(block, names)
+            printed = run_block(block, names, outputs)
+        if block.output_of is not None:
+            check_output(block, outputs[block.output_of])
 
 
-def run_block(block: Block, names: dict[str, Any]) -> str | None:
+def run_block(block: Block, names: dict[str, Any], outputs: dict[str, str]) -> str | None:
     """Run one block; what its last command says where it fails as the page says."""
     if block.language == "bash":
-        return run_commands(block)
+        return run_commands(block, outputs)
     if block.language == "python":
         exec(compile(block.text, block.where, "exec", dont_inherit=True), names)
     elif block.language == "yaml":
@@ -60,7 +63,7 @@ def run_block(block: Block, names: dict[str, Any]) -> str | None:
     return None
 
 
-def run_commands(block: Block) -> str | None:
+def run_commands(block: Block, outputs: dict[str, str]) -> str | None:
     """Run a block's commands; the error of the last one where the page says that it fails."""
     commands = block.commands()
     for number, words in enumerate(commands):
@@ -68,11 +71,24 @@ def run_commands(block: Block) -> str | None:
             check_other(words, block)
             continue
         code, out, err = ssmc(words)
+        outputs[words[1]] = out
         expected = block.exit_code if number == len(commands) - 1 else 0
         assert code == expected, f"{block.where}: {' '.join(words)}: {code}\n{out}\n{err}"
         if expected:
             return " ".join(err.split())
     return None
+
+
+def check_output(block: Block, printed: str) -> None:
+    """Every line of a block was printed, numbers and the widths of columns aside."""
+    lines = set(map(_without_numbers, printed.splitlines()))
+    for line in block.text.splitlines():
+        assert line == "..." or _without_numbers(line) in lines, f"{block.where}: {line!r} is not what is printed"
+
+
+def _without_numbers(line: str) -> str:
+    words = re.sub(r"[┏┓┡┩└┘┳╇┴━─┃│]", " ", line)
+    return " ".join(re.sub(r"\S*\d\S*", "#", words).split()).replace("# #", "#").replace("# #", "#")
 
 
 def ssmc(words: list[str]) -> tuple[int, str, str]:
