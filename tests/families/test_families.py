@@ -206,7 +206,7 @@ def test_linear_maps_of_attention_and_mlp_are_pruned_with_the_mixers(family, fol
     assert any("stay dense" in note for note in result.notes) != architecture_for(family).capabilities.uniform
     done = [module.name for layer in result.layers if layer.weights for module in layer.weights.modules]
     for layer in (layer for layer in result.layers if layer.states_kept and pattern != "2:4"):
-        assert 0 < layer.entries.zeros < 0.6
+        assert 0 < layer.entries.pruned < 0.6
     convolutions = sum(1 for layer in result.layers if layer.states_kept)
     assert len(done) == len([name for name in linears if name != "lm_head" and name not in shared]) + convolutions
 

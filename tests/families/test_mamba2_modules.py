@@ -84,7 +84,7 @@ def test_a_log_of_the_least_important_heads_becomes_zero(tokens, score, pattern)
     else:
         assert (A_log == 0).nonzero().flatten().tolist() == sorted(gone)
     assert torch.equal(A_log[A_log != 0], block.mixer.A_log[A_log != 0])
-    assert results[0].entries.zeros == (2 / 3 if pattern == "1:3" else 0.5)
+    assert results[0].entries.pruned == (2 / 3 if pattern == "1:3" else 0.5)
     assert results[0].states_kept == tuple(range(14))
 
 

@@ -129,7 +129,7 @@ def test_unstructured_a_log_in_a_whole_run(model, tokens):
     results = prune_layers(model, ARCHITECTURE, tokens, config, dtypes(model))
     for block, result in zip(model.backbone.layers, results, strict=True):
         assert int((block.mixer.A_log == 0).sum()) == round(0.25 * block.mixer.A_log.numel())
-        assert result.entries.zeros == pytest.approx(0.25, abs=1e-2)
+        assert result.entries.pruned == pytest.approx(0.25, abs=1e-2)
         assert result.states_kept == tuple(range(8))
 
 
