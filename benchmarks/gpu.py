@@ -135,7 +135,7 @@ def run(section: Section, seconds: float, folder: Path, dry_run: bool) -> dict[s
 
 
 def bytecode(folder: Path) -> dict[str, str]:
-    """Where Python keeps what it compiles, if it has nowhere: else every process compiles torch and transformers anew."""
+    """Where Python keeps what it compiles, if it has nowhere: else every process compiles torch anew."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None or Path(cache_from_source(torch.origin)).is_file():
         return {}
