@@ -207,7 +207,9 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
     written = sum(file["bytes"] for file in manifest["files"].values())
     terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
     where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
-    terminal.say(f"Next: ssmc export{where} --format safetensors")
+    runtime = manifest["config"].get("runtime")
+    how = "--format safetensors" if runtime is None else f"--for {runtime}"
+    terminal.say(f"Next: ssmc export{where} {how}")
     if (lost := _lost(manifest)) is not None and lost > TOO_MUCH:
         terminal.note(_too_much(lost, bool(manifest.get("distilled"))))
 

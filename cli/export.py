@@ -14,7 +14,8 @@ import typer
 from ssmc.cli.checks import check_compressed
 from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Verbose
 from ssmc.cli.terminal import Terminal, size, table
-from ssmc.exporters import all_formats
+from ssmc.exporters import Format, all_formats
+from ssmc.runtime.consumers import CONSUMERS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "safetensors"
 _FORMATS = all_formats()
+ForRuntime = Literal[tuple(CONSUMERS)]  # type: ignore[valid-type]
 Name: Any = Literal[tuple(_FORMATS)]  # type: ignore[valid-type]
 
 
@@ -31,12 +33,21 @@ def export(
     context: typer.Context,
     directory: CompressedDirectory = Path("ssmc-out"),
     format: Annotated[
-        Name,
+        Name | None,
         typer.Option(
             help="; ".join(f"`{format.name}`: {format.help}" for format in _FORMATS.values()) + ".",
             rich_help_panel=OUTPUT,
         ),
-    ] = DEFAULT,
+    ] = None,
+    runtime: Annotated[
+        ForRuntime | None,
+        typer.Option(
+            "--for",
+            help="Runtime the export is for: chooses the format, and refuses a model that it does not run.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder to write.", show_default="DIR/FORMAT", rich_help_panel=OUTPUT),
@@ -64,15 +75,20 @@ def export(
         ssmc export tiny --format onnx
     """
     terminal = context.ensure_object(Terminal)
-    check_compressed(directory, or_model=_FORMATS[format].takes_dense)
+    check_compressed(directory, or_model=_format(format, runtime).takes_dense)
     from ssmc.exporters import export as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        result = run(directory, format=format, out=out, force=force, progress=progress, **options)
+        result = run(directory, format=format, runtime=runtime, out=out, force=force, progress=progress, **options)
     _report(terminal, result)
     where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
-    terminal.say(f"Next: {_FORMATS[format].next(str(result.directory), where)}")
+    terminal.say(f"Next: {_FORMATS[result.format].next(str(result.directory), where)}")
+
+
+def _format(format: str | None, runtime: str | None) -> Format:
+    """The format that is written."""
+    return _FORMATS[format or (CONSUMERS[runtime].format if runtime else DEFAULT)]
 
 
 def _declare_options() -> None:
@@ -84,7 +100,7 @@ def _declare_options() -> None:
     signature = inspect.signature(export, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [_parameter(name, owners) for name, owners in found.items()]
-    parameters = [*own[:4], *added, *own[4:]]
+    parameters = [*own[:5], *added, *own[5:]]
     export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     export.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 

@@ -16,6 +16,7 @@ from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import HELD_OUT
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.families import able_parts, check_family
+from ssmc.compressor.fit import fitted
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
 from ssmc.compressor.notes import notes_for
@@ -132,8 +133,9 @@ def _compress_checkpoint(
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
+    config = fitted(config, sizes)
     if goal is not None and "pattern" not in options:
-        config = configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))})
+        config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), sizes)
     check_family(config, architecture, goal is not None)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes)
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)

@@ -11,8 +11,18 @@ from ssmc.exporters.registry import format_named, refuse_missing, require_packag
 from ssmc.exporters.runtimes import Runtime
 from ssmc.exporters.source import find_manifest, read_source, read_tokens
 from ssmc.exporters.verify import Comparison
+from ssmc.runtime.consumers import Consumer, consumer_named, misfit
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space
-from ssmc.runtime.manifest import MANIFEST, CutRecord, ExportManifest, MaskedManifest, file_records, write_manifest
+from ssmc.runtime.manifest import (
+    MANIFEST,
+    CutRecord,
+    ExportManifest,
+    MaskedManifest,
+    file_records,
+    read_manifest,
+    write_manifest,
+)
 from ssmc.runtime.models.checkpoints import parameter_count, tensor_bytes
 from ssmc.runtime.models.companions import copy_companions
 from ssmc.runtime.models.families import Cut
@@ -57,7 +67,8 @@ class ExportResult:
 def export(
     directory: str | Path = "ssmc-out",
     *,
-    format: str = DEFAULT,
+    format: str | None = None,
+    runtime: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
@@ -71,7 +82,9 @@ def export(
         directory: what `compress` wrote. Some formats take dense models as well: a folder, a hub id, or "tiny".
         format: name of a registered format: "safetensors" (transformers' layout), "mamba-ssm" (its own), "sparse24"
             (transformers' layout in half precision with a list of the modules that are 2:4), or "onnx" (a graph with
-            explicit states).
+            explicit states), "gguf" (for llama.cpp). By default the one the runtime reads, or "safetensors".
+        runtime: what the export is for, of `ssmc.runtime.consumers`: chooses format and options, and refuses a model
+            that it does not run. By default the one the model was compressed for.
         out: folder to write; by default one named after the format inside `directory`; NAME-FORMAT for a dense model.
         force: replace an earlier export.
         progress: told what is being done.
@@ -80,6 +93,10 @@ def export(
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
+    if runtime is None and format is None:
+        runtime = _compressed_for(directory)
+    consumer = None if runtime is None else consumer_named(runtime)
+    format, options = _chosen(format, consumer, options)
     chosen = format_named(format)
     settings = settings_of(chosen, options)
     require_packages(chosen)
@@ -92,6 +109,8 @@ def export(
     tokens = read_tokens(source, getattr(settings, "text", None))
     progress("cutting", 1, STEPS)
     job = chosen.prepare(Job(source, source.shrunk(chosen.uneven), settings, tokens, progress))
+    if consumer is not None:
+        _refuse_misfit(consumer, job)
     before = source.checkpoint.tensors()
     require_space(out, chosen.space(job))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
@@ -112,10 +131,48 @@ def export(
         runs_where=tuple(chosen.runs_where(job)),
         parameters=(parameter_count(before), parameter_count(job.shrunk.tensors)),
         weight_bytes=(tensor_bytes(before), weight_bytes),
-        remarks=proof.remarks,
+        remarks=(*proof.remarks, *_gains(consumer, job)),
         tables=proof.tables,
         details=proof.details,
     )
+
+
+def _compressed_for(directory: str | Path) -> str | None:
+    """The runtime that a model was compressed for, where that was said."""
+    folder = Path(directory).expanduser()
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    return manifest.config.get("runtime") if isinstance(manifest, MaskedManifest) else None
+
+
+def _chosen(format: str | None, consumer: Consumer | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The format and its options; those a consumer needs, where the user named one and nothing that contradicts."""
+    if consumer is None:
+        return format or DEFAULT, options
+    if format not in (None, consumer.format):
+        raise UsageError(f"{consumer.name} reads {consumer.format}, not {format}. Leave out --format or --for.")
+    for name, value in consumer.options.items():
+        if options.get(name) not in (None, value):
+            raise UsageError(f"{consumer.name} needs --{name} {value}, not {options[name]}. Leave it out.")
+    return consumer.format, options | dict(consumer.options)
+
+
+def _refuse_misfit(consumer: Consumer, job: Job) -> None:
+    """Refuse a model that a consumer does not run."""
+    sizes = job.source.checkpoint.architecture.dimensions(job.shrunk.config)
+    epsilon = getattr(job.shrunk.config, "layer_norm_epsilon", None)
+    if reason := misfit(consumer.name, sizes, epsilon):
+        raise UsageError(
+            f"{consumer.name} does not run this model: {reason}. Compress with --for {consumer.name}, or export "
+            "without."
+        )
+
+
+def _gains(consumer: Consumer | None, job: Job) -> tuple[str, ...]:
+    """What will be faster, where it is said what the export is for."""
+    if consumer is None:
+        return ()
+    rule = consumer.rule(job.source.checkpoint.architecture.dimensions(job.shrunk.config))
+    return (f"In {consumer.name}, {rule.gain}.",) if rule.gain else ()
 
 
 def _place(directory: str | Path, name: str, manifest: MaskedManifest | None) -> Path:

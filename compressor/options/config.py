@@ -28,6 +28,7 @@ from ssmc.compressor.options.patterns import (
 )
 from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.options.sparsity import ALPHA, NM, check_ramp
+from ssmc.runtime.consumers import CONSUMERS
 from ssmc.runtime.errors import UsageError
 
 POWER_OF_TWO = "power-of-two"
@@ -166,6 +167,17 @@ class CompressConfig(BaseModel):
         Field(ge=0, lt=2**63),
         Flag("Seed of the draw of samples. The same seed gives the same bytes.", CALIBRATION),
     ] = 0
+    runtime: Annotated[
+        Literal[tuple(CONSUMERS)] | None,  # type: ignore[valid-type]
+        Flag(
+            "Runtime the result is for: keeps numbers of states, channels and heads that it takes and gains from, and "
+            "refuses what it does not run.",
+            metavar="|".join(CONSUMERS),
+            default_text="",
+            switch="--for",
+            typed=str,
+        ),
+    ] = None
     round_to: Annotated[
         Annotated[int, Field(ge=1)] | Literal["power-of-two"],
         Flag(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ssmc.exporters.format import Format, Job, Proof
+from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from ssmc.exporters.runtimes import Runtime
@@ -18,6 +19,20 @@ class Safetensors(Format):
     name = "safetensors"
     help = "what transformers, vLLM, mlx-lm and llama.cpp's converter read"
     layout: ClassVar[str] = "transformers"  # as `write_checkpoint` calls it
+
+    def prepare(self, job: Job) -> Job:
+        """Refuse sizes that no configuration of this layout can say.
+
+        Raises:
+            UsageError: heads that only llama.cpp takes.
+        """
+        from ssmc.runtime.consumers import misfit
+
+        architecture = job.source.checkpoint.architecture
+        sizes = architecture.dimensions(job.shrunk.config)
+        if sizes.heads is not None and (reason := misfit("transformers", sizes)):
+            raise UsageError(f"There is no export to {self.name} for this model: {reason}. Use --format gguf.")
+        return job
 
     def space(self, job: Job) -> int:
         """The tensors."""
@@ -56,7 +71,8 @@ class Safetensors(Format):
 
         architecture = job.source.checkpoint.architecture
         sizes = architecture.dimensions(job.shrunk.config)
-        return runs_where(sizes, job.source.dense_d_state, architecture.model_type)
+        epsilon = getattr(job.shrunk.config, "layer_norm_epsilon", None)
+        return runs_where(sizes, job.source.dense_d_state, architecture.model_type, epsilon)
 
 
 SAFETENSORS = Safetensors()

@@ -62,6 +62,7 @@ class Sparse24(Safetensors):
         """Round to half precision."""
         from ssmc.exporters.sparse24 import round_to_half
 
+        job = super().prepare(job)
         shrunk, half = round_to_half(job.source, job.shrunk, job.options.dtype)
         return replace(job, shrunk=shrunk, extra=half)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ssmc.runtime.consumers import CONSUMERS, misfit
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.registry import Registry
 
@@ -24,20 +25,21 @@ class Runtime:
     remark: str
 
 
-Table = Callable[[Dimensions, str], list[Runtime]]
-"""Lines for the sizes of an exported model, and what is to be said of a Triton kernel that decodes it."""
+Table = Callable[[Dimensions, str, "float | None"], list[Runtime]]
+"""Lines for the sizes of an exported model, what is to be said of a Triton kernel that decodes it, and its epsilon."""
 
 TABLES: Registry[Table] = Registry(__name__, "table")
 """model_type -> its table."""
 
 
-def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str) -> list[Runtime]:
+def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str, epsilon: float | None = None) -> list[Runtime]:
     """The table for a model of these sizes.
 
     Args:
         sizes: of the exported model; a Mamba-2's have heads.
         dense_d_state: N before pruning, to say what is gained.
         model_type: of its family.
+        epsilon: of its norms, where that is known.
     """
     table = TABLES.find(model_type)
     if table is None:
@@ -48,13 +50,14 @@ def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str) -> list[R
     padded = 1 << (sizes.d_state - 1).bit_length()
     decode = "gains" if padded < dense_d_state else "no gain"
     decode += "" if padded == sizes.d_state else f": {sizes.d_state} states are padded to {padded}"
-    return table(sizes, decode)
+    return table(sizes, decode, epsilon)
 
 
-def needs_twice(sizes: Dimensions) -> str:
-    """What is to be said of llama.cpp's conversion, which wants a d_inner of 2 x d_model; nothing if it is that."""
-    twice = sizes.d_inner == 2 * sizes.d_model
-    return "" if twice else f"; d_inner must be 2 x d_model, here it is {sizes.d_inner}"
+def line(name: str, consumer: str, sizes: Dimensions, remark: str, epsilon: float | None = None) -> Runtime:
+    """A line of the table of `consumers`: whether a consumer runs an export of these sizes, and the reason if not."""
+    reason = misfit(consumer, sizes, epsilon)
+    remark += "" if reason is None else f"; {reason}"
+    return Runtime(name, CONSUMERS[consumer].format, reason is None, remark)
 
 
 def gguf_runs_where(architecture: Architecture, config: Any) -> list[Runtime]:

@@ -9,6 +9,7 @@ from ssmc.compressor.methods.counts import listed, nearest
 from ssmc.compressor.methods.method import Plan
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL
+from ssmc.runtime.consumers import HEADS, consumer_named
 from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,14 +59,19 @@ def channels_to_keep(d_inner: int, sparsity: float, multiple: int | None = None)
     return kept
 
 
-def widths_of_heads(sizes: Dimensions) -> list[int]:
-    """The widths below its own that a Mamba-2 can have in a stock loader, rising.
+def widths_of_heads(sizes: Dimensions, runtime: str | None = None) -> list[int]:
+    """The widths below its own that a Mamba-2 can have in a stock loader, or in that runtime, rising.
 
     transformers and mamba_ssm have one width for all layers, `expand` times d_model with a whole `expand` (a fraction
     is refused by Mamba2Config, and gives a layer of fractional size in mamba_ssm), and whole heads in every group.
     """
     unit = sizes.groups * cast("Mamba2Dimensions", sizes).head_dim
-    return [width for width in range(sizes.d_model, sizes.d_inner, sizes.d_model) if width % unit == 0]
+    step = unit if _takes_any_heads(sizes, runtime) else sizes.d_model
+    return [width for width in range(step, sizes.d_inner, step) if width % unit == 0]
+
+
+def _takes_any_heads(sizes: Dimensions, runtime: str | None) -> bool:
+    return runtime is not None and consumer_named(runtime).rule(sizes).width == HEADS
 
 
 def _kept_width(config: CompressConfig, sizes: Dimensions) -> int:
@@ -73,16 +79,18 @@ def _kept_width(config: CompressConfig, sizes: Dimensions) -> int:
     if sizes.heads is None:
         return channels_to_keep(sizes.d_inner, sparsity, config.round_channels)
     wanted = sizes.d_inner * (1 - sparsity)
-    return nearest([*widths_of_heads(sizes), sizes.d_inner], wanted)
+    return nearest([*widths_of_heads(sizes, config.runtime), sizes.d_inner], wanted)
 
 
 def _check_heads(config: CompressConfig, sizes: Dimensions, widths: Sequence[int]) -> None:
     """Refuse widths that no stock loader takes, rather than remove far more or less than was asked for."""
-    able = widths_of_heads(sizes)
+    able = widths_of_heads(sizes, config.runtime)
     why = (
         f"stock loaders want a whole `expand`, that is a width of whole heads that is a multiple of d_model "
         f"{sizes.d_model}, in every layer"
     )
+    if _takes_any_heads(sizes, config.runtime):
+        why = f"{config.runtime} wants whole heads, as many in each group and in every layer"
     if not able:
         raise UsageError(f"No heads can be removed from this model of {sizes.d_inner} channels: {why}.")
     P = cast("Mamba2Dimensions", sizes).head_dim

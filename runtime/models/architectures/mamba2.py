@@ -8,6 +8,7 @@ conv1d, once for each of the G groups; A_log, D and dt_bias have one number a he
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -283,7 +284,10 @@ class Mamba2(Convolution, PlannedSurgery):
         if dimension == STATE:  # every group of a layer keeps the same number: its B and C are one block of in_proj
             setattr(other, self.state_field, count // sizes.n_groups)
         else:
-            other.expand, other.num_heads = count // sizes.d_model, count // sizes.head_dim
+            other.num_heads = count // sizes.head_dim
+            whole, rest = divmod(count, sizes.d_model)
+            # transformers takes whole numbers only, and checks them; other software takes any number of heads
+            object.__setattr__(other, "expand", whole if not rest else exact_ratio(count, sizes.d_model))
         return other
 
     def after_cut(
@@ -324,6 +328,14 @@ class Mamba2(Convolution, PlannedSurgery):
         for block in self.blocks(model):
             if (mixer := self.mixer(block)) is not None:
                 mixer.norm.variance_epsilon *= width / whole
+
+
+def exact_ratio(d_inner: int, d_model: int) -> float:
+    """The number for which int(ratio * d_model) is d_inner, though floating point rounds."""
+    ratio = d_inner / d_model
+    while int(ratio * d_model) < d_inner:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 def _norm_factor(whole: int, width: int) -> float:

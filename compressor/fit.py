@@ -1,0 +1,44 @@
+"""A run fitted to the runtime its result is for: numbers that it takes and gains from, or a refusal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN
+from ssmc.runtime.consumers import TWICE, consumer_named
+from ssmc.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.families import Dimensions
+
+
+def fitted(config: CompressConfig, sizes: Dimensions) -> CompressConfig:
+    """The run with the rounding of states that its runtime wants, unless the user chose another that will do.
+
+    Args:
+        config: what was asked for.
+        sizes: of the dense model.
+
+    Raises:
+        UsageError: the runtime does not take what the pattern leaves.
+    """
+    if config.runtime is None:
+        return config
+    rule = consumer_named(config.runtime).rule(sizes)
+    if CHANNEL in config.parts and rule.width == TWICE:
+        raise UsageError(
+            f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go: leave {CHANNEL} out of "
+            "--pattern."
+        )
+    if COLUMN not in config.parts or rule.states == 1:
+        return config
+    if "round_to" not in config.model_fields_set:
+        return config.model_copy(update={"round_to": rule.states})
+    chosen = config.round_to
+    if not rule.padded and isinstance(rule.states, int) and (isinstance(chosen, str) or chosen % rule.states):
+        raise UsageError(
+            f"{config.runtime} takes states in multiples of {rule.states} only. Leave --round-to out, or use "
+            f"{rule.states}."
+        )
+    return config

@@ -1,0 +1,118 @@
+"""`--for RUNTIME`: numbers that a runtime takes, the format it reads, and refusals of what it does not run."""
+
+import json
+
+import pytest
+
+from ssmc.compressor import compress
+from ssmc.exporters import export, runs_where
+from ssmc.exporters.registry import all_formats
+from ssmc.runtime.consumers import CONSUMERS, misfit
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.manifest import read_manifest
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.llama_cpp import LlamaCpp, is_installed
+from tests.support import vocabularies
+from tests.support.families import FAMILIES
+from tests.support.models import random_mamba2, random_model
+
+QUICK = {"score": "random", "repair": False}
+
+
+def sizes(make=random_model, **changes):
+    from ssmc.runtime.models.families import architecture_for
+
+    config = make(**changes).config
+    return architecture_for(config.model_type).dimensions(config)
+
+
+def test_every_runtime_reads_a_format_there_is():
+    for consumer in CONSUMERS.values():
+        all_formats()[consumer.format].settings(consumer.options)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "asked", "kept"),
+    [("mlx-lm", 0.4, 32), ("llama.cpp", 0.4, 32), ("vllm", 0.3, 32), ("transformers", 0.3, 45), ("genai", 0.3, 45)],
+)
+def test_states_are_rounded_to_what_a_runtime_gains_from(tmp_path, runtime, asked, kept):
+    """Of 64 states of the embedded Mamba-2."""
+    result = compress("tiny-mamba2", out=tmp_path / "out", sparsity=asked, runtime=runtime, **QUICK)
+    assert {len(layer["kept"]) for layer in result.manifest["layers"]} == {kept}
+    assert result.manifest["config"]["runtime"] == runtime
+
+
+@pytest.mark.skipif(not is_installed(), reason="llama.cpp (xllamacpp) is not installed")
+def test_heads_by_any_number_for_llama_cpp_and_for_nobody_else(tmp_path):
+    model = random_mamba2(vocab_size=392, eos_token_id=0, n_groups=1)
+    source, out = vocabularies.save(model, tmp_path / "model"), tmp_path / "out"
+    options = {"pattern": "channel", "sparsity": 0.25, "repair": False, "nsamples": 2, "seqlen": 32}
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(vocabularies.LINES) * 20)
+    with pytest.raises(UsageError, match="stock loaders want a whole `expand`"):
+        compress(source, out=out, calib=str(text), **options)
+    compress(source, out=out, calib=str(text), runtime="llama.cpp", **options)
+    result = export(out)  # what it was compressed for is known
+    assert result.format == "gguf"
+    assert read_manifest(result.directory).dimensions["dt_rank"] == 9
+    assert "fewer heads" in result.remarks[-1]
+    with LlamaCpp(result.directory / "model.gguf") as llama:
+        assert llama.log_probs([1, 2, 3], 392).max() < 0
+    with pytest.raises(
+        UsageError, match=r"whole multiple of d_model, here it is 36 and d_model 24\. Use --format gguf"
+    ):
+        export(out, format="safetensors")
+
+
+def test_what_a_runtime_does_not_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no channels can go: leave channel out"):
+        compress("tiny", out=tmp_path / "out", pattern="channel", runtime="llama.cpp")
+    with pytest.raises(UsageError, match="multiples of 32 only"):
+        compress("tiny-mamba2", out=tmp_path / "out", runtime="mlx-lm", round_to=8, **QUICK)
+    with pytest.raises(UsageError, match=r"runtime.*'ollama'|ollama"):
+        compress("tiny", out=tmp_path / "out", runtime="ollama")
+    with pytest.raises(UsageError, match="no runtime 'ollama' to fit"):
+        export("tiny", runtime="ollama")
+    out = tmp_path / "out"
+    compress("tiny-mamba2", out=out, sparsity=0.3, **QUICK)
+    with pytest.raises(UsageError, match=r"mlx-lm does not run this model: .* here are 45. Compress with --for mlx-lm"):
+        export(out, runtime="mlx-lm")
+    with pytest.raises(UsageError, match="genai reads onnx, not gguf"):
+        export(out, runtime="genai", format="gguf")
+    with pytest.raises(UsageError, match="genai needs --target genai, not ort"):
+        export(out, runtime="genai", target="ort")
+    assert not [path for path in out.iterdir() if path.is_dir()]
+
+
+def test_an_epsilon_that_mlx_lm_ignores_is_told_of(tmp_path):
+    """Its norms always use 1e-5, silently."""
+    source = tmp_path / "model"
+    random_model(layer_norm_epsilon=1e-6).save_pretrained(source)
+    compress(source, out=tmp_path / "out", sparsity=0.5, **QUICK)
+    rows = {row.name: row for row in export(tmp_path / "out").runs_where}
+    assert not rows["mlx-lm"].runs
+    assert "silently wrong" in rows["mlx-lm"].remark
+    with pytest.raises(UsageError, match="silently wrong"):
+        export(tmp_path / "out", runtime="mlx-lm", force=True)
+    assert misfit("mlx-lm", sizes(), 1e-5) is None
+
+
+def test_the_table_of_runtimes_says_the_same():
+    for count, dims in ((48, sizes(random_mamba2, state_size=48)), (64, sizes(random_mamba2, state_size=64))):
+        rows = {row.name: row for row in runs_where(dims, 128, "mamba2")}
+        assert rows["mlx-lm"].runs == (misfit("mlx-lm", dims) is None) == (count % 32 == 0)
+        assert rows["llama.cpp, CPU"].runs
+        assert rows["llama.cpp, CPU"].reads == "gguf"
+    narrow = {row.name: row for row in runs_where(sizes(intermediate_size=40), 16, "mamba")}
+    assert not narrow["llama.cpp, CPU"].runs
+    assert "2 x d_model, here it is 40 and d_model 24" in narrow["llama.cpp, CPU"].remark
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_takes_every_family(tmp_path, family):
+    """Also hybrids whose width is no multiple of theirs."""
+    FAMILIES[family]().save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", out=tmp_path / "out", sparsity=0.5, runtime="transformers", **QUICK)
+    folder = export(tmp_path / "out", runtime="transformers").directory
+    assert json.loads((folder / "ssmc.json").read_text())["format"] == "safetensors"
+    assert load_checkpoint(folder).dimensions.d_state == 4
