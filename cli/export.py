@@ -15,7 +15,7 @@ from ssmc.cli.checks import check_compressed
 from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Verbose
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.exporters import Format, all_formats
-from ssmc.runtime.consumers import CONSUMERS
+from ssmc.runtime.models.consumers import CONSUMERS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN
-from ssmc.runtime.consumers import TWICE, consumer_named
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.consumers import TWICE, consumer_named
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.families import Dimensions

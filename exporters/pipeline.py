@@ -11,7 +11,6 @@ from ssmc.exporters.registry import format_named, refuse_missing, require_packag
 from ssmc.exporters.runtimes import Runtime
 from ssmc.exporters.source import find_manifest, read_source, read_tokens
 from ssmc.exporters.verify import Comparison
-from ssmc.runtime.consumers import Consumer, consumer_named, misfit
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space
 from ssmc.runtime.manifest import (
@@ -25,6 +24,7 @@ from ssmc.runtime.manifest import (
 )
 from ssmc.runtime.models.checkpoints import parameter_count, tensor_bytes
 from ssmc.runtime.models.companions import copy_companions
+from ssmc.runtime.models.consumers import Consumer, consumer_named, misfit
 from ssmc.runtime.models.families import Cut
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.versions import versions
@@ -83,8 +83,8 @@ def export(
         format: name of a registered format: "safetensors" (transformers' layout), "mamba-ssm" (its own), "sparse24"
             (transformers' layout in half precision with a list of the modules that are 2:4), or "onnx" (a graph with
             explicit states), "gguf" (for llama.cpp). By default the one the runtime reads, or "safetensors".
-        runtime: what the export is for, of `ssmc.runtime.consumers`: chooses format and options, and refuses a model
-            that it does not run. By default the one the model was compressed for.
+        runtime: what the export is for, see `ssmc.runtime.models.consumers`: chooses format and options, refuses models
+            that it does not run. By default the one a model was compressed for.
         out: folder to write; by default one named after the format inside `directory`; NAME-FORMAT for a dense model.
         force: replace an earlier export.
         progress: told what is being done.

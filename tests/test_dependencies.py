@@ -99,6 +99,7 @@ STEPS = {
     "ssmc.compressor.plan": 3,
     "ssmc.compressor.pipeline": 3,  # the loop over layers
     "ssmc.compressor.families": 3,
+    "ssmc.compressor.fit": 3,
     "ssmc.compressor.notes": 3,
     "ssmc.compressor.artefact": 3,
     "ssmc.compressor.distillation": 3,  # the whole model, after its layers

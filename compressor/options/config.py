@@ -28,8 +28,8 @@ from ssmc.compressor.options.patterns import (
 )
 from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.options.sparsity import ALPHA, NM, check_ramp
-from ssmc.runtime.consumers import CONSUMERS
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.consumers import CONSUMERS
 
 POWER_OF_TWO = "power-of-two"
 

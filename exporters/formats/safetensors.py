@@ -26,7 +26,7 @@ class Safetensors(Format):
         Raises:
             UsageError: heads that only llama.cpp takes.
         """
-        from ssmc.runtime.consumers import misfit
+        from ssmc.runtime.models.consumers import misfit
 
         architecture = job.source.checkpoint.architecture
         sizes = architecture.dimensions(job.shrunk.config)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ssmc.runtime.consumers import CONSUMERS, misfit
+from ssmc.runtime.models.consumers import CONSUMERS, misfit
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.registry import Registry
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssmc.exporters.runtimes import Runtime, line
-from ssmc.runtime.consumers import misfit
+from ssmc.runtime.models.consumers import misfit
 from ssmc.runtime.models.families import Dimensions
 
 

@@ -7,10 +7,10 @@ import pytest
 from ssmc.compressor import compress
 from ssmc.exporters import export, runs_where
 from ssmc.exporters.registry import all_formats
-from ssmc.runtime.consumers import CONSUMERS, misfit
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.consumers import CONSUMERS, misfit
 from ssmc.runtime.models.llama_cpp import LlamaCpp, is_installed
 from tests.support import vocabularies
 from tests.support.families import FAMILIES

@@ -9,8 +9,8 @@ from ssmc.compressor.methods.counts import listed, nearest
 from ssmc.compressor.methods.method import Plan
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL
-from ssmc.runtime.consumers import HEADS, consumer_named
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.consumers import HEADS, consumer_named
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
