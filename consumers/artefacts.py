@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
@@ -116,7 +117,17 @@ def read_tokens(source: str) -> list[int]:
 
 
 @torch.inference_mode()
-def reference(masked: str | Path, tokens: list[int]) -> torch.Tensor:
-    """(L, V) logits of L tokens by stock transformers, without anything of ours."""
+def reference(masked: str | Path, tokens: list[int], shrunk: Path | None = None) -> torch.Tensor:
+    """(L, V) logits of L tokens by stock transformers, without a scan of ours.
+
+    Args:
+        masked: of the original shape.
+        tokens: ids.
+        shrunk: an export of it, if it is pruned: gated norms over fewer channels have, in effect, another epsilon; no
+            file can say it, so the masked model gets it.
+    """
     model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
+    architecture = architecture_for(model.config.model_type)
+    if shrunk is not None and architecture.capabilities.heads:
+        architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
     return guard_kernels(model).eval()(torch.tensor([tokens])).logits[0]

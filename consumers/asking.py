@@ -87,9 +87,9 @@ class Consumer:
             with np.load(path) as found:
                 return found["whole"], found["stepped"]
 
-    def time(self, tokens: Sequence[int], new: int) -> dict[str, float]:
-        """Seconds to read the tokens at once ("prefill") and of one of `new` more ("decode")."""
-        return self._ask("time", tokens=list(tokens), new=new)
+    def time(self, tokens: Sequence[int], new: int, *, processor: bool = False) -> dict[str, float]:
+        """Seconds to read the tokens at once ("prefill") and of one of `new` more ("decode"); or of processor time."""
+        return self._ask("time", tokens=list(tokens), new=new, processor=processor)
 
     def _ask(self, call: str, **arguments: Any) -> dict[str, Any]:
         try:

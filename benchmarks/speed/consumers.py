@@ -7,7 +7,8 @@
 Each runtime runs in the environment that `make consumers` made for it, one process for each model, all loaded before
 the first is timed; within a runtime the models take turns, so what else the machine does falls on all alike. Figures
 are medians of the rounds with their quartiles, and the ratio to the dense model round by round with the interval of
-its median. llama.cpp tells its own clock; of the others the calls are timed. Prefill ends with the logits of the last
+its median. llama.cpp tells its own clock; of the others the calls are timed. With --cpu-time the processor time of a
+runtime's process counts, which other work on the machine disturbs less. Prefill ends with the logits of the last
 token. Loss is nats a token above the dense model's, on held-out text, of the float32 model: quantisation's own comes on
 top.
 """
@@ -66,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens decoded behind it")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of the runtime's process")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=16 * 1024, help="of held-out text")
@@ -137,7 +139,7 @@ def time_runtime(kind: Kind, models: Models, tokens: list[int], args: argparse.N
                     continue
                 consumer = Consumer(python, kind.script, folder, threads=args.threads)
                 running[kept] = stack.enter_context(consumer)
-                consumer.time(tokens, args.new)  # warms up
+                consumer.time(tokens, args.new, processor=args.cpu_time)  # warms up
             except SsmcError as error:
                 running.pop(kept, None)
                 found["missing"][kept] = str(error)
@@ -146,7 +148,7 @@ def time_runtime(kind: Kind, models: Models, tokens: list[int], args: argparse.N
         samples = {phase: {kept: [] for kept in running} for phase in PHASES}
         for number in range(args.rounds):
             for kept in list(running) if number % 2 else reversed(running):
-                for phase, seconds in running[kept].time(tokens, args.new).items():
+                for phase, seconds in running[kept].time(tokens, args.new, processor=args.cpu_time).items():
                     samples[phase][kept].append(seconds)
     for phase in PHASES:
         found["timings"][phase] = {kept: Timing(tuple(seconds)) for kept, seconds in samples[phase].items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ class LlamaCpp:
             found.append(self._log_probs(cached=True))
         return found
 
-    def time(self, tokens: Sequence[int], new: int) -> dict[str, float]:
-        """Seconds of a prefill and of a step by llama.cpp's own clock, the first new token being the prefill's."""
-        answer = self._ask(prompt=list(tokens), n_predict=new + 1, ignore_eos=True, cache_prompt=False)["timings"]
-        return {"prefill": answer["prompt_ms"] / 1e3, "decode": answer["predicted_ms"] / 1e3 / new}
+    def timed(self, tokens: Sequence[int], new: int, now: Callable[[], float]) -> dict[str, float]:
+        """Seconds of a prefill and of a step: on the clock by llama.cpp's own, else by `now` around requests."""
+        if now is time.perf_counter:  # of which the first new token is the prefill's
+            answer = self._ask(prompt=list(tokens), n_predict=new + 1, ignore_eos=True, cache_prompt=False)["timings"]
+            return {"prefill": answer["prompt_ms"] / 1e3, "decode": answer["predicted_ms"] / 1e3 / new}
+        begin = now()
+        self._ask(prompt=list(tokens), n_predict=1, cache_prompt=False)
+        prefill, begin = now() - begin, now()
+        self._ask(prompt=list(tokens[:1]), n_predict=new, ignore_eos=True, cache_prompt=False)
+        return {"prefill": prefill, "decode": (now() - begin) / new}
 
     def _log_probs(self, cached: bool) -> np.ndarray:
         """Of what follows the prompt. Nothing is told of a token that ends texts, so one that does not is chosen."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,13 @@ from worker import serve
 class Forced(LogitsProcessor):
     """Chooses the tokens it is given, and keeps the logits that the model gave before each."""
 
-    def __init__(self, tokens: Sequence[int]):
+    def __init__(self, tokens: Sequence[int], now: Callable[[], float]):
+        self.now = now
         self.tokens, self.seen, self.times = list(tokens), [], []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Only the next token stays possible."""
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
         self.seen.append(scores[0].float().numpy().copy())
         forced = torch.full_like(scores, -1e9)
         forced[:, self.tokens[len(self.seen) - 1]] = 0
@@ -51,16 +51,16 @@ class Transformers:
         """Generate these tokens behind the prompt."""
         return self._generate(tokens).seen[1:]
 
-    def time(self, tokens: Sequence[int], new: int) -> dict[str, float]:
-        """Prefill, and the mean step of one generation."""
-        begin = time.perf_counter()
+    def timed(self, tokens: Sequence[int], new: int, now: Callable[[], float]) -> dict[str, float]:
+        """Prefill, and the mean step of one generation, by `now`."""
+        begin = now()
         self.read(tokens)
-        prefill = time.perf_counter() - begin
-        times = self._generate(tokens[:new]).times
+        prefill = now() - begin
+        times = self._generate(tokens[:new], now).times
         return {"prefill": prefill, "decode": (times[-1] - times[0]) / new}
 
-    def _generate(self, tokens: Sequence[int]) -> Forced:
-        forced, prompt = Forced([*tokens, 0]), torch.tensor([self._prompt])
+    def _generate(self, tokens: Sequence[int], now: Callable[[], float] = time.perf_counter) -> Forced:
+        forced, prompt = Forced([*tokens, 0], now), torch.tensor([self._prompt])
         length = {"max_new_tokens": len(tokens) + 1, "do_sample": False, "pad_token_id": 0}
         self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), logits_processor=LogitsProcessorList([forced]), **length

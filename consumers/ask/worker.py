@@ -65,17 +65,25 @@ def logits(model: Model, tokens: list[int], lengths: list[int], first: int, path
     return {}
 
 
-def take_time(model: Model, tokens: list[int], new: int) -> dict[str, float]:
-    """Seconds to read the tokens at once ("prefill") and, the mean of `new`, of one more ("decode")."""
-    own = getattr(model, "time", None)
-    if own is not None:  # by the consumer's own clock
-        return own(tokens, new)
-    begin = time.perf_counter()
+def take_time(model: Model, tokens: list[int], new: int, processor: bool = False) -> dict[str, float]:
+    """Seconds to read the tokens at once ("prefill") and, the mean of `new`, of one more ("decode").
+
+    Args:
+        model: asked.
+        tokens: of the prompt.
+        new: tokens behind it.
+        processor: seconds of processor time of the whole process, which other work on the machine disturbs less.
+    """
+    now = time.process_time if processor else time.perf_counter
+    own = getattr(model, "timed", None)
+    if own is not None:  # by the consumer's own clock, or within one generation
+        return own(tokens, new, now)
+    begin = now()
     model.read(tokens)
-    prefill = time.perf_counter() - begin
-    begin = time.perf_counter()
+    prefill = now() - begin
+    begin = now()
     model.steps(tokens[:new])
-    return {"prefill": prefill, "decode": (time.perf_counter() - begin) / new}
+    return {"prefill": prefill, "decode": (now() - begin) / new}
 
 
 def row(values: np.ndarray) -> np.ndarray:
