@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssmc.compressor import compress
 from ssmc.exporters import export
+from ssmc.exporters.gguf.layouts import LAYOUTS, adapt
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.checkpoints.sources import find_directory
 from ssmc.runtime.models.families import architecture_for
@@ -117,7 +118,9 @@ def read_tokens(source: str) -> list[int]:
 
 
 @torch.inference_mode()
-def reference(masked: str | Path, tokens: list[int], shrunk: Path | None = None) -> torch.Tensor:
+def reference(
+    masked: str | Path, tokens: list[int], shrunk: Path | None = None, format: str = ""
+) -> tuple[torch.Tensor, str]:
     """(L, V) logits of L tokens by stock transformers, without a scan of ours.
 
     Args:
@@ -125,9 +128,15 @@ def reference(masked: str | Path, tokens: list[int], shrunk: Path | None = None)
         tokens: ids.
         shrunk: an export of it, if it is pruned: gated norms over fewer channels have, in effect, another epsilon; no
             file can say it, so the masked model gets it.
+        format: "gguf" takes out of the model what llama.cpp is known to compute differently.
+
+    Returns:
+        The logits, and what was taken out.
     """
     model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
     architecture = architecture_for(model.config.model_type)
     if shrunk is not None and architecture.capabilities.heads:
         architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
-    return guard_kernels(model).eval()(torch.tensor([tokens])).logits[0]
+    layout = LAYOUTS.find(model.config.model_type) if format == "gguf" else None
+    how = None if layout is None else adapt(layout, model)
+    return guard_kernels(model).eval()(torch.tensor([tokens])).logits[0], how or ""

@@ -35,7 +35,7 @@ class Row:
         whole: largest difference over whole prompts; None where nothing ran.
         stepped: the same token by token.
         values: "logits" or "log probabilities".
-        reason: why not.
+        reason: why not; of one that ran, what it does in its own way and the model was compared without.
     """
 
     consumer: str
@@ -118,14 +118,14 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.outcome == RAN:
-        return f"{max(row.whole, row.stepped):.0e}"
+        return f"{max(row.whole, row.stepped):.0e}" + "*" * bool(row.reason)
     return {DIFFERS: f"**differs**, {max(row.whole or 0, row.stepped or 0):.0e}", FAILED: "no"}.get(row.outcome, "-")
 
 
 def _reasons(rows: Sequence[Row]) -> str:
     grouped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row.outcome != RAN:
+        if row.reason:
             grouped.setdefault((row.consumer, row.reason), []).append(f"{row.model} ({row.cut})")
     lines = [(consumer, ", ".join(models), reason.replace("|", "/")) for (consumer, reason), models in grouped.items()]
-    return table(("consumer", "models", "why not"), lines) if lines else ""
+    return table(("consumer", "models", "why not, or what it does in its own way"), lines) if lines else ""

@@ -40,6 +40,8 @@ from consumers.results import (
 from ssmc.runtime.errors import SsmcError
 
 FOLDER = ROOT / "build" / "consumers"
+Wanted = tuple[torch.Tensor, str]
+"""Logits, and what a consumer is known to compute differently, which they leave out."""
 LENGTHS, FIRST = (1, 3, 16, 48), 16
 
 
@@ -58,16 +60,17 @@ def differences(found: Sequence[torch.Tensor], wanted: torch.Tensor, values: str
     return tuple(float((got[:, : right.shape[-1]].double() - right).abs().max()) for got, right in pairs)
 
 
-def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wanted: torch.Tensor) -> Row:
+def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wanted: Wanted) -> Row:
     """Have a consumer run an export."""
+    logits, how = wanted
     try:
         with Consumer(python, kind.script, export) as consumer:
             row = replace(row, version=consumer.versions[kind.package], values=consumer.values)
             found = [torch.from_numpy(values) for values in consumer.logits(tokens, LENGTHS, FIRST)]
-            whole, stepped = differences(found, wanted, consumer.values)
+            whole, stepped = differences(found, logits, consumer.values)
     except ConsumerError as error:
         return replace(row, outcome=FAILED, reason=str(error))
-    row = replace(row, whole=whole, stepped=stepped)
+    row = replace(row, whole=whole, stepped=stepped, reason=how)
     if max(whole, stepped) <= TOLERANCE:
         return row
     return replace(row, outcome=DIFFERS, reason=f"whole prompts {whole:.1e}, token by token {stepped:.1e}")
@@ -80,7 +83,7 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
     for cut, masked in prune(name, source, folder):
         place = folder / "exports" / cut.replace(" ", "-").replace("/", "-").replace(",", "")
         shrunk = None if cut == DENSE else exported(masked, cut, "safetensors", {}, True, place)
-        wanted = reference(masked, tokens, shrunk)
+        wanted = {format: reference(masked, tokens, shrunk, format) for format in {kind.format for kind in kinds}}
         for kind in kinds:
             row = Row(kind.title, kind.page, name, cut, kind.format, RAN, date.today().isoformat())
             python = pythons[kind.name]
@@ -92,7 +95,7 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
             except SsmcError as error:
                 yield replace(row, outcome=REFUSED, reason=str(error))
                 continue
-            yield ask(row, kind, python, export, tokens, wanted)
+            yield ask(row, kind, python, export, tokens, wanted[kind.format])
 
 
 def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:

@@ -47,6 +47,9 @@ CONFIG = {
     "chunk_size": 64,
     "use_conv_bias": True,
     "use_bias": False,
+    "mamba_proj_bias": False,  # these three are defaults, which mlx-lm has not
+    "attention_bias": False,
+    "mlp_bias": False,
     "time_step_min": 0.001,
     "time_step_max": 0.1,
     "num_attention_heads": 6,
