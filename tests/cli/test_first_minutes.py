@@ -39,7 +39,10 @@ def loaded_by(folder, commands):
 @pytest.mark.parametrize(
     "commands",
     [
-        [["--help"], *([name, "--help"] for name in ("inspect", "compress", "export", "bench", "eval", "generate"))],
+        [
+            ["--help"],
+            *([name, "--help"] for name in ("inspect", "compress", "distill", "export", "bench", "eval", "generate")),
+        ],
         [
             ["compress", "tiny", "--sparsity", "2"],
             ["compress", "tiny", "--pattern", "checkers"],
@@ -60,6 +63,8 @@ def loaded_by(folder, commands):
             ["eval", "nowhere"],
             ["eval"],
             ["generate", "nowhere", "Once"],
+            ["distill", "nowhere"],
+            ["export", "nowhere", "--format", "gguf"],
         ],
         [["inspect", "tiny"], ["inspect", "tiny-mamba2", "--json", "found.json"]],
     ],
