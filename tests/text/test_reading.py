@@ -16,6 +16,7 @@ from ssmc.runtime.text import read_texts
 
 STORIES = ("Once upon a time.", "There was a fox.\n\nIt slept.", "Zwölf Bären")
 LINES = "".join(json.dumps({"text": story, "url": "x"}) + "\n" for story in STORIES).encode()
+PACKED = gzip.compress(LINES, mtime=0)  # the same bytes, and names of tests, in every process
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ LINES = "".join(json.dumps({"text": story, "url": "x"}) + "\n" for story in STOR
         ("c4-train.00000-of-01024.json", LINES),  # as C4 is published
         ("lines.txt", LINES),
         ("no-suffix", LINES),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", PACKED),
         ("a.jsonl.zst", pyarrow.compress(LINES, "zstd", asbytes=True)),
         ("a.jsonl.bz2", bz2.compress(LINES)),
         ("a.xz", lzma.compress(LINES)),
@@ -61,14 +62,14 @@ def test_parquet_under_any_name(tmp_path):
 def test_a_pipe_is_read(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_bytes(gzip.compress(LINES)))
+    writer = threading.Thread(target=lambda: pipe.write_bytes(PACKED))
     writer.start()
     assert read_texts(pipe).documents == STORIES
     writer.join()
 
 
 def test_a_folder_reads_text_of_all_kinds_and_leaves_settings_alone(tmp_path):
-    (tmp_path / "1.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "1.jsonl.gz").write_bytes(PACKED)
     (tmp_path / "2.txt").write_text("prose")
     (tmp_path / "dataset_info.json").write_text('{\n  "version": "1.0"\n}')
     assert read_texts(tmp_path).documents == (*STORIES, "prose")
@@ -88,7 +89,7 @@ def test_lone_surrogates_become_the_replacement_character(tmp_path):
         (b"PK\x03\x04....", "a zip archive"),
         (b"abc\0def", "zero bytes"),
         ("Zwölf".encode("latin-1"), r"not UTF-8 text \(byte 2\)"),
-        (gzip.compress(LINES)[:-20], "breaks off or is damaged"),
+        (PACKED[:-20], "breaks off or is damaged"),
         (lzma.compress(LINES)[:-20], "breaks off or is damaged"),
         (b'{"text": "a"}\n{"text": \n', "line 2, is not JSON"),
         (b'{"content": "a"}\n', "line 1, has no string \"text\". It has 'content'"),
@@ -97,6 +98,7 @@ def test_lone_surrogates_become_the_replacement_character(tmp_path):
         (b" \n\n", "holds no text"),
         (b"PAR1 and no more", "not a readable parquet"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, content, said):
     (tmp_path / "a.jsonl").write_bytes(content)
