@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 
-from ssmc.cli.bench import bench
-from ssmc.cli.compress import compress
-from ssmc.cli.distill import distill
-from ssmc.cli.eval import evaluate
-from ssmc.cli.export import export
-from ssmc.cli.generate import generate
-from ssmc.cli.inspect import inspect
+from ssmc.cli.commands.bench import bench
+from ssmc.cli.commands.compress import compress
+from ssmc.cli.commands.distill import distill
+from ssmc.cli.commands.eval import evaluate
+from ssmc.cli.commands.export import export
+from ssmc.cli.commands.generate import generate
+from ssmc.cli.commands.inspect import inspect
 from ssmc.cli.options import GENERAL, Quiet, Verbose
 from ssmc.cli.terminal import Terminal
 from ssmc.runtime.errors import OutputError, SsmcError

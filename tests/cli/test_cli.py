@@ -13,10 +13,10 @@ import torch
 
 import ssmc
 from ssmc.cli import options
-from ssmc.cli.bench import bench as bench_command
-from ssmc.cli.bench import numbers as parse_numbers
-from ssmc.cli.compress import compress as compress_command
-from ssmc.cli.export import export as export_command
+from ssmc.cli.commands.bench import bench as bench_command
+from ssmc.cli.commands.bench import numbers as parse_numbers
+from ssmc.cli.commands.compress import compress as compress_command
+from ssmc.cli.commands.export import export as export_command
 from ssmc.compressor import CompressConfig, Goal
 from ssmc.compressor.options.flags import flags_of
 from ssmc.compressor.options.patterns import patterns, score_names

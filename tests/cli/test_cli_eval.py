@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ssmc.cli import main
-from ssmc.cli.eval import evaluate as eval_command
+from ssmc.cli.commands.eval import evaluate as eval_command
 from ssmc.runtime.evaluation import evaluate_models
 from tests.support.commandline import run, run_process
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import ssmc
-from ssmc.cli import generate as generate_command
+from ssmc.cli.commands import generate as generate_command
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmc.cli.checks import check_models
+from ssmc.cli.commands.distill import achieved
 from ssmc.cli.declared import with_options
-from ssmc.cli.distill import achieved
 from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.compressor.methods.registry import load_entry_points

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "safetensors"
 _FORMATS = all_formats()
-ForRuntime = Literal[tuple(CONSUMERS)]  # type: ignore[valid-type]
+ForRuntime: Any = Literal[tuple(CONSUMERS)]  # type: ignore[valid-type]
 Name: Any = Literal[tuple(_FORMATS)]  # type: ignore[valid-type]
 
 

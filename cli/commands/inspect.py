@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmc.cli.checks import check_models
-from ssmc.cli.compress import MODEL_HELP
+from ssmc.cli.commands.compress import MODEL_HELP
 from ssmc.cli.options import OUTPUT, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.runtime.models.checkpoints.sources import at_revision
