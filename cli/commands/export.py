@@ -40,7 +40,7 @@ def export(
         ),
     ] = None,
     runtime: Annotated[
-        ForRuntime | None,
+        ForRuntime | None,  # type: ignore[valid-type]
         typer.Option(
             "--for",
             help="Runtime the export is for: chooses the format, and refuses a model that it does not run.",
