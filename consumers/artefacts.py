@@ -119,8 +119,8 @@ def read_tokens(source: str) -> list[int]:
 
 @torch.inference_mode()
 def reference(
-    masked: str | Path, tokens: list[int], shrunk: Path | None = None, format: str = ""
-) -> tuple[torch.Tensor, str]:
+    masked: str | Path, tokens: list[int], shrunk: Path | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(L, V) logits of L tokens by stock transformers, without a scan of ours.
 
     Args:
@@ -128,15 +128,17 @@ def reference(
         tokens: ids.
         shrunk: an export of it, if it is pruned: gated norms over fewer channels have, in effect, another epsilon; no
             file can say it, so the masked model gets it.
-        format: "gguf" takes out of the model what llama.cpp is known to compute differently.
 
     Returns:
-        The logits, and what was taken out.
+        The logits, and those of a model without limits of its time steps, which some consumers have not; None where it
+        has none.
     """
     model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
     architecture = architecture_for(model.config.model_type)
     if shrunk is not None and architecture.capabilities.heads:
         architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
-    layout = LAYOUTS.find(model.config.model_type) if format == "gguf" else None
-    how = None if layout is None else adapt(layout, model)
-    return guard_kernels(model).eval()(torch.tensor([tokens])).logits[0], how or ""
+    model = guard_kernels(model).eval()
+    ids = torch.tensor([tokens])
+    logits, layout = model(ids).logits[0], LAYOUTS.find(model.config.model_type)
+    unlimited = layout is not None and adapt(layout, model) is not None
+    return logits, model(ids).logits[0] if unlimited else None

@@ -13,7 +13,7 @@ import torch
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, REQUIREMENTS
 from consumers.results import DIFFERS, FAILED, RAN, REFUSED, Row, markdown, merged, read_rows, write_rows
-from consumers.run import FIRST, LENGTHS, differences
+from consumers.run import FIRST, LENGTHS, differences, judge
 from tests.support.graphs import V, naive_logits, save
 
 PYTHON = Path(sys.executable)
@@ -57,10 +57,22 @@ def test_differences_are_of_the_right_tokens_and_kind():
     whole[1, 3] += 0.5
     stepped[2, 1] -= 0.25
     assert differences((whole, stepped), wanted, "logits") == pytest.approx((0.5, 0.25), abs=1e-6)
+    stepped[0, 0] = float("nan")
+    assert differences((whole, stepped), wanted, "logits")[1] == float("inf")
     logs = wanted.log_softmax(-1)
     found = logs[[n - 1 for n in LENGTHS]], logs[FIRST:]
     assert max(differences(found, wanted, "log probabilities")) < 1e-5
     assert min(differences(found, wanted, "logits")) > 1
+
+
+def test_a_row_is_judged_by_the_model_and_by_one_without_limits():
+    assert judge(row(), [(1e-5, 2e-5), (9, 9)]).outcome == RAN
+    assert judge(row(), [(1e-5, 0.3)]).outcome == DIFFERS
+    assert judge(row(), [(1e-5, float("inf"))]).outcome == DIFFERS
+    explained = judge(row(), [(1e-5, 0.3), (0.2, 2e-5)])
+    assert (explained.outcome, explained.whole, explained.stepped) == (RAN, 1e-5, 2e-5)
+    assert explained.reason.startswith("token by token: does not limit")
+    assert judge(row(), [(0.1, 0.3), (0.2, 2e-5)]).outcome == DIFFERS
 
 
 def test_rows_that_were_run_again_replace_the_old_ones(tmp_path):
