@@ -203,7 +203,7 @@ def test_refusals(artefact, random_directory, tmp_path, monkeypatch):
         export(artefact, format="onnx", quantize="int4")
     with pytest.raises(UsageError, match="goes with float32"):
         export(artefact, format="onnx", quantize="int8", dtype="float16")
-    with pytest.raises(UsageError, match="option of the format onnx, not of safetensors"):
+    with pytest.raises(UsageError, match="--quantize is an option of the format onnx and gguf, not of safetensors"):
         export(artefact, quantize="int8")
     with pytest.raises(UsageError, match="is an export already"):
         export(artefact / "onnx", format="onnx", out=tmp_path / "again")
@@ -223,7 +223,7 @@ def test_a_graph_that_fails_its_proof_is_not_written(random_directory, tmp_path,
         with pytest.raises(VerificationError, match="nothing was written"):
             export(random_directory, format="onnx", out=out)
     assert not out.exists()
-    monkeypatch.setattr(quality, "MOST_LOST", -9.0)
+    monkeypatch.setattr("ssmc.exporters.quality.MOST_LOST", -9.0)
     with pytest.raises(VerificationError, match=r"loses .* nats a token"):
         export(random_directory, format="onnx", out=out, quantize="int8")
     assert {p.name for p in tmp_path.iterdir()} == {"random"}

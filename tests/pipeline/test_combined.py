@@ -144,7 +144,7 @@ def test_a_channel_that_speaks_again_is_noticed(artefacts, tmp_path):
 def test_a_width_the_model_does_not_have_is_refused_before_any_work(tmp_path):
     for options, words in (
         ({"widths": [384] * 5}, "5 layers, the model has 6"),
-        ({"sparsity": 0.01}, r"removes none.*--round-channels"),
+        ({"sparsity": 0.01}, r"removes none.*smaller round_channels"),
         ({"widths": [513] + [384] * 5}, "513 in a layer that has 512"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -41,8 +41,8 @@ def test_the_page_runs_and_its_score_decides(extended):
 
     folder, shown = extended
     manifest = read_manifest(folder / "with-my-score")
-    assert manifest["config"]["score"] == "state-energy"
-    assert all(len(layer["kept"]) == 8 for layer in manifest["layers"])
+    assert manifest.config["score"] == "state-energy"
+    assert all(len(layer.kept) == 8 for layer in manifest.layers)
     assert "score state-energy" in shown
     assert (folder / "by-command" / "recipe.yaml").read_text().count("state-energy") == 1
 

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from ssmc.runtime.registry import Registry
 
-__all__ = ["LAYOUTS", "Layout", "adapt", "architecture_name"]
+__all__ = ["LAYOUTS", "Layout", "adapt", "architecture_name", "own_name"]
 
 
 class Layout(Protocol):
     """A module with these names, or an object with these members."""
 
-    NAME: str  # of the architecture in llama.cpp; a function `name(config)` says it where that depends
+    NAME: str  # of the architecture in llama.cpp, where it is not the name of the file; or a function `name(config)`
 
     def refusal(self, config: Any, sizes: Any) -> str | None:
         """Why llama.cpp cannot compute a model of this configuration; None where it can."""
@@ -27,7 +27,14 @@ class Layout(Protocol):
 
 def architecture_name(layout: Any, config: Any) -> str:
     """What llama.cpp calls the architecture of a model."""
-    return layout.name(config) if hasattr(layout, "name") else layout.NAME
+    if hasattr(layout, "name"):
+        return layout.name(config)
+    return getattr(layout, "NAME", None) or own_name(layout)
+
+
+def own_name(layout: Any) -> str:
+    """The name of a layout's file: llama.cpp calls most families as transformers does."""
+    return layout.__name__.rpartition(".")[2]
 
 
 def adapt(layout: Any, model: Any) -> str | None:

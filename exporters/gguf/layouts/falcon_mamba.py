@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ssmc.exporters.gguf import parts
-from ssmc.exporters.gguf.layouts import mamba
+from ssmc.exporters.gguf.layouts import mamba, own_name
 
-NAME = mamba.NAME
+NAME = own_name(mamba)
 
 
 def refusal(config: Any, sizes: Any) -> str | None:

@@ -6,8 +6,6 @@ from typing import Any
 
 from ssmc.exporters.gguf import parts
 
-NAME = "jamba"
-
 
 def refusal(config: Any, sizes: Any) -> str | None:
     """d_inner is twice d_model, the activation silu."""
@@ -20,7 +18,7 @@ def refusal(config: Any, sizes: Any) -> str | None:
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
     """Sizes and constants."""
-    attends = [kind != "mamba" for kind in config.layers_block_type]
+    attends = ["attention" in kind and "linear" not in kind for kind in config.layers_block_type]
     own = {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [config.num_key_value_heads if here else 0 for here in attends],

@@ -6,8 +6,6 @@ from typing import Any
 
 from ssmc.exporters.gguf import parts
 
-NAME = "mamba"
-
 
 def refusal(config: Any, sizes: Any) -> str | None:
     """d_inner is twice d_model, the activation silu, and no linear map has a bias."""

@@ -6,8 +6,6 @@ from typing import Any
 
 from ssmc.exporters.gguf import parts
 
-NAME = "mamba2"
-
 
 def refusal(config: Any, sizes: Any) -> str | None:
     """No limits of the time step, silu, no biases."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from ssmc.exporters.gguf import parts
 
-NAME, NAME_MOE = "nemotron_h", "nemotron_h_moe"
+NAME = __name__.rpartition(".")[2]  # llama.cpp calls it as transformers does
 
 
 def name(config: Any) -> str:
     """Of the architecture: models with experts have one of their own."""
-    return NAME_MOE if "moe" in config.layers_block_type else NAME
+    return f"{NAME}_moe" if "moe" in config.layers_block_type else NAME
 
 
 def adapt(model: Any) -> str | None:
