@@ -39,6 +39,7 @@ from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
 from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.models.generation.writing import stream_tokens
+from ssmc.runtime.models.memory import format_bytes
 from ssmc.runtime.tiny import TINY_DIRECTORY
 
 # --- decode ----------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def _compressed(what: str, folder: Path, device: torch.device, options: tuple[ob
     measured = [line.split() for line in done.stdout.splitlines() if line.startswith("MEASURED")]
     if done.returncode or not measured:
         return Row(what, note=f"exit code {done.returncode}, see the log of this section")
-    note = f"peak GPU memory {summary.format_bytes(int(measured[0][2]))}" if device.type == "cuda" else ""
+    note = f"peak GPU memory {format_bytes(int(measured[0][2]))}" if device.type == "cuda" else ""
     return Row(what, after=f"{seconds:.1f} s", note=note)
 
 

@@ -167,6 +167,20 @@ class MaskedManifest:
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def left(self) -> dict[str, int]:
+        """The sizes of the smaller model as stock loaders have it, n_layer, d_inner and d_state: all layers alike."""
+        whole, gone = self.dimensions, {removal.layer for removal in self.removed if removal.part == BLOCK}
+        every = len(self.layers) == whole["n_layer"]
+        layers = [layer for number, layer in enumerate(self.layers) if not (every and number in gone)]
+        states = max((len(layer.kept) for layer in layers), default=0) // whole.get("n_groups", 1)
+        widths = [whole["d_inner"] if layer.kept_channels is None else len(layer.kept_channels) for layer in layers]
+        return {
+            "n_layer": whole["n_layer"] - len(gone),
+            "d_inner": max(widths, default=whole["d_inner"]),
+            "d_state": states or whole["d_state"],
+        }
+
     KIND = "masked"
     REQUIRED = ("versions", "config", "dimensions", "layers", "removed")
 

@@ -13,6 +13,7 @@ import typer
 from ssmc.cli.checks import check_models
 from ssmc.cli.commands.distill import achieved
 from ssmc.cli.declared import with_options
+from ssmc.cli.memory import show_written
 from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.compressor.methods.registry import load_entry_points
@@ -32,6 +33,7 @@ from ssmc.compressor.options.recipe import read_recipe
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.checkpoints.sources import at_revision
+from ssmc.runtime.models.memory import LENGTH
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -189,6 +191,7 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
     from ssmc.compressor.distillation.steps import Distillation
 
     manifest, plan = result.manifest, result.plan
+    show_written(terminal, result.directory, manifest["goal"]["asked"]["length"] if "goal" in manifest else LENGTH)
     calibration = manifest["calibration"]
     if calibration:
         terminal.say(f"Calibrated on {calibration['nsamples']} samples of {calibration['seqlen']} tokens.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ssmc.cli.checks import check_compressed
+from ssmc.cli.memory import show_written
 from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Verbose
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.exporters import Format, all_formats
@@ -133,6 +134,7 @@ _declare_options()
 
 
 def _report(terminal: Terminal, result: ExportResult) -> None:
+    show_written(terminal, result.directory)
     _cuts(terminal, result)
     sizes = table("Sizes", "", "before", "after", "ratio")
     for name, (before, after), text in (

@@ -10,9 +10,11 @@ import typer
 
 from ssmc.cli.checks import check_models
 from ssmc.cli.commands.compress import MODEL_HELP
+from ssmc.cli.memory import footprints_of, show_sequences
 from ssmc.cli.options import OUTPUT, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.runtime.models.checkpoints.sources import at_revision
+from ssmc.runtime.models.memory import LENGTH, Footprint, rooms
 
 if TYPE_CHECKING:
     from ssmc.compressor.families import Prospect
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 def inspect(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)],
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a sequence, for the memory that it takes.", rich_help_panel=OUTPUT)
+    ] = LENGTH,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write this as JSON.", rich_help_panel=OUTPUT),
@@ -33,13 +38,15 @@ def inspect(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a model consists of, what can be pruned, and which runtimes take the result.
+    """Show how many sequences fit into memory, what a model consists of, what can be pruned, and what runs it.
 
     Nothing is computed and no weights are read: everything follows from the sizes of the tensors.
 
     **Examples**
 
         ssmc inspect tiny
+
+        ssmc inspect tiny-hybrid --length 32768
 
         ssmc inspect state-spaces/mamba2-130m --json mamba2.json
     """
@@ -63,10 +70,12 @@ def inspect(
     runtimes = runs_where(halved, sizes.d_state, architecture.model_type)
     missing = missing_formats(architecture)
     lacks = {**limits(architecture), **{f"--format {name}": reason for name, reason in missing.items()}}
-    _report(terminal, found, able, lacks, runtimes, halved.d_state)
+    footprints = footprints_of(model, outline, length)
+    _report(terminal, found, able, lacks, runtimes, halved.d_state, footprints, outline.stored_dtype)
     if json_file is not None:
         record = asdict(found) | {"prunable": [asdict(p) for p in able], "runs_where": [asdict(r) for r in runtimes]}
         record["not_for_this_family"] = lacks
+        record["memory"] = {name: each.to_json(rooms()) for name, each in footprints.items()}
         try:
             json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -96,7 +105,10 @@ def _report(
     lacks: dict[str, str],
     runtimes: list[Runtime],
     halved: int,
+    footprints: dict[str, Footprint],
+    dtype: str,
 ) -> None:
+    show_sequences(terminal, footprints, dtype)
     terminal.say(
         f"{found.source}: {found.model_type} in the layout of {found.format}, {found.parameters:,} parameters, "
         f"{size(found.weight_bytes)} of {' and '.join(found.dtypes)}."
@@ -120,8 +132,6 @@ def _report(
         "follows the multiply-adds. The time to decode one sequence follows the bytes of the weights.",
         style="dim",
     )
-    if "mamba_layers" in found.dimensions:
-        terminal.say("The keys and values of attention are not in it; they grow with the text.", style="dim")
     prunable = table("What can be pruned", "pattern", "what is removed", "default score", "gain at sparsity 0.5")
     for prospect in able:
         prunable.add_row(prospect.pattern, prospect.what, prospect.score, prospect.gain)

@@ -13,6 +13,7 @@ from ssmc.runtime.bench import summary, tradeoff
 from ssmc.runtime.bench.plots import plots
 from ssmc.runtime.bench.results import SCHEMA, Model, Results
 from ssmc.runtime.bench.summary import Row
+from ssmc.runtime.models.memory import format_bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def _tables(report: Results) -> list[Table]:
         "files are in it; nothing is subtracted."
     )
     return [
+        Table("Sequences in memory, counted", summary.footprint_rows(report), _footprint_note()),
         Table(
             "Time of a prefill",
             _timings(report, "prefill"),
@@ -92,7 +94,7 @@ def _tables(report: Results) -> list[Table]:
         ),
         Table("Sizes", [*summary.size_rows(report), *_file_rows(report)], "", "sizes"),
         Table("Memory", summary.memory_rows(report), memory),
-        Table("Sequences in memory", summary.sequence_rows(report), _sequences_note(report)),
+        Table("Sequences in memory, measured", summary.sequence_rows(report), _sequences_note(report)),
         Table("Perplexity", summary.perplexity_rows(report), _perplexity_note(report)),
         Table(
             "Loss and time of every model",
@@ -112,6 +114,14 @@ def _tables(report: Results) -> list[Table]:
     ]
 
 
+def _footprint_note() -> str:
+    return (
+        "Exact, from the sizes of the models: weights, SSM states in float32, windows of the convolutions and, in a "
+        "hybrid, keys and values in the type the model computes in. ONNX graphs hold states twice, as a step reads and "
+        "writes them. Activations of a step are not in it."
+    )
+
+
 def _sequences_note(report: Results) -> str:
     if report.conditions.device == "cuda":
         return "From the allocator's peaks of a step of decoding at two batch sizes, without weights and CUDA context."
@@ -129,7 +139,7 @@ def _file_rows(report: Results) -> list[Row]:
     for position, model in enumerate(report.models):
         for file in model.files[1:]:
             values = ["" for _ in report.models]
-            values[position] = summary.format_bytes(file.bytes)
+            values[position] = format_bytes(file.bytes)
             blank = ("",) * len(report.compressed)
             rows.append(Row(f"Weights on disk, {file.name}", tuple(values), blank, blank))
     return rows
@@ -183,14 +193,14 @@ def _conditions(report: Results) -> dict[str, str]:
         "CPU": c.cpu,
         "Cores": f"{c.physical_cores or '?'} physical, {c.logical_cores or '?'} logical",
         "Threads": f"torch {c.torch_threads}, numba {c.numba_threads}",
-        "Memory": summary.format_bytes(c.memory_bytes),
+        "Memory": format_bytes(c.memory_bytes),
         "Load average before (1 / 5 / 15 min)": load,
         "Load average after": after,
         "System": f"{c.system}, Python {c.python}",
         "Versions": ", ".join(f"{name} {version}" for name, version in c.versions.items()),
     }
     if c.gpu is not None:
-        shown["GPU"] = f"{c.gpu.name}, {summary.format_bytes(c.gpu.memory_bytes)}, sm_{c.gpu.compute_capability}"
+        shown["GPU"] = f"{c.gpu.name}, {format_bytes(c.gpu.memory_bytes)}, sm_{c.gpu.compute_capability}"
         shown["GPU driver and CUDA"] = f"{c.gpu.driver or '?'}, {c.gpu.cuda or '?'}"
         shown["GPU power limit"] = f"{c.gpu.power_limit_w:.0f} W" if c.gpu.power_limit_w else ""
         shown["GPU clock (now / most)"] = f"{c.gpu.sm_clock_mhz or '?'} / {c.gpu.max_sm_clock_mhz or '?'} MHz"

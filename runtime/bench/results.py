@@ -16,6 +16,7 @@ from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
 from ssmc.runtime.measure.quality import TextInfo
 from ssmc.runtime.measure.timing import Ratio, Timing
 from ssmc.runtime.models.families import Dimensions
+from ssmc.runtime.models.memory import Footprint, Room, rooms
 from ssmc.runtime.sparse24 import Sparse24Report
 
 SCHEMA = "ssmc-bench/1"
@@ -48,6 +49,7 @@ class Model:
     runtime: str = "torch"  # what computes it: "torch" or "onnx"
     sparse24: Sparse24Report | None = None  # of an export as sparse24: which modules run sparse
     smaller: bool = False  # a plain smaller dense model, named to compare with
+    footprint: Footprint | None = None  # with sequences as long as the longest prefill; None where that is not known
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ class Results:
         """Of the models."""
         return tuple(model.name for model in self.models)
 
+    @property
+    def rooms(self) -> tuple[Room, ...]:
+        """The amounts of memory that sequences are counted for; this machine's is that of the device."""
+        gpu = self.conditions.gpu
+        return rooms(self.conditions.memory_bytes if gpu is None else gpu.memory_bytes)
+
     def of_kind(self, kind: str) -> tuple[Measurement, ...]:
         """The measurements of one kind, by batch and length."""
         found = (m for m in self.measurements if m.kind == kind)
@@ -119,15 +127,16 @@ class Results:
             "conditions": asdict(self.conditions) | {"load_average_after": self.load_average_after},
             "settings": asdict(self.settings),
             "text": None if self.text is None else asdict(self.text),
-            "models": [_model(model) for model in self.models],
+            "models": [_model(model, self.rooms) for model in self.models],
             "measurements": [_measurement(m) for m in self.measurements],
             "notes": list(self.notes),
         }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: Model, several: tuple[Room, ...]) -> dict[str, Any]:
     memory = model.memory
     return asdict(model) | {
+        "footprint": None if model.footprint is None else model.footprint.to_json(several),
         "dimensions": model.dimensions.as_dict(),
         "memory": None if memory is None else asdict(memory) | {"sequences": memory.sequences},
         "perplexity": None if model.perplexity is None else asdict(model.perplexity),

@@ -27,6 +27,7 @@ from ssmc.runtime.measure.sources import (
     compute_dtype,
     dtypes_note,
     find_sources,
+    footprint,
     is_sparse24,
     load_subjects,
     runnable,
@@ -126,7 +127,7 @@ def benchmark(
         conditions=_conditions(subjects, where, load_before),
         settings=settings,
         text=text_info,
-        models=tuple(_model(*row, scores[0]) for row in rows),
+        models=tuple(_model(*row, scores[0], max(settings.lengths)) for row in rows),
         measurements=(*measurements, *graphs, *throughput),
         notes=tuple(notes),
         load_average_after=load_average(),
@@ -186,6 +187,7 @@ def _model(
     sparse24: Sparse24Report | None,
     score: Perplexity | None,
     dense: Perplexity | None,
+    longest: int,
 ) -> Model:
     checkpoint = subject.checkpoint
     everyone = ((subject.source, checkpoint), *subject.twins)
@@ -199,6 +201,7 @@ def _model(
         parameters=parameters,
         files=tuple(WeightFiles(s.name, c.format, weight_bytes(c)) for s, c in everyone),
         state_bytes=state_bytes(checkpoint),
+        footprint=footprint(subject, longest),
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),

@@ -11,6 +11,7 @@ from typing import Any
 from ssmc.runtime.bench.results import Measurement, Model, Results
 from ssmc.runtime.measure.memory import Memory
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Ratio, Timing
+from ssmc.runtime.models.memory import format_bytes
 
 KINDS = {
     "prefill": "Prefill",
@@ -48,8 +49,8 @@ class Row:
 
 
 def summary_rows(report: Results) -> list[Row]:
-    """What matters at a glance: sizes, memory, the longest prefill, decode, the scan, perplexity."""
-    rows = [*size_rows(report), *memory_rows(report)[-1:]]
+    """What matters at a glance: sequences in memory, sizes, the longest prefill, decode, the scan, perplexity."""
+    rows = [*footprint_rows(report), *size_rows(report), *memory_rows(report)[-1:]]
     for kind in ("prefill", "decode", "graph", "scan"):
         found = report.of_kind(kind)
         if kind in DECODING:
@@ -58,6 +59,34 @@ def summary_rows(report: Results) -> list[Row]:
             smallest = [m for m in found if m.batch == found[0].batch]
             rows.append(timing_row(smallest[-1], report.names))
     return rows + perplexity_rows(report)
+
+
+def footprint_rows(report: Results) -> list[Row]:
+    """What a sequence as long as the longest prefill keeps, and how many fit beside the weights; counted."""
+    models, rows = report.models, []
+    known = [model.footprint.sequence.total if model.footprint else None for model in models]
+    shown = tuple("" if count is None else format_bytes(count) for count in known)
+    rows.append(_counted(f"One sequence of {max(report.settings.lengths):,} tokens", shown, known, less=True))
+    for room in report.rooms:
+        counts = [model.footprint.fitting(room) if model.footprint else None for model in models]
+        absent = ["weights do not fit" if model.footprint else "" for model in models]
+        shown = tuple(no if count is None else f"{count:,}" for count, no in zip(counts, absent, strict=True))
+        rows.append(_counted(f"Sequences, {room.name}", shown, counts))
+    return rows
+
+
+def _counted(metric: str, shown: tuple[str, ...], counts: Sequence[int | None], less: bool = False) -> Row:
+    """A row of exact counts, of which some may be missing; more is better, or less."""
+    first, changes, verdicts = counts[0], [], []
+    for count in counts[1:]:
+        if not count or not first:
+            changes.append("")
+            verdicts.append("")
+            continue
+        factor = first / count if less else count / first
+        changes.append(f"{factor:.2f}×")
+        verdicts.append("better" if factor > WORTH_SAYING else "worse" if factor < 1 / WORTH_SAYING else "same")
+    return Row(metric, shown, tuple(changes), tuple(verdicts))
 
 
 def size_rows(report: Results) -> list[Row]:
@@ -181,6 +210,7 @@ def findings(report: Results) -> list[str]:
         several = len(report.compressed) > 1
         who = model.name if several else "The compressed model"
         prefix = f"{model.name} at " if several else ""
+        sentences += _sequences_sentence(report, who, model)
         sentences.append(_sizes_sentence(who, report.dense, model))
         for kind in ("prefill", "decode"):
             measured = [m for m in _extremes(report.of_kind(kind), kind) if model.name in m.ratios]
@@ -208,14 +238,6 @@ def format_timing(timing: Timing) -> str:
 def format_ratio(ratio: Ratio) -> str:
     """ "1.08× (1.05–1.10)"; the brackets hold the median's confidence interval."""
     return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
-
-
-def format_bytes(count: int) -> str:
-    """Bytes in binary units with three digits."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{_digits(size)} {units[0]}" if units[0] != "B" else f"{count} B"
 
 
 def format_excess(model: Model) -> str:
@@ -260,6 +282,20 @@ def _extremes(measurements: tuple[Measurement, ...], kind: str) -> list[Measurem
     if kind == "decode":
         return list(measurements)
     return [max(measurements, key=lambda m: (-m.batch, m.length))] if measurements else []
+
+
+def _sequences_sentence(report: Results, who: str, model: Model) -> list[str]:
+    """How many sequences a GiB holds, which is what a smaller state is worth."""
+    room, dense = report.rooms[0], report.dense.footprint
+    if dense is None or model.footprint is None:
+        return []
+    before, after = dense.fitting(room), model.footprint.fitting(room)
+    length = dense.sequence.length
+    factor = f", {after / before:.2f}× as many" if before else ""
+    return [
+        f"{room.name}: {who} has room for {after:,} sequences of {length:,} tokens, the dense model for "
+        f"{before:,}{factor}."
+    ]
 
 
 def _sizes_sentence(who: str, dense: Model, model: Model) -> str:

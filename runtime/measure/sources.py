@@ -16,6 +16,7 @@ from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
 from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
 from ssmc.runtime.models.generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
 from ssmc.runtime.models.llama_cpp import GgufExport, check_llama_cpp, is_gguf_export, load_gguf_export
+from ssmc.runtime.models.memory import ITEMSIZE, Footprint, sequence_memory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 RECIPE = ("pattern", "sparsity", "score", "repair")
@@ -188,6 +189,17 @@ def weight_bytes(checkpoint: Measured) -> int:
 def state_bytes(checkpoint: Measured) -> int:
     """Bytes of recurrent state one sequence occupies, in float32 for torch's models."""
     return checkpoint.dimensions.state_bytes() if isinstance(checkpoint, Checkpoint) else checkpoint.state_bytes
+
+
+def footprint(subject: Subject, length: int) -> Footprint | None:
+    """A model in memory as it computes, with sequences of so many tokens; None where the runtime does not say."""
+    checkpoint = subject.checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        return checkpoint.footprint(length)
+    dtype, architecture = compute_dtype(subject), checkpoint.architecture
+    kept = architecture.kept_per_token(checkpoint.config)
+    weights = checkpoint.parameters * ITEMSIZE[dtype]
+    return Footprint(weights, sequence_memory(checkpoint.dimensions, kept, length, dtype))
 
 
 def stored_dtype(checkpoint: Measured) -> str:

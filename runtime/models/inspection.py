@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from ssmc.runtime.models.memory import Footprint, sequence_memory
 from ssmc.runtime.models.outline import Outline
 
 SCAN = "scan"
@@ -65,7 +66,7 @@ def inspect(outline: Outline) -> Inspection:
     driven, and is read). On a CPU or GPU that decodes one sequence, time goes by the bytes of the weights instead.
     """
     sizes = outline.dimensions
-    states = sizes.mixers * sizes.d_inner * sizes.d_state
+    states = sizes.ssm_numbers
     return Inspection(
         source=outline.source,
         model_type=outline.architecture.model_type,
@@ -75,10 +76,27 @@ def inspect(outline: Outline) -> Inspection:
         parameters=outline.parameters,
         weight_bytes=outline.weight_bytes,
         ssm_state_bytes=4 * states,
-        conv_state_bytes=sizes.state_bytes() - 4 * states,
+        conv_state_bytes=4 * sizes.window_numbers,
         parts=tuple(_parts(outline, 3 * states)),
         notes=outline.notes,
     )
+
+
+def footprint(outline: Outline, length: int, **left: int) -> Footprint:
+    """A model in memory, its weights and what attention and convolutions keep in the type its weights are stored in.
+
+    Args:
+        outline: of the model.
+        length: tokens of a sequence.
+        left: n_layer, d_inner or d_state of a smaller model of the same family; of a hybrid, d_state alone.
+    """
+    dense, architecture = outline.dimensions, outline.architecture
+    own = {"n_layer": dense.n_layer, "d_inner": dense.d_inner, "d_state": dense.d_state} | left
+    weights = outline.weight_bytes
+    if left:
+        weights = round(weights * outline.count(**own) / outline.parameters)
+    kept = architecture.kept_per_token(outline.config)
+    return Footprint(weights, sequence_memory(replace(dense, **own), kept, length, outline.stored_dtype))
 
 
 def _parts(outline: Outline, scan: int) -> list[Part]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE
 from ssmc.runtime.models.checkpoints.sources import check_source
 from ssmc.runtime.models.families import Architecture, Dimensions, find_family
+from ssmc.runtime.models.memory import ITEMSIZE
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.checkpoints import Checkpoint
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors names them
 _HEAD = "lm_head.weight"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,6 +60,11 @@ class Outline:
     def parameters(self) -> int:
         """How many numbers the model has."""
         return sum(map(prod, self.shapes.values()))
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type that most of the model is stored in: that of the embedding."""
+        return self.dtypes[self.architecture.embedding]
 
     @property
     def weight_bytes(self) -> int:
@@ -156,6 +161,7 @@ def _fits(read: Outline) -> bool:
         return False
     if not all(isinstance(size, int) and size > 0 for size in sizes.as_dict().values()):
         return False
+    architecture.kept_per_token(read.config)  # which needs more of a configuration than a file may say
     if read.shapes[architecture.embedding] != (sizes.vocab_size, sizes.d_model):
         return False
     mixers = [shapes for layer in range(sizes.n_layer) if (shapes := read.mixer_shapes(layer))]

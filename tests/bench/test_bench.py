@@ -265,7 +265,7 @@ def test_the_summary_says_what_does_not_help(report):
     assert rows["d_state"].changes == ("2.67×",)
     assert rows["Recurrent state per sequence"].verdicts == ("better",)
     fewer = 1 - report.models[1].parameters / report.models[0].parameters
-    assert f"{fewer:.1%} fewer parameters" in findings(report)[0]
+    assert f"{fewer:.1%} fewer parameters" in findings(report)[1]
 
     def with_decode(seconds):
         """The report as if decoding had taken the compressed model these seconds and the dense one 1."""

@@ -37,9 +37,19 @@ class Dimensions:
         """Layers with a state-space mixer: all of them, but in a hybrid."""
         return self.n_layer
 
+    @property
+    def ssm_numbers(self) -> int:
+        """Numbers of a sequence's SSM states, all layers."""
+        return self.mixers * self.d_inner * self.d_state
+
+    @property
+    def window_numbers(self) -> int:
+        """Numbers of the last inputs of the convolutions, all layers."""
+        return self.mixers * self.d_inner * self.d_conv
+
     def state_bytes(self, itemsize: int = 4) -> int:
         """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
-        return self.mixers * self.d_inner * (self.d_state + self.d_conv) * itemsize
+        return (self.ssm_numbers + self.window_numbers) * itemsize
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,10 @@ class Mamba2Dimensions(Dimensions):
         """Heads of head_dim channels."""
         return self.dt_rank
 
-    def state_bytes(self, itemsize: int = 4) -> int:
-        """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
-        window = (self.d_inner + 2 * self.n_groups * self.d_state) * self.d_conv
-        return self.mixers * (self.d_inner * self.d_state + window) * itemsize
+    @property
+    def window_numbers(self) -> int:
+        """Numbers of the last inputs of the convolutions, which B and C pass too, all layers."""
+        return self.mixers * (self.d_inner + 2 * self.n_groups * self.d_state) * self.d_conv
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Layout(Protocol):
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""
 
+    def kept_per_token(self, config: Any) -> int:
+        """Numbers that attention keeps of every token, keys and values of all layers; 0 without attention."""
+
     def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the model's names from those by the names they are stored under."""
 

@@ -29,6 +29,10 @@ class FalconH1Family(Mamba2Hybrid):
         """All of them."""
         return range(config.num_hidden_layers)
 
+    def layers_with_attention(self, config: Any) -> Sequence[int]:
+        """All of them."""
+        return range(config.num_hidden_layers)
+
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Apply in_proj and the multipliers: the convolution's input, and the gate with dt."""
         sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]

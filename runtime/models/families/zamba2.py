@@ -32,6 +32,10 @@ class Zamba2Family(Mamba2Hybrid):
         """All of them."""
         return range(config.num_hidden_layers)
 
+    def kept_per_token(self, config: Any) -> int:
+        """Numbers that attention keeps of every token: shared blocks have keys and values for each layer they serve."""
+        return 2 * len(config.hybrid_layer_ids) * config.num_key_value_heads * config.attention_head_dim
+
     def mixer(self, block: nn.Module) -> nn.Module:
         """The state-space mixer inside a block."""
         return _layer(block).mamba

@@ -13,9 +13,11 @@ from ssmc.runtime.models.checkpoints import read_dimensions
 from ssmc.runtime.models.families import Dimensions
 from ssmc.runtime.models.generation.onnx_graph import GRAPH, open_graph
 from ssmc.runtime.models.generation.onnx_session import OnnxSession
+from ssmc.runtime.models.memory import Footprint, SequenceMemory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 FORMAT = "onnx"
+WINDOW = "conv"  # in the name of a state of a convolution
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class OnnxExport:
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence occupies."""
         return sum(math.prod(slot.shape) * slot.dtype.itemsize for slot, _ in self.model.graph.states)
+
+    def footprint(self, length: int) -> Footprint:
+        """The graph in memory: its weights as they are on disk, and states twice, as a step reads and writes them."""
+        slots = [slot for slot, _ in self.model.graph.states]
+        windows = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots if WINDOW in slot.name)
+        return Footprint(self.weight_bytes, SequenceMemory(length, 2 * (self.state_bytes - windows), 2 * windows, 0))
 
     @property
     def weight_bytes(self) -> int:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
-from ssmc.runtime.models.architectures.dimensions import Dimensions, from_dict
+from ssmc.runtime.models.architectures.dimensions import (
+    Dimensions,
+    HybridDimensions,
+    Mamba2HybridDimensions,
+    from_dict,
+)
 from ssmc.runtime.models.llama_cpp.client import PACKAGE, is_installed
 from ssmc.runtime.models.llama_cpp.session import LlamaSession
+from ssmc.runtime.models.memory import Footprint, sequence_memory
 
 FORMAT, FILE = "gguf", "model.gguf"
 
@@ -40,6 +46,12 @@ class GgufExport:
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence occupies."""
         return self.dimensions.state_bytes()
+
+    def footprint(self, length: int) -> Footprint | None:
+        """The file in memory, with states in float32; None for hybrids, of whose keys and values it says nothing."""
+        if isinstance(self.dimensions, HybridDimensions | Mamba2HybridDimensions):
+            return None
+        return Footprint(self.weight_bytes, sequence_memory(self.dimensions, 0, length, "float32"))
 
     @property
     def weight_bytes(self) -> int:

@@ -16,6 +16,7 @@ from ssmc.runtime.models.architectures.layouts.experts import join_experts, spli
 from ssmc.runtime.models.architectures.plan import STATE, Cut
 
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
+_ATTENTION = ("attention", "full_attention")  # what configurations call such blocks
 
 
 class Hybrid:
@@ -82,6 +83,16 @@ class Hybrid:
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average: through some of the experts only."""
         return config.num_experts_per_tok / config.num_local_experts if ".experts." in name else 1.0
+
+    def layers_with_attention(self, config: Any) -> Sequence[int]:
+        """The numbers of the layers that keep keys and values."""
+        return [layer for layer, kind in enumerate(config.layers_block_type) if kind in _ATTENTION]
+
+    def kept_per_token(self, config: Any) -> int:
+        """Numbers that attention keeps of every token, keys and values of all layers."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * len(self.layers_with_attention(config)) * heads * width
 
     def head(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, vocab) from the last block's output (B, L, d_model)."""

@@ -41,6 +41,10 @@ class Stack:
         """How often a token goes through a matrix of the model, on average."""
         return 1.0
 
+    def kept_per_token(self, config: Any) -> int:
+        """Nothing: there is no attention."""
+        return 0
+
     def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the model's names from those by the names they are stored under."""
         return tensors
