@@ -6,6 +6,9 @@ PIP_ARGS ?=
 # A file stays with one worker, so that what its tests share is made once.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
+# As in: make fuzz FUZZ_ARGS='--examples 500 --seed 7 config text'
+FUZZ_ARGS ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.base
@@ -19,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FEW := --nsamples 16 --seqlen 512 --force
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check types format docs consumers clean
+.PHONY: help demo test quick fuzz check types format docs consumers clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +45,9 @@ test: $(READY) ## Run all tests
 
 quick: $(READY) ## Run the tests that are not marked slow
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not slow'
+
+fuzz: $(READY) ## Read 10,000 damaged files of every kind, an hour; results and log in build/fuzz
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 
 check: $(READY) types ## Look for mistakes, formatting that differs and types that do not fit
 	$(BIN)/ruff check .

@@ -4,11 +4,17 @@ A message is one sentence or two that say what happened, why, and what to do nex
 without a traceback and exits with the class's `exit_code`; the codes are part of the documented interface.
 """
 
+_LONGEST = 1400  # characters of a message
+
 
 class SsmcError(Exception):
     """Base of all errors that ssmc raises on purpose; catch this to catch them all."""
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        """Keep a message as one line that any terminal can print, whatever names and values of a file stand in it."""
+        super().__init__(printable(message))
 
 
 class UsageError(SsmcError):
@@ -39,3 +45,11 @@ class VerificationError(SsmcError):
     """A result was computed but differs from what it must equal, so it was not written."""
 
     exit_code = 6
+
+
+def printable(text: str) -> str:
+    """A text on one line: what is no printable character is escaped, and the middle of a very long one left out."""
+    text = " ".join(text.split("\n")) if "\n" in text else text
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-290:]}"

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.files import sha256
@@ -298,6 +301,8 @@ class ExportManifest:
 
 
 Manifest = MaskedManifest | ExportManifest
+M = TypeVar("M", MaskedManifest, ExportManifest)
+_RECORDS = ("layers", "removed", "cuts")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -350,7 +355,7 @@ def _content(directory: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Run `ssmc compress` again.") from error
     if not isinstance(content, dict) or content.get("schema") not in READ:
         found = content.get("schema") if isinstance(content, dict) else None
@@ -365,9 +370,34 @@ def _content(directory: Path) -> dict[str, Any]:
 def _parsed(content: Mapping[str, Any], directory: Path) -> Manifest:
     kind = ExportManifest if content["kind"] == ExportManifest.KIND else MaskedManifest
     try:
-        return kind.from_json(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged ({error!r}). Run `ssmc compress` again.") from error
+        return _typed(kind.from_json(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, reason = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
+        raise CheckpointError(
+            f"{directory / MANIFEST} is damaged ({place}: {reason}). Run `ssmc compress` again."
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}). Run `ssmc compress` again."
+        ) from error
+
+
+def _typed(manifest: M) -> M:
+    """The manifest, if everything in it is of the type that its dataclass says.
+
+    Raises:
+        ValidationError: it is not.
+    """
+    fields = {name: getattr(manifest, name) for name in type(manifest).__dataclass_fields__}
+    nested = {name: [asdict(entry) for entry in fields[name]] for name in _RECORDS if name in fields}
+    nested["source"] = asdict(fields["source"])
+    return _checker(type(manifest)).validate_python(fields | nested)
+
+
+@cache
+def _checker(kind: type[M]) -> TypeAdapter[M]:
+    return TypeAdapter(kind)
 
 
 def _require(content: Mapping[str, Any], keys: Iterable[str], directory: Path) -> None:

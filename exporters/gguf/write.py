@@ -12,6 +12,7 @@ import torch
 
 from ssmc.exporters.gguf.parts import Entry
 from ssmc.exporters.gguf.vocabulary import Vocabulary
+from ssmc.runtime.errors import CheckpointError
 
 FILE = "model.gguf"
 TYPES = {
@@ -77,11 +78,18 @@ def type_of(entry: Entry, quantize: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file in float32, by name."""
-    return {
-        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
+    """All tensors of a file in float32, by name.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return {
+            tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            for tensor in gguf.GGUFReader(path).tensors
+        }
+    except Exception as error:  # gguf, numpy and struct raise many kinds on damaged bytes
+        raise CheckpointError(f"{path} is a damaged GGUF file ({error}). Export the model again.") from error
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

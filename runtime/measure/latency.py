@@ -10,10 +10,11 @@ model and is one number.
 from __future__ import annotations
 
 import json
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.phases import PHASES, workload_text
 from ssmc.runtime.measure.timing import K, Ratio, interleave, paired_ratio
+from ssmc.runtime.models.architectures.dimensions import from_dict
 from ssmc.runtime.models.families import Architecture, Dimensions
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -124,7 +126,8 @@ class LatencyTable:
     @property
     def dense(self) -> float:
         """Seconds of the dense model."""
-        return self.seconds([(self.dimensions.d_inner, self.dimensions.d_state)] * self.dimensions.n_layer)
+        sizes = self.dimensions
+        return self.rest + sizes.n_layer * self.block_seconds(sizes.d_inner, sizes.d_state)
 
     def ratio(self, sizes: Sequence[tuple[int, int]]) -> float:
         """Time of a model over the dense model's: below 1 is faster."""
@@ -155,7 +158,7 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         record = search.get("latency_table") or record
         if record.pop("schema") != SCHEMA:
             raise ValueError("another format")
-        record["dimensions"] = _dimensions(record["dimensions"])
+        record["dimensions"] = from_dict(record["dimensions"])
         record["workload"] = Workload(**record["workload"])
         record["block"] = tuple(tuple(float(value) for value in row) for row in record["block"])
         record["widths"], record["states"] = tuple(record["widths"]), tuple(record["states"])
@@ -163,21 +166,9 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         _check(table)
     except OSError as error:
         raise UsageError(f"The latency table {path} cannot be read: {error.strerror}. Name one ssmc wrote.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is no latency table of this version of ssmc. Name one that it wrote.") from error
     return table
-
-
-def _dimensions(record: Mapping[str, int]) -> Dimensions:
-    """The sizes of a model of whichever family from what its `as_dict` gave."""
-    kinds, found = [Dimensions], None
-    while kinds and found is None:
-        kind = kinds.pop()
-        found = kind(**record) if {field.name for field in fields(kind)} == record.keys() else None
-        kinds += kind.__subclasses__()
-    if found is None:
-        raise ValueError("sizes of no family")
-    return found
 
 
 def measure_latency(
@@ -394,7 +385,8 @@ def _check(table: LatencyTable) -> None:
     """Raise ValueError unless the figures make a table."""
     rising = all(list(grid) == sorted(set(grid)) and grid for grid in (table.widths, table.states))
     shaped = len(table.block) == len(table.widths) and all(len(row) == len(table.states) for row in table.block)
-    positive = all(value > 0 for row in table.block for value in row) and table.rest >= 0
+    positive = all(0 < value < math.inf for row in table.block for value in row) and 0 <= table.rest < math.inf
+    positive = positive and all(isinstance(size, int) and size > 0 for size in table.dimensions.as_dict().values())
     whole = table.widths[-1] == table.dimensions.d_inner and table.states[-1] == table.dimensions.d_state
     if not (rising and shaped and positive and whole):
         raise ValueError("the figures do not make a table")

@@ -152,22 +152,32 @@ def _find(override: str | Path) -> Path:
 
 def _load(source: Path, where: str) -> PreTrainedTokenizerBase:
     try:
-        if source.is_file():
-            read_json(source)  # a better message than the tokenizer library's
-            return PreTrainedTokenizerFast(tokenizer_file=str(source))
-        if (source / TOKENIZER_JSON).is_file():
-            read_json(source / TOKENIZER_JSON)
-            # not AutoTokenizer: for model_type mamba it rebuilds GPT-NeoX's tokenizer around the vocabulary and adds
-            # tokens to it, instead of reading what tokenizer.json says
-            return PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = _read(source)
+        tokenizer("a", add_special_tokens=False)  # some settings are only looked at now
+        return tokenizer
     except CheckpointError:
         raise
-    except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # bare Exception, OSError, ValueError, ImportError; and panics of Rust, which are none
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError(
             f"The tokenizer of {where} cannot be read ({reason}). Name another with --tokenizer."
         ) from error
+
+
+def _read(source: Path) -> PreTrainedTokenizerBase:
+    if source.is_file():
+        read_json(source)  # a better message than the tokenizer library's
+        return PreTrainedTokenizerFast(tokenizer_file=str(source))
+    if (source / TOKENIZER_JSON).is_file():
+        read_json(source / TOKENIZER_JSON)
+        # not AutoTokenizer: for model_type mamba it rebuilds GPT-NeoX's tokenizer around the vocabulary and adds
+        # tokens to it, instead of reading what tokenizer.json says
+        return PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+    return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def _name(model: Checkpoint | OnnxExport | str | Path) -> str:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
             start = buffered.peek(8)[:8]
             kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
             yield buffered if kind is None else _peekable(_decompressed(buffered, kind, path))
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise CalibrationError(f"{path} is compressed text that breaks off or is damaged. Get it again.") from error
     except OSError as error:
         reason = error.strerror or "it is damaged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def _named_like_text(path: Path) -> bool:
     return path.suffix in (*SUFFIXES, *_ALSO)
 
 
-def documents(path: Path) -> Iterator[str]:
+def documents(path: Path, most: int | None = None) -> Iterator[str]:
     """The documents of one file or pipe, one after the other, without holding them all.
+
+    Args:
+        path: of the file.
+        most: bytes of prose to read, from its beginning; None for all: a little compressed text may be a lot of it.
 
     Raises:
         CalibrationError: it cannot be read, is not text, or has no text in it.
@@ -68,6 +73,8 @@ def documents(path: Path) -> Iterator[str]:
         elif is_json_array(start) or (path.suffix == ".json" and is_json_object(start)):
             yield from _whole_json("".join(lines), path)
         else:
+            pieces = islice(iter(lambda: file.read(PEEK), b""), None if most is None else -(-most // PEEK))
+            lines = decoded(pieces, start, path)
             yield mended("".join(lines).replace("\r\n", "\n").replace("\r", "\n"))
 
 

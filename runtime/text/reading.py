@@ -51,17 +51,17 @@ def read_texts(source: str | Path, split: str = "train") -> Texts:
     return Texts(found, str(source), sha256_of(found))
 
 
-def each_document(source: str | Path, split: str = "train") -> Iterator[str]:
-    """The documents of a source one after the other, see `read_texts`.
+def each_document(source: str | Path, split: str = "train", most: int | None = None) -> Iterator[str]:
+    """The documents of a source one after the other, see `read_texts`; of a file of prose `most` bytes, None for all.
 
     Raises:
         CalibrationError: nothing there, or not readable.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return chain.from_iterable(map(documents, text_files(path)))
+        return chain.from_iterable(documents(file, most) for file in text_files(path))
     if path.exists():  # pipes are no regular files
-        return documents(path)
+        return documents(path, most)
     if is_dataset(str(source)):
         return _up_to(MOST, stream(str(source), split))
     raise CalibrationError(
@@ -93,7 +93,9 @@ def token_ids(text: str, tokenizer: Any) -> torch.Tensor:
     import torch
 
     # The stream is longer than any model's context on purpose; tokenizers would warn of it.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # Nor is more asked for than the ids: the lists beside them take ten times the text's memory.
+    alone = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, **alone)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 

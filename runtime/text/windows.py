@@ -58,7 +58,7 @@ def draw_windows(source: str | Path, tokenizer: Any, count: int, length: int, se
     if (parts := _seekable(path)) and sum(part.size for part in parts) > most:
         return _from_places(str(source), parts, tokenizer, (count, length), seed)
     found, size = [], 0
-    for document in each_document(source):
+    for document in each_document(source, most=4 * most):
         found.append(document)
         size += len(document)
         if parts is None and size > most:  # it would never end, or take as long as the whole of it

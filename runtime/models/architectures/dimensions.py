@@ -105,7 +105,10 @@ def from_dict(record: Mapping[str, int]) -> Dimensions:
     Raises:
         ValueError: they are of none.
     """
-    for kind in (Mamba2HybridDimensions, Mamba2Dimensions, HybridDimensions, Dimensions):
+    kinds = [Dimensions]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
         if {item.name for item in fields(kind)} == record.keys():
             return kind(**record)
     raise ValueError(f"no family has the sizes {', '.join(record)}")

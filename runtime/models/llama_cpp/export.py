@@ -96,18 +96,32 @@ def load_gguf_export(folder: str | Path, *, context: int = 4096, threads: int | 
         CheckpointError: files are missing or damaged.
     """
     directory = Path(folder).expanduser()
-    manifest = read_manifest(directory)
-    if not isinstance(manifest, ExportManifest) or manifest.parameters is None or not manifest.dimensions:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: it lacks sizes. Export the model again.")
+    manifest, dimensions, stored_dtype = described(directory)
     check_llama_cpp()
     if not (directory / FILE).is_file():
         raise CheckpointError(f"{directory / FILE} is missing. Export the model again.")
-    dimensions = from_dict(manifest.dimensions)
     return GgufExport(
         model=LlamaSession(directory / FILE, dimensions.vocab_size, context=context, threads=threads),
         source=str(folder),
         directory=directory,
         dimensions=dimensions,
-        parameters=manifest.parameters,
-        stored_dtype=(manifest.about.get(FORMAT) or {}).get("quantize", "f32"),
+        parameters=manifest.parameters or 0,
+        stored_dtype=stored_dtype,
     )
+
+
+def described(directory: Path) -> tuple[ExportManifest, Dimensions, str]:
+    """What the manifest of an export says, with its sizes and how its matrices are stored.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    manifest = read_manifest(directory)
+    damaged = f"{directory / MANIFEST} is damaged: it lacks sizes. Export the model again."
+    if not isinstance(manifest, ExportManifest) or manifest.parameters is None:
+        raise CheckpointError(damaged)
+    about = manifest.about.get(FORMAT) or {}
+    try:
+        return manifest, from_dict(manifest.dimensions), str(about.get("quantize", "f32"))
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(damaged) from error
