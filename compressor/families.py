@@ -8,7 +8,8 @@ from typing import cast
 
 from ssmc.compressor.methods.channels.counts import widths_of_heads
 from ssmc.compressor.options.config import PROJECTIONS, CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, scores_of
+from ssmc.compressor.options.goal import Goal
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, combinable, scores_of
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
@@ -34,8 +35,14 @@ _WHAT = {
 
 def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
     """Those parts of a pattern that a search for a goal tries: heads of a Mamba-2 go by halves, or not at all."""
+    return [part for part in config.parts if part in searched_parts(architecture)]
+
+
+def searched_parts(architecture: Architecture) -> list[str]:
+    """Those parts that a search tries for a family: of a hybrid the states alone."""
     never = (CHANNEL,) if architecture.capabilities.heads else ()
-    return [part for part in config.parts if part in parts_of(architecture) and part not in never]
+    able = [part for part in combinable() if part in parts_of(architecture) and part not in never]
+    return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
 
 def parts_of(architecture: Architecture) -> tuple[str, ...]:
@@ -53,20 +60,20 @@ def limits(architecture: Architecture) -> dict[str, str]:
     return found if able.uniform else found | {_GOALS: _MANY}
 
 
-def check_family(config: CompressConfig, architecture: Architecture, aims: bool = False) -> None:
+def check_family(config: CompressConfig, architecture: Architecture, goal: Goal | None = None) -> None:
     """Refuse what is not carried out, or makes no sense, for this family.
 
     Args:
         config: the run.
         architecture: of the model.
-        aims: whether it has a goal in place of a sparsity.
+        goal: what it aims at in place of a sparsity; None: it has one.
 
     Raises:
         UsageError: naming what can be used.
     """
     able, refused, name = parts_of(architecture), limits(architecture), architecture.model_type
-    if aims and _GOALS in refused:
-        raise UsageError(f"There is no search for a goal for {name}: {_MANY}. Give a sparsity.")
+    if goal is not None and _GOALS in refused:
+        _check_goal_of_hybrid(config, goal, name)
     known = [part for part in config.parts if part in PATTERNS or config.nm]
     wrong = [part for part in known if part not in able and not (config.nm and UNSTRUCTURED in able)]
     if wrong:
@@ -84,11 +91,26 @@ def check_family(config: CompressConfig, architecture: Architecture, aims: bool 
             f"The scope {lacking[0]} does not exist in {name}, whose in_proj makes B, C and dt itself. "
             "Use in_proj, conv1d, out_proj or ffn."
         )
-    if aims and CHANNEL in config.parts:
+    if goal is not None and CHANNEL in config.parts:
         raise UsageError(
             "No goal is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
             "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a goal."
         )
+
+
+def _check_goal_of_hybrid(config: CompressConfig, goal: Goal, name: str) -> None:
+    """Refuse all of a search but that for states that fit into so much memory."""
+    if goal.target_memory is None or not goal.only_memory:
+        raise UsageError(
+            f"There is no search for a goal for {name}: {_MANY}. Give a sparsity, or a --target-memory, for which "
+            "states are removed."
+        )
+    if goal.per_layer:
+        raise UsageError(
+            f"Layers of {name} have one number of states, as its configuration has. Leave --per-layer out."
+        )
+    if other := [part for part in config.parts if part != COLUMN]:
+        raise UsageError(f"A search removes states of {name}, not {', '.join(other)}: {_MANY}. Use --pattern column.")
 
 
 @dataclass(frozen=True)

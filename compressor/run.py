@@ -26,6 +26,7 @@ from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
+from ssmc.compressor.search.counting import Counting, require_reachable
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import UsageError
@@ -136,8 +137,10 @@ def _compress_checkpoint(
     config = fitted(config, sizes)
     if goal is not None and "pattern" not in options:
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), sizes)
-    check_family(config, architecture, goal is not None)
+    check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes)
+    if goal is not None:
+        require_reachable(Counting(checkpoint, config, goal))
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = tokens = reached = None
     if plan.needs_text or goal is not None:

@@ -33,7 +33,7 @@ from ssmc.compressor.options.recipe import read_recipe
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.checkpoints.sources import at_revision
-from ssmc.runtime.models.memory import LENGTH
+from ssmc.runtime.models.memory import LENGTH, format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,6 +94,8 @@ def compress(
         ssmc compress tiny --pattern column+channel --sparsity column=0.75,channel=0.25
 
         ssmc compress tiny --target-latency 0.6 --phase decode
+
+        ssmc compress tiny-mamba2 --target-memory 64MiB --batch 400 --length 4096
 
         ssmc compress tiny --recipe recipe.yaml
     """
@@ -245,10 +247,13 @@ def _table(rows: Rows) -> Table:
 def _outcome(record: dict[str, Any]) -> Table:
     """What was asked for, what was expected, and what came out."""
     asked, expected, outcome = record["asked"], record["expected"], record["outcome"]
-    rows = table("Goal, as a share of the dense model", "", "asked for", "expected", "came out")
+    rows = table("Goal; parameters and time as shares of the dense model", "", "asked for", "expected", "came out")
     rows.add_row(
         "parameters", _number(asked["target_params"]), *(f"{r['parameters']:.3f}" for r in (expected, outcome))
     )
+    if asked.get("target_memory") is not None:
+        wanted, *memory = (format_bytes(n) for n in (asked["target_memory"], expected["memory"], outcome["memory"]))
+        rows.add_row(f"memory, {asked['batch']:,} x {asked['length']:,} tokens", wanted, *memory)
     if "time" in outcome:
         what = "a step of decoding" if asked["phase"] == "decode" else f"prefill, {asked['length']} tokens"
         spread = f"{outcome['time']:.3f} ({outcome['time_low']:.3f} to {outcome['time_high']:.3f})"

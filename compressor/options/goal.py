@@ -14,8 +14,9 @@ from ssmc.compressor.options.patterns import combinable
 from ssmc.compressor.options.renamed import renamed
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.phases import workload_text
+from ssmc.runtime.models.memory import format_bytes, parse_bytes
 
-GOALS = ("target_params", "target_latency", "max_ppl_increase")
+GOALS = ("target_params", "target_latency", "target_memory", "max_ppl_increase")
 
 
 class Goal(BaseModel):
@@ -42,6 +43,17 @@ class Goal(BaseModel):
             default_text="",
         ),
     ] = None
+    target_memory: Annotated[
+        int | None,
+        Flag(
+            "In place of a sparsity: the memory that the weights, as they are stored, and --batch sequences of "
+            "--length tokens may take, such as 8GiB. Keys and values of hybrids are in it, activations are not.",
+            GOAL,
+            metavar="SIZE",
+            default_text="",
+            typed=str,
+        ),
+    ] = None
     max_ppl_increase: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
         Flag(
@@ -54,8 +66,10 @@ class Goal(BaseModel):
         ),
     ] = None
     phase: Annotated[Literal["prefill", "decode"], Flag("Phase to measure: prefill or decode.", GOAL)] = "prefill"
-    batch: Annotated[int, Field(ge=1), Flag("Sequences in one batch.", GOAL)] = 1
-    length: Annotated[int, Field(ge=1), Flag("Tokens of the prompt in a prefill.", GOAL)] = 512
+    batch: Annotated[int, Field(ge=1), Flag("Sequences in one batch, and those that --target-memory holds.", GOAL)] = 1
+    length: Annotated[
+        int, Field(ge=1), Flag("Tokens of the prompt in a prefill, and of a sequence in memory.", GOAL)
+    ] = 512
     latency_table: Annotated[
         str | None,
         Flag(
@@ -83,6 +97,14 @@ class Goal(BaseModel):
             raise ValueError("it is a share of the dense model and lies between 0 and 1, both excluded, such as 0.7")
         return value
 
+    @field_validator("target_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> int | None:
+        try:
+            return None if value is None else parse_bytes(value)
+        except UsageError as error:
+            raise ValueError(str(error).partition(" is ")[2].rstrip(".")) from error
+
     @model_validator(mode="after")
     def _has_a_goal(self) -> Goal:
         if not any(getattr(self, goal) is not None for goal in GOALS):
@@ -93,7 +115,17 @@ class Goal(BaseModel):
     @property
     def needs_time(self) -> bool:
         """Whether the search must know how long models take."""
-        return self.target_latency is not None or self.target_params is None
+        return self.target_latency is not None or (self.target_params is None and self.target_memory is None)
+
+    @property
+    def only_memory(self) -> bool:
+        """Whether nothing beside the memory has to get smaller."""
+        return self.target_params is None and self.target_latency is None
+
+    @property
+    def sequences_text(self) -> str:
+        """What the memory is for: "64 sequences of 4,096 tokens"."""
+        return f"{self.batch:,} sequence{'s' if self.batch > 1 else ''} of {self.length:,} tokens"
 
     @property
     def most_nats(self) -> float:
@@ -107,6 +139,8 @@ class Goal(BaseModel):
             wanted.append(f"{self.target_latency:.4g} of the dense model's time for {what}")
         if self.target_params is not None:
             wanted.append(f"{self.target_params:.4g} of its parameters")
+        if self.target_memory is not None:
+            wanted.append(f"{format_bytes(self.target_memory)} of memory for its weights and {self.sequences_text}")
         if self.max_ppl_increase is not None:
             wanted.append(f"a perplexity at most {self.max_ppl_increase:.2%} higher")
         return ", ".join(wanted)

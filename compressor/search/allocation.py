@@ -99,11 +99,29 @@ class LossModel:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a candidate may cost at most: a share of the dense model's parameters, or of its time."""
+    """What a candidate may cost at most: a share of the dense model's parameters, of its memory or of its time.
+
+    Attributes:
+        name: of what is limited.
+        cost: of a candidate, 1 for the dense model.
+        most: of the cost.
+        in_words: such a share for people; None: a number and the name.
+        in_short: the same without saying of what; None: a number.
+    """
 
     name: str
-    cost: Callable[[Any], float]  # 1 for the dense model
+    cost: Callable[[Any], float]
     most: float
+    in_words: Callable[[float], str] | None = None
+    in_short: Callable[[float], str] | None = None
+
+    def told(self, share: float) -> str:
+        """A share as it is printed: "0.5 of the parameters"."""
+        return f"{share:.4g} of the {self.name}" if self.in_words is None else self.in_words(share)
+
+    def least(self, share: float) -> str:
+        """The same, shorter: "0.500"."""
+        return f"{share:.3f}" if self.in_short is None else self.in_short(share)
 
     def allows(self, sizes: Any) -> bool:
         """Whether a candidate is within the limit."""

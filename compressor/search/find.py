@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, combinable
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
 from ssmc.compressor.search.allocation import (
     ROUNDS,
     Curve,
@@ -19,11 +19,10 @@ from ssmc.compressor.search.allocation import (
     LossModel,
     Sizes,
     cheapest_within,
-    enumerate_sizes,
     frontier,
-    removable_layers,
     shortlist,
 )
+from ssmc.compressor.search.counting import require_one
 from ssmc.compressor.search.layer_sizes import LayerLosses, Layerwise
 from ssmc.compressor.search.per_layer import uneven_sizes
 from ssmc.compressor.search.trials import Trials
@@ -55,53 +54,24 @@ def find_sizes(trials: Trials) -> Found:
         VerificationError: what meets it loses more than the bound.
     """
     goal = trials.goal
-    candidates, limits = _candidates(trials), _limits(trials)
-    _require_one(trials, candidates, limits)
+    candidates, limits = trials.candidates(), _limits(trials)
+    require_one(trials.config, candidates, limits, trials.able)
     curves = {part: _curve(trials, part, candidates) for part in trials.config.parts}
     model = LossModel(trials.dense, curves)
-    best: Sizes | Layerwise
-    if goal.target_latency is None and goal.target_params is None:
-        best = _fastest(trials, candidates, model)
-    else:
-        best = _least_loss(trials, candidates, limits, model)
+    best: Sizes | Layerwise = (
+        _least_loss(trials, candidates, limits, model) if limits else _fastest(trials, candidates, model)
+    )
     losses = None
     if goal.per_layer:
         best, losses = uneven_sizes(trials, best, limits, model)
     return _found(trials, best, model, losses)
 
 
-def _candidates(trials: Trials) -> list[Sizes]:
-    """Every combination of what the pattern may remove, the dense model left out."""
-    dense = trials.dense
-    widths, states = trials.allowed()
-    layers = removable_layers(dense.n_layer) if LAYER in trials.config.parts else [dense.n_layer]
-    return [sizes for sizes in enumerate_sizes(layers, widths, states) if sizes != Sizes.of(dense)]
-
-
 def _limits(trials: Trials) -> list[Limit]:
-    limits = []
-    if trials.goal.target_params is not None:
-        limits.append(Limit("parameters", trials.share_of_parameters, trials.goal.target_params))
+    limits = trials.counted_limits()
     if trials.goal.target_latency is not None:
         limits.append(Limit("time", trials.share_of_time, trials.goal.target_latency))
     return limits
-
-
-def _require_one(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit]) -> None:
-    pattern = trials.config.pattern
-    if not candidates:
-        raise UsageError(f"The pattern {pattern} leaves nothing to choose from for this model.")
-    if any(all(limit.allows(sizes) for limit in limits) for sizes in candidates):
-        return
-    reach = [
-        f"{limit.most:.4g} of the {limit.name} (the least is {min(map(limit.cost, candidates)):.3f})"
-        for limit in limits
-    ]
-    whole = set(trials.config.parts) == set(combinable())
-    raise UsageError(
-        f"The pattern {pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less"
-        + ("." if whole else f", or allow more with --pattern {'+'.join(combinable())}.")
-    )
 
 
 def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
@@ -173,7 +143,11 @@ def _fastest(trials: Trials, candidates: Sequence[Sizes], model: LossModel) -> S
 
 
 def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: LayerLosses | None) -> Found:
-    expected = {"parameters": trials.share_of_parameters(sizes), "excess_nats": trials.try_out(sizes)}
+    expected = {
+        "parameters": trials.share_of_parameters(sizes),
+        "memory": trials.memory(sizes),
+        "excess_nats": trials.try_out(sizes),
+    }
     if trials.goal.needs_time:
         expected["time"] = trials.share_of_time(sizes)
 

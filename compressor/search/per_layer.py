@@ -107,8 +107,22 @@ def _of_blocks(trials: Trials, limits: Sequence[Limit]) -> list[BlockLimit]:
         if limit.name == "parameters":
             most = limit.most * trials.parameters - trials.parameters_outside
             found.append(BlockLimit(trials.parameters_of, most))
+        elif limit.name == "memory":
+            found.append(_memory_limit(trials, limit.most))
         else:
             table = trials.table
             most = limit.most / trials.correction * table.dense - table.rest
             found.append(BlockLimit(table.block_seconds, most))
     return found
+
+
+def _memory_limit(trials: Trials, most: float) -> BlockLimit:
+    """The memory of blocks and of their sequences' states; what stands outside the blocks takes its part first."""
+    each = trials.outline.weight_bytes / trials.parameters  # bytes of a parameter
+
+    def cost(d_inner: int, d_state: int) -> float:
+        sequence = trials.sequence_bytes(1, d_inner, d_state)
+        return each * trials.parameters_of(d_inner, d_state) + trials.goal.batch * sequence
+
+    whole = trials.memory(Sizes.of(trials.dense))
+    return BlockLimit(cost, most * whole - each * trials.parameters_outside)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -16,20 +16,18 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import Samples
-from ssmc.compressor.methods.channels.counts import default_multiple
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.configured import configured, configured_layerwise
+from ssmc.compressor.search.counting import Counting
 from ssmc.compressor.search.layer_sizes import Layerwise
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
 from ssmc.runtime.measure.timing import Ratio
-from ssmc.runtime.models.checkpoints import Checkpoint, parameter_counter
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -37,20 +35,14 @@ TOLERANCE = 0.10  # how far the time may miss what was asked for
 
 
 @dataclass
-class Trials:
-    """The models that were tried on the way to a goal.
+class Trials(Counting):
+    """The models that were tried on the way to a goal; the checkpoint has the fast scan in use, on the device.
 
     Attributes:
-        checkpoint: the dense model, with the fast scan in use, on the device; it is not changed.
-        config: what may be removed and how, its sparsity aside.
-        goal: what to meet.
         samples: calibration text.
         progress: told about the steps.
     """
 
-    checkpoint: Checkpoint
-    config: CompressConfig
-    goal: Goal
     samples: Samples
     progress: Progress = NO_PROGRESS
     measured_table: LatencyTable | None = None
@@ -59,11 +51,8 @@ class Trials:
     clocked: dict[Sizes | Layerwise, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
 
     def __post_init__(self) -> None:
-        self.dense = self.checkpoint.dimensions
+        super().__post_init__()
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
-        self._count = parameter_counter(self.checkpoint.config)
-        self.parameters = self._count(*asdict(Sizes.of(self.dense)).values())
-        self.parameters_outside = self._count(0, self.dense.d_inner, self.dense.d_state)
 
     @property
     def table(self) -> LatencyTable:
@@ -85,15 +74,6 @@ class Trials:
         """Clocked over foretold time, the median of what was clocked."""
         factors = [clock.median / self.table.ratio(sizes.blocks()) for sizes, clock in self.clocked.items()]
         return median(factors) if factors else 1.0
-
-    def share_of_parameters(self, sizes: Sizes | Layerwise) -> float:
-        """Parameters over the dense model's, exactly."""
-        blocks = sizes.blocks()
-        return (self.parameters_outside + sum(self.parameters_of(*block) for block in blocks)) / self.parameters
-
-    def parameters_of(self, d_inner: int, d_state: int) -> int:
-        """Of one block."""
-        return self._count(1, d_inner, d_state) - self.parameters_outside
 
     def share_of_time(self, sizes: Sizes | Layerwise) -> float:
         """Expected time over the dense model's: by the table, set right by what was clocked so far.
@@ -122,6 +102,7 @@ class Trials:
         loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
         result: dict[str, Any] = {
             "parameters": self.share_of_parameters(sizes),
+            "memory": self.memory(sizes),
             "excess_nats": loss.nats,
             "excess_stderr": loss.stderr,
             "ppl_increase": math.expm1(loss.nats),
@@ -185,21 +166,11 @@ class Trials:
             return configured_layerwise(self.config, sizes, self.dense, trial=trial)
         return configured(self.config, sizes.removed(self.dense), trial=trial)
 
-    def allowed(self) -> tuple[list[int], list[int]]:
-        """The widths and the numbers of states that the pattern may leave, rising, the dense model's last."""
-        config, dense = self.config, self.dense
-        states, widths = [dense.d_state], [dense.d_inner]
-        if COLUMN in config.parts:
-            step = config.round_to
-            every = range(1, dense.d_state + 1)
-            states = [n for n in every if (n & (n - 1) == 0 if isinstance(step, str) else n % step == 0)]
-            least = self.table.states[0] if self.goal.needs_time else 1
-            states = sorted({*(n for n in states if n >= least), dense.d_state})
-        if CHANNEL in config.parts:
-            step = config.round_channels or default_multiple(dense.d_inner)
-            least = self.table.widths[0] if self.goal.needs_time else dense.d_inner // 4
-            widths = sorted({*(w for w in range(step, dense.d_inner, step) if w >= least), dense.d_inner})
-        return widths, states
+    def allowed(self, least_width: int | None = None, least_states: int = 1) -> tuple[list[int], list[int]]:
+        """As counted, but nothing smaller than what the latency table was measured for."""
+        if self.goal.needs_time:
+            least_width, least_states = self.table.widths[0], self.table.states[0]
+        return super().allowed(least_width, least_states)
 
     def clock(self, several: Sequence[Sizes | Layerwise]) -> dict[Sizes | Layerwise, Ratio]:
         """Time over the dense model's, measured in turns with it."""

@@ -194,3 +194,12 @@ def test_a_bound_of_perplexity_is_one_of_loss():
 def test_goals_that_make_no_sense_are_one_sentence(options, sentence):
     with pytest.raises(UsageError, match=sentence):
         split_goal({"model": "m", **options})
+
+
+def test_an_amount_of_memory_is_a_goal():
+    goal, _ = split_goal({"model": "m", "target_memory": "8GiB", "batch": 64, "length": 4096})
+    assert goal.target_memory == 2**33
+    assert str(goal) == "8.00 GiB of memory for its weights and 64 sequences of 4,096 tokens"
+    assert not goal.needs_time
+    with pytest.raises(UsageError, match=r"target_memory 'much' does not work: no amount of memory\. Write a number"):
+        split_goal({"model": "m", "target_memory": "much"})

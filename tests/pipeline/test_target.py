@@ -11,7 +11,7 @@ import torch
 from ssmc.compressor import compress, read_recipe
 from ssmc.compressor.calibration.split import Samples
 from ssmc.compressor.options.patterns import combinable
-from ssmc.compressor.search import find, trials
+from ssmc.compressor.search import counting, trials
 from ssmc.exporters import export
 from ssmc.exporters.cutting import shrink
 from ssmc.runtime.bench import LatencyTable, Workload, read_latency_table
@@ -200,10 +200,10 @@ def test_of_several_attempts_the_best_is_written_and_sizes_are_enumerated_once(d
         enumerated.append(sizes)
         return every(*sizes)
 
-    every = find.enumerate_sizes
+    every = counting.enumerate_sizes
     monkeypatch.setattr(trials, "measure_latency", lambda *_, **__: read_latency_table(table))
     monkeypatch.setattr(trials, "time_sizes", clock)
-    monkeypatch.setattr(find, "enumerate_sizes", enumerate_sizes)
+    monkeypatch.setattr(counting, "enumerate_sizes", enumerate_sizes)
     result, goal = run(dense, tmp_path / "out", target_latency=0.6, pattern="column+channel", round_channels=4)
     assert len(set(attempts)) == 3
     assert goal["outcome"]["time"] == 0.8
