@@ -18,6 +18,7 @@ from ssmc.cli.commands.eval import evaluate
 from ssmc.cli.commands.export import export
 from ssmc.cli.commands.generate import generate
 from ssmc.cli.commands.inspect import inspect
+from ssmc.cli.commands.push import push
 from ssmc.cli.options import GENERAL, Quiet, Verbose
 from ssmc.cli.terminal import Terminal
 from ssmc.runtime.errors import OutputError, SsmcError
@@ -67,6 +68,7 @@ app.command(rich_help_panel="Commands, in this order")(export)
 app.command(rich_help_panel="Commands, in this order")(bench)
 app.command("eval", rich_help_panel="Commands, in this order")(evaluate)
 app.command(rich_help_panel="Commands, in this order")(generate)
+app.command(rich_help_panel="Commands, in this order")(push)
 
 
 def _print_version(wanted: bool) -> None:

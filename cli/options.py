@@ -38,6 +38,16 @@ Revision = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
+DenseRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        help="Branch, tag or commit of the --dense model on the hub. Of any other model: owner/name@NAME.",
+        show_default="the newest",
+        rich_help_panel=GENERAL,
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option(

@@ -72,12 +72,19 @@ class Terminal:
         """Keep other libraries' warnings, advice and progress bars to themselves, unless verbose."""
         if self.verbose:
             return
-        from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging
 
-        warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        self.hush_hub()
+
+    def hush_hub(self) -> None:
+        """The same where only the hub's client is used."""
+        if self.verbose:
+            return
+        from huggingface_hub.utils import disable_progress_bars
+
+        warnings.simplefilter("ignore")
         disable_progress_bars()
 
 

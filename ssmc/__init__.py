@@ -8,6 +8,7 @@ The whole public Python interface; importing it costs nothing, torch is loaded w
     generate       let a model continue a text, piece by piece
     load           read a model of either format and attach the fast scan
     open_session   read a model to run it token by token: prefill, step, reset
+    push           publish an export on the Hugging Face hub, with a model card
 
 Everything that can go wrong is an `ssmc.runtime.errors.SsmcError`.
 """
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
     from ssmc.compressor import compress as compress
     from ssmc.exporters import export as export
+    from ssmc.exporters.hub import push as push
     from ssmc.runtime.bench import benchmark as benchmark
     from ssmc.runtime.models.generation import generate as generate
     from ssmc.runtime.models.generation import open_session as open_session
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
+__all__ = ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session", "push"]
 
 _HOMES = {
     "benchmark": "ssmc.runtime.bench",
@@ -37,6 +39,7 @@ _HOMES = {
     "export": "ssmc.exporters",
     "generate": "ssmc.runtime.models.generation",
     "open_session": "ssmc.runtime.models.generation",
+    "push": "ssmc.exporters.hub",
 }
 
 

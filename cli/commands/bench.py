@@ -17,6 +17,7 @@ from ssmc.cli.options import (
     OUTPUT,
     QUALITY,
     CompressedDirectory,
+    DenseRevision,
     Device,
     Dtype,
     MaxWindows,
@@ -32,6 +33,7 @@ from ssmc.cli.options import (
     words,
 )
 from ssmc.cli.terminal import Terminal, table
+from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,6 +126,7 @@ def bench(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    revision: DenseRevision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -144,6 +147,8 @@ def bench(
     """
     terminal = context.ensure_object(Terminal)
     prefills, batches = numbers(lengths), numbers(batch_sizes)
+    if revision is not None:
+        dense = at_revision(dense or "", revision)
     check_models([dense, *(model or ()), *(smaller or ())])
     if not model:
         check_compressed(directory)

@@ -13,6 +13,7 @@ from ssmc.cli.options import (
     MODELS,
     OUTPUT,
     QUALITY,
+    DenseRevision,
     Device,
     Dtype,
     MaxWindows,
@@ -28,6 +29,7 @@ from ssmc.cli.options import (
     words,
 )
 from ssmc.cli.terminal import Terminal
+from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
     from ssmc.runtime.evaluation import EvalReport, Score
@@ -119,6 +121,7 @@ def evaluate(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    revision: DenseRevision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -136,6 +139,8 @@ def evaluate(
         ssmc eval smaller --text my-heldout.jsonl
     """
     terminal = context.ensure_object(Terminal)
+    if revision is not None:
+        dense = at_revision(dense or "", revision)
     if models:
         check_models([dense, *models])
     else:

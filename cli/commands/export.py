@@ -13,9 +13,10 @@ import typer
 
 from ssmc.cli.checks import check_compressed
 from ssmc.cli.memory import show_written
-from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Verbose
+from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Revision, Verbose
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.exporters import Format, all_formats
+from ssmc.runtime.models.checkpoints.sources import at_revision
 from ssmc.runtime.models.consumers import CONSUMERS
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def export(
         typer.Option(metavar="DIR", help="Folder to write.", show_default="DIR/FORMAT", rich_help_panel=OUTPUT),
     ] = None,
     force: Force = False,
+    revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     **options: Any,
@@ -76,6 +78,7 @@ def export(
         ssmc export tiny --format onnx
     """
     terminal = context.ensure_object(Terminal)
+    directory = Path(at_revision(str(directory), revision))
     check_compressed(directory, or_model=_format(format, runtime).takes_dense)
     from ssmc.exporters import export as run  # only now: it loads torch and transformers
 

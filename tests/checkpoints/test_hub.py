@@ -1,12 +1,7 @@
 """Models of the Hugging Face hub, fetched with the real client from a small hub that runs here."""
 
-import hashlib
-import http.server
-import json
 import shutil
-import threading
 from pathlib import Path
-from urllib.parse import urlparse
 
 import huggingface_hub.constants
 import pytest
@@ -17,87 +12,16 @@ from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.tokenizers import GPT_NEOX, load_tokenizer, tokenizer_directory
-from ssmc.runtime.tiny import TINY_DIRECTORY
+from ssmc.runtime.tiny import TINY_DIRECTORY, heldout_path
 from tests.support.commandline import run
+from tests.support.hub import serving
 from tests.support.models import random_model, save_mamba_ssm, save_transformers
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Just enough of the hub's interface: what a revision is, which files it has, and the files."""
-
-    repositories: dict[str, Path]
-    closed: set[str]
-    fetched: list[str]
-    tags: set[str]
-    asked: list[str]  # revisions
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        parts = urlparse(self.path).path.strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        parts = parts[2:] if api else parts
-        name, rest = "/".join(parts[:2]), parts[2:]
-        if name in self.closed:
-            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if name not in self.repositories:
-            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        directory = self.repositories[name]
-        if api and rest[0] == "revision" and rest[1] not in ("main", COMMIT, *self.tags):
-            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if api and rest[0] == "revision":
-            self.asked.append(rest[1])
-            return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
-        if api and rest[0] == "tree":
-            files = [p for p in sorted(directory.rglob("*")) if p.is_file()]
-            names = [p.relative_to(directory).as_posix() for p in files]
-            entries = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)}
-                for n, p in zip(names, files, strict=True)
-            ]
-            return self.answer(200, json.dumps(entries).encode())
-        path = directory.joinpath(*rest[2:])  # resolve/COMMIT/path
-        if self.command == "GET":
-            self.fetched.append("/".join(rest[2:]))
-        return self.answer(200, path.read_bytes(), {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT})
-
-    def answer(self, status, content, headers=None):
-        self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-def etag(path):
-    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with nothing in it, an empty cache, and the client pointed at both."""
-    handler = type("Handler", (Hub,), {"repositories": {}, "closed": set(), "fetched": [], "tags": set(), "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    handler.close = lambda: (server.shutdown(), server.server_close())
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    yield handler
-    handler.close()
+    with serving(tmp_path, monkeypatch) as found:
+        yield found
 
 
 def published(tmp_path):
@@ -198,6 +122,11 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, tmp_path, tiny, capsys):
     done = run(capsys, "compress", "owner/stories", "--revision", "v1.0", *blind)
     assert done.code == 0, done.err
     assert read_manifest(tmp_path / "out").source.model == "owner/stories@v1.0"
+    done = run(capsys, "export", "owner/stories", "--revision", "v1.0", "--format", "onnx", "--out", tmp_path / "onnx")
+    assert done.code == 0, done.err
+    heldout = ("--text", heldout_path(), "--window", "32", "--max-windows", "1")
+    done = run(capsys, "eval", "tiny", "--dense", "owner/stories", "--revision", "v1.0", *heldout)
+    assert done.code == 0, done.err
     assert set(hub.asked) == {"v1.0"}
     with pytest.raises(CheckpointError, match="owner/stories of the hub has no revision 'v9'"):
         load_checkpoint("owner/stories@v9")
@@ -209,6 +138,7 @@ def test_a_revision_of_what_is_not_on_the_hub_is_refused(hub, tmp_path, capsys):
         done = run(capsys, "inspect", source, "--revision", "v2")
         assert done.code != 0
         assert "Leave --revision out" in done.err
+    assert "Leave --revision out" in run(capsys, "bench", "--dense", "tiny", "--revision", "v2").sentence(2)
     assert hub.asked == []
 
 

@@ -101,7 +101,7 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("ssmc ", {"compress", "distill", "export", "bench", "eval", "generate", "inspect"}),
+        ("ssmc ", {"compress", "distill", "export", "bench", "eval", "generate", "inspect", "push"}),
         ("ssmc compress ti", {"tiny", "tiny-mamba2", "tiny-hybrid"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
@@ -184,7 +184,8 @@ def test_every_option_of_compress_is_explained(capsys):
 
 
 def test_the_public_names():
-    assert ssmc.__all__ == ["__version__", "benchmark", "compress", "export", "generate", "load", "open_session"]
+    names = ["benchmark", "compress", "export", "generate", "load", "open_session", "push"]
+    assert ssmc.__all__ == ["__version__", *names]
     assert set(ssmc.__all__) <= set(dir(ssmc))
     assert all(callable(getattr(ssmc, name)) for name in ssmc.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'prune'"):

@@ -33,7 +33,7 @@ def text(site, page):
 
 def test_the_reference_has_every_command_and_option(site):
     shown = text(site, "command-line.html")
-    for command in ("inspect", "compress", "distill", "export", "bench", "eval", "generate"):
+    for command in ("inspect", "compress", "distill", "export", "bench", "eval", "generate", "push"):
         assert f"ssmc {command}" in shown
     for name, _, _, _ in flags_of(CompressConfig):
         if name != "model":
