@@ -22,5 +22,5 @@ def pruned(
     progress: Progress = NO_PROGRESS,
 ) -> Pruned:
     """What happened to the layers of `model`, which is pruned in place."""
-    plan = make_plan(config, architecture, architecture.dimensions(model.config))
+    plan = make_plan(config, architecture, architecture.dimensions(model.config), model.config)
     return prune(Run(model, plan, tokens, dtypes, progress=progress))

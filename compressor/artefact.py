@@ -95,7 +95,7 @@ def _layer(layer: LayerResult) -> LayerRecord:
     """The entry of a layer: what stays, and what the methods say of it."""
     findings = layer.findings()
     modules = tuple(ModuleRecord(**entry) for entry in findings.pop("modules"))
-    return LayerRecord(layer.states_kept, layer.channels_kept, modules, findings)
+    return LayerRecord(layer.states_kept, layer.channels_kept, modules, findings, dict(layer.units_kept))
 
 
 def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:

@@ -9,18 +9,30 @@ from typing import cast
 from ssmc.compressor.methods.channels.counts import widths_of_heads
 from ssmc.compressor.options.config import PROJECTIONS, CompressConfig
 from ssmc.compressor.options.goal import Goal
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, SSM_MODULE, UNSTRUCTURED, combinable, scores_of
+from ssmc.compressor.options.patterns import (
+    ATTENTION,
+    CHANNEL,
+    COLUMN,
+    LAYER,
+    MLP,
+    SSM_MODULE,
+    UNSTRUCTURED,
+    combinable,
+    scores_of,
+)
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
-PATTERNS = (COLUMN, CHANNEL, LAYER, UNSTRUCTURED, SSM_MODULE)
+UNITS = (MLP, ATTENTION)
+PATTERNS = (COLUMN, CHANNEL, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
 
 _GOALS = "--target-latency, --target-params, --max-ppl-increase"
 _MANY = "widths and depths of a hybrid are not tried"
+_NOTHING_ELSE = "its blocks hold a norm and a mixer and nothing else"
 _ALIKE = "it is there to compare with, for models with one kind of block"
 _OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, LAYER: BLOCK}
 """Part of a pattern -> what it makes smaller, as `Capabilities.fixed` names it."""
@@ -30,6 +42,8 @@ _WHAT = {
     LAYER: "whole blocks",
     UNSTRUCTURED: "single entries",
     SSM_MODULE: "the SSM of whole blocks",
+    MLP: "neurons of MLPs",
+    ATTENTION: "query heads of attention",
 }
 
 
@@ -54,7 +68,9 @@ def limits(architecture: Architecture) -> dict[str, str]:
     """What is refused for a family, option by option, with the reason."""
     able, found = architecture.capabilities, {}
     for part in PATTERNS:
-        reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part, ""))
+        reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part, part))
+        if part in UNITS and not reason and all(own.kind != part for own in architecture.parts):
+            reason = _NOTHING_ELSE
         if reason:
             found[f"--pattern {part}"] = reason
     return found if able.uniform else found | {_GOALS: _MANY}

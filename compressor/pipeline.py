@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import HOST, Stage, propagate
+from ssmc.compressor.calibration.watched import stages_of
 from ssmc.compressor.methods.method import Job, LayerResult, Plan, Survey
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -137,11 +138,14 @@ class _Walk:
         self.blocks = self.architecture.blocks(run.model)
         self.hidden: torch.Tensor | None = None  # (nsamples, L, d_model)
         self.stream: torch.Tensor | None = None  # the one other copy of this size
+        self.dense: torch.Tensor | None = None  # of a hybrid: the residual stream of the dense model
         if run.tokens is not None:
             self.architecture.record_arguments(run.model, run.tokens[:1])
             self.hidden = run.stage.place(self._embed(run.tokens))
             if follows_dense or run.plan.follows_dense:
                 self.stream = run.stage.place(self.hidden.clone())
+            if run.plan.follows_stream:
+                self.dense = run.stage.place(self.hidden.clone())
         survey = run.survey(self.hidden)
         self.prepared = {method.name: method.prepare(survey) for method in run.plan.steps}
 
@@ -157,6 +161,11 @@ class _Walk:
             elif architecture.mixer(block) is not None:
                 self.stream.copy_(self.hidden)
                 propagate(block, self.stream, progress, f"{label}: dense outputs", architecture.mixed)
+        targets: list[torch.Tensor] = []
+        if self.dense is not None:
+            if architecture.capabilities.shared_blocks:
+                propagate(block, self.dense, progress, f"{label}: shared block", architecture.enter)
+            targets = stages_of(architecture, block, self.dense, progress, f"{label}: dense outputs")
         return Job(
             plan=self.run.plan,
             block=block if work is None else work,
@@ -164,6 +173,7 @@ class _Walk:
             hidden=self.hidden,
             stream=self.stream,
             prepared=self.prepared,
+            targets=targets,
             stored_dtypes=self.run.stored_dtypes,
             label=label,
             progress=progress,

@@ -138,7 +138,7 @@ def _compress_checkpoint(
     if goal is not None and "pattern" not in options:
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), sizes)
     check_family(config, architecture, goal)
-    plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes)
+    plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
     if goal is not None:
         require_reachable(Counting(checkpoint, config, goal))
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)

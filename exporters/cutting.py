@@ -11,6 +11,7 @@ from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.manifest import BLOCK, MaskedManifest
+from ssmc.runtime.models.architectures.units import cut_units, units_are_masked
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.families import CHANNEL, STATE, Architecture, Cut
 
@@ -55,8 +56,26 @@ def shrink(masked: Checkpoint, manifest: MaskedManifest, *, uneven: bool = False
         kept = _sized(kept, aside, total, uneven, groups)
         if any(len(numbers) < total for numbers in kept):
             shrunk = _then(shrunk, *architecture.cut(shrunk.tensors, shrunk.config, dimension, kept))
+    shrunk = _without_units(masked, manifest, shrunk, set(removed))
     if blocks:  # a block without an SSM stays: no loader has one
         shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, blocks))
+    return shrunk
+
+
+def _without_units(masked: Checkpoint, manifest: MaskedManifest, shrunk: Shrunk, removed: set[int]) -> Shrunk:
+    """Neurons, query heads and such cut out of all layers that have some; of a removed layer any that are there."""
+    architecture, layers = masked.architecture, manifest.layers
+    blocks = architecture.blocks(masked.model)
+    for part in architecture.parts:
+        having = [index for index, block in enumerate(blocks) if part.inside(block) is not None]
+        kept = {i: layers[i].kept_units[part.kind] for i in having if layers and part.kind in layers[i].kept_units}
+        if not kept:
+            continue
+        some = next(iter(kept.values()))
+        if any(len(units) != len(some) for units in kept.values()) or set(having) - set(kept) - removed:
+            raise CheckpointError(f"The layers of the model in {masked.source} keep different numbers of {part.kind}.")
+        named = {architecture.block_prefix(i): kept.get(i, some) for i in having}
+        shrunk = _then(shrunk, *cut_units(part, shrunk.tensors, shrunk.config, named))
     return shrunk
 
 
@@ -83,12 +102,27 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
             raise CheckpointError(
                 f"Layer {index} of the model in {where} still uses channels the manifest calls pruned; {changed}"
             )
+    _check_units(masked, manifest, removed)
     for removal in manifest.removed:
         index, whole = removal.layer, removal.part == BLOCK
         if index >= len(blocks) or not _is_silent(architecture, blocks[index], whole):
             raise CheckpointError(
                 f"Layer {index} of the model in {where} is not silent although the manifest calls it removed; {changed}"
             )
+
+
+def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]) -> None:
+    """Ask the weights whether the units that the manifest calls pruned are silent."""
+    for index, (block, layer) in enumerate(
+        zip(masked.architecture.blocks(masked.model), manifest.layers, strict=False)
+    ):
+        for part in masked.architecture.parts if index not in removed else ():
+            module, kept = part.inside(block), layer.kept_units.get(part.kind)
+            if module is not None and kept is not None and not units_are_masked(part, module, kept):
+                raise CheckpointError(
+                    f"Layer {index} of the model in {masked.source} still uses {part.kind} the manifest calls pruned; "
+                    "its weights were changed after compressing. Compress again."
+                )
 
 
 def _is_silent(architecture: Architecture, block: nn.Module, whole: bool) -> bool:

@@ -82,28 +82,33 @@ class LayerRecord:
         kept_channels: the channels of d_inner that stay; None for all.
         modules: those whose single weights were pruned.
         findings: what the methods measured there, by name.
+        kept_units: neurons, query heads and such that stay, by kind; those not named are all there.
     """
 
     kept: tuple[int, ...]
     kept_channels: tuple[int, ...] | None = None
     modules: tuple[ModuleRecord, ...] = ()
     findings: Mapping[str, Any] = field(default_factory=dict)
+    kept_units: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of the manifest; findings stand beside the rest."""
         channels = None if self.kept_channels is None else list(self.kept_channels)
         entry: dict[str, Any] = {"kept": list(self.kept), "kept_channels": channels, **self.findings}
+        if self.kept_units:
+            entry["kept_units"] = {kind: list(units) for kind, units in self.kept_units.items()}
         return entry | {"modules": [asdict(module) for module in self.modules]}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> LayerRecord:
         """Read an entry of either schema."""
-        channels, named = entry.get("kept_channels"), ("kept", "kept_channels", "modules")
+        channels, named = entry.get("kept_channels"), ("kept", "kept_channels", "modules", "kept_units")
         return cls(
             tuple(entry["kept"]),
             None if channels is None else tuple(channels),
             tuple(ModuleRecord.from_json(module) for module in entry.get("modules", ())),
             {key: value for key, value in entry.items() if key not in named},
+            {kind: tuple(units) for kind, units in entry.get("kept_units", {}).items()},
         )
 
 

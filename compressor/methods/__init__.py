@@ -8,4 +8,5 @@ import ssmc.compressor.methods.channels.method
 import ssmc.compressor.methods.layers.method
 import ssmc.compressor.methods.refine.method
 import ssmc.compressor.methods.states.method
+import ssmc.compressor.methods.units.method
 import ssmc.compressor.methods.weights.method  # noqa: F401

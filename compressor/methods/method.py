@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import Pattern
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, LAYER, MLP, Pattern
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ssmc.runtime.models.families import Architecture, Dimensions
 
 R = TypeVar("R", bound="Record")
+
+OF_STREAM = (CHANNEL, LAYER, MLP, ATTENTION)
+"""Patterns that take away more than what the repair of states makes up for."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Plan:
         keep: how many states and channels stay.
         steps: the methods that are carried out in each layer, in their order.
         needs_text: whether anything is decided or fitted by running the model.
+        model_config: transformers' configuration of the dense model; None where mixers are pruned by themselves.
     """
 
     config: CompressConfig
@@ -60,6 +64,7 @@ class Plan:
     keep: KeepCounts
     steps: tuple[Method, ...] = ()
     needs_text: bool = False
+    model_config: Any = None
 
     def carries_out(self, name: str) -> bool:
         """Whether a method of this name is among the steps."""
@@ -69,6 +74,12 @@ class Plan:
     def fits_out_proj(self) -> bool:
         """Whether out_proj is fitted to the dense model's residual stream after all else."""
         return self.carries_out("out_proj")
+
+    @property
+    def fits_stream(self) -> bool:
+        """Whether a hybrid loses more than states, so that all that adds to its residual stream is fitted."""
+        hybrid = self.model_config is not None and not self.architecture.capabilities.uniform
+        return hybrid and any(part in self.config.parts for part in OF_STREAM)
 
     @property
     def has_heads(self) -> bool:
@@ -84,6 +95,11 @@ class Plan:
     def follows_dense(self) -> bool:
         """Whether layers are pulled towards what they put out in the dense model, which then has to be known."""
         return any(step.follows_dense for step in self.steps)
+
+    @property
+    def follows_stream(self) -> bool:
+        """Whether the dense model's residual stream behind every stage of a block must be known."""
+        return any(step.follows_stream for step in self.steps)
 
     @property
     def all_states(self) -> tuple[int, ...]:
@@ -129,6 +145,7 @@ class LayerResult:
     states_kept: tuple[int, ...]  # numbered over all groups; empty in a layer without a state-space mixer
     channels_kept: tuple[int, ...] | None = None  # None: all
     records: tuple[Record, ...] = ()
+    units_kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by kind; those not named: all
 
     def find(self, kind: type[R]) -> R | None:
         """The record of this type."""
@@ -162,11 +179,14 @@ class Job:
             where more than the mixer's output is added, what the layer reads and what its dense mixer adds.
         prepared: what methods worked out on the dense model, by the name of the method.
         stored_dtypes: by tensor name, what the model will be saved as.
+        targets: the dense model's residual stream behind each stage of the layer, (nsamples, L, d_model), where the
+            plan follows it.
         label: what to call the layer in progress messages.
         progress: told about the work.
         work: what the methods change: `block` itself, or a copy with fewer channels that is written back at the end.
         states_kept: the states that are not silent.
         channels_kept: the channels that are not; None: all.
+        units_kept: neurons, query heads and such that are not, by kind; those not named: all.
         records: what the methods did so far.
     """
 
@@ -177,11 +197,13 @@ class Job:
     stream: torch.Tensor | None = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    targets: Sequence[torch.Tensor] = ()
     label: str = "layer"
     progress: Progress = NO_PROGRESS
     work: nn.Module = None  # type: ignore[assignment]  # the block, unless something else is given
     states_kept: tuple[int, ...] = ()
     channels_kept: tuple[int, ...] | None = None
+    units_kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -247,7 +269,7 @@ class Job:
 
     def result(self) -> LayerResult:
         """What happened."""
-        return LayerResult(self.states_kept, self.channels_kept, tuple(self.records))
+        return LayerResult(self.states_kept, self.channels_kept, tuple(self.records), dict(self.units_kept))
 
 
 @dataclass(frozen=True)
@@ -308,6 +330,7 @@ class Method:
     in_every_block: ClassVar[bool] = False  # whether it works on layers without a state-space mixer, too
     leaves: ClassVar[tuple[str, ...]] = ()  # names of the records it leaves
     follows_dense: ClassVar[bool] = False  # whether it needs `Job.dense_output`
+    follows_stream: ClassVar[bool] = False  # whether it needs `Job.targets`
 
     def asked_for(self, plan: Plan) -> bool:
         """Whether a run has this method; `plan` has its options and sizes, not yet its steps."""

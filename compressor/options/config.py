@@ -73,7 +73,11 @@ class CompressConfig(BaseModel):
     model: str
     pattern: Annotated[
         str,
-        Flag(_what_is_removed, metavar="column|channel|layer|unstructured|N:M|ssm-module", completes="pattern"),
+        Flag(
+            _what_is_removed,
+            metavar="column|channel|layer|mlp|attention|unstructured|N:M|ssm-module",
+            completes="pattern",
+        ),
     ] = COLUMN
     scope: Annotated[
         str | None,
@@ -293,6 +297,11 @@ class CompressConfig(BaseModel):
             raise ValueError(
                 f"refine does not go with the pattern {self.pattern}, which leaves nothing of a layer to refine; "
                 "it goes with column, channel, their combinations, and patterns of zeros"
+            )
+        if unfit := [part for part in self.parts if not pattern_of(part).refines]:
+            raise ValueError(
+                f"refine does not go with {' and '.join(unfit)}: its steps move mixers only; distill moves the whole "
+                "model"
             )
         if self.nsamples < 2:
             raise ValueError("refine needs nsamples of at least 2: some samples judge the steps on the others")

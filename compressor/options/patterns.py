@@ -14,6 +14,7 @@ from typing import Any
 from ssmc.compressor.options.sparsity import NM
 
 COLUMN, CHANNEL, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "channel", "unstructured", "layer", "ssm-module"
+MLP, ATTENTION = "mlp", "attention"
 WEIGHTS = "weights"  # not a pattern: what the scores of projections and of conv1d decide about
 
 
@@ -29,6 +30,7 @@ class Pattern:
         combines: its place in a combined pattern such as column+channel; None: it stands alone.
         takes_scope: whether `--scope` says where it acts; a pattern that takes whole channels or layers has none.
         whole_blocks: whether nothing of a layer is left where it acts.
+        refines: whether `--refine` goes with it, which moves mixers only.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Pattern:
     combines: int | None = None
     takes_scope: bool = False
     whole_blocks: bool = False
+    refines: bool = True
 
 
 @dataclass(frozen=True)

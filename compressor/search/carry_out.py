@@ -71,7 +71,8 @@ def reach_goal(
         if found.sizes in done and best is not None:
             break
         done.add(found.sizes)
-        plan, model = make_plan(found.config, checkpoint.architecture, trials.dense), trials.copy_of_dense()
+        plan = make_plan(found.config, checkpoint.architecture, trials.dense, checkpoint.config)
+        model = trials.copy_of_dense()
         text = tokens[: config.nsamples] if plan.needs_text else None
         pruned = prune(Run(model, plan, text, checkpoint.dtypes, Stage(device), progress))
         outcome = trials.outcome(model, found.sizes)

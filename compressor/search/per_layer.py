@@ -68,7 +68,7 @@ def _divergences(trials: Trials, part: str, share: float) -> Iterator[float]:
     held = samples.held_out[:PROBES]
     dense = last_hidden(checkpoint.model, held)
     fit = samples.fit[:PROBES].to(checkpoint.model.device)
-    plan = make_plan(config, checkpoint.architecture, trials.dense)
+    plan = make_plan(config, checkpoint.architecture, trials.dense, checkpoint.config)
     for _ in each_alone(Run(checkpoint.model, plan, fit, checkpoint.dtypes, progress=trials.progress)):
         yield divergence(dense, use_fast_scan(checkpoint.model), held)
 

@@ -182,7 +182,8 @@ class Trials(Counting):
         return found
 
     def _excess(self, config: CompressConfig, progress: Progress) -> float:
-        model, plan = self.copy_of_dense(), make_plan(config, self.checkpoint.architecture, self.dense)
+        model, checkpoint = self.copy_of_dense(), self.checkpoint
+        plan = make_plan(config, checkpoint.architecture, self.dense, checkpoint.config)
         stage = Stage(self.checkpoint.model.device)
         prune(Run(model, plan, self.samples.fit, self.checkpoint.dtypes, stage, progress))
         return excess_loss(self._loss(model), self.base).nats

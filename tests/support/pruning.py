@@ -11,7 +11,7 @@ from ssmc.compressor.plan import make_plan
 
 def run_of(model, architecture, tokens, config, dtypes, stage=HOST):
     """A run on a model, with everything that follows from its sizes."""
-    plan = make_plan(config, architecture, architecture.dimensions(model.config))
+    plan = make_plan(config, architecture, architecture.dimensions(model.config), model.config)
     return pipeline.Run(model, plan, tokens, dtypes, stage)
 
 

@@ -1,11 +1,11 @@
-"""What a score of channels, or of the heads of a Mamba-2, is. Nothing here imports torch, see `methods.method`."""
+"""What a score of channels, of heads and of other units is. Nothing here imports torch, see `methods.method`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ssmc.compressor.options.patterns import CHANNEL
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredChannels:
-    """What a score may look at: out_proj of a layer, and what it reads.
+    """What a score may look at: out_proj of a layer, or another map that reads all units, and what it reads.
 
     Attributes:
         weight: (d_model, D).
         moment: (D, D) sum of y y' over the calibration tokens; None for scores that look at no text.
         seed: of this layer.
         heads: H, each of D / H neighbouring channels; None where channels go one by one.
-        groups: of heads that share B and C; as many heads stay in each.
+        groups: of heads that share B and C, or keys and values; as many heads stay in each.
+        means: (D,) norm over the samples of the mean |y| over their tokens, where the score looks at text; None where
+            that was not collected.
     """
 
     weight: torch.Tensor
@@ -28,6 +30,7 @@ class ScoredChannels:
     seed: int = 0
     heads: int | None = None
     groups: int = 1
+    means: torch.Tensor | None = None
 
     @property
     def outputs(self) -> torch.Tensor:
@@ -50,7 +53,7 @@ class ChannelScore:
 
     name: ClassVar[str]
     help: ClassVar[str]
-    decides: ClassVar[tuple[str, ...]] = (CHANNEL,)
+    decides: ClassVar[tuple[str, ...]] = (CHANNEL, MLP, ATTENTION)
     needs_text: ClassVar[bool] = True
 
     def importance(self, layer: ScoredChannels) -> torch.Tensor:

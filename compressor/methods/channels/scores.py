@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.registry import register_score
+from ssmc.compressor.options.patterns import ATTENTION, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,24 @@ class Activation(ChannelScore):
     def importance(self, layer: ScoredChannels) -> torch.Tensor:
         """(D,)."""
         return _norms(layer) * layer.outputs.diagonal().cpu()
+
+
+@register_score
+class Minitron(ChannelScore):
+    """Minitron (2407.14679) and Minitron-SSM (2504.11409): the norm over samples of the mean |y_j| over tokens.
+
+    Of a head the norm over its channels. Together with `--no-repair` it is what these papers start their training from.
+    """
+
+    name = "minitron"
+    help = "removes what is least active, whatever is read from it"
+    decides = (MLP, ATTENTION)
+
+    def importance(self, layer: ScoredChannels) -> torch.Tensor:
+        """(D,): squares, which add up over the channels of a head."""
+        if layer.means is None:
+            raise ValueError("this score needs the mean activations")
+        return layer.means.square().cpu()
 
 
 @register_score

@@ -15,6 +15,7 @@ from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import Cut, Plan
+from ssmc.runtime.models.architectures.units import Part, Writer
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
 from ssmc.runtime.scan.moments import Moments, SsdMoments
 
@@ -34,6 +35,8 @@ class Layout(Protocol):
 
     mixer_name: str  # attribute of a block
     embedding: str  # name of the embedding's weight, which a tied head shares
+    parts: Sequence[Part]  # modules beside the mixer whose units can go
+    middle: str  # attribute of a block: the norm that reads what the first of two stages put out; empty: there is one
 
     def dimensions(self, config: Any) -> Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -55,6 +58,9 @@ class Layout(Protocol):
 
     def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         """The linear maps of a block beside its mixer, by name within the block; none but in a hybrid."""
+
+    def writers_in(self, block: nn.Module) -> list[Writer]:
+        """The linear maps of a block that add to the residual stream, in the order of their stages."""
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""

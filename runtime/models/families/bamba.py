@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
 
 class BambaFamily(Mamba2Hybrid):
@@ -11,6 +12,9 @@ class BambaFamily(Mamba2Hybrid):
     model_type = "bamba"
     mixer_name = "mamba"
     final_norm = "final_layernorm"
+    parts = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
+    middle = "pre_ff_layernorm"
 
 
 FAMILY = BambaFamily()

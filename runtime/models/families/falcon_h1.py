@@ -11,6 +11,7 @@ from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 from ssmc.runtime.scan import ScanInputs
 
 
@@ -20,6 +21,13 @@ class FalconH1Family(Mamba2Hybrid):
     model_type = "falcon_h1"
     mixer_name = "mamba"
     final_norm = "final_layernorm"
+    parts = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    writers = (
+        Writer("mamba.out_proj", 0, "ssm_out_multiplier"),
+        Writer("self_attn.o_proj", 0, "attn_out_multiplier"),
+        Writer("feed_forward.down_proj", 1, "feed_forward.down_multiplier"),
+    )
+    middle = "pre_ff_layernorm"
 
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""

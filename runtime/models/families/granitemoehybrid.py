@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
+from ssmc.runtime.models.architectures.units import FUSED, MLP, Attention, Part, Writer
 
 # What follows "block_sparse_moe." in the names of files and of the model; transformers' own mapping for this family.
 _NAMES = {
@@ -22,6 +23,12 @@ class GraniteMoeHybridFamily(Mamba2Hybrid):
     model_type = "granitemoehybrid"
     mixer_name = "mamba"
     final_norm = "norm"
+    parts = (Part(MLP, "shared_mlp", FUSED, "output_linear", "shared_intermediate_size"), Attention())
+    writers = tuple(
+        Writer(name, stage, "residual_multiplier")
+        for name, stage in (("mamba.out_proj", 0), ("self_attn.o_proj", 0), ("shared_mlp.output_linear", 1))
+    )
+    middle = "post_attention_layernorm"
 
     def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the model's names from those by the names they are stored under."""

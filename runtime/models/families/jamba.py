@@ -16,6 +16,15 @@ from ssmc.runtime.models.architectures.dimensions import HybridDimensions
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
+
+
+class _Neurons(Part):
+    """The MLPs, whose configuration has one width for them and for experts."""
+
+    def refusal(self, config: Any) -> str | None:
+        """Experts of the same width."""
+        return "its experts have the same width in the configuration" if max(config.layers_num_experts) > 1 else None
 
 
 class JambaFamily(Hybrid, NormedMamba1):
@@ -48,6 +57,9 @@ class JambaFamily(Hybrid, NormedMamba1):
     behind_norm = ("b_layernorm.weight",)
     state_field = "mamba_d_state"
     final_norm = "final_layernorm"
+    parts = (_Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
+    middle = "pre_ff_layernorm"
     experts = (
         ("experts.*.gate_proj.weight|experts.*.up_proj.weight", "experts.gate_up_proj"),
         ("experts.*.down_proj.weight", "experts.down_proj"),

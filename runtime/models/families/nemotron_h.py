@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Fields, Mamba2Hybrid
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
 _STORED, _PREFIX = "backbone.", "model."
@@ -23,6 +24,12 @@ class NemotronHFamily(Mamba2Hybrid):
     norm_name = "norm"
     final_norm = "norm_f"
     experts = (("experts.*.up_proj.weight", "experts.up_proj"), ("experts.*.down_proj.weight", "experts.down_proj"))
+    parts = (
+        Part(MLP, "mixer", GATED, "down_proj", "intermediate_size"),
+        Part(MLP, "mixer.shared_experts", GATED, "down_proj", "moe_shared_expert_intermediate_size"),
+        Attention(name="mixer"),
+    )
+    writers = tuple(Writer(f"mixer.{name}") for name in ("out_proj", "o_proj", "down_proj", "shared_experts.down_proj"))
     state_field = "ssm_state_size"
     fields = Fields("mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel")
 

@@ -15,6 +15,7 @@ from typing import Any
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.plan import Cut
+from ssmc.runtime.models.architectures.units import ATTENTION, MLP, Writer
 
 _INNER, _OUTER = ".mamba_decoder.mamba.", ".mamba."  # where a layer with a shared block has its mixer, and the others
 
@@ -23,9 +24,14 @@ class Zamba2Family(Mamba2Hybrid):
     """Adapter for Zamba2; see `interface` for what each method promises."""
 
     model_type = "zamba2"
-    capabilities = replace(CAPABILITIES, shared_blocks=True)
+    capabilities = replace(
+        CAPABILITIES,
+        shared_blocks=True,
+        fixed={**CAPABILITIES.fixed, **dict.fromkeys((MLP, ATTENTION), "its transformer blocks belong to many layers")},
+    )
     mixer_name = "mamba"
     final_norm = "final_layernorm"
+    writers = (Writer("mamba.out_proj"), Writer("mamba_decoder.mamba.out_proj"))
     fields = Fields("n_mamba_heads", "mamba_headdim", "mamba_ngroups")
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
 from ssmc.runtime.models.architectures.plan import STATE, Cut
+from ssmc.runtime.models.architectures.units import Part, Writer, find_module
 
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
 _ATTENTION = ("attention", "full_attention")  # what configurations call such blocks
@@ -27,6 +28,9 @@ class Hybrid:
     norm_name = "input_layernorm"  # attribute of a block: the norm before the mixer
     final_norm: str  # attribute of the model
     experts: Sequence[tuple[str, str]] = ()  # how experts are stored and what the model has, see `join_experts`
+    parts: Sequence[Part] = ()  # modules beside the mixer whose units can go
+    writers: Sequence[Writer] = ()  # what of a block adds to the residual stream, in the order of the stages
+    middle: str = ""  # attribute of a block: the norm that reads what the first stage put out, where there is another
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks of all kinds in the order they run."""
@@ -52,6 +56,10 @@ class Hybrid:
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear) and not (mine and name.startswith(mine))
         }
+
+    def writers_in(self, block: nn.Module) -> list[Writer]:
+        """The linear maps of a block that add to the residual stream, in the order of their stages."""
+        return [writer for writer in self.writers if find_module(block, writer.name) is not None]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration with another number of states; layers and widths of a hybrid stay.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.plan import Cut
+from ssmc.runtime.models.architectures.units import Part, Writer
 
 
 class Stack:
@@ -16,6 +17,8 @@ class Stack:
 
     embedding = "backbone.embeddings.weight"
     mixer_name = "mixer"
+    parts: Sequence[Part] = ()
+    middle = ""
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run."""
@@ -36,6 +39,10 @@ class Stack:
     def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         """There is nothing in a block beside its mixer and the norm before it."""
         return {}
+
+    def writers_in(self, block: nn.Module) -> list[Writer]:
+        """out_proj of the mixer."""
+        return [Writer(f"{self.mixer_name}.out_proj")]
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""
