@@ -72,7 +72,7 @@ def test_sparsity_out_of_range(sparsity):
         ({"seed": -1}, "seed -1"),
         ({"round_to": 0}, "round_to 0"),
         ({"device": "tpu"}, "device 'tpu'"),
-        ({"pattern": "column+unstructured"}, "'unstructured' cannot be combined; layer, column, channel can"),
+        ({"pattern": "column+unstructured"}, "'unstructured' cannot be combined; layer, column, channel, mlp"),
         ({"pattern": "column+column"}, "column.column' does not work: a part is named twice"),
         ({"pattern": "column+"}, "cannot be combined"),
         ({"pattern": "column+channel", "sparsity": {"column": 0.5}}, "how much of channel goes"),
