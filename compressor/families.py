@@ -69,7 +69,7 @@ def limits(architecture: Architecture) -> dict[str, str]:
     able, found = architecture.capabilities, {}
     for part in PATTERNS:
         reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part, part))
-        if part in UNITS and not reason and all(own.kind != part for own in architecture.parts):
+        if part in UNITS and not reason and all(own.kind != part for own in architecture.units):
             reason = _NOTHING_ELSE
         if reason:
             found[f"--pattern {part}"] = reason

@@ -66,7 +66,7 @@ def _without_units(masked: Checkpoint, manifest: MaskedManifest, shrunk: Shrunk,
     """Neurons, query heads and such cut out of all layers that have some; of a removed layer any that are there."""
     architecture, layers = masked.architecture, manifest.layers
     blocks = architecture.blocks(masked.model)
-    for part in architecture.parts:
+    for part in architecture.units:
         having = [index for index, block in enumerate(blocks) if part.inside(block) is not None]
         kept = {i: layers[i].kept_units[part.kind] for i in having if layers and part.kind in layers[i].kept_units}
         if not kept:
@@ -116,7 +116,7 @@ def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]
     for index, (block, layer) in enumerate(
         zip(masked.architecture.blocks(masked.model), manifest.layers, strict=False)
     ):
-        for part in masked.architecture.parts if index not in removed else ():
+        for part in masked.architecture.units if index not in removed else ():
             module, kept = part.inside(block), layer.kept_units.get(part.kind)
             if module is not None and kept is not None and not units_are_masked(part, module, kept):
                 raise CheckpointError(

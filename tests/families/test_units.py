@@ -24,7 +24,7 @@ from tests.support.families import FAMILIES, TINY_VOCAB, difference, random_ids,
 from tests.support.models import save_transformers
 from tests.support.pruning import run_of
 
-HAVING = [name for name in FAMILIES if architecture_for(name).parts]
+HAVING = [name for name in FAMILIES if architecture_for(name).units]
 
 
 def chosen(part, config):
@@ -51,7 +51,7 @@ def test_masked_units_are_cut_out_of_every_layer_and_nothing_changes(family):
     model = FAMILIES[family](**({"num_experts": 1} if family == "jamba" else {}))
     masked, cuts, config = copy.deepcopy(model), [], model.config
     kept = {}
-    for part in architecture.parts:
+    for part in architecture.units:
         for i, block in enumerate(architecture.blocks(masked)):
             if (module := part.inside(block)) is not None:
                 units = kept[id(part), i] = chosen(part, model.config)
@@ -60,7 +60,7 @@ def test_masked_units_are_cut_out_of_every_layer_and_nothing_changes(family):
                 assert units_are_masked(part, module, units)
                 assert not units_are_masked(part, module, units[1:])
     tensors = masked.state_dict()
-    for part in architecture.parts:
+    for part in architecture.units:
         named = {architecture.block_prefix(i): units for (own, i), units in kept.items() if own == id(part)}
         tensors, config, found = cut_units(part, tensors, config, named)
         assert part.total(config) < part.total(model.config)

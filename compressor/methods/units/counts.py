@@ -36,7 +36,7 @@ def check_units(plan: Plan, kind: str) -> None:
         UsageError: with the nearest that works.
     """
     config, removes = plan.model_config, pattern_of(kind).removes
-    parts = [part for part in plan.architecture.parts if part.kind == kind and part.total(config)]
+    parts = [part for part in plan.architecture.units if part.kind == kind and part.total(config)]
     sparsity = plan.config.sparsity_of(kind)
     for part in parts:
         if reason := part.refusal(config):

@@ -42,7 +42,7 @@ class Units(Method):
         for index, layer in enumerate(outcome.layers):
             if kind in layer.units_kept:
                 rows.append((str(index), str(len(layer.units_kept[kind]))))
-        totals = sorted({part.total(config) for part in outcome.plan.architecture.parts if part.kind == kind})
+        totals = sorted({part.total(config) for part in outcome.plan.architecture.units if part.kind == kind})
         columns = ("layer", f"kept of {' or '.join(map(str, totals))}")
         return [Table(self.pattern.removes.capitalize(), columns, tuple(rows))] if rows else []
 
@@ -93,7 +93,7 @@ class Stream(Method):
             return []
         config, plan = outcome.plan.model_config, outcome.plan
         tokens = outcome.calibration.tokens.numel()
-        inputs = max([plan.sizes.d_inner, *(p.total(config) * p.channels(config) for p in plan.architecture.parts)])
+        inputs = max([plan.sizes.d_inner, *(p.total(config) * p.channels(config) for p in plan.architecture.units)])
         if tokens >= FIT_TOKENS_PER_CHANNEL * inputs:
             return []
         return [

@@ -30,7 +30,7 @@ class UnitsRecord(Record):
 
 def prune_units(job: Job, kind: str) -> None:
     """Choose the units of a kind that stay in a layer, and silence the others, in place."""
-    for part in job.architecture.parts:
+    for part in job.architecture.units:
         module = part.inside(job.work) if part.kind == kind else None
         if module is None:
             continue

@@ -35,7 +35,7 @@ class Layout(Protocol):
 
     mixer_name: str  # attribute of a block
     embedding: str  # name of the embedding's weight, which a tied head shares
-    parts: Sequence[Part]  # modules beside the mixer whose units can go
+    units: Sequence[Part]  # modules beside the mixer whose units can go
     middle: str  # attribute of a block: the norm that reads what the first of two stages put out; empty: there is one
 
     def dimensions(self, config: Any) -> Dimensions:

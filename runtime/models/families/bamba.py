@@ -12,7 +12,7 @@ class BambaFamily(Mamba2Hybrid):
     model_type = "bamba"
     mixer_name = "mamba"
     final_norm = "final_layernorm"
-    parts = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
     writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
     middle = "pre_ff_layernorm"
 

@@ -21,7 +21,7 @@ class FalconH1Family(Mamba2Hybrid):
     model_type = "falcon_h1"
     mixer_name = "mamba"
     final_norm = "final_layernorm"
-    parts = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
     writers = (
         Writer("mamba.out_proj", 0, "ssm_out_multiplier"),
         Writer("self_attn.o_proj", 0, "attn_out_multiplier"),

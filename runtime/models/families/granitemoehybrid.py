@@ -23,7 +23,7 @@ class GraniteMoeHybridFamily(Mamba2Hybrid):
     model_type = "granitemoehybrid"
     mixer_name = "mamba"
     final_norm = "norm"
-    parts = (Part(MLP, "shared_mlp", FUSED, "output_linear", "shared_intermediate_size"), Attention())
+    units = (Part(MLP, "shared_mlp", FUSED, "output_linear", "shared_intermediate_size"), Attention())
     writers = tuple(
         Writer(name, stage, "residual_multiplier")
         for name, stage in (("mamba.out_proj", 0), ("self_attn.o_proj", 0), ("shared_mlp.output_linear", 1))

@@ -57,7 +57,7 @@ class JambaFamily(Hybrid, NormedMamba1):
     behind_norm = ("b_layernorm.weight",)
     state_field = "mamba_d_state"
     final_norm = "final_layernorm"
-    parts = (_Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
+    units = (_Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
     writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
     middle = "pre_ff_layernorm"
     experts = (

@@ -24,7 +24,7 @@ class NemotronHFamily(Mamba2Hybrid):
     norm_name = "norm"
     final_norm = "norm_f"
     experts = (("experts.*.up_proj.weight", "experts.up_proj"), ("experts.*.down_proj.weight", "experts.down_proj"))
-    parts = (
+    units = (
         Part(MLP, "mixer", GATED, "down_proj", "intermediate_size"),
         Part(MLP, "mixer.shared_experts", GATED, "down_proj", "moe_shared_expert_intermediate_size"),
         Attention(name="mixer"),

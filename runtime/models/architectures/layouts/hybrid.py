@@ -28,7 +28,7 @@ class Hybrid:
     norm_name = "input_layernorm"  # attribute of a block: the norm before the mixer
     final_norm: str  # attribute of the model
     experts: Sequence[tuple[str, str]] = ()  # how experts are stored and what the model has, see `join_experts`
-    parts: Sequence[Part] = ()  # modules beside the mixer whose units can go
+    units: Sequence[Part] = ()  # modules beside the mixer whose units can go
     writers: Sequence[Writer] = ()  # what of a block adds to the residual stream, in the order of the stages
     middle: str = ""  # attribute of a block: the norm that reads what the first stage put out, where there is another
 

@@ -17,7 +17,7 @@ class Stack:
 
     embedding = "backbone.embeddings.weight"
     mixer_name = "mixer"
-    parts: Sequence[Part] = ()
+    units: Sequence[Part] = ()
     middle = ""
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
