@@ -7,29 +7,43 @@ from typing import TYPE_CHECKING
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.models.consumers import TWICE, consumer_named
+from ssmc.runtime.models.consumers import (
+    TWICE,
+    computes_otherwise,
+    consumer_named,
+    lasting_misfit,
+    refuse_family,
+)
 
 if TYPE_CHECKING:
-    from ssmc.runtime.models.families import Dimensions
+    from ssmc.runtime.models.checkpoints import Checkpoint
 
 
-def fitted(config: CompressConfig, sizes: Dimensions) -> CompressConfig:
+def fitted(config: CompressConfig, checkpoint: Checkpoint) -> CompressConfig:
     """The run with the rounding of states that its runtime wants, unless the user chose another that will do.
 
     Args:
         config: what was asked for.
-        sizes: of the dense model.
+        checkpoint: the dense model.
 
     Raises:
-        UsageError: the runtime does not take what the pattern leaves.
+        UsageError: the runtime does not take the model, or what the pattern leaves of it.
     """
     if config.runtime is None:
         return config
+    sizes = checkpoint.dimensions
+    refuse_family(config.runtime, checkpoint.architecture)
     rule = consumer_named(config.runtime).rule(sizes)
     if CHANNEL in config.parts and rule.width == TWICE:
         raise UsageError(
             f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go: leave {CHANNEL} out of "
             "--pattern."
+        )
+    wrong = computes_otherwise(config.runtime, checkpoint.architecture, checkpoint.config, wrong=True)
+    reason = lasting_misfit(config.runtime, sizes, getattr(checkpoint.config, "layer_norm_epsilon", None))
+    if reason := wrong or (None if CHANNEL in config.parts else reason):
+        raise UsageError(
+            f"{config.runtime} does not run this model, pruned or not: {reason}. Leave out --for, or choose another."
         )
     if COLUMN not in config.parts or rule.states == 1:
         return config

@@ -134,9 +134,9 @@ def _compress_checkpoint(
     progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32)
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
-    config = fitted(config, sizes)
+    config = fitted(config, checkpoint)
     if goal is not None and "pattern" not in options:
-        config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), sizes)
+        config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
     if goal is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +12,25 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tests.support
 from ssmc.compressor import compress
 from ssmc.exporters import export
-from ssmc.exporters.gguf.layouts import LAYOUTS, adapt
 from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.checkpoints.config_reading import read_config
 from ssmc.runtime.models.checkpoints.sources import find_directory
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
-from tests.support.families import FAMILIES, TINY_VOCAB, with_tokenizer
+from tests.support.families import FAMILIES, TINY_VOCAB, roughen, with_tokenizer
 
 LENGTH = 48  # tokens that a consumer reads
 TRAINED = ("tiny", "tiny-mamba2", "tiny-hybrid")
 DENSE = "dense"
+LIMITED, LIMITED_AT_FIRST, UNLIMITED = "limited", "limited at first", "unlimited"
+"""What may be done about time steps: what the model asks for, that in the prompt only, nothing."""
+NO_LIMITS = (0.0, math.inf)
 SMALL = {"nsamples": 8, "seqlen": 256}  # of the calibration: what is right does not depend on it
 
 
@@ -55,21 +61,30 @@ CUTS = {
         Cut("32 of 64 states", "column", 0.5),
         Cut("half of the heads", "channel", 0.5),
     ),
-    "tiny-hybrid": (Cut("half of the states", "column", 0.5), Cut("half of the heads", "channel", 0.5)),
 }
-RANDOM_CUTS = (Cut("half of the states", "column", 0.5),)
+WORDED = json.loads((Path(tests.support.__file__).parent / "configs_457.json").read_text(encoding="utf-8"))
+"""Configurations as hubs have them, in the words of transformers 4.57, which both releases read."""
+CHANGED = {"bamba": {"hidden_size": 32, "mamba_n_heads": 8}}  # rotary positions turn an even part of a head
+OTHER_CUTS = (Cut("half of the states", "column", 0.5),)
 
 
 def models(folder: Path) -> dict[str, str]:
     """Every model by name, and what it is loaded from; the random ones are written into a folder."""
     found = {name: name for name in TRAINED}
-    for family, make in FAMILIES.items():
+    for family in FAMILIES:
         directory = folder / family / "model"
         if not directory.is_dir():
-            make(vocab_size=TINY_VOCAB).save_pretrained(directory)
-            with_tokenizer(directory)
+            _save_random(directory, WORDED[family] | {"vocab_size": TINY_VOCAB} | CHANGED.get(family, {}))
         found[f"{family}, random"] = str(directory)
     return found
+
+
+def _save_random(directory: Path, stored: dict[str, Any]) -> None:
+    """A random model with a tokenizer whose config.json is exactly `stored`."""
+    model = roughen(AutoModelForCausalLM.from_config(read_config(stored, Path("config.json"))))
+    model.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    with_tokenizer(directory)
 
 
 def prune(name: str, source: str, folder: Path) -> Iterator[tuple[str, str | Path]]:
@@ -82,7 +97,7 @@ def prune(name: str, source: str, folder: Path) -> Iterator[tuple[str, str | Pat
     """
     yield DENSE, source
     own = {} if name in TRAINED else {"calib": Path(source).parent / "text.jsonl", "nsamples": 4, "seqlen": 48}
-    for number, cut in enumerate(CUTS.get(name, RANDOM_CUTS)):
+    for number, cut in enumerate(CUTS.get(name, OTHER_CUTS)):
         out = folder / str(number)
         if not out.is_dir():
             compress(source, out=out, pattern=cut.pattern, sparsity=cut.sparsity, **(SMALL | own))
@@ -118,20 +133,19 @@ def read_tokens(source: str) -> list[int]:
 
 
 @torch.inference_mode()
-def reference(
-    masked: str | Path, tokens: list[int], shrunk: Path | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(L, V) logits of L tokens by stock transformers, without a scan of ours.
+def reference(masked: str | Path, tokens: list[int], first: int, shrunk: Path | None = None) -> dict[str, torch.Tensor]:
+    """(L, V) logits of L tokens by stock transformers, without a scan of ours, by what is done about time steps.
 
     Args:
         masked: of the original shape.
         tokens: ids.
+        first: tokens that are read as a prompt where the others are read one by one.
         shrunk: an export of it, if it is pruned: gated norms over fewer channels have, in effect, another epsilon; no
             file can say it, so the masked model gets it.
 
     Returns:
-        The logits, and those of a model without limits of its time steps, which some consumers have not; None where it
-        has none.
+        The model's under LIMITED. Where the model limits its time steps, which some consumers do not, also those of a
+        model that never does, and of one that does only in the prompt.
     """
     model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
     architecture = architecture_for(model.config.model_type)
@@ -139,6 +153,17 @@ def reference(
         architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
     model = guard_kernels(model).eval()
     ids = torch.tensor([tokens])
-    logits, layout = model(ids).logits[0], LAYOUTS.find(model.config.model_type)
-    unlimited = layout is not None and adapt(layout, model) is not None
-    return logits, model(ids).logits[0] if unlimited else None
+    found = {LIMITED: model(ids).logits[0]}
+    limits = {module: module.time_step_limit for module in model.modules() if _limits(module)}
+    for name, count in ((LIMITED_AT_FIRST, first), (UNLIMITED, 0)) if limits else ():
+        for module, (least, most) in limits.items():
+            low, high = torch.zeros(1, len(tokens), 1), torch.full((1, len(tokens), 1), math.inf)
+            low[:, :count], high[:, :count] = least, most
+            module.time_step_limit = low, high  # of every token, which `clamp` takes as it does numbers
+        found[name] = model(ids).logits[0]
+    return found
+
+
+def _limits(module: torch.nn.Module) -> bool:
+    """Whether a mixer limits its time steps."""
+    return tuple(getattr(module, "time_step_limit", NO_LIMITS)) != NO_LIMITS

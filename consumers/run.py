@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from consumers.artefacts import DENSE, exported, models, prune, read_tokens, reference
+from consumers.artefacts import (
+    DENSE,
+    LIMITED,
+    LIMITED_AT_FIRST,
+    UNLIMITED,
+    exported,
+    models,
+    prune,
+    read_tokens,
+    reference,
+)
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, ROOT, Kind, python_of
 from consumers.results import (
@@ -41,10 +51,13 @@ from consumers.results import (
 from ssmc.runtime.errors import SsmcError
 
 FOLDER = ROOT / "build" / "consumers"
-Wanted = tuple[torch.Tensor, torch.Tensor | None]
-"""Logits, and those of a model without limits of time steps."""
+Logits = Mapping[str, torch.Tensor]
+"""(L, V) each, see `reference`."""
 WAYS = ("whole prompts", "token by token")
-UNLIMITED = "does not limit time steps as the model asks for"
+OTHERWISE = {
+    UNLIMITED: "does not limit time steps as the model asks for",
+    LIMITED_AT_FIRST: "limits time steps as the model asks for in the prompt only",
+}
 LENGTHS, FIRST = (1, 3, 16, 48), 16
 
 
@@ -64,7 +77,7 @@ def differences(found: Sequence[torch.Tensor], wanted: torch.Tensor, values: str
     return tuple(value if math.isfinite(value) else math.inf for value in worst)
 
 
-def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wanted: Wanted) -> Row:
+def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wanted: Logits) -> Row:
     """Have a consumer run an export."""
     try:
         with Consumer(python, kind.script, export) as consumer:
@@ -72,27 +85,28 @@ def ask(row: Row, kind: Kind, python: Path, export: Path, tokens: list[int], wan
             found = [torch.from_numpy(values) for values in consumer.logits(tokens, LENGTHS, FIRST)]
     except ConsumerError as error:
         return replace(row, outcome=FAILED, reason=str(error))
-    return judge(row, [differences(found, logits, row.values) for logits in wanted if logits is not None])
+    return judge(row, {name: differences(found, logits, row.values) for name, logits in wanted.items()})
 
 
-def judge(row: Row, off: Sequence[tuple[float, float]]) -> Row:
+def judge(row: Row, off: Mapping[str, tuple[float, float]]) -> Row:
     """A row with its outcome.
 
     Args:
         row: of a consumer that ran.
-        off: differences of whole prompts and single tokens, to the model and to one without limits of time steps.
+        off: differences over whole prompts and token by token, to the model and, where it limits its time steps, to
+            models that do so otherwise. A consumer may do one thing with prompts and another with single tokens.
     """
-    (whole, stepped), *others = off
-    row = replace(row, whole=whole, stepped=stepped)
-    if whole <= TOLERANCE and stepped <= TOLERANCE:
-        return row
-    reason = f"whole prompts {whole:.1e}, token by token {stepped:.1e}"
-    for other in others:
-        best = min(whole, other[0]), min(stepped, other[1])
-        if best[0] <= TOLERANCE and best[1] <= TOLERANCE:
-            ways = [way for way, mine, its in zip(WAYS, best, off[0], strict=True) if mine < its]
-            reason = f"{' and '.join(ways)}: {UNLIMITED}, which moves a logit by {max(whole, stepped):.0e}"
-            return replace(row, whole=best[0], stepped=best[1], reason=reason)
+    found, remarks = [], []
+    for number, way in enumerate(WAYS):
+        able = [name for name in off if off[name][number] <= TOLERANCE]
+        name = LIMITED if LIMITED in able or not able else able[0]
+        found.append(off[name][number])
+        if name != LIMITED:
+            remarks.append(f"{way}: {OTHERWISE[name]}, which moves a logit by {off[LIMITED][number]:.0e}")
+    row = replace(row, whole=found[0], stepped=found[1])
+    if max(found) <= TOLERANCE:
+        return replace(row, reason="; ".join(remarks))
+    reason = ", ".join(f"{way} {value:.1e}" for way, value in zip(WAYS, off[LIMITED], strict=True))
     return replace(row, outcome=DIFFERS, reason=reason)
 
 
@@ -103,7 +117,7 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
     for cut, masked in prune(name, source, folder):
         place = folder / "exports" / cut.replace(" ", "-").replace("/", "-").replace(",", "")
         shrunk = None if cut == DENSE else exported(masked, cut, "safetensors", {}, True, place)
-        wanted = reference(masked, tokens, shrunk)
+        wanted = reference(masked, tokens, FIRST, shrunk)
         for kind in kinds:
             row = Row(kind.title, kind.page, name, cut, kind.format, RAN, date.today().isoformat())
             python = pythons[kind.name]

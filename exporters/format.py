@@ -123,6 +123,13 @@ class Format:
         """Name of the folder inside an artefact that it is written to."""
         return self.name
 
+    def foresee(self, architecture: Architecture, config: Any, tokenizer: Path | None) -> None:
+        """Refuse what `prepare` would, as far as a configuration and a tokenizer's files tell.
+
+        Raises:
+            SsmcError: no export of the model, pruned or not, goes into this format.
+        """
+
     def prepare(self, job: Job) -> Job:
         """What is to be written in this format, from the smaller model; refuses what it cannot hold.
 

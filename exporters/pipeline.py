@@ -24,7 +24,13 @@ from ssmc.runtime.manifest import (
 )
 from ssmc.runtime.models.checkpoints import parameter_count, tensor_bytes
 from ssmc.runtime.models.companions import copy_companions
-from ssmc.runtime.models.consumers import Consumer, consumer_named, misfit
+from ssmc.runtime.models.consumers import (
+    Consumer,
+    computes_otherwise,
+    consumer_named,
+    misfit,
+    refuse_family,
+)
 from ssmc.runtime.models.families import Cut
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.versions import versions
@@ -105,6 +111,8 @@ def export(
     refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
     progress("reading the model", 0, STEPS)
     source = read_source(directory, manifest)
+    if consumer is not None:
+        refuse_family(consumer.name, source.checkpoint.architecture)
     refuse_missing(chosen, source.checkpoint.architecture)
     tokens = read_tokens(source, getattr(settings, "text", None))
     progress("cutting", 1, STEPS)
@@ -160,7 +168,8 @@ def _refuse_misfit(consumer: Consumer, job: Job) -> None:
     """Refuse a model that a consumer does not run."""
     sizes = job.source.checkpoint.architecture.dimensions(job.shrunk.config)
     epsilon = getattr(job.shrunk.config, "layer_norm_epsilon", None)
-    if reason := misfit(consumer.name, sizes, epsilon):
+    wrong = computes_otherwise(consumer.name, job.source.checkpoint.architecture, job.shrunk.config, wrong=True)
+    if reason := wrong or misfit(consumer.name, sizes, epsilon):
         raise UsageError(
             f"{consumer.name} does not run this model: {reason}. Compress with --for {consumer.name}, or export "
             "without."
@@ -172,7 +181,9 @@ def _gains(consumer: Consumer | None, job: Job) -> tuple[str, ...]:
     if consumer is None:
         return ()
     rule = consumer.rule(job.source.checkpoint.architecture.dimensions(job.shrunk.config))
-    return (f"In {consumer.name}, {rule.gain}.",) if rule.gain else ()
+    said = computes_otherwise(consumer.name, job.source.checkpoint.architecture, job.shrunk.config, wrong=False)
+    warned = (f"{consumer.name} silently computes something else than the model: {said}.",) if said else ()
+    return warned + ((f"In {consumer.name}, {rule.gain}.",) if rule.gain else ())
 
 
 def _place(directory: str | Path, name: str, manifest: MaskedManifest | None) -> Path:

@@ -1,16 +1,17 @@
 """Speed where people run it: dense beside pruned in other people's software, and in ours.
 
-    python -m benchmarks.speed.consumers --json benchmarks/results/consumers_speed.json
-    python -m benchmarks.speed.consumers MODEL --calib train.jsonl --text valid.jsonl --runtime llama-cpp --runtime ssmc
-    python -m benchmarks.speed.consumers tiny-mamba2 --kept "dense" "column 0.5" "channel 0.25" "column 0.5 quantised"
+    python -m benchmarks.speed.consumers --work build/speed --json benchmarks/results/consumers_speed.json
+    python -m benchmarks.speed.consumers tiny-mamba2 --kept dense "column 0.5" "channel 0.5" --runtime llama-cpp
+    python -m benchmarks.speed.consumers MODEL --calib train.jsonl --text valid.jsonl
+    python -m benchmarks.speed.consumers --show --plot --json benchmarks/results/consumers_speed.json
 
 Each runtime runs in the environment that `make consumers` made for it, one process for each model, all loaded before
 the first is timed; within a runtime the models take turns, so what else the machine does falls on all alike. Figures
 are medians of the rounds with their quartiles, and the ratio to the dense model round by round with the interval of
 its median. llama.cpp tells its own clock; of the others the calls are timed. With --cpu-time the processor time of a
 runtime's process counts, which other work on the machine disturbs less. Prefill ends with the logits of the last
-token. Loss is nats a token above the dense model's, on held-out text, of the float32 model: quantisation's own comes on
-top.
+token. Loss is nats a token above the dense model's, on held-out text: of the pruned model in float32, and what
+quantisation adds to that, which the export measures.
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 from benchmarks.reporting import FIGURES, print_conditions
+from benchmarks.speed.consumers_report import DENSE, PHASES, merged, plot, read_records, show
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, Kind, python_of
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.measure.conditions import load_average
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.measure.timing import Timing, paired_ratio
@@ -46,14 +46,11 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 
-matplotlib.use("svg")
-
-DENSE = "dense"
 KEPT = (DENSE, "column 0.5", "column 0.75", "column 0.875", "channel 0.25", "quantised", "column 0.875 quantised")
-PHASES = ("prefill", "decode")
 OURS = Kind("ssmc", "ssmc", "ssmc", "ask_ssmc.py", "safetensors", "", dense=True)
 RUNTIMES = {kind.name: kind for kind in (*KINDS, OURS)}
 QUANTISED = {"gguf": {"quantize": "q8_0"}, "onnx": {"quantize": "int8"}}
+WINDOW = 1024  # tokens that a loss is measured over
 
 
 def arguments() -> argparse.Namespace:
@@ -71,16 +68,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=16 * 1024, help="of held-out text")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", action="store_true", help="write docs/figures/consumers.svg")
-    return parser.parse_args()
+    parser.add_argument("--work", type=Path, help="keep pruned models, exports and losses here for another run")
+    parser.add_argument("--json", type=Path, help="earlier runs of other models and runtimes stay in it")
+    parser.add_argument("--plot", action="store_true", help="write docs/figures/consumers.svg, of all runs in --json")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show what --json holds")
+    args = parser.parse_args()
+    if (args.show or args.plot) and args.json is None:
+        parser.error("--show and --plot are of the file that --json names")
+    if args.show and not args.json.is_file():
+        parser.error(f"there is no {args.json} to show")
+    return args
 
 
 class Models:
     """The dense model and pruned ones, their exports and their losses, each made when it is first asked for."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.args, self.folder = args, folder
+        self.args, self.folder = args, folder / Path(args.model).name
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def masked(self, kept: str) -> str | Path:
         """What holds the masked model; the dense one itself where nothing is pruned."""
@@ -105,141 +110,120 @@ class Models:
             return None
         if masked == self.args.model and kind.dense:
             return find_directory(masked)
-        options = dict(kind.options) | (QUANTISED[kind.format] if quantised else {})
+        own = QUANTISED[kind.format] if quantised else {}
+        options = dict(kind.options) | own
         out = self.folder / "exports" / "-".join([*kept.split(), kind.format, *options.values()])
         if not out.is_dir():
-            export(masked, format=kind.format, out=out, **options)
+            text = {"text": self.args.text} if quantised else {}
+            export(masked, format=kind.format, out=out, **options, **text)
         return out
 
     def loss(self, kept: str) -> dict[str, float]:
-        """Excess loss in nats a token, with its standard error where there is more than one window."""
-        found = excess_loss(self._perplexity(self.masked(kept)), self._perplexity(self.args.model))
-        return asdict(found)
+        """Nats a token above the dense model, with their standard error where there is more than one window."""
+        path = self.folder / "losses.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        cut = kept.replace(" quantised", "").replace("quantised", DENSE)
+        if cut not in known:
+            found = excess_loss(self._perplexity(self.masked(cut)), self._perplexity(self.args.model))
+            path.write_text(json.dumps(known | {cut: asdict(found)}), encoding="utf-8")
+            return asdict(found)
+        return known[cut]
 
     def _perplexity(self, source: str | Path) -> Any:
         checkpoint = load_checkpoint(source, dtype=torch.float32)
         stream = tokenize(read_texts(self.args.text), load_tokenizer(checkpoint))[: self.args.max_tokens]
-        return perplexity(use_fast_scan(checkpoint.model), stream, 1024)
+        return perplexity(use_fast_scan(checkpoint.model), stream, WINDOW)
 
 
 def time_runtime(kind: Kind, models: Models, tokens: list[int], args: argparse.Namespace) -> dict[str, Any]:
     """Every model in one runtime, in turns.
 
     Returns:
-        Its versions, the timings of each phase by model, and why models are missing.
+        Its versions, rows as `as_rows` makes them, and why models are missing.
+
+    Raises:
+        ConsumerError: there is no such environment, or a model ended while it was timed.
     """
     python = Path(sys.executable) if kind is OURS else python_of(kind.name)
-    found: dict[str, Any] = {"versions": {}, "missing": {}, "timings": {phase: {} for phase in PHASES}}
+    missing, rounding, versions = {}, {}, {}
     with ExitStack() as stack:
-        running = {}
+        running: dict[str, Consumer] = {}
         for kept in args.kept:
             try:
                 folder = models.exported(kept, kind)
                 if folder is None:
                     continue
-                consumer = Consumer(python, kind.script, folder, threads=args.threads)
-                running[kept] = stack.enter_context(consumer)
+                rounding[kept] = _rounding(folder, kind) if "quantised" in kept else 0.0
+                consumer = stack.enter_context(Consumer(python, kind.script, folder, threads=args.threads))
                 consumer.time(tokens, args.new, processor=args.cpu_time)  # warms up
+                running[kept], versions = consumer, consumer.versions
             except SsmcError as error:
-                running.pop(kept, None)
-                found["missing"][kept] = str(error)
-        for consumer in running.values():
-            found["versions"] = consumer.versions
+                missing[kept] = str(error)
         samples = {phase: {kept: [] for kept in running} for phase in PHASES}
         for number in range(args.rounds):
             for kept in list(running) if number % 2 else reversed(running):
                 for phase, seconds in running[kept].time(tokens, args.new, processor=args.cpu_time).items():
                     samples[phase][kept].append(seconds)
-    for phase in PHASES:
-        found["timings"][phase] = {kept: Timing(tuple(seconds)) for kept, seconds in samples[phase].items()}
-    return found
+    return {"versions": versions, "missing": missing, "rows": as_rows(samples, models, rounding)}
 
 
-def as_rows(kind: Kind, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for a runtime and model: seconds, their quartiles, and how many times the dense model takes as long."""
+def _rounding(folder: Path, kind: Kind) -> float:
+    """Nats a token that quantisation adds, as the export found."""
+    about = read_manifest(folder).about
+    return about.get(kind.format if kind.format == "gguf" else "", about)["perplexity"]["excess_nats"]
+
+
+def as_rows(samples: dict[str, Any], models: Models, rounding: dict[str, float]) -> list[dict[str, Any]]:
+    """One row for a model: seconds, their quartiles, how many times the dense model takes as long, and the loss."""
+    timings = {phase: {kept: Timing(tuple(found)) for kept, found in samples[phase].items()} for phase in PHASES}
     rows = []
-    for kept in found["timings"]["prefill"]:
-        row: dict[str, Any] = {"runtime": kind.title, "versions": found["versions"], "kept": kept}
-        for phase, timings in found["timings"].items():
-            timing = timings[kept]
+    for kept in timings[PHASES[0]]:
+        loss = models.loss(kept)
+        row: dict[str, Any] = {"kept": kept, "loss": loss | {"nats": loss["nats"] + rounding[kept]}}
+        for phase, own in timings.items():
+            timing = own[kept]
             row[phase] = {"median_s": timing.median, "quartiles_s": timing.quartiles, "samples_s": timing.seconds}
-            if DENSE in timings:
-                row[phase]["times_faster_than_dense"] = asdict(paired_ratio(timings[DENSE], timing))
+            if DENSE in own:
+                row[phase]["times_faster_than_dense"] = asdict(paired_ratio(own[DENSE], timing))
         rows.append(row)
     return rows
 
 
-def show(rows: list[dict[str, Any]], losses: dict[str, dict[str, float]]) -> None:
-    """The table."""
-    table = Table("runtime", "kept", "prefill ms", "x dense", "decode ms", "x dense", "loss, nats")
-    for row in rows:
-        cells = []
-        for phase in PHASES:
-            low, high = (1e3 * q for q in row[phase]["quartiles_s"])
-            ratio = row[phase].get("times_faster_than_dense")
-            cells.append(f"{1e3 * row[phase]['median_s']:.2f} ({low:.2f} .. {high:.2f})")
-            cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})" if ratio else "")
-        table.add_row(row["runtime"], row["kept"], *cells, f"{losses[row['kept']]['nats']:+.4f}")
-    Console(width=160).print(table)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times as fast as the dense model, by runtime and phase."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    matplotlib.rcParams["svg.hashsalt"] = "consumers"
-    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
-    kept = list(dict.fromkeys(row["kept"] for row in rows if row["kept"] != DENSE))
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
-    for axis, phase in zip(axes, PHASES, strict=True):
-        for number, cut in enumerate(kept):
-            own = {row["runtime"]: row[phase]["times_faster_than_dense"] for row in rows if row["kept"] == cut}
-            places = [i for i, name in enumerate(runtimes) if name in own]
-            ratios = [own[runtimes[i]] for i in places]
-            heights = [ratio["median"] for ratio in ratios]
-            errors = [[max(0.0, r["median"] - r["low"]) for r in ratios], [r["high"] - r["median"] for r in ratios]]
-            width = 0.8 / len(kept)
-            axis.bar(np.array(places) + width * number - 0.4, heights, width, label=cut, yerr=errors, align="edge")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_ylabel(f"{phase}, times as fast as dense")
-    axes[1].set_xticks(range(len(runtimes)), runtimes)
-    axes[0].legend(fontsize="small", ncols=2)
-    figure.savefig(path, metadata={"Date": None})
+def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """A record for each runtime."""
+    torch.set_num_threads(args.threads)
+    now, models = print_conditions(), Models(args, folder)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = load_checkpoint(args.model).config.vocab_size
+    tokens = torch.randint(1, vocabulary - 1, (args.length,), generator=generator).tolist()
+    settings = {name: getattr(args, name) for name in ("length", "new", "rounds", "threads", "cpu_time", "nsamples")}
+    settings |= {"seqlen": args.seqlen, "max_tokens": args.max_tokens}
+    records = []
+    for name in args.runtime or RUNTIMES:
+        kind = RUNTIMES[name]
+        try:
+            found = time_runtime(kind, models, tokens, args)
+        except ConsumerError as error:
+            found = {"versions": {}, "missing": {"all": str(error)}, "rows": []}
+        record = {"model": Path(args.model).name, "runtime": kind.title, "conditions": asdict(now)}
+        records.append(record | {"load_after": load_average(), "settings": settings} | found)
+        show(records[-1:])
+    return records
 
 
 def main() -> None:
     args = arguments()
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
-    torch.set_num_threads(args.threads)
-    now, rows, missing = print_conditions(), [], {}
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = load_checkpoint(args.model).config.vocab_size
-    tokens = torch.randint(1, vocabulary - 1, (args.length,), generator=generator).tolist()
-    with TemporaryDirectory() as name:
-        models = Models(args, Path(name))
-        losses = {kept: models.loss(kept) for kept in args.kept}
-        for name in args.runtime or RUNTIMES:
-            kind = RUNTIMES[name]
-            try:
-                found = time_runtime(kind, models, tokens, args)
-            except ConsumerError as error:
-                missing[kind.title] = {"all": str(error)}
-                continue
-            rows += as_rows(kind, found)
-            missing |= {kind.title: found["missing"]} if found["missing"] else {}
-    show(rows, losses)
-    for runtime, reasons in missing.items():
-        for kept, reason in reasons.items():
-            print(f"{runtime}, {kept}: {reason}")
+    records = read_records(args.json)
+    if not args.show:
+        with TemporaryDirectory() as name:
+            records = merged(records, measure(args, args.work or Path(name)))
+        if args.json is not None:
+            args.json.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
+    else:
+        show(records)
     if args.plot:
-        plot(rows, FIGURES / "consumers.svg")
-    if args.json is not None:
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "calib", "text")}
-        settings["model"] = Path(args.model).name
-        record = {"conditions": asdict(now), "load_after": load_average(), "settings": settings, "losses": losses}
-        record |= {"rows": rows, "missing": missing}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        plot(records, FIGURES / "consumers.svg")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,11 @@ def compress(
     config = configure(**ordinary)
     check_models([config.model])
     refuse_existing(out, force=force, marker=MANIFEST)
+    if config.runtime is not None:
+        from ssmc.exporters.foresight import refuse_unfit
+
+        terminal.hush_libraries()
+        refuse_unfit(config.model, config.runtime, config.tokenizer)
     from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()

@@ -67,7 +67,8 @@ def inspect(
     found, able = run(outline), prospects(outline)
     changed = {"n_layer": sizes.n_layer, "d_inner": sizes.d_inner, "d_state": max(1, sizes.d_state // 2)}
     halved = architecture.dimensions(architecture.resized(outline.config, **changed))
-    runtimes = runs_where(halved, sizes.d_state, architecture.model_type)
+    epsilon, otherwise = getattr(outline.config, "layer_norm_epsilon", None), architecture.otherwise(outline.config)
+    runtimes = runs_where(halved, sizes.d_state, architecture.model_type, epsilon, otherwise)
     missing = missing_formats(architecture)
     lacks = {**limits(architecture), **{f"--format {name}": reason for name, reason in missing.items()}}
     footprints = footprints_of(model, outline, length)

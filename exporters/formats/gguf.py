@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssmc.exporters.format import Format, Job, Proof, check_choices, option
 
@@ -54,6 +54,12 @@ class Gguf(Format):
         if architecture.model_type not in LAYOUTS.names():
             return f"no GGUF layout is written for models of type {architecture.model_type}"
         return None
+
+    def foresee(self, architecture: Architecture, config: Any, tokenizer: Path | None) -> None:
+        """What llama.cpp cannot compute, and tokenizers it does not know."""
+        from ssmc.exporters.gguf.prepare import foresee
+
+        foresee(architecture, config, tokenizer)
 
     def prepare(self, job: Job) -> Job:
         """Refuse what llama.cpp cannot compute, and read the tokenizer."""

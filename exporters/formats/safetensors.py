@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,13 +13,15 @@ from ssmc.runtime.errors import UsageError
 if TYPE_CHECKING:
     from ssmc.exporters.runtimes import Runtime
 
+TRANSFORMERS = "transformers"
+
 
 class Safetensors(Format):
     """A checkpoint that `ssmc.runtime.models.checkpoints` writes and reads; other layouts derive from it."""
 
     name = "safetensors"
     help = "what transformers, vLLM, mlx-lm and llama.cpp's converter read"
-    layout: ClassVar[str] = "transformers"  # as `write_checkpoint` calls it
+    layout: ClassVar[str] = TRANSFORMERS  # as `write_checkpoint` calls it
 
     def prepare(self, job: Job) -> Job:
         """Refuse sizes that no configuration of this layout can say.
@@ -43,8 +46,12 @@ class Safetensors(Format):
     def write(self, job: Job, folder: Path) -> list[Path]:
         """Write config.json and weights."""
         from ssmc.runtime.models.checkpoints import write_checkpoint
+        from ssmc.runtime.models.checkpoints.stored_config import in_new_words, said_in_full
 
         checkpoint, config = job.source.checkpoint, job.shrunk.config
+        if self.layout == TRANSFORMERS:
+            said = checkpoint.stored_config or in_new_words(checkpoint.config)
+            checkpoint = replace(checkpoint, stored_config=said_in_full(said, checkpoint.config))
         config.ssmc = job.source.provenance  # transformers keeps keys it does not know
         sizes = checkpoint.architecture.dimensions(config)
         if sizes.heads is not None and checkpoint.architecture.capabilities.uniform:
@@ -72,7 +79,8 @@ class Safetensors(Format):
         architecture = job.source.checkpoint.architecture
         sizes = architecture.dimensions(job.shrunk.config)
         epsilon = getattr(job.shrunk.config, "layer_norm_epsilon", None)
-        return runs_where(sizes, job.source.dense_d_state, architecture.model_type, epsilon)
+        otherwise = architecture.otherwise(job.shrunk.config)
+        return runs_where(sizes, job.source.dense_d_state, architecture.model_type, epsilon, otherwise)
 
 
 SAFETENSORS = Safetensors()

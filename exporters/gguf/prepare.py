@@ -11,6 +11,7 @@ from ssmc.exporters.gguf.layouts import LAYOUTS, architecture_name
 from ssmc.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from ssmc.exporters.gguf.write import FILE, write_file
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.tokenizers import load_tokenizer
 
 
@@ -36,10 +37,7 @@ def prepare(job: Job) -> Job:
         UsageError: with the reason.
     """
     source = job.source
-    architecture = source.checkpoint.architecture
-    sizes, layout = architecture.dimensions(job.shrunk.config), LAYOUTS.find(architecture.model_type)
-    if reason := layout.refusal(job.shrunk.config, sizes):
-        raise UsageError(f"There is no export to gguf for this model: {reason}. Use --format safetensors.")
+    layout, sizes = _layout(source.checkpoint.architecture, job.shrunk.config)
     if source.tokenizer is None:
         raise UsageError(
             f"{source.checkpoint.source} comes without a tokenizer, which llama.cpp cannot do without. Put its "
@@ -50,6 +48,34 @@ def prepare(job: Job) -> Job:
     stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
     vocabulary = read_vocabulary(source.tokenizer, tokenizer, sizes.vocab_size, stops)
     return replace(job, extra=Prepared(layout, vocabulary, sizes))
+
+
+def foresee(architecture: Architecture, config: Any, tokenizer: Path | None) -> None:
+    """Refuse a model whose export would be refused, pruned or not.
+
+    Args:
+        architecture: of the dense model.
+        config: of the dense model.
+        tokenizer: where its tokenizer is; None where that is not known yet.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    _, sizes = _layout(architecture, config)
+    if tokenizer is not None:
+        read_vocabulary(tokenizer, load_tokenizer(tokenizer), sizes.vocab_size, ())
+
+
+def _layout(architecture: Architecture, config: Any) -> tuple[Any, Any]:
+    """The layout of a family and the sizes of a model of it.
+
+    Raises:
+        UsageError: llama.cpp cannot compute a model of this configuration.
+    """
+    sizes, layout = architecture.dimensions(config), LAYOUTS.find(architecture.model_type)
+    if reason := layout.refusal(config, sizes):
+        raise UsageError(f"There is no export to gguf for this model: {reason}. Use --format safetensors.")
+    return layout, sizes
 
 
 def write(job: Job, folder: Path, quantize: str) -> Path:

@@ -6,12 +6,13 @@ stands in a file of its own, named as its `model_type`; for the others only what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.consumers import CONSUMERS, misfit
-from ssmc.runtime.models.families import Architecture, Dimensions
+from ssmc.runtime.models.families import Architecture, Dimensions, find_family
 from ssmc.runtime.registry import Registry
 
 
@@ -23,16 +24,26 @@ class Runtime:
     reads: str  # the export format it starts from
     runs: bool
     remark: str
+    consumer: str = ""  # its name in `consumers`, where it has one
 
 
 Table = Callable[[Dimensions, str, "float | None"], list[Runtime]]
 """Lines for the sizes of an exported model, what is to be said of a Triton kernel that decodes it, and its epsilon."""
 
+_RAN = {"llama.cpp": "llama.cpp, CPU", "mlx-lm": "mlx-lm", "vllm": "vLLM, by source"}
+"""What a family without a table of its own is listed for, where it is known there: consumer -> its line's name."""
+
 TABLES: Registry[Table] = Registry(__name__, "table")
 """model_type -> its table."""
 
 
-def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str, epsilon: float | None = None) -> list[Runtime]:
+def runs_where(
+    sizes: Dimensions,
+    dense_d_state: int,
+    model_type: str,
+    epsilon: float | None = None,
+    otherwise: Sequence[Otherwise] = (),
+) -> list[Runtime]:
     """The table for a model of these sizes.
 
     Args:
@@ -40,12 +51,20 @@ def runs_where(sizes: Dimensions, dense_d_state: int, model_type: str, epsilon: 
         dense_d_state: N before pruning, to say what is gained.
         model_type: of its family.
         epsilon: of its norms, where that is known.
+        otherwise: what software computes otherwise, see `Mixing.otherwise`.
     """
+    return [_corrected(row, otherwise) for row in _rows(sizes, dense_d_state, model_type, epsilon)]
+
+
+def _rows(sizes: Dimensions, dense_d_state: int, model_type: str, epsilon: float | None) -> list[Runtime]:
     table = TABLES.find(model_type)
     if table is None:
+        family = find_family(model_type)
+        known = [name for name in _RAN if family is not None and name not in family.capabilities.unknown_to]
         return [
-            Runtime("transformers", "safetensors", True, "any d_state"),
+            line("transformers", "transformers", sizes, "any d_state"),
             Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
+            *(line(_RAN[name], name, sizes, "any d_state", epsilon) for name in known),
         ]
     padded = 1 << (sizes.d_state - 1).bit_length()
     decode = "gains" if padded < dense_d_state else "no gain"
@@ -57,14 +76,22 @@ def line(name: str, consumer: str, sizes: Dimensions, remark: str, epsilon: floa
     """A line of the table of `consumers`: whether a consumer runs an export of these sizes, and the reason if not."""
     reason = misfit(consumer, sizes, epsilon)
     remark += "" if reason is None else f"; {reason}"
-    return Runtime(name, CONSUMERS[consumer].format, reason is None, remark)
+    return Runtime(name, CONSUMERS[consumer].format, reason is None, remark, consumer)
+
+
+def _corrected(row: Runtime, otherwise: Sequence[Otherwise]) -> Runtime:
+    """A line that says what its software computes otherwise."""
+    found = [other for other in otherwise if other.consumer == row.consumer]
+    remark = "; ".join([row.remark, *(other.what for other in found)])
+    return replace(row, runs=row.runs and not any(other.wrong for other in found), remark=remark)
 
 
 def gguf_runs_where(architecture: Architecture, config: Any) -> list[Runtime]:
     """The table for a GGUF file of a model of this configuration."""
     sizes = architecture.dimensions(config)
+    any_size = "any d_state" if sizes.heads is None else "any d_state, any heads"
     gpu = "falls back to the CPU, layer by layer, for sizes its kernels have not"
     return [
-        Runtime("llama.cpp, CPU", "gguf", True, "any d_state" if sizes.heads is None else "any d_state, any heads"),
+        _corrected(Runtime("llama.cpp, CPU", "gguf", True, any_size, "llama.cpp"), architecture.otherwise(config)),
         Runtime("llama.cpp, GPU", "gguf", True, gpu + "; by source"),
     ]

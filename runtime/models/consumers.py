@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.architectures.dimensions import Dimensions
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.families import Architecture
 
 POWER = "power-of-two"
 TWICE, EXPAND, HEADS, ANY = "twice", "expand", "heads", "any"
@@ -102,6 +105,33 @@ def consumer_named(name: str) -> Consumer:
     return CONSUMERS[name]
 
 
+def refuse_family(name: str, architecture: Architecture) -> None:
+    """Refuse a family that a consumer has no model of.
+
+    Raises:
+        UsageError: naming consumers that have one.
+    """
+    if consumer_named(name).name in architecture.capabilities.unknown_to:
+        able = ", ".join(other for other in CONSUMERS if other not in architecture.capabilities.unknown_to)
+        raise UsageError(
+            f"{name} runs no models of the family {architecture.model_type}. Leave out --for, or choose one of {able}."
+        )
+
+
+def computes_otherwise(name: str, architecture: Architecture, config: Any, wrong: bool) -> str | None:
+    """What a consumer silently computes otherwise of a model; None where nothing.
+
+    Args:
+        name: of the consumer.
+        architecture: of the model.
+        config: of the model.
+        wrong: look for what makes results useless, or for what hardly changes them.
+    """
+    found = architecture.otherwise(config)
+    said = [other.what for other in found if other.consumer == name and other.wrong == wrong]
+    return "; ".join(said) or None
+
+
 def misfit(name: str, sizes: Dimensions, epsilon: float | None = None) -> str | None:
     """Why a consumer does not run an export of these sizes, or runs it wrongly; None where it runs it.
 
@@ -111,16 +141,23 @@ def misfit(name: str, sizes: Dimensions, epsilon: float | None = None) -> str | 
         epsilon: of its norms, where that is known.
     """
     rule = consumer_named(name).rule(sizes)
+    if isinstance(rule.states, int) and not rule.padded and sizes.d_state % rule.states:
+        kernel = f"its kernel for a GPU takes states in multiples of {rule.states} and silently loses others"
+        return f"{kernel}, here are {sizes.d_state}"
+    channels = sizes.d_inner + 2 * sizes.groups * sizes.d_state
+    if rule.strides and channels % STRIDE:
+        return f"causal_conv1d wants a multiple of {STRIDE} channels, here are {channels}"
+    return lasting_misfit(name, sizes, epsilon)
+
+
+def lasting_misfit(name: str, sizes: Dimensions, epsilon: float | None = None) -> str | None:
+    """As `misfit`, of what removing states does not change."""
+    rule = consumer_named(name).rule(sizes)
     wide = {TWICE: 2 * sizes.d_model, EXPAND: sizes.d_model * (sizes.d_inner // sizes.d_model)}.get(rule.width)
     hybrid = hasattr(sizes, "mamba_layers")  # where the width has a key of its own
     if wide is not None and sizes.d_inner != wide and not (hybrid and rule.width == EXPAND):
         wanted = "2 x d_model" if rule.width == TWICE else "a whole multiple of d_model"
         return f"d_inner must be {wanted}, here it is {sizes.d_inner} and d_model {sizes.d_model}"
-    if isinstance(rule.states, int) and not rule.padded and sizes.d_state % rule.states:
-        return f"it takes states in multiples of {rule.states} and silently loses others, here are {sizes.d_state}"
-    channels = sizes.d_inner + 2 * sizes.groups * sizes.d_state
-    if rule.strides and channels % STRIDE:
-        return f"causal_conv1d wants a multiple of {STRIDE} channels, here are {channels}"
     if rule.fixed_epsilon and epsilon is not None and epsilon != EPSILON:
         return f"its norms always use the epsilon {EPSILON}, this model's is {epsilon}: silently wrong results"
     return None

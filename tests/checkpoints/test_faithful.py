@@ -5,6 +5,7 @@ The configurations are worded as transformers 4.57 words them, which other softw
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ from tests.support.models import random_mamba2, random_model, save_mamba_ssm
 
 STORED = json.loads((Path(__file__).parent.parent / "support" / "configs_457.json").read_text())
 STATES = {"nemotron_h": "ssm_state_size", "mamba": "state_size", "mamba2": "state_size", "falcon_mamba": "state_size"}
+TIED, ENDLESS = {"tie_word_embeddings": True}, {"time_step_limit": [0.0, math.inf]}
+NEEDED = {"mamba": TIED, "falcon_mamba": TIED, "zamba2": TIED, "mamba2": {"intermediate_size": 48}}
+NEEDED |= {
+    "bamba": ENDLESS,
+    "falcon_h1": ENDLESS,
+    "granitemoehybrid": ENDLESS,
+    "nemotron_h": {"num_experts_per_tok": 2},
+}
+"""What mlx-lm has no default for, or another one, where a source leaves it out."""
 OTHERS = {
     "generation_config.json": '{"eos_token_id": [60, 7], "do_sample": true}',
     "chat_template.jinja": "{{ messages }}",
@@ -62,11 +72,25 @@ def test_a_configuration_is_its_sources_but_for_what_was_cut(tmp_path, family):
     exported = export(tmp_path / "out").directory
     changed = differences(exported, stored)
     assert changed.pop("ssmc")["pattern"] == "column"
-    if family == "mamba2":  # mlx-lm reads it
-        assert changed.pop("intermediate_size") == 48
+    for key, value in NEEDED.get(family, {}).items():
+        assert changed.pop(key) == value
     state = STATES.get(family, "mamba_d_state")
     assert changed == {state: stored[state] // 2}
     assert load_checkpoint(exported).dimensions.d_state == stored[state] // 2
+
+
+def test_what_a_source_leaves_to_defaults_is_said_by_an_export(tmp_path):
+    """transformers leaves out what is the default of its class; mlx-lm has no defaults, or others."""
+    left_out = ("conv_kernel", "use_bias", "use_conv_bias", "time_step_limit", "time_step_rank", "layer_norm_epsilon")
+    stored = {key: value for key, value in STORED["mamba2"].items() if key not in left_out}
+    source = save(tmp_path / "source", stored)
+    compress(source, out=tmp_path / "out", score="random", repair=False, sparsity=0.5)
+    assert differences(tmp_path / "out", stored) == {}
+    changed = differences(export(tmp_path / "out").directory, stored)
+    said = {key: changed[key] for key in left_out if key in changed}
+    wanted = {key: STORED["mamba2"][key] for key in left_out}
+    assert said | {"time_step_rank": 2} == wanted
+    assert changed["state_size"] == 4
 
 
 def test_keys_that_say_the_same_change_together(tmp_path):
@@ -81,7 +105,7 @@ def test_keys_that_say_the_same_change_together(tmp_path):
     states, width = changed.pop("state_size"), changed.pop("intermediate_size")
     assert (states, width) == (4, 24)
     cfg = {"d_state": states, "layer": 1}
-    assert changed == {"num_hidden_layers": 2, "n_layer": 2, "d_inner": width, "ssm_cfg": cfg}
+    assert changed == {"num_hidden_layers": 2, "n_layer": 2, "d_inner": width, "ssm_cfg": cfg} | TIED
 
 
 def test_kinds_of_layers_keep_their_words():
@@ -111,7 +135,7 @@ def test_the_dtype_is_said_where_it_was_said(tmp_path, key, wanted):
     compress(tmp_path / "source", out=tmp_path / "out", pattern="2:4", ffn_score="magnitude")
     assert differences(tmp_path / "out", stored) == {}
     changed = differences(export(tmp_path / "out", format="sparse24").directory, stored)
-    assert changed.keys() == {key, "ssmc"}
+    assert changed.keys() == {key, "ssmc", *TIED}
     assert changed[key] == wanted
 
 
@@ -119,10 +143,11 @@ def test_new_words_can_be_read_by_every_release(tmp_path):
     """A model of mamba_ssm's layout has no words to keep; infinity is written by none in the same way."""
     save_mamba_ssm(random_mamba2(), tmp_path / "source")
     compress(tmp_path / "source", out=tmp_path / "out", score="random", repair=False, sparsity=0.5)
-    for folder in (tmp_path / "out", export(tmp_path / "out").directory):
+    exported = export(tmp_path / "out").directory
+    for folder, said in ((tmp_path / "out", False), (exported, True)):  # mlx-lm wants it to be said
         text = (folder / "config.json").read_text()
         assert "__float__" not in text
-        assert "Infinity" not in text
+        assert ("Infinity" in text) == said
         assert tuple(load_checkpoint(folder).config.time_step_limit) == (0.0, float("inf"))
 
 

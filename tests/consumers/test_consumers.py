@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from consumers.artefacts import LIMITED, LIMITED_AT_FIRST, UNLIMITED, reference
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, REQUIREMENTS
 from consumers.results import DIFFERS, FAILED, RAN, REFUSED, Row, markdown, merged, read_rows, write_rows
 from consumers.run import FIRST, LENGTHS, differences, judge
+from tests.support.families import FAMILIES, random_ids
 from tests.support.graphs import V, naive_logits, save
 
 PYTHON = Path(sys.executable)
@@ -65,14 +67,38 @@ def test_differences_are_of_the_right_tokens_and_kind():
     assert min(differences(found, wanted, "logits")) > 1
 
 
-def test_a_row_is_judged_by_the_model_and_by_one_without_limits():
-    assert judge(row(), [(1e-5, 2e-5), (9, 9)]).outcome == RAN
-    assert judge(row(), [(1e-5, 0.3)]).outcome == DIFFERS
-    assert judge(row(), [(1e-5, float("inf"))]).outcome == DIFFERS
-    explained = judge(row(), [(1e-5, 0.3), (0.2, 2e-5)])
+def test_a_row_is_judged_by_the_model_and_by_what_else_is_done_about_time_steps():
+    def judged(model, at_first=(9, 9), never=(9, 9)):
+        return judge(row(), {LIMITED: model, LIMITED_AT_FIRST: at_first, UNLIMITED: never})
+
+    assert judged((1e-5, 2e-5)).outcome == judge(row(), {LIMITED: (1e-5, 2e-5)}).outcome == RAN
+    assert judge(row(), {LIMITED: (1e-5, 0.3)}).outcome == DIFFERS
+    assert judged((1e-5, float("inf"))).outcome == DIFFERS
+    explained = judged((0.2, 0.3), never=(1e-5, 2e-5))
     assert (explained.outcome, explained.whole, explained.stepped) == (RAN, 1e-5, 2e-5)
-    assert explained.reason.startswith("token by token: does not limit")
-    assert judge(row(), [(0.1, 0.3), (0.2, 2e-5)]).outcome == DIFFERS
+    assert explained.reason.startswith("whole prompts: does not limit")
+    assert "moves a logit by 2e-01; token by token: does not limit" in explained.reason
+    explained = judged((1e-5, 0.3), at_first=(1e-5, 2e-5))
+    assert explained.reason.startswith("token by token: limits time steps as the model asks for in the prompt only")
+    assert judged((0.1, 0.3), never=(0.2, 2e-5)).outcome == DIFFERS
+
+
+def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_path):
+    """Its recurrent step knows no limits, whatever its prefill did."""
+    model = FAMILIES["nemotron_h"](time_step_min=0.3)
+    model.save_pretrained(tmp_path / "model")
+    ids = random_ids(1, LENGTHS[-1])
+    found = reference(tmp_path / "model", ids[0].tolist(), FIRST)
+    assert float((found[LIMITED] - found[UNLIMITED]).abs().max()) > 0.1
+    with torch.inference_mode():
+        prompt = model(ids[:, :FIRST], use_cache=True)
+        rows = [prompt.logits[0]]
+        for place in range(FIRST, ids.shape[1]):
+            step = model(ids[:, place : place + 1], past_key_values=prompt.past_key_values, use_cache=True)
+            rows.append(step.logits[0])
+        torch.testing.assert_close(found[LIMITED_AT_FIRST], torch.cat(rows), atol=1e-4, rtol=1e-4)
+        without = FAMILIES["nemotron_h"](time_step_min=1e-9)
+        torch.testing.assert_close(found[UNLIMITED], without(ids).logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_rows_that_were_run_again_replace_the_old_ones(tmp_path):

@@ -6,13 +6,16 @@ import pytest
 
 from ssmc.compressor import compress
 from ssmc.exporters import export, runs_where
+from ssmc.exporters.foresight import refuse_unfit
 from ssmc.exporters.registry import all_formats
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.consumers import CONSUMERS, misfit
+from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.llama_cpp import LlamaCpp, is_installed
 from tests.support import vocabularies
+from tests.support.commandline import run
 from tests.support.families import FAMILIES
 from tests.support.models import random_mamba2, random_model
 
@@ -20,8 +23,6 @@ QUICK = {"score": "random", "repair": False}
 
 
 def sizes(make=random_model, **changes):
-    from ssmc.runtime.models.families import architecture_for
-
     config = make(**changes).config
     return architecture_for(config.model_type).dimensions(config)
 
@@ -95,6 +96,67 @@ def test_an_epsilon_that_mlx_lm_ignores_is_told_of(tmp_path):
     with pytest.raises(UsageError, match="silently wrong"):
         export(tmp_path / "out", runtime="mlx-lm", force=True)
     assert misfit("mlx-lm", sizes(), 1e-5) is None
+
+
+def test_what_a_runtime_never_runs_is_refused_before_compressing(tmp_path):
+    """Nothing of these runs is calibrated: there is not even a text."""
+    options = {"out": tmp_path / "out", "calib": tmp_path / "no-such-text.txt"}
+    FAMILIES["zamba2"]().save_pretrained(tmp_path / "zamba2")
+    with pytest.raises(
+        UsageError, match=r"llama.cpp runs no models of the family zamba2.* one of transformers, vllm\."
+    ):
+        compress(tmp_path / "zamba2", runtime="llama.cpp", **options)
+    FAMILIES["jamba"]().save_pretrained(tmp_path / "jamba")
+    with pytest.raises(UsageError, match=r"mlx-lm does not run this model, pruned or not: it weighs experts otherwise"):
+        compress(tmp_path / "jamba", runtime="mlx-lm", **options)
+    random_model(layer_norm_epsilon=1e-6).save_pretrained(tmp_path / "epsilon")
+    with pytest.raises(UsageError, match=r"mlx-lm does not run this model, pruned or not: .*1e-06: silently wrong"):
+        compress(tmp_path / "epsilon", runtime="mlx-lm", **options)
+    random_model(intermediate_size=40).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(UsageError, match=r"llama.cpp does not run this model, pruned or not: d_inner must be 2 x d_m"):
+        compress(tmp_path / "narrow", runtime="llama.cpp", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_looks_at_the_tokenizer_and_all_else_first(tmp_path, capsys):
+    """What only the format knows: how text is split, and what llama.cpp does not compute."""
+    split = vocabularies.save(random_model(vocab_size=392, eos_token_id=0), tmp_path / "split", "other")
+    biased = tmp_path / "biased"
+    random_model(use_bias=True).save_pretrained(biased)
+    options = ["--for", "llama.cpp", "--calib", "no-such-text.txt", "--out", tmp_path / "out"]
+    for source, reason in ((split, "that GGUF files are written with"), (biased, "no biases in in_proj")):
+        assert reason in run(capsys, "compress", source, *options).sentence(UsageError.exit_code)
+        refuse_unfit(source, "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", *FAMILIES])
+def test_families_that_software_has_not_are_those_without_an_export_for_it(family):
+    architecture = architecture_for(family)
+    for consumer in CONSUMERS.values():
+        lacks = all_formats()[consumer.format].missing(architecture) is not None
+        if consumer.format != "safetensors":  # else its own source says
+            assert lacks == (consumer.name in architecture.capabilities.unknown_to), consumer.name
+
+
+def test_what_software_silently_computes_otherwise_is_told(tmp_path):
+    """Limits of time steps that only a prompt has, and experts."""
+    FAMILIES["nemotron_h"](time_step_min=0.25).save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", out=tmp_path / "out", sparsity=0.5, **QUICK)
+    result = export(tmp_path / "out", runtime="transformers")
+    assert "transformers silently computes something else than the model: it limits time steps" in result.remarks[0]
+    rows = {row.name: row for row in result.runs_where}
+    assert "it limits time steps to 0.25 at least in prompts, not token by token" in rows["transformers"].remark
+    assert "it does not limit time steps to 0.25 at least" in rows["llama.cpp, CPU"].remark
+    FAMILIES["jamba"]().save_pretrained(tmp_path / "jamba")
+    compress(tmp_path / "jamba", out=tmp_path / "pruned", sparsity=0.5, **QUICK)
+    rows = {row.name: row for row in export(tmp_path / "pruned").runs_where}
+    assert not rows["mlx-lm"].runs
+    assert rows["llama.cpp, CPU"].runs
+    with pytest.raises(UsageError, match="mlx-lm does not run this model: it weighs experts otherwise"):
+        export(tmp_path / "pruned", runtime="mlx-lm", force=True)
+    assert not architecture_for("jamba").otherwise(FAMILIES["jamba"](num_experts=1).config)
+    assert not architecture_for("bamba").otherwise(FAMILIES["bamba"]().config)
 
 
 def test_the_table_of_runtimes_says_the_same():

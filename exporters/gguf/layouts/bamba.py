@@ -15,6 +15,8 @@ def refusal(config: Any, sizes: Any) -> str | None:
         return "biases of its linear maps are not written yet"
     if config.rope_parameters.get("rope_type", "default") != "default":
         return f"positions of the kind {config.rope_parameters['rope_type']} are not written yet"
+    if _turned(config) % 2:
+        return f"llama.cpp's rotary positions turn pairs, this model's the first {_turned(config)} numbers of a head"
     return parts.refused_time_steps(config) or parts.refused_activation(config)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 BLOCK = "block"
 """Whole blocks, beside the dimensions of `plan`, as a key of `Capabilities.fixed`."""
 
+WITHOUT_HYBRIDS = frozenset({"mamba-ssm", "onnxruntime", "genai", "openvino"})
+"""Names of `runtime/models/consumers.py` whose exports know Mamba and Mamba-2 alone."""
+
 
 @dataclass(frozen=True)
 class MambaSsmLayer:
@@ -32,6 +35,21 @@ class MambaSsmLayer:
 
 
 @dataclass(frozen=True)
+class Otherwise:
+    """What software computes otherwise than transformers does of a prompt, without a word.
+
+    Attributes:
+        consumer: its name in `runtime/models/consumers.py`.
+        what: half a sentence, about "it".
+        wrong: whether its results are useless.
+    """
+
+    consumer: str
+    what: str
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What is particular about a family; the defaults are those of Mamba-1.
 
@@ -46,6 +64,7 @@ class Capabilities:
         gpu_gradients: their backward pass, too.
         gpu_sums: one of them sums over the states without writing them.
         mamba_ssm: the layer of mamba_ssm that computes the same; None: there is none.
+        unknown_to: software of `runtime/models/consumers.py` that has no model of this family, or no export of ours.
     """
 
     fixed: Mapping[str, str] = field(default_factory=dict)
@@ -57,3 +76,4 @@ class Capabilities:
     gpu_gradients: bool = False
     gpu_sums: bool = False
     mamba_ssm: MambaSsmLayer | None = None
+    unknown_to: frozenset[str] = frozenset()

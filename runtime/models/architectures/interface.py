@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ssmc.runtime.later import nn, torch
-from ssmc.runtime.models.architectures.capabilities import Capabilities
+from ssmc.runtime.models.architectures.capabilities import Capabilities, Otherwise
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import Cut, Plan
 from ssmc.runtime.models.architectures.units import Part, Writer
@@ -110,6 +110,9 @@ class Mixing(Protocol):
     """What a mixer computes, step by step."""
 
     projections: tuple[str, ...]  # names of its linear maps
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """What software silently computes otherwise of a model of this configuration."""
 
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Apply in_proj: the convolution's input x, (B, L, ...), and what else `scan_inputs` needs of it."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.convolution import Convolution, is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan
@@ -55,6 +56,10 @@ class Mamba1(Convolution, PlannedSurgery):
             d_conv=config.conv_kernel,
             vocab_size=config.vocab_size,
         )
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """Nothing."""
+        return ()
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration of the same family with other sizes, as a model cut to them would have."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.convolution import Convolution
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.architectures.interface import Readers
@@ -24,6 +25,7 @@ from ssmc.runtime.scan.inputs import decay_rates
 
 _EXPANDED = (CHANNEL, CHANNEL, STATE, STATE, HEAD)  # z, x, B, C, dt
 _CONVOLVED = (CHANNEL, STATE, STATE)  # x, B, C
+NO_LIMITS = (0.0, math.inf)  # of time steps
 
 PLAN = Plan(
     tensors={
@@ -55,6 +57,7 @@ class Mamba2(Convolution, PlannedSurgery):
     plan = PLAN
     projections = ("in_proj", "out_proj")
     state_field = "state_size"  # of the configuration
+    without_limits: Sequence[str] = ("vllm",)  # software that does not limit time steps
 
     def dimensions(self, config: Any) -> Mamba2Dimensions:
         """Read the sizes out of a transformers configuration."""
@@ -69,6 +72,20 @@ class Mamba2(Convolution, PlannedSurgery):
             head_dim=config.head_dim,
             n_groups=config.n_groups,
         )
+
+    def time_step_limits(self, config: Any) -> tuple[float, float]:
+        """The least and the largest time step that transformers has."""
+        low, high = getattr(config, "time_step_limit", None) or NO_LIMITS
+        return low, high
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """Limits of time steps: transformers' step for a single token has none, whatever its prefill did."""
+        low, high = self.time_step_limits(config)
+        if (low, high) == NO_LIMITS:
+            return ()
+        limits = f"time steps to {low:g} at least" + (f" and {high:g} at most" if math.isfinite(high) else "")
+        found = [Otherwise("transformers", f"it limits {limits} in prompts, not token by token")]
+        return found + [Otherwise(name, f"it does not limit {limits}") for name in self.without_limits]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration of the same family with other sizes; d_inner is whole heads and a whole `expand`.

@@ -111,8 +111,22 @@ def read_dimensions(directory: Path) -> Dimensions:
     Raises:
         CheckpointError: there is none, or it describes no model ssmc knows.
     """
-    _, config, _ = _read_config(directory, str(directory))
-    return architecture_for(config.model_type, str(directory)).dimensions(config)
+    architecture, config = read_description(directory, str(directory))
+    return architecture.dimensions(config)
+
+
+def read_description(directory: Path, where: str) -> tuple[Architecture, PretrainedConfig]:
+    """The family and the configuration of a model from its config.json alone.
+
+    Args:
+        directory: of the model.
+        where: what the user calls it.
+
+    Raises:
+        CheckpointError: there is none, or it describes no model ssmc knows.
+    """
+    _, config, _ = _read_config(directory, where)
+    return architecture_for(config.model_type, where), config
 
 
 def write_checkpoint(

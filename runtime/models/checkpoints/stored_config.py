@@ -35,6 +35,36 @@ _NESTED = "ssm_cfg"  # a part of the configuration that repeats sizes
 _KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")  # one entry a layer, in words of the release
 
 
+_NEEDED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
+    *("tie_word_embeddings", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "position_embedding_type"),
+    *("state_size", "conv_kernel", "time_step_rank", "time_step_limit", "use_bias", "use_conv_bias"),
+    *("num_heads", "head_dim", "n_groups", "ssm_state_size", "mamba_num_heads", "mamba_head_dim"),
+    *("mamba_d_state", "mamba_d_conv", "mamba_d_head", "mamba_d_ssm", "mamba_n_heads", "mamba_n_groups"),
+    *("mamba_expand", "mamba_dt_rank", "mamba_proj_bias", "mamba_conv_bias", "mamba_rms_norm"),
+    *("mamba_norm_before_gate", "attention_bias", "mlp_bias", "projectors_bias", "mixer_rms_eps"),
+    *("num_attention_heads", "num_key_value_heads", "attn_layer_offset", "attn_layer_period"),
+    *("num_experts", "num_experts_per_tok", "expert_layer_offset", "expert_layer_period", "num_local_experts"),
+    *("shared_intermediate_size", "embedding_multiplier", "attention_multiplier", "logits_scaling"),
+    *("residual_multiplier", "lm_head_multiplier", "key_multiplier", "attention_in_multiplier"),
+    *("attention_out_multiplier", "ssm_in_multiplier", "ssm_out_multiplier", "ssm_multipliers", "mlp_multipliers"),
+)
+"""Keys that mlx-lm has no default for, or another one than transformers, if the family has such a key."""
+
+
+def said_in_full(stored: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """The content of a config.json with what it leaves to transformers' defaults, which other software has not.
+
+    Args:
+        stored: the content of a config.json, in transformers' layout.
+        config: what transformers makes of it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    values = {"rope_theta": rope.get("rope_theta")} | config.to_dict()
+    left_out = {key: _plain(values[key]) for key in _NEEDED if key not in stored and values.get(key) is not None}
+    return {**stored, **left_out}
+
+
 def in_own_words(stored: Mapping[str, Any], config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of a config.json for `config`, worded as the one its model was read from.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
+from dataclasses import replace
+
+from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
 
@@ -10,6 +12,7 @@ class BambaFamily(Mamba2Hybrid):
     """Adapter for Bamba; see `interface` for what each method promises."""
 
     model_type = "bamba"
+    capabilities = replace(CAPABILITIES, unknown_to=CAPABILITIES.unknown_to | {"mlx-lm"})
     mixer_name = "mamba"
     final_norm = "final_layernorm"
     units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())

@@ -6,12 +6,12 @@ which take a factor on the read-out of the states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import torch
-from ssmc.runtime.models.architectures.capabilities import BLOCK, Capabilities
+from ssmc.runtime.models.architectures.capabilities import BLOCK, WITHOUT_HYBRIDS, Capabilities, Otherwise
 from ssmc.runtime.models.architectures.dimensions import HybridDimensions
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
@@ -41,6 +41,7 @@ class JambaFamily(Hybrid, NormedMamba1):
         gpu_scan=True,
         gpu_gradients=True,
         gpu_sums=True,
+        unknown_to=WITHOUT_HYBRIDS,
     )
     mixer_name = "mamba"
     plan = replace(
@@ -77,6 +78,12 @@ class JambaFamily(Hybrid, NormedMamba1):
             vocab_size=config.vocab_size,
             mamba_layers=config.layers_block_type.count("mamba"),
         )
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """mlx-lm makes the weights of the chosen experts sum to 1, transformers those of all experts."""
+        if config.num_experts <= 1:
+            return ()
+        return (Otherwise("mlx-lm", "it weighs experts otherwise, so its results are wrong", wrong=True),)
 
     def scale_readout(self, weights: Mapping[str, torch.Tensor], factor: float) -> None:
         """Multiply what is read out of the states: the weights of B's norm take the factor."""

@@ -5,6 +5,7 @@ A block is a norm and one of: a Mamba-2 mixer, attention, an MLP, a mixture of e
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
@@ -20,6 +21,7 @@ class NemotronHFamily(Mamba2Hybrid):
 
     model_type = "nemotron_h"
     embedding = "model.embeddings.weight"
+    without_limits = ("llama.cpp", "mlx-lm", "vllm")
     mixer_name = "mixer"
     norm_name = "norm"
     final_norm = "norm_f"
@@ -32,6 +34,10 @@ class NemotronHFamily(Mamba2Hybrid):
     writers = tuple(Writer(f"mixer.{name}") for name in ("out_proj", "o_proj", "down_proj", "shared_experts.down_proj"))
     state_field = "ssm_state_size"
     fields = Fields("mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel")
+
+    def time_step_limits(self, config: Any) -> tuple[float, float]:
+        """transformers takes `time_step_min` for the least time step, whatever `time_step_limit` says."""
+        return config.time_step_min, math.inf
 
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""

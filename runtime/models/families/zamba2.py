@@ -8,6 +8,7 @@ what the shared block put out for this layer, which `enter` computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,11 +29,17 @@ class Zamba2Family(Mamba2Hybrid):
         CAPABILITIES,
         shared_blocks=True,
         fixed={**CAPABILITIES.fixed, **dict.fromkeys((MLP, ATTENTION), "its transformer blocks belong to many layers")},
+        unknown_to=CAPABILITIES.unknown_to | {"llama.cpp", "mlx-lm"},
     )
+    without_limits = ("vllm",)
     mixer_name = "mamba"
     final_norm = "final_layernorm"
     writers = (Writer("mamba.out_proj"), Writer("mamba_decoder.mamba.out_proj"))
     fields = Fields("n_mamba_heads", "mamba_headdim", "mamba_ngroups")
+
+    def time_step_limits(self, config: Any) -> tuple[float, float]:
+        """transformers takes `time_step_min` for the least time step, whatever `time_step_limit` says."""
+        return config.time_step_min, math.inf
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:
         """All of them."""
