@@ -206,6 +206,13 @@ def consumers() -> str:
     return markdown(read_rows())
 
 
+def consumers_speed() -> str:
+    """How fast other people's software runs dense and pruned models."""
+    from benchmarks.speed.consumers_report import markdown, read_records
+
+    return markdown(read_records(ROOT / "benchmarks" / "results" / "consumers_speed.json"))
+
+
 def exit_codes() -> str:
     """The error classes with their exit codes."""
     from ssmc.runtime import errors
@@ -222,5 +229,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "refusals": refusals,
     "runtimes": runtimes,
     "consumers": consumers,
+    "consumers-speed": consumers_speed,
     "exit-codes": exit_codes,
 }

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.speed.consumers_report import markdown as markdown_of_speed
+from benchmarks.speed.consumers_report import merged as merged_records
+from benchmarks.speed.consumers_report import plot, show
 from consumers.artefacts import LIMITED, LIMITED_AT_FIRST, UNLIMITED, reference
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, REQUIREMENTS
@@ -120,6 +123,36 @@ def test_the_table_says_what_ran_when_and_why_not():
     assert "| zamba2 | dense | **differs**, 3e-01 |  |" in text
     assert "| software | jamba (dense) | no graph |" in text
     assert "by source" in text
+
+
+def record(**changes):
+    """As `benchmarks.speed.consumers` writes it: the second model prefills twice as fast, decode may be no faster."""
+    times = {"median_s": 0.4, "quartiles_s": [0.3, 0.5], "samples_s": [0.3, 0.4, 0.5]}
+    ratios = {"dense": (1.0, 1.0, 1.0), "column 0.5": (2.0, 1.9, 2.1)}
+    rows = []
+    for kept, (median, low, high) in ratios.items():
+        faster = {"median": median, "low": low, "high": high, "rounds": 3}
+        decode = times | {"times_faster_than_dense": faster | {"low": 0.9}}
+        prefill = times | {"times_faster_than_dense": faster}
+        rows.append(
+            {"kept": kept, "loss": {"nats": 0.0 if kept == "dense" else 0.0123}, "prefill": prefill, "decode": decode}
+        )
+    return {"model": "tiny", "runtime": "software", "rows": rows, "missing": {}} | changes
+
+
+def test_figures_of_speed_become_one_table_and_one_plot(tmp_path):
+    old, other = record(rows=[]), record(runtime="another", missing={"column 0.5": "no kernel"})
+    records = merged_records([old, other], [record()])
+    assert [item["runtime"] for item in records] == ["software", "another"]
+    heading, _, dense, pruned = markdown_of_speed(records).splitlines()
+    assert heading == "| model | removed | software | another | loss |"
+    assert dense == "| tiny | dense | 400 ms / 400 ms | 400 ms / 400 ms |  |"
+    assert pruned == "| tiny | column 0.5 | 2.00 / (2.00) | 2.00 / (2.00) | +0.0123 |"
+    plot([*records, record(model="tiny-mamba2")], tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert text.count("<!-- column 0.5 -->") == 2
+    assert "prefill, times as fast as dense" in text
+    show(records)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
