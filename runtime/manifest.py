@@ -401,7 +401,7 @@ def _typed(manifest: M) -> M:
 
 
 @cache
-def _checker(kind: type[M]) -> TypeAdapter[M]:
+def _checker(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -33,6 +33,7 @@ from ssmc.cli.options import (
     words,
 )
 from ssmc.cli.terminal import Terminal, table
+from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.runtime.models.checkpoints.sources import at_revision
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def bench(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    log_to: LogTo = None,
+    log_dir: LogDir = LOGS,
     revision: DenseRevision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -161,32 +164,50 @@ def bench(
         out = Path(".") if model else directory
     if out.exists() or out != directory:  # without DIR there is more to say than that the report has no place
         check_output(out)
-    with terminal.progress() as progress:
-        report = benchmark(
-            directory,
-            dense=dense,
-            models=model or None,
-            smaller=smaller,
-            lengths=prefills,
-            batch_sizes=batches,
-            decode_tokens=decode_tokens,
-            repeats=repeats,
-            time_budget=time_budget,
-            device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            text=text,
-            tokenizer=tokenizer,
-            window=window,
-            max_windows=max_windows or None,
-            stock=stock,
-            backend=backend,
-            runtimes=words(runtime),
-            max_batch=max_batch,
-            progress=progress,
-        )
+    options = {"directory": directory, "dense": dense, "model": model, "lengths": lengths, "batch_sizes": batch_sizes}
+    with logged(terminal, log_to, log_dir, "bench", out, options) as tracking:
+        with terminal.progress() as progress:
+            report = benchmark(
+                directory,
+                dense=dense,
+                models=model or None,
+                smaller=smaller,
+                lengths=prefills,
+                batch_sizes=batches,
+                decode_tokens=decode_tokens,
+                repeats=repeats,
+                time_budget=time_budget,
+                device=device,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                text=text,
+                tokenizer=tokenizer,
+                window=window,
+                max_windows=max_windows or None,
+                stock=stock,
+                backend=backend,
+                runtimes=words(runtime),
+                max_batch=max_batch,
+                progress=progress,
+            )
+        tracking.log(_figures(report))
     written = report.write(out)
     _report(terminal, report)
     terminal.say(f"Wrote {' and '.join(str(path) for path in written)}.")
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """What is logged of a report: sizes and losses by model, and the median of every measurement."""
+    found: dict[str, Any] = {}
+    for model in report.models:
+        entry: dict[str, Any] = {"parameters": model.parameters, "state_bytes": model.state_bytes}
+        entry |= {"perplexity": model.perplexity.ppl} if model.perplexity else {}
+        entry |= {"excess_nats": model.excess.nats} if model.excess else {}
+        found[model.name] = entry
+    for measured in report.measurements:
+        place = "-".join(filter(None, (measured.kind, measured.part, f"{measured.batch}x{measured.length}")))
+        for name, timing in measured.timings.items():
+            found.setdefault(name, {})[place] = {"seconds": timing.median, "tokens": measured.tokens / timing.median}
+    return found
 
 
 def _report(terminal: Terminal, report: Report) -> None:

@@ -16,6 +16,8 @@ from ssmc.cli.declared import with_options
 from ssmc.cli.memory import show_written
 from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
+from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
+from ssmc.cli.tracking import NAMES as LOG_OPTIONS
 from ssmc.compressor.methods.registry import load_entry_points
 from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.flags import METHOD, OUTPUT
@@ -69,6 +71,8 @@ def compress(
         "ssmc-out"
     ),
     force: Force = False,
+    log_to: LogTo = None,
+    log_dir: LogDir = LOGS,
     revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -119,14 +123,17 @@ def compress(
     for problem in PROBLEMS:
         terminal.note(problem)
     terminal.say(_intention(config) if goal is None else _aim(config, goal))
-    with terminal.progress() as progress:
-        result = run(
-            **asked,
-            out=out,
-            force=force,
-            progress=progress,
-            command=shlex.join(["ssmc", *sys.argv[1:]]),
-        )
+    with logged(terminal, log_to, log_dir, "compress", out, asked) as tracking:
+        with terminal.progress() as progress:
+            result = run(
+                **asked,
+                out=out,
+                force=force,
+                progress=tracking.watch(progress),
+                command=shlex.join(["ssmc", *sys.argv[1:]]),
+            )
+        tracking.layers(result.manifest["layers"])
+        tracking.log({key: result.manifest.get(key) for key in ("parameters", "distilled", "goal")})
     _report(terminal, result)
 
 
@@ -149,7 +156,7 @@ compress.__doc__ = (compress.__doc__ or "").replace("{scores}", _scores_text())
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options of the run that stand on the command line; what is left out keeps the recipe's or its default."""
-    elsewhere = {"recipe", "out", "force", "revision", "verbose", "quiet"}
+    elsewhere = {"recipe", "out", "force", "revision", "verbose", "quiet", *LOG_OPTIONS}
     return {
         name: value
         for name, value in context.params.items()

@@ -12,6 +12,7 @@ import typer
 from ssmc.cli.checks import check_compressed
 from ssmc.cli.options import Device, Force, Quiet, Verbose, tokenizer_option
 from ssmc.cli.terminal import Terminal
+from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def distill(
         ),
     ] = None,
     force: Force = False,
+    log_to: LogTo = None,
+    log_dir: LogDir = LOGS,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,15 +75,19 @@ def distill(
     from ssmc.compressor.distillation.run import Lesson, distil_artefact
 
     terminal.hush_libraries()
-    with terminal.progress() as progress:
-        result = distil_artefact(
-            directory,
-            Lesson(steps, calib, seqlen, seed, tokenizer, device),
-            out=out,
-            force=force,
-            command=shlex.join(["ssmc", *sys.argv[1:]]),
-            progress=progress,
-        )
+    options = {"directory": str(directory), "steps": steps, "calib": calib, "seqlen": seqlen, "seed": seed}
+    name = Path(f"{directory}-distilled") if out is None else out
+    with logged(terminal, log_to, log_dir, "distill", name, options) as tracking:
+        with terminal.progress() as progress:
+            result = distil_artefact(
+                directory,
+                Lesson(steps, calib, seqlen, seed, tokenizer, device),
+                out=out,
+                force=force,
+                command=shlex.join(["ssmc", *sys.argv[1:]]),
+                progress=tracking.watch(progress),
+            )
+        tracking.log(vars(result.distillation))
     terminal.say(achieved(result.distillation))
     terminal.say(f"Wrote {result.directory}: the masked model, in its original shape.")
     terminal.say(f"Next: ssmc export {shlex.quote(str(result.directory))} --format safetensors")

@@ -373,6 +373,8 @@ def configure(**options: Any) -> CompressConfig:
         return CompressConfig(**options)
     except ValidationError as error:
         raise UsageError(sentences(error, CompressConfig)) from error
+    except (UnicodeEncodeError, RecursionError) as error:  # pydantic's own, of half characters and of endless values
+        raise UsageError("An option has a value that is no text that can be written. Correct it.") from error
 
 
 def sentences(error: ValidationError, options: type[BaseModel]) -> str:

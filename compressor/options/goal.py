@@ -169,6 +169,8 @@ def split_goal(options: dict[str, Any]) -> tuple[Goal | None, dict[str, Any]]:
         goal = Goal(**own)
     except ValidationError as error:
         raise UsageError(sentences(error, Goal)) from error
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UsageError("The goal has a value that is no text that can be written. Correct it.") from error
     for name in ("sparsity", "states", "widths"):
         if rest.get(name) is not None:
             raise UsageError(f"{name} says what is removed, a search with a goal looks for it. Give one or the other.")

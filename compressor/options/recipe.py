@@ -31,6 +31,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         place = f" (line {where.line + 1})" if where else ""
         raise UsageError(f"The recipe {path} is not YAML{place}. Write one `option: value` a line.") from error
+    except RecursionError as error:
+        raise UsageError(f"The recipe {path} is nested too deeply. Write one `option: value` a line.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(
             f"The recipe {path} does not name options. Write one `option: value` a line, as sparsity: 0.5."

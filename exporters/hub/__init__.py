@@ -6,7 +6,7 @@ from typing import Any
 
 from ssmc.runtime import lazy
 
-_HOMES = lazy.homes({"ssmc.exporters.hub.push": "Pushed push", "ssmc.exporters.hub.card": "Facts make_card"})
+_HOMES = lazy.homes({"ssmc.exporters.hub.upload": "Pushed push", "ssmc.exporters.hub.card": "Facts make_card"})
 __all__ = list(_HOMES)
 
 

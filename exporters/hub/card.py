@@ -52,7 +52,7 @@ def make_card(export: Export, facts: Facts) -> str:
 
     manifest, measured = export.manifest, [row for path in facts.figures for row in _figures(path, export)]
     base = facts.base_model or base_of(manifest)
-    taken = {key: value for key, value in _front_matter(export.readme).items() if key in _TAKEN_OVER}
+    taken: dict[str, Any] = {key: value for key, value in _front_matter(export.readme).items() if key in _TAKEN_OVER}
     taken["license"] = facts.license or taken.get("license") or _license_of(export)
     if facts.license:
         taken = {key: value for key, value in taken.items() if not key.startswith("license_")}

@@ -77,6 +77,8 @@ def _row(path: Path, number: int, line: str, adapt: Callable[[dict[str, Any]], d
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Correct the line.") from error
+    except RecursionError as error:
+        raise CalibrationError(f"{path}, line {number}, is nested too deeply. Correct the line.") from error
     if not isinstance(row, dict) or not row:
         raise CalibrationError(f"{path}, line {number}, is not a JSON object with fields. Correct the line.")
     try:

@@ -156,7 +156,7 @@ def _tokenize(file: Path) -> object:
 
 def _calibrated(model: Path, out: Path, text: Path | None = None) -> list[str]:
     text = model / "text.txt" if text is None else text
-    few = ("--nsamples", "2", "--seqlen", "16", "--score", "readout", "--calib", str(text))
+    few = ("--nsamples", "2", "--seqlen", "16", "--score", "energy", "--calib", str(text))
     return ["compress", str(model), "--out", str(out), *few]
 
 
