@@ -22,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 FEW := --nsamples 16 --seqlen 512 --force
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick fuzz check types format docs consumers clean
+.PHONY: help demo test quick fuzz faults check types format docs consumers clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ quick: $(READY) ## Run the tests that are not marked slow
 
 fuzz: $(READY) ## Read 10,000 damaged files of every kind, an hour; results and log in build/fuzz
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
+
+faults: $(READY) ## Kill runs, fill the disk and change the model at every step, ten minutes
+	$(TEST_ENV) $(BIN)/python -m tests.faults.run
 
 check: $(READY) types ## Look for mistakes, formatting that differs and types that do not fit
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def _fail(terminal: Terminal, error: BaseException) -> int:
         terminal.fail(terminal.interrupted, error)
         return INTERRUPTED
     if isinstance(error, SsmcError):
-        terminal.fail(str(error), error)
+        terminal.fail(_with_notes(error), error)
         return error.exit_code
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
@@ -160,6 +160,11 @@ def _fail(terminal: Terminal, error: BaseException) -> int:
         error,
     )
     return 1
+
+
+def _with_notes(error: BaseException) -> str:
+    """What an error says, and what those it passed had to add."""
+    return " ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _is_memory(error: BaseException) -> bool:

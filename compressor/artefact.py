@@ -60,28 +60,42 @@ class Artefact:
         Raises:
             OutputError: see `new_directory`.
         """
-        tensors, config = self.checkpoint.tensors(), self.outcome.plan.config
+        tensors = self.checkpoint.tensors()
         require_space(out, tensor_bytes(tensors))
         with new_directory(out, force=force, marker=MANIFEST) as folder:
             files = write_checkpoint(folder, tensors, self.checkpoint.config, like=self.checkpoint)
-            files += copy_companions(self.checkpoint.directory, self.tokenizer_directory, folder)
-            files.append(write_recipe(folder, config))
-            part = BLOCK if LAYER in config.parts else SSM
-            manifest = MaskedManifest(
-                source=self._source(out),
-                versions=versions(),
-                command=self.command,
-                config=config.model_dump(mode="json", exclude={"device"}),
-                calibration=_calibration(self.outcome.calibration),
-                dimensions=self.checkpoint.dimensions.as_dict(),
-                layers=tuple(_layer(layer) for layer in self.outcome.layers),
-                removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
-                goal=self.goal,
-                distilled=self.outcome.distilled,
-                parameters=parameter_count(tensors),
-                files=file_records(files, folder),
-            )
-            write_manifest(folder, manifest)
+            return self.complete(folder, files, out)
+
+    def complete(self, folder: Path, files: list[Path], out: Path) -> dict[str, Any]:
+        """Write what goes with a masked model and the manifest of all of it.
+
+        Args:
+            folder: holds the model.
+            files: of the model.
+            out: what the folder will be called.
+
+        Returns:
+            The manifest.
+        """
+        config = self.outcome.plan.config
+        files = files + copy_companions(self.checkpoint.directory, self.tokenizer_directory, folder)
+        files.append(write_recipe(folder, config))
+        part = BLOCK if LAYER in config.parts else SSM
+        manifest = MaskedManifest(
+            source=self._source(out),
+            versions=versions(),
+            command=self.command,
+            config=config.model_dump(mode="json", exclude={"device"}),
+            calibration=_calibration(self.outcome.calibration),
+            dimensions=self.checkpoint.dimensions.as_dict(),
+            layers=tuple(_layer(layer) for layer in self.outcome.layers),
+            removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
+            goal=self.goal,
+            distilled=self.outcome.distilled,
+            parameters=parameter_count(self.checkpoint.tensors()),
+            files=file_records(files, folder),
+        )
+        write_manifest(folder, manifest)
         return manifest.to_json()
 
     def _source(self, out: Path) -> Origin:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ssmc.compressor.calibration.placement import HOST, Stage, propagate
+from ssmc.compressor.calibration.placement import HOST, Stage, copy_samples, propagate
 from ssmc.compressor.calibration.watched import stages_of
 from ssmc.compressor.methods.method import Job, LayerResult, Plan, Survey
+from ssmc.compressor.streaming import Result
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 
@@ -31,6 +33,7 @@ class Run:
             output is propagated, so that later layers are fitted to what is really saved.
         stage: where each layer is while it is worked on; the rest of the model stays where it is.
         progress: told about the steps.
+        result: where finished layers go, and come from in a run that goes on; None: they stay in the model.
     """
 
     model: nn.Module
@@ -39,6 +42,7 @@ class Run:
     stored_dtypes: Mapping[str, torch.dtype]
     stage: Stage = HOST
     progress: Progress = NO_PROGRESS
+    result: Result | None = None
 
     def survey(self, hidden: torch.Tensor | None = None) -> Survey:
         """What methods look at before a layer is touched."""
@@ -94,7 +98,10 @@ def prune_layers(run: Run, removed: Collection[int] = ()) -> list[LayerResult]:
         if index in removed:
             run.plan.architecture.remove_block(block)
         else:
-            prune_layer(job)
+            if run.result is None or not run.result.restore(job):
+                prune_layer(job)
+                if run.result is not None:
+                    run.result.finished(job)
             walk.leave(job)
         results.append(job.result())
     return results
@@ -141,11 +148,11 @@ class _Walk:
         self.dense: torch.Tensor | None = None  # of a hybrid: the residual stream of the dense model
         if run.tokens is not None:
             self.architecture.record_arguments(run.model, run.tokens[:1])
-            self.hidden = run.stage.place(self._embed(run.tokens))
+            self.hidden = run.stage.gather([partial(self._embed, sample) for sample in run.tokens])
             if follows_dense or run.plan.follows_dense:
-                self.stream = run.stage.place(self.hidden.clone())
+                self.stream = run.stage.copied(self.hidden)
             if run.plan.follows_stream:
-                self.dense = run.stage.place(self.hidden.clone())
+                self.dense = run.stage.copied(self.hidden)
         survey = run.survey(self.hidden)
         self.prepared = {method.name: method.prepare(survey) for method in run.plan.steps}
 
@@ -159,7 +166,7 @@ class _Walk:
             if architecture.capabilities.uniform:
                 propagate(block, self.stream, progress, f"{label}: dense outputs")
             elif architecture.mixer(block) is not None:
-                self.stream.copy_(self.hidden)
+                copy_samples(self.stream, self.hidden)
                 propagate(block, self.stream, progress, f"{label}: dense outputs", architecture.mixed)
         targets: list[torch.Tensor] = []
         if self.dense is not None:
@@ -187,10 +194,10 @@ class _Walk:
     def go_on_dense(self) -> None:
         """Let the next layer read what the dense one put out."""
         if self.hidden is not None and self.stream is not None:
-            self.hidden.copy_(self.stream)
+            copy_samples(self.hidden, self.stream)
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.architecture.embed(self.run.model, sample) for sample in tokens]).float()
+    def _embed(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.architecture.embed(self.run.model, sample).float()
 
 
 def _round(job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -17,25 +17,30 @@ from ssmc.compressor.calibration.split import HELD_OUT
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.families import able_parts, check_family
 from ssmc.compressor.fit import fitted
+from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
 from ssmc.compressor.notes import notes_for
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.goal import split_goal
+from ssmc.compressor.options.goal import Goal, split_goal
 from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
+from ssmc.compressor.streaming import HIDDEN, Result, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
+from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.files import refuse_existing
+from ssmc.runtime.files import refuse_existing, require_space, resolve
+from ssmc.runtime.locks import remove_leftovers
 from ssmc.runtime.manifest import MANIFEST
-from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_bytes
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
+from ssmc.runtime.resumable import resumable
 from ssmc.runtime.tiny import calibration_path
 
 
@@ -86,6 +91,8 @@ def compress(
     *,
     out: str | Path = OUT,
     force: bool = False,
+    resume: bool = False,
+    max_memory: str | int | None = None,
     progress: Progress = NO_PROGRESS,
     command: str | None = None,
     **options: Any,
@@ -98,6 +105,10 @@ def compress(
         batches: what a torch module is run on, see `compress_module`; a checkpoint is calibrated on text (`calib`).
         out: folder to write; it must not exist unless `force`. Not for a torch module, which is returned.
         force: replace an earlier result of ssmc.
+        resume: go on after the last layer that an earlier run with the same options and `out` finished, however it
+            ended; the result is the same, byte for byte. Without it, what such a run left is removed.
+        max_memory: what the process may have resident, "8GiB" or bytes. Hidden states that do not fit lie on disk; a
+            run that needs more is refused before it starts.
         progress: told what is being done.
         command: recorded in the manifest.
         options: fields of `CompressConfig` and `Goal`, or those a recipe names (`read_recipe`); of a torch module
@@ -107,9 +118,10 @@ def compress(
         SsmcError: with one sentence on what is wrong and what to do.
     """
     if isinstance(model, nn.Module):
-        if (out, force, command) != (OUT, False, None):
+        if (out, force, resume, max_memory, command) != (OUT, False, False, None, None):
             raise UsageError(
-                "out, force and command go with a checkpoint; a torch module is returned, save it yourself."
+                "out, force, resume, max_memory and command go with a checkpoint; a torch module is returned, save it "
+                "yourself."
             )
         if batches is None:
             raise UsageError(
@@ -120,19 +132,31 @@ def compress(
         raise UsageError(
             f"batches go with a torch module; {model} is read from disk and calibrated on text: use calib."
         )
-    return _compress_checkpoint(str(model), Path(out).expanduser(), force, progress, command, options)
+    limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
+    order = _Order(Path(out).expanduser(), force, resume, limit, progress, command)
+    return _compress_checkpoint(str(model), order, options)
 
 
-def _compress_checkpoint(
-    model: str, out: Path, force: bool, progress: Progress, command: str | None, options: dict[str, Any]
-) -> CompressResult:
+@dataclass(frozen=True)
+class _Order:
+    """How a run is carried out, which changes nothing of its result; see `compress`."""
+
+    out: Path
+    force: bool
+    resume: bool
+    limit: int | None  # bytes of memory
+    progress: Progress
+    command: str | None
+
+
+def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> CompressResult:
     """As `compress`, of a model that is read from disk or the hub."""
     options, old_names = renamed({"model": model, **options})
     goal, ordinary = split_goal(options)
     config = configure(**ordinary)
-    refuse_existing(out, force=force, marker=MANIFEST)  # before minutes of work, not after
-    progress("reading the model", 0, 1)
-    checkpoint = load_checkpoint(config.model, dtype=torch.float32)
+    refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
+    order.progress("reading the model", 0, 1)
+    checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=goal is None)
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
     if goal is not None and "pattern" not in options:
@@ -142,26 +166,83 @@ def _compress_checkpoint(
     if goal is not None:
         require_reachable(Counting(checkpoint, config, goal))
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
-    calibration = tokens = reached = None
+    calibration = tokens = None
     if plan.needs_text or goal is not None:
         calibration, tokens = _draw(config, checkpoint, 0 if goal is None else HELD_OUT)
-    device = choose_device(config.device)
+    task = _Task(checkpoint, plan, calibration, tokens, tokenizer_source)
+    if goal is None and goes_by_layer(plan):
+        outcome, manifest, more = _by_layer(task, order)
+    else:
+        outcome, manifest, more = _whole(task, order, goal)
+    notes = (*old_names, *notes_for(outcome), *more, *checkpoint.notes)
+    return CompressResult(order.out, manifest, outcome, notes)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run that is ready to start; see `Run` and `Artefact`."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    calibration: Calibration | None
+    tokens: torch.Tensor | None
+    tokenizer: Path | None
+
+
+_Done = tuple[Outcome, dict[str, Any], Sequence[str]]  # what happened, the manifest, notes
+
+
+def _by_layer(task: _Task, order: _Order) -> _Done:
+    """Prune and write one layer after the other."""
+    checkpoint, plan = task.checkpoint, task.plan
+    use_fast_scan(checkpoint.model)
+    device, spills, more = choose_device(plan.config.device), False, 0
+    if checkpoint.streamed is not None:
+        found = need(checkpoint, plan, None if task.tokens is None else tuple(task.tokens.shape))
+        check_limit(found, order.limit)
+        spills, checkpoint.streamed.kept = found.spills(order.limit), found.kept(order.limit)
+        more = found.hidden if spills else 0
+    else:
+        check_whole(checkpoint, order.limit)
+    require_space(order.out, tensor_bytes(checkpoint.tensors()) + more)
+    what = identity(checkpoint, plan, task.tokens, device.type)
+    about = {"command": order.command}
+    with resumable(order.out, what, about, force=order.force, marker=MANIFEST, resume=order.resume) as work:
+        result = Result(checkpoint, work)
+        stage = Stage(device, streamed=checkpoint.streamed, spill=work.beside / HIDDEN if spills else None)
+        run = Run(checkpoint.model, plan, task.tokens, checkpoint.dtypes, stage, order.progress, result)
+        outcome = Outcome(plan, prune(run).layers, (), task.calibration)
+        artefact = Artefact(checkpoint, outcome, task.tokenizer, None, work.about["command"])
+        manifest = artefact.complete(work.folder, result.rest(), order.out)
+    return outcome, manifest, work.notes
+
+
+def _whole(task: _Task, order: _Order, goal: Goal | None) -> _Done:
+    """Prune a model in memory, then write it: what looks at all of it at once."""
+    if order.resume:
+        raise UsageError(
+            "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) cannot be "
+            "resumed. Leave --resume out."
+        )
+    check_whole(task.checkpoint, order.limit)
+    leftovers = remove_leftovers(resolve(order.out))
+    checkpoint, plan, config, progress = task.checkpoint, task.plan, task.plan.config, order.progress
+    checkpoint.read()
+    device, reached, distilled = choose_device(config.device), None, None
     use_fast_scan(checkpoint.model)
     if goal is None:
-        pruned = prune(Run(checkpoint.model, plan, tokens, checkpoint.dtypes, Stage(device), progress))
+        pruned = prune(Run(checkpoint.model, plan, task.tokens, checkpoint.dtypes, Stage(device), progress))
     else:
-        reached = reach_goal(checkpoint, config, goal, tokens, device, progress)
+        reached = reach_goal(checkpoint, config, goal, task.tokens, device, progress)
         plan, pruned = reached.plan, reached.pruned
         checkpoint = replace(checkpoint, model=reached.model)
-    distilled = None
     if config.distill:
         lesson = Lesson(config.distill, config.calib, config.seqlen, config.seed, config.tokenizer, config.device)
         distilled = asdict(distil_checkpoint(checkpoint, config.model, lesson, progress))
-    outcome = Outcome(plan, pruned.layers, pruned.removals, calibration, distilled)
-    artefact = Artefact(checkpoint, outcome, tokenizer_source, reached.record if reached else None, command)
-    manifest = artefact.write(out, force=force)
-    notes = (*old_names, *notes_for(outcome), *(reached.notes if reached else ()), *checkpoint.notes)
-    return CompressResult(out, manifest, outcome, notes)
+    outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, distilled)
+    artefact = Artefact(checkpoint, outcome, task.tokenizer, reached.record if reached else None, order.command)
+    manifest = artefact.write(order.out, force=order.force)
+    return outcome, manifest, (*leftovers, *(reached.notes if reached else ()))
 
 
 def _draw(config: CompressConfig, checkpoint: Checkpoint, more: int) -> tuple[Calibration, torch.Tensor]:

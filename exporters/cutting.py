@@ -93,22 +93,23 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
         mixer = architecture.mixer(blocks[index])
         if index in removed or mixer is None:
             continue
-        if not architecture.is_masked(mixer, STATE, layer.kept):
-            raise CheckpointError(
-                f"Layer {index} of the model in {where} still uses states the manifest calls pruned; {changed}"
-            )
-        channels = layer.kept_channels
-        if channels is not None and not architecture.is_masked(mixer, CHANNEL, channels):
-            raise CheckpointError(
-                f"Layer {index} of the model in {where} still uses channels the manifest calls pruned; {changed}"
-            )
+        for dimension, kept, what in ((STATE, layer.kept, "states"), (CHANNEL, layer.kept_channels, "channels")):
+            with masked.holding(blocks[index]):
+                silent = kept is None or architecture.is_masked(architecture.mixer(blocks[index]), dimension, kept)
+            if not silent:
+                raise CheckpointError(
+                    f"Layer {index} of the model in {where} still uses {what} the manifest calls pruned; {changed}"
+                )
     _check_units(masked, manifest, removed)
     for removal in manifest.removed:
         index, whole = removal.layer, removal.part == BLOCK
-        if index >= len(blocks) or not _is_silent(architecture, blocks[index], whole):
-            raise CheckpointError(
-                f"Layer {index} of the model in {where} is not silent although the manifest calls it removed; {changed}"
-            )
+        if index < len(blocks):
+            with masked.holding(blocks[index]):
+                if _is_silent(architecture, blocks[index], whole):
+                    continue
+        raise CheckpointError(
+            f"Layer {index} of the model in {where} is not silent although the manifest calls it removed; {changed}"
+        )
 
 
 def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]) -> None:
@@ -118,7 +119,11 @@ def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]
     ):
         for part in masked.architecture.units if index not in removed else ():
             module, kept = part.inside(block), layer.kept_units.get(part.kind)
-            if module is not None and kept is not None and not units_are_masked(part, module, kept):
+            if module is None or kept is None:
+                continue
+            with masked.holding(block):
+                silent = units_are_masked(part, part.inside(block), kept)
+            if not silent:
                 raise CheckpointError(
                     f"Layer {index} of the model in {masked.source} still uses {part.kind} the manifest calls pruned; "
                     "its weights were changed after compressing. Compress again."

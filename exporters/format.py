@@ -97,6 +97,7 @@ class Format:
         extra: the optional dependencies of ssmc that bring them.
         takes_dense: whether it exports models that were not compressed, too.
         uneven: whether every layer may have sizes of its own.
+        whole_model: whether it needs all of the model in memory; others get tensors that are read when they are wanted.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Format:
     extra: ClassVar[str] = ""
     takes_dense: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
+    whole_model: ClassVar[bool] = False
 
     def missing(self, architecture: Architecture) -> str | None:
         """Why models of this family cannot be exported to this format; None where they can."""

@@ -114,6 +114,8 @@ def export(
     if consumer is not None:
         refuse_family(consumer.name, source.checkpoint.architecture)
     refuse_missing(chosen, source.checkpoint.architecture)
+    if chosen.whole_model:
+        source.checkpoint.read()
     tokens = read_tokens(source, getattr(settings, "text", None))
     progress("cutting", 1, STEPS)
     job = chosen.prepare(Job(source, source.shrunk(chosen.uneven), settings, tokens, progress))

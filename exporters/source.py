@@ -27,7 +27,7 @@ class Source:
     """What is exported.
 
     Attributes:
-        checkpoint: the masked model, or the dense one; float32 in memory.
+        checkpoint: the masked model, or the dense one; float32 in memory, a part at a time, see `Streamed`.
         manifest: of the artefact; None for a dense model.
         tokenizer: where the tokenizer's files are; None where there is none.
     """
@@ -98,10 +98,10 @@ def read_source(directory: str | Path, manifest: MaskedManifest | None) -> Sourc
         SsmcError: there is none.
     """
     if manifest is None:
-        checkpoint = load_checkpoint(str(directory), dtype=torch.float32)
+        checkpoint = load_checkpoint(str(directory), dtype=torch.float32, lazy=True)
         return Source(checkpoint, None, tokenizer_directory(checkpoint))
     path = Path(directory).expanduser()
-    checkpoint = load_checkpoint(path, dtype=torch.float32)
+    checkpoint = load_checkpoint(path, dtype=torch.float32, lazy=True)
     return Source(checkpoint, manifest, path if has_tokenizer(path) else None)
 
 

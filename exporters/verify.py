@@ -108,6 +108,6 @@ def compare_checkpoint(masked: Checkpoint, folder: Path, tokens: torch.Tensor, r
     Raises:
         VerificationError: the logits differ by more than rounding.
     """
-    shrunk = load_checkpoint(folder, dtype=torch.float32)
+    shrunk = load_checkpoint(folder, dtype=torch.float32, lazy=True)
     moved = cut_epsilons(masked, shrunk.config, tokens)
     return replace(compare(masked.model, shrunk.model, tokens, real_text), epsilon_difference=moved)

@@ -11,9 +11,10 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssmc.runtime.errors import OutputError
+from ssmc.runtime.locks import locked, refuse_running
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20
@@ -37,21 +38,19 @@ def new_directory(path: str | Path, force: bool = False, marker: str = "ssmc.jso
     Raises:
         OutputError: `path` exists, cannot be written, or the disk is full.
     """
-    path = _expand(path)
+    path = expand(path)
     refuse_existing(path, force=force, marker=marker)
-    target = _resolve(path)  # a symbolic link stays, the directory it names is replaced
+    target = resolve(path)  # a symbolic link stays, the directory it names is replaced
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     missing_parents = [p for p in target.parents if not p.exists()]  # the deepest first
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             temporary.mkdir(parents=True)
-        with _disk_errors(path, only_inside=temporary):
-            yield temporary
-        with _disk_errors(path):
-            _open_to_all(temporary)
-            _sync_tree(temporary)
-            refuse_existing(path, force=force, marker=marker)  # somebody may have been faster
-            _put_in_place(temporary, target)
+        with locked(temporary):
+            with disk_errors(path, only_inside=temporary):
+                yield temporary
+            with disk_errors(path):
+                publish(temporary, target, path, force=force, marker=marker)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing_parents:
@@ -60,23 +59,38 @@ def new_directory(path: str | Path, force: bool = False, marker: str = "ssmc.jso
         raise
 
 
+def publish(temporary: Path, target: Path, path: Path, *, force: bool, marker: str) -> None:
+    """Give a complete directory its name, `target`, which the user calls `path`; see `new_directory`."""
+    _open_to_all(temporary)
+    sync_tree(temporary)
+    _refuse_standing(path, target, force, marker)  # somebody may have been faster
+    _put_in_place(temporary, target)
+
+
 def refuse_existing(path: str | Path, force: bool = False, marker: str = "ssmc.json") -> None:
     """Check that `new_directory` may write to `path`, so that it fails before minutes of work, not after.
 
     Raises:
-        OutputError: see `new_directory`.
+        OutputError: see `new_directory`; or another run is writing there.
     """
-    path = _expand(path)
-    with _disk_errors(path):
-        target = _resolve(path)
-        ancestor = _existing_ancestor(target)
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"{path} is a file, not a folder. Choose another place with --out.")
-        if not ancestor.is_dir():
-            raise OutputError(f"{path} cannot be made: {ancestor} is a file. Choose another place with --out.")
-        if target.is_dir():
-            _refuse_full(path, target, force, marker)
+    path = expand(path)
+    with disk_errors(path):
+        target = resolve(path)
+        ancestor = _refuse_standing(path, target, force, marker)
+        refuse_running(target, path)
         _probe(ancestor if ancestor != target else target.parent)
+
+
+def _refuse_standing(path: Path, target: Path, force: bool, marker: str) -> Path:
+    """Refuse what stands at a place and may not be replaced; the closest directory above that exists."""
+    ancestor = _existing_ancestor(target)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{path} is a file, not a folder. Choose another place with --out.")
+    if not ancestor.is_dir():
+        raise OutputError(f"{path} cannot be made: {ancestor} is a file. Choose another place with --out.")
+    if target.is_dir():
+        _refuse_full(path, target, force, marker)
+    return ancestor
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -85,11 +99,11 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    path = _expand(path)
-    with _disk_errors(path):
+    path = expand(path)
+    with disk_errors(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder, a file was to be written there. Choose another name.")
-        target = _resolve(path)
+        target = resolve(path)
         temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         try:
             with temporary.open("x", encoding="utf-8", newline="\n") as file:
@@ -114,14 +128,26 @@ def require_space(directory: str | Path, nbytes: int) -> None:
     Raises:
         OutputError: they do not.
     """
-    with _disk_errors(Path(directory)):
-        place = _existing_ancestor(_resolve(_expand(directory)))
+    with disk_errors(Path(directory)):
+        place = _existing_ancestor(resolve(expand(directory)))
         free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OutputError(
             f"There is no space left for {directory}: it needs {_mib(nbytes)} MB and {_mib(free)} MB are free. "
             f"Free {_mib(nbytes - free)} MB or choose another disk with --out."
         )
+
+
+def make_room(file: IO[bytes], size: int) -> None:
+    """Have an open file of this size, on the disk where the system can promise that.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _refuse_full(path: Path, target: Path, force: bool, marker: str) -> None:
@@ -164,7 +190,7 @@ def _probe(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path, only_inside: Path | None = None) -> Iterator[None]:
+def disk_errors(path: Path, only_inside: Path | None = None) -> Iterator[None]:
     """Turn errors of the operating system that concern the output into sentences.
 
     With `only_inside`, errors about files elsewhere pass (something could not be read); a full disk never does.
@@ -189,14 +215,16 @@ def _is_inside(name: str | bytes | int | None, directory: Path) -> bool:
     return directory in (path, *path.parents)
 
 
-def _expand(path: str | Path) -> Path:
+def expand(path: str | Path) -> Path:
+    """A path with `~` in it as a whole one."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # the home of a user who is not there
         raise OutputError(f"{path} cannot be written: {error} Choose another place with --out.") from error
 
 
-def _resolve(path: Path) -> Path:
+def resolve(path: Path) -> Path:
+    """A path without symbolic links."""
     try:
         return path.resolve()
     except RuntimeError as error:  # Python before 3.13
@@ -216,7 +244,7 @@ def _open_to_all(directory: Path) -> None:
             file.chmod(mode)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Have everything on the disk before it takes its name: a rename may survive a power cut that the data does not."""
     for file in directory.rglob("*"):
         if file.is_file():

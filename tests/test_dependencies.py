@@ -50,6 +50,7 @@ def test_imports_go_one_way(folder):
         parts = file.relative_to(ROOT).parent.parts
         package = ".".join(parts if folder == "ssmc" else ("ssmc", *parts))
         used = folders_of_ssmc(imported_modules(file.read_text(encoding="utf-8"), package))
+        used -= {"cli"} if file.name == "__main__.py" else set()  # the same door by another name
         wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in sorted(used - ALLOWED[folder])]
     assert files
     assert not wrong
@@ -102,6 +103,9 @@ STEPS = {
     "ssmc.compressor.fit": 3,
     "ssmc.compressor.notes": 3,
     "ssmc.compressor.artefact": 3,
+    "ssmc.compressor.records": 3,
+    "ssmc.compressor.memory": 3,
+    "ssmc.compressor.streaming": 3,  # layers come from files and go to files
     "ssmc.compressor.distillation": 3,  # the whole model, after its layers
     "ssmc.compressor.search": 4,  # a goal in place of a sparsity
     "ssmc.compressor.torch_module": 4,

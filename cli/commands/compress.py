@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.cli.tracking import NAMES as LOG_OPTIONS
 from ssmc.compressor.methods.registry import load_entry_points
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.flags import METHOD, OUTPUT
+from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
 from ssmc.compressor.options.goal import Goal, split_goal
 from ssmc.compressor.options.patterns import (
     CHANNEL,
@@ -32,6 +34,7 @@ from ssmc.compressor.options.patterns import (
     pattern_of,
 )
 from ssmc.compressor.options.recipe import read_recipe
+from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.checkpoints.sources import at_revision
@@ -71,6 +74,25 @@ def compress(
         "ssmc-out"
     ),
     force: Force = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an earlier run with the same options and --out was cut off, however that happened; the "
+            "result is the same, byte for byte. Without it, what such a run left is removed.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What the process may take of memory, like 8GiB. Hidden states that do not fit lie on disk meanwhile; "
+            "a run that needs more is refused, with the least that it needs.",
+            show_default="as much as it needs",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     log_to: LogTo = None,
     log_dir: LogDir = LOGS,
     revision: Revision = None,
@@ -110,6 +132,8 @@ def compress(
         asked["model"] = at_revision(asked.get("model", ""), revision)
     goal, ordinary = split_goal(asked)
     config = configure(**ordinary)
+    if max_memory is not None:
+        parse_bytes(max_memory, "--max-memory")
     check_models([config.model])
     refuse_existing(out, force=force, marker=MANIFEST)
     if config.runtime is not None:
@@ -123,18 +147,31 @@ def compress(
     for problem in PROBLEMS:
         terminal.note(problem)
     terminal.say(_intention(config) if goal is None else _aim(config, goal))
-    with logged(terminal, log_to, log_dir, "compress", out, asked) as tracking:
+    with _kept(terminal), logged(terminal, log_to, log_dir, "compress", out, asked) as tracking:
         with terminal.progress() as progress:
             result = run(
                 **asked,
                 out=out,
                 force=force,
+                resume=resume,
+                max_memory=max_memory,
                 progress=tracking.watch(progress),
                 command=shlex.join(["ssmc", *sys.argv[1:]]),
             )
         tracking.layers(result.manifest["layers"])
         tracking.log({key: result.manifest.get(key) for key in ("parameters", "distilled", "goal")})
     _report(terminal, result)
+
+
+@contextmanager
+def _kept(terminal: Terminal) -> Iterator[None]:
+    """Say on Ctrl-C what stays of a long run."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if kept := getattr(error, "__notes__", None):
+            terminal.interrupted = f"interrupted. {' '.join(kept)}"
+        raise
 
 
 def _scores_text() -> str:
@@ -156,7 +193,7 @@ compress.__doc__ = (compress.__doc__ or "").replace("{scores}", _scores_text())
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options of the run that stand on the command line; what is left out keeps the recipe's or its default."""
-    elsewhere = {"recipe", "out", "force", "revision", "verbose", "quiet", *LOG_OPTIONS}
+    elsewhere = {"recipe", "out", "force", "resume", "max_memory", "revision", "verbose", "quiet", *LOG_OPTIONS}
     return {
         name: value
         for name, value in context.params.items()

@@ -16,11 +16,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from ssmc.compressor.calibration.on_disk import on_disk, release
+from ssmc.runtime.models.checkpoints.streamed import Streamed
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 HIDDEN_SHARE = 0.25
@@ -43,17 +46,42 @@ class Stage:
         device: where the work is done.
         copies: whether modules are copied there and back; by default if the device is no CPU. Copies from CPU memory to
             CPU memory show on any machine that everything is where it should be.
+        streamed: gives modules the weights that lie in files; None where they are in memory. What became of a module
+            after its turn is gone.
+        spill: folder for hidden states; None: they are in memory.
     """
 
-    def __init__(self, device: torch.device, copies: bool | None = None):
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        copies: bool | None = None,
+        streamed: Streamed | None = None,
+        spill: Path | None = None,
+    ):
+        self.device, self.streamed, self.spill = device, streamed, spill
         self.copies = device.type != "cpu" if copies is None else copies
         self._coming: dict[nn.Module, list[_Copy]] = {}
         self._leaving: list[tuple[torch.Tensor, _Copy]] = []  # home, and what is on its way there
 
+    def gather(self, pieces: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """The inputs of a layer, (nsamples, L, d_model), where they stay, from functions that make a sample each."""
+        first = pieces[0]()
+        shape = (len(pieces), *first.shape)
+        hidden = torch.empty(shape) if self.spill is None else on_disk(shape, self.spill)
+        for i, make in enumerate(pieces):
+            hidden[i] = make() if i else first
+            release(hidden[i])
+        return self.place(hidden)
+
+    def copied(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Another tensor with the same inputs of a layer, where they stay."""
+        if self.spill is None:
+            return self.place(hidden.clone())
+        return self.gather([partial(torch.Tensor.detach, sample) for sample in hidden])
+
     def place(self, hidden: torch.Tensor) -> torch.Tensor:
         """The inputs of a layer, (nsamples, L, d_model), where they stay: on the device if they fit, else pinned."""
-        if self.device.type == "cpu" or not hidden.is_cpu:
+        if self.device.type == "cpu" or not hidden.is_cpu or self.spill is not None:
             return hidden
         if hidden.nbytes <= HIDDEN_SHARE * torch.cuda.mem_get_info(self.device)[0]:
             return hidden.to(self.device)
@@ -75,6 +103,10 @@ class Stage:
 
         Its tensors at home have their new values when the next module left, or `finish` was called.
         """
+        if self.streamed is not None:
+            with self.streamed.holding(module, keep=False):
+                yield module.to(self.device) if self.copies else module
+            return
         if not self.copies:
             yield module
             return
@@ -117,7 +149,9 @@ def samples(
     hidden: torch.Tensor, device: torch.device, copies: bool | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The samples (1, L, d_model) of `hidden` one after the other on a device; see `ahead`."""
-    return enumerate(ahead(hidden.split(1), device, copies))
+    for i, sample in enumerate(ahead(hidden.split(1), device, copies)):
+        yield i, sample
+        release(hidden[i])
 
 
 def ahead(pieces: Iterable[torch.Tensor], device: torch.device, copies: bool | None = None) -> Iterator[torch.Tensor]:
@@ -146,6 +180,14 @@ def ahead(pieces: Iterable[torch.Tensor], device: torch.device, copies: bool | N
 def put(hidden: torch.Tensor, index: int, value: torch.Tensor) -> None:
     """Replace sample `index` of `hidden` by `value` (1, L, d_model); `settle` waits for the last of them."""
     hidden[index : index + 1].copy_(value, non_blocking=True)
+
+
+def copy_samples(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Overwrite the samples of `target` by those of `source`, both (nsamples, L, d_model)."""
+    for to, sample in zip(target, source, strict=True):
+        to.copy_(sample)
+        release(to)
+        release(sample)
 
 
 def settle(hidden: torch.Tensor, device: torch.device) -> None:

@@ -274,7 +274,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Survey:
-    """The dense model, before anything is removed: what `Method.prepare` may look at."""
+    """The dense model, before anything is removed: what `Method.prepare` may look at.
+
+    Unless a method says `whole_model`, layers have their weights only while they run and in their turn of `stage.each`.
+    """
 
     plan: Plan
     model: nn.Module
@@ -331,6 +334,7 @@ class Method:
     leaves: ClassVar[tuple[str, ...]] = ()  # names of the records it leaves
     follows_dense: ClassVar[bool] = False  # whether it needs `Job.dense_output`
     follows_stream: ClassVar[bool] = False  # whether it needs `Job.targets`
+    whole_model: ClassVar[bool] = False  # whether it looks at more than a layer at once, see `Survey`
 
     def asked_for(self, plan: Plan) -> bool:
         """Whether a run has this method; `plan` has its options and sizes, not yet its steps."""
@@ -383,6 +387,8 @@ class Method:
 
 class BlockMethod(Method):
     """A method that takes whole blocks, or all that is in them of a kind, before the layers that stay are pruned."""
+
+    whole_model = True
 
     def choose(self, survey: Survey) -> list[Any]:
         """Which blocks go, as `methods.layers.Removal`, in the order they go."""

@@ -15,7 +15,7 @@ import torch
 from ssmc.exporters.format import Job
 from ssmc.exporters.gguf.layouts import adapt
 from ssmc.exporters.gguf.prepare import write
-from ssmc.exporters.gguf.write import BLOCK, FILE, read_tensors, type_of
+from ssmc.exporters.gguf.write import BLOCK, FILE, open_tensors, type_of
 from ssmc.exporters.quality import Quality, quality_of
 from ssmc.exporters.verify import Comparison, Way, cut_epsilons, expected
 from ssmc.runtime.errors import CheckpointError, VerificationError
@@ -104,9 +104,10 @@ def compare_tensors(job: Job, path: Path) -> None:
     Raises:
         VerificationError: one is missing, too many, or off by more than its type explains.
     """
-    stored = read_tensors(path)
+    stored = open_tensors(path)
     for entry in job.extra.layout.entries(job.shrunk.config, job.extra.sizes, job.shrunk.tensors):
-        wanted, found = entry.tensor.detach().to("cpu", torch.float32).numpy(), stored.pop(entry.name, None)
+        read = stored.pop(entry.name, None)
+        wanted, found = entry.tensor.detach().to("cpu", torch.float32).numpy(), None if read is None else read()
         kind = type_of(entry, job.options.quantize)
         if found is None or found.shape != wanted.shape or not _close(found, wanted, kind):
             raise VerificationError(f"{entry.name} is not in the file as it was given, so nothing was written.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from ssmc.exporters.gguf.parts import Entry
 from ssmc.exporters.gguf.vocabulary import Vocabulary
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints.deferred import real
 
 FILE = "model.gguf"
 TYPES = {
@@ -48,7 +51,7 @@ def write_file(
         path: of the file.
         architecture: llama.cpp's name.
         keys: sizes and constants without the architecture before each; those that begin with "general." as they are.
-        entries: its tensors, made one after the other.
+        entries: its tensors; deferred ones are read, and all are converted, one after the other.
         vocabulary: of its tokenizer.
         quantize: of large matrices, one of `TYPES`.
     """
@@ -59,13 +62,19 @@ def write_file(
     for key, value in keys.items():
         _add(writer, key if key.startswith("general.") else f"{architecture}.{key}", value)
     _add_vocabulary(writer, vocabulary)
-    for entry in entries:
-        kind = type_of(entry, quantize)
-        data = np.ascontiguousarray(entry.tensor.detach().to("cpu", torch.float32).numpy())
-        writer.add_tensor(entry.name, gguf.quantize(data, TYPES[kind]), raw_dtype=TYPES[kind])
+    entries = list(entries)
+    for entry in entries:  # what the file holds is said before the first of it
+        kind, shape = TYPES[type_of(entry, quantize)], tuple(entry.tensor.shape)
+        stored = gguf.quant_shape_to_byte_shape(shape, kind)
+        plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind)
+        bytes_of = math.prod(shape) * np.dtype(plain).itemsize if plain else math.prod(stored)
+        writer.add_tensor_info(entry.name, shape if plain else stored, np.dtype(plain or np.uint8), bytes_of, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        data = np.ascontiguousarray(real(entry.tensor).detach().to("cpu", torch.float32).numpy())
+        writer.write_tensor_data(gguf.quantize(data, TYPES[type_of(entry, quantize)]))
     writer.close()
     return path
 
@@ -78,18 +87,33 @@ def type_of(entry: Entry, quantize: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file in float32, by name.
+    """All tensors of a file in float32, by name; errors as `open_tensors`."""
+    return {name: read() for name, read in open_tensors(path).items()}
+
+
+def open_tensors(path: Path) -> dict[str, Callable[[], np.ndarray]]:
+    """What reads a tensor of a file, in float32, by name; it raises the same.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     try:
-        return {
-            tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            for tensor in gguf.GGUFReader(path).tensors
-        }
+        return {tensor.name: partial(_read, path, tensor) for tensor in gguf.GGUFReader(path).tensors}
     except Exception as error:  # gguf, numpy and struct raise many kinds on damaged bytes
-        raise CheckpointError(f"{path} is a damaged GGUF file ({error}). Export the model again.") from error
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+    stored = tensor.data  # mapped; what is read of it would stay resident
+    try:
+        data = np.fromfile(path, stored.dtype, stored.size, offset=int(tensor.data_offset)).reshape(stored.shape)
+        return gguf.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
+    except Exception as error:  # as above
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is a damaged GGUF file ({error}). Export the model again.")
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ssmc.runtime import files
 from ssmc.runtime.errors import OutputError
 from ssmc.runtime.files import new_directory, refuse_existing, require_space, sha256, write_text
+from ssmc.runtime.locks import remove_leftovers
 
 MARKER = "ssmc.json"
 
@@ -93,8 +94,22 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path):
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.tmp-")
-    fill(tmp_path / "out")  # and the next run is not in its way
-    shutil.rmtree(left)
+    fill(tmp_path / "out")  # and it is in nobody's way
+    (said,) = remove_leftovers(tmp_path / "out")
+    assert left.name in said
+    assert not left.exists()
+
+
+def test_two_at_one_place(tmp_path):
+    """The second is refused before it works, and takes nothing away from the first."""
+    with new_directory(tmp_path / "out") as folder:
+        (folder / MARKER).write_text("{}")
+        for refused in (lambda: refuse_existing(tmp_path / "out"), lambda: fill(tmp_path / "out")):
+            with pytest.raises(OutputError, match="Another run is writing"):
+                refused()
+        assert remove_leftovers(tmp_path / "out") == []
+        fill(tmp_path / "other")
+    assert (tmp_path / "out" / MARKER).is_file()
 
 
 def test_existing_output_is_refused_without_force(tmp_path):
@@ -167,7 +182,8 @@ def test_output_that_appears_while_working_is_not_replaced(tmp_path):
     def race():
         with new_directory(tmp_path / "out") as folder:
             (folder / "slow").write_text("slow")
-            fill(tmp_path / "out", "faster")
+            fill(tmp_path / "elsewhere", "faster")
+            (tmp_path / "elsewhere").rename(tmp_path / "out")
 
     with pytest.raises(OutputError, match="exists already"):
         race()

@@ -67,7 +67,7 @@ def sparsities_of_modules(survey: Survey) -> list[dict[str, Sparsity]]:
 def _sensitivities(survey: Survey, embedded: torch.Tensor, names: Sequence[str]) -> dict[str, list[float]]:
     """trace(H) / size of each module in each layer; the trace alone needs no matrix product."""
     architecture, stage = survey.plan.architecture, survey.stage
-    hidden = stage.place(embedded.clone())
+    hidden = stage.copied(embedded)
     found: dict[str, list[float]] = {name: [] for name in names}
     blocks = architecture.blocks(survey.model)
     for index, block in stage.each(blocks):

@@ -17,7 +17,7 @@ from ssmc.runtime import lazy
 _HOMES = lazy.homes(
     {
         "ssmc.runtime.models.checkpoints.checkpoint": (
-            "FORMATS Checkpoint load_checkpoint parameter_count read_description read_dimensions tensor_bytes "
+            "FORMATS Checkpoint Written load_checkpoint parameter_count read_description read_dimensions tensor_bytes "
             "write_checkpoint"
         ),
         "ssmc.runtime.models.checkpoints.mamba_ssm_format": "unpadded_vocab_size",

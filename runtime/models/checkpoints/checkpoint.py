@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.models.checkpoints import mamba_ssm_format, packed_format, transformers_format
-from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_tensors
+from ssmc.runtime.models.checkpoints.deferred import Deferred, real
+from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_finite, check_tensors, outline_model
 from ssmc.runtime.models.checkpoints.names import model_names
 from ssmc.runtime.models.checkpoints.reading import read_json, refuse_adapter, refuse_quantised
 from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.checkpoints.streamed import Streamed
+from ssmc.runtime.models.checkpoints.transformers_format import write_config
+from ssmc.runtime.models.checkpoints.writing import Shards
 from ssmc.runtime.models.families import Architecture, Dimensions, architecture_for
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -38,6 +44,7 @@ class Checkpoint:
         directory: where it was read from.
         stored_config: the content of its config.json, in transformers' layout; None where it is in another one.
         notes: what was not as it should be in its files, and was read nevertheless, in sentences.
+        streamed: where its tensors come from as they are wanted; None where all of them are in memory.
     """
 
     model: PreTrainedModel
@@ -48,6 +55,7 @@ class Checkpoint:
     directory: Path
     stored_config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    streamed: Streamed | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -67,20 +75,40 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors as they are now, by transformers' names, in their stored dtypes, on the CPU; no tied head.
 
-        Where the dtype in memory is the stored one these are the model's own tensors, not copies.
+        Where the dtype in memory is the stored one these are the model's own tensors, not copies. Those of a model that
+        is not in memory are deferred, see `deferred`.
         """
+        if self.streamed is not None:
+            return dict(self.streamed.tensors)
         state = self.model.state_dict()
         return {name: state[name].detach().to("cpu", dtype).contiguous() for name, dtype in self.dtypes.items()}
 
+    def holding(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """A block of the model has its weights in memory, whether they are streamed or not."""
+        return nullcontext(module) if self.streamed is None else self.streamed.holding(module)
+
+    def read(self) -> None:
+        """Have all of a model in memory that was opened only."""
+        if self.streamed is not None:
+            self.streamed.read()
+            self.model.tie_weights()
+            self.streamed = None
+
 
 def load_checkpoint(
-    source: str | Path, *, dtype: torch.dtype | None = None, progress: Progress = NO_PROGRESS
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    lazy: bool = False,
+    progress: Progress = NO_PROGRESS,
 ) -> Checkpoint:
     """Read a model, with every tensor accounted for; nothing in its files is ever executed.
 
     Args:
         source: a directory in transformers' or mamba_ssm's layout, a hub id, or "tiny".
         dtype: of the weights in memory: float32, float16 or bfloat16; None keeps what is stored, tensor by tensor.
+        lazy: leave the weights in their files; the parts of the model get them, in float32, while they run, see
+            `Streamed`. A family whose layers share blocks is read as a whole.
         progress: told about every file of weights.
 
     Raises:
@@ -93,15 +121,21 @@ def load_checkpoint(
     directory = find_directory(source)
     layout, config, raw = _read_config(directory, str(source))
     architecture = architecture_for(config.model_type, str(source))
-    named, note = model_names(layout.read(directory, progress), architecture, config)
+    lazy = lazy and not architecture.capabilities.shared_blocks
+    named, note = model_names(layout.read(directory, progress, lazy), architecture, config)
     tensors = check_tensors(named, config, str(source))
     config.dtype = transformers_format.main_dtype(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    model = build_model(config, tensors, dtype, str(source))
+    streamed = None
+    if lazy:
+        model = outline_model(config, str(source))
+        streamed = Streamed(model, architecture.blocks(model), tensors)
+    else:
+        model = build_model(config, tensors, dtype, str(source))
     notes = [note for note in (note, _read_generation_config(model, directory)) if note]
     stored_config = layout.words_of(raw)
     return Checkpoint(
-        model, architecture, dtypes, layout.NAME, str(source), directory, stored_config, notes=tuple(notes)
+        model, architecture, dtypes, layout.NAME, str(source), directory, stored_config, tuple(notes), streamed
     )
 
 
@@ -161,10 +195,50 @@ def write_checkpoint(
     checked = check_tensors(tensors, config, "the model to write")
     stored = architecture_for(config.model_type).to_stored(checked)
     try:
-        words = None if like is None else like.stored_config
-        return FORMATS[format].write(directory, {k: _own(v) for k, v in stored.items()}, config, max_shard_size, words)
+        words, layout = None if like is None else like.stored_config, FORMATS[format]
+        own = {k: _own(v if layout is transformers_format else real(v)) for k, v in stored.items()}
+        return layout.write(directory, own, config, max_shard_size, words)
     except (SafetensorError, RuntimeError) as error:
         raise _system_error(error) from error
+
+
+class Written:
+    """A model like another one, of the same shapes and types, on its way to a folder in transformers' layout.
+
+    Args:
+        like: what it is made from.
+        directory: exists.
+        again: whether its files are there already, from a run that was cut off.
+        max_shard_size: as for `write_checkpoint`.
+    """
+
+    def __init__(self, like: Checkpoint, directory: Path, again: bool = False, max_shard_size: int | str = "5GB"):
+        self._like, self._directory, self._stored = like, directory, like.architecture.to_stored
+        self._outlines = like.tensors()
+        self.shards = Shards(directory, self._stored(self._outlines), max_shard_size, again)
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write some of the tensors, by transformers' names.
+
+        Raises:
+            CheckpointError: a number in them is not finite.
+            OSError: the system refuses.
+        """
+        for name, tensor in tensors.items():
+            own = real(tensor)
+            check_finite(name, own, "the model to write")
+            self.shards.put(self._stored({name: own}))
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors that were put, by transformers' names."""
+        stored = self._stored({name: self._outlines[name] for name in names})
+        return self._like.architecture.from_stored({name: self.shards.read(name) for name in stored})
+
+    def close(self) -> list[Path]:
+        """Write the configuration; all files."""
+        like = self._like
+        path = self._directory / "config.json"
+        return [write_config(path, self._outlines, like.config, like.stored_config), *self.shards.close()]
 
 
 def parameter_count(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -221,11 +295,15 @@ def _read_generation_config(model: PreTrainedModel, directory: Path) -> str | No
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with no storage but its own: torch.save would write all of a bigger one."""
     tensor = tensor.detach().cpu().contiguous()
+    if isinstance(tensor, Deferred):
+        return tensor
     nbytes = tensor.numel() * tensor.element_size()
     return tensor if tensor.untyped_storage().nbytes() == nbytes else tensor.clone()
 
 
 def _is_tied_head(name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:
+    if isinstance(tensor, Deferred):  # a tied head was left out
+        return False
     return name == HEAD and any(other.data_ptr() == tensor.data_ptr() for key, other in tensors.items() if key != HEAD)
 
 

@@ -59,9 +59,9 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "model_type" not in raw and "d_model" in raw
 
 
-def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
+def read(directory: Path, progress: Progress = NO_PROGRESS, lazy: bool = False) -> dict[str, torch.Tensor]:
     """All stored tensors by the names they have in transformers' model; errors as `read_tensors`."""
-    stored = read_tensors(directory, progress)
+    stored = read_tensors(directory, progress, lazy=lazy)
     # whatever a wrapper around the model put before the name, or saving its body alone took away
     return {_ANY_EMBEDDING.sub(r"\1embeddings.weight", name): tensor for name, tensor in stored.items()}
 

@@ -10,6 +10,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints.deferred import real
 from ssmc.runtime.models.checkpoints.reading import HEAD, some_of
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
@@ -98,13 +99,19 @@ def build_model(
         dtype: of the weights in memory; None keeps each tensor's own.
         where: what to call the model in errors.
     """
-    model = _empty_model(config, where)
-    _fill_buffers(model)
+    model = outline_model(config, where)
     state = {name: tensors.pop(name).to(dtype=dtype) for name in list(tensors)}
     model.load_state_dict(state, strict=False, assign=True)  # strict but for the tied head: checked before
     model.tie_weights()
     if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise AssertionError(f"never filled: {left}")
+    return model.eval()
+
+
+def outline_model(config: PretrainedConfig, where: str) -> PreTrainedModel:
+    """transformers' model with no memory behind its parameters, float32; what no file holds is computed."""
+    model = _empty_model(config, where)
+    _fill_buffers(model)
     return model.eval()
 
 
@@ -159,7 +166,7 @@ def _check_layer_count(tensors: Mapping[str, torch.Tensor], config: PretrainedCo
 
 
 def _check_tied(head: torch.Tensor, embedding: torch.Tensor | None, where: str) -> None:
-    if embedding is not None and not (head.shape == embedding.shape and torch.equal(head, embedding)):
+    if embedding is not None and not (head.shape == embedding.shape and torch.equal(real(head), real(embedding))):
         raise CheckpointError(
             f"{where} says its head is tied to the embedding, but {HEAD} differs from it. If the head is its own, the "
             "config.json must say so."
@@ -178,6 +185,15 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size, where: str
             f"{where} has {name} stored as {kind}; ssmc reads float32, float16 and bfloat16. Take the "
             "unquantised model."
         )
+    check_finite(name, real(tensor), where)
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    """Make sure that every number of a tensor is finite.
+
+    Raises:
+        CheckpointError: one is not.
+    """
     # NaN wins in both; unlike isfinite this makes no temporary of the tensor's size
     if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(

@@ -54,8 +54,8 @@ def read_config(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     return transformers_format.read_config({key: value for key, value in raw.items() if key != MARK}, path)
 
 
-def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
-    """All tensors by transformers' names, unpacked.
+def read(directory: Path, progress: Progress = NO_PROGRESS, lazy: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors by transformers' names, unpacked, which takes reading them.
 
     Raises:
         CheckpointError: the file is missing or damaged.

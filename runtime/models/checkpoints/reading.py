@@ -1,33 +1,23 @@
-"""Read JSON and tensors from files nobody has vouched for: nothing in them is ever executed.
-
-Weights come from safetensors, or from PyTorch's .bin through `torch.load(weights_only=True)`, which builds tensors and
-plain containers and refuses everything else a pickle could do.
-"""
+"""Read the JSON and the tensors of a model directory nobody has vouched for: nothing in it is ever executed."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import pickle
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.models.checkpoints.weight_files import READERS, unreadable
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"  # of peft
 _QUANTISED = ("quantization_config", "compression_config", "quantization")  # in config.json; the last is MLX's
-
-_EXPLAINED = (SafetensorError, RuntimeError)  # errors whose text means something to a reader
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{path} is not JSON (line {error.lineno}: {error.msg}). Correct it or copy it again."
@@ -52,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    directory: Path, progress: Progress = NO_PROGRESS, files: Sequence[str] = SINGLE_FILES
+    directory: Path, progress: Progress = NO_PROGRESS, files: Sequence[str] = SINGLE_FILES, *, lazy: bool = False
 ) -> dict[str, torch.Tensor]:
     """Read all tensors of a model directory, from one file or from shards with an index.
 
@@ -63,6 +53,7 @@ def read_tensors(
         directory: holds model.safetensors, pytorch_model.bin, or either of their names plus `.index.json`.
         progress: told about every file.
         files: other names to look for than these two.
+        lazy: open the files only, see `opened`.
 
     Returns:
         Tensors on the CPU by name, of whatever dtype is stored.
@@ -73,9 +64,9 @@ def read_tensors(
     for single in files:
         index = directory / f"{single}.index.json"
         if os.path.lexists(directory / single):
-            return _read_shards([directory / single], progress)
+            return _read_shards([directory / single], progress, lazy)
         if os.path.lexists(index):
-            return _read_indexed(index, Path(single).suffix, progress)
+            return _read_indexed(index, Path(single).suffix, progress, lazy)
     if (directory / "model.onnx").is_file():
         raise CheckpointError(
             f"{directory} is an export to ONNX, which torch cannot read: `ssmc generate`, `ssmc eval` "
@@ -87,7 +78,7 @@ def read_tensors(
     )
 
 
-def _read_indexed(index: Path, suffix: str, progress: Progress) -> dict[str, torch.Tensor]:
+def _read_indexed(index: Path, suffix: str, progress: Progress, lazy: bool) -> dict[str, torch.Tensor]:
     """Read the shards an index names; both must agree on which tensors there are."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
@@ -99,7 +90,7 @@ def _read_indexed(index: Path, suffix: str, progress: Progress) -> dict[str, tor
             raise CheckpointError(f"{index} names {name!r}, which is not a {suffix} file beside it. Copy it again.")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name} is missing, though {index.name} names it. Copy it again.")
-    tensors = _read_shards([index.parent / name for name in names], progress)
+    tensors = _read_shards([index.parent / name for name in names], progress, lazy)
     for what, missing in (
         # whether a head is missing is for whoever knows the configuration to say: it may be the embedding
         ("the index names but no shard holds", weight_map.keys() - tensors.keys() - {HEAD}),
@@ -110,7 +101,7 @@ def _read_indexed(index: Path, suffix: str, progress: Progress) -> dict[str, tor
     return tensors
 
 
-def _read_shards(paths: list[Path], progress: Progress) -> dict[str, torch.Tensor]:
+def _read_shards(paths: list[Path], progress: Progress, lazy: bool) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for done, path in enumerate(paths):
         progress("reading the weights", done, len(paths))
@@ -118,7 +109,7 @@ def _read_shards(paths: list[Path], progress: Progress) -> dict[str, torch.Tenso
             raise CheckpointError(f"{path} is not a file. Copy the model again.")
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty. Copy the model again.")
-        shard = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+        shard = READERS[path.suffix == ".safetensors", lazy](path)
         if twice := tensors.keys() & shard.keys():
             raise CheckpointError(
                 f"{path} holds {some_of(twice)}, which another shard holds too. Copy the model again."
@@ -126,48 +117,6 @@ def _read_shards(paths: list[Path], progress: Progress) -> dict[str, torch.Tenso
         tensors |= shard
     progress("reading the weights", len(paths), len(paths))
     return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy if a file of mixed dtypes put the tensor where compiled kernels could not read it."""
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and old storage classes
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # torch seeks to before the start of a file that is too short
-            raise _damaged(path, error) from error
-        raise _unreadable(path, error) from error
-    except pickle.UnpicklingError as error:
-        call = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        what = f"is a pickle that calls {call[1]}" if call else "is damaged, or a pickle of more than tensors"
-        raise CheckpointError(
-            f"{path} {what}; nothing of it was run. Copy it again, or get the model as safetensors."
-        ) from error
-    except Exception as error:  # torch, zip and pickle raise many kinds on damaged bytes
-        raise _damaged(path, error) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name.")
-    for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise CheckpointError(
-                f"{path} holds {name!r}, which is no tensor. Save the model's state dict alone and try again."
-            )
-    return {name: value.detach() for name, value in content.items()}
 
 
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
@@ -208,14 +157,3 @@ def some_of(names: Any, most: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check that it is there and readable.")
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") if isinstance(error, _EXPLAINED) else ""
-    return CheckpointError(
-        f"{path} is damaged or incomplete{f' ({reason})' if reason else ''}. Copy or download it again."
-    )

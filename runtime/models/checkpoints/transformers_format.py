@@ -15,13 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from ssmc.runtime.models.checkpoints.config_reading import read_config
 from ssmc.runtime.models.checkpoints.reading import read_tensors
 from ssmc.runtime.models.checkpoints.stored_config import in_new_words, in_own_words
+from ssmc.runtime.models.checkpoints.writing import Shards
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 NAME = "transformers"
@@ -38,9 +37,9 @@ def words_of(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return raw
 
 
-def read(directory: Path, progress: Progress = NO_PROGRESS) -> dict[str, torch.Tensor]:
+def read(directory: Path, progress: Progress = NO_PROGRESS, lazy: bool = False) -> dict[str, torch.Tensor]:
     """All stored tensors, whose names are transformers' own; errors as `read_tensors`."""
-    return read_tensors(directory, progress)
+    return read_tensors(directory, progress, lazy=lazy)
 
 
 def write(
@@ -54,23 +53,15 @@ def write(
 
     Args:
         directory: exists.
-        tensors: by transformers' names, contiguous, without a tied head.
+        tensors: by transformers' names, without a tied head; deferred ones are made one after the other.
         config: of the model.
         max_shard_size: bytes, or like "5GB"; above it the weights go to several files with an index.
         stored: the config.json that `config` was read from, in this layout; None where it was another one.
     """
-    split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
     written = [write_config(directory / "config.json", tensors, config, stored)]
-    for filename, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
-        written.append(directory / filename)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        written.append(directory / "model.safetensors.index.json")
-        written[-1].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-    return written
+    shards = Shards(directory, tensors, max_shard_size)
+    shards.put(tensors)
+    return written + shards.close()
 
 
 def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:

@@ -128,7 +128,8 @@ class Hybrid:
         hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
         try:
             with torch.no_grad():
-                model.base_model(tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+                where = model.get_input_embeddings().weight.device
+                model.base_model(tokens if where.type == "meta" else tokens.to(where), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

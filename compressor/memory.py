@@ -1,0 +1,91 @@
+"""What a run needs of memory, before it starts: whether it fits into a limit, and where hidden states then lie.
+
+The part that a formula cannot know (what python, torch and compiled kernels take) is asked from the system.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from ssmc.compressor.methods.method import Plan
+from ssmc.runtime.amounts import in_mib
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.checkpoints.streamed import KEPT
+
+KERNELS = 200 << 20  # bytes that compiled kernels and threads take once work begins
+COPIES = 3  # of a layer in float32: itself, as it is stored, and what methods make of it
+ACTIVATIONS = 24  # numbers of each channel and token of one sample: what a mixer computes on the way
+SQUARES = 4  # (D, D) matrices of float64 where second moments of channels are collected
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run needs.
+
+    Attributes:
+        least: with hidden states on disk.
+        hidden: of the hidden states of all samples, copies included.
+    """
+
+    least: int
+    hidden: int
+
+    def spills(self, limit: int | None) -> bool:
+        """Whether hidden states lie on disk."""
+        return limit is not None and self.least + self.hidden > limit
+
+    def kept(self, limit: int | None) -> int:
+        """Bytes of the model that may stay in memory while they are not used."""
+        if limit is None:
+            return KEPT
+        return max(0, min(KEPT, limit - self.least - (0 if self.spills(limit) else self.hidden)))
+
+
+def need(checkpoint: Checkpoint, plan: Plan, shape: tuple[int, int] | None) -> Need:
+    """What a run that goes layer by layer needs.
+
+    Args:
+        checkpoint: the model, opened.
+        plan: of the run.
+        shape: (nsamples, seqlen) of the calibration text; None where there is none.
+    """
+    assert checkpoint.streamed is not None
+    sizes = checkpoint.dimensions
+    count, length = shape or (0, 0)
+    least = psutil.Process().memory_info().rss + KERNELS + COPIES * checkpoint.streamed.nbytes()
+    least += 4 * ACTIVATIONS * length * sizes.d_inner
+    if plan.fits_out_proj or any(step.name in ("channels", "weights") for step in plan.steps):
+        least += 8 * SQUARES * sizes.d_inner**2
+    copies = 1 + plan.follows_dense + 3 * plan.follows_stream + plan.carries_out("weights")
+    return Need(least, 4 * copies * count * length * sizes.d_model)
+
+
+def check_limit(found: Need, limit: int | None) -> None:
+    """Refuse a limit that cannot be kept.
+
+    Raises:
+        UsageError: saying what is the least.
+    """
+    if limit is not None and found.least > limit:
+        raise UsageError(
+            f"This run needs at least {in_mib(found.least)} of memory, more than --max-memory allows: the largest part "
+            "of the model in float32, what is computed of one sample, and ssmc itself. Give --max-memory "
+            f"{in_mib(found.least)}, or use a shorter --seqlen."
+        )
+
+
+def check_whole(checkpoint: Checkpoint, limit: int | None) -> None:
+    """Refuse a limit for a run that needs the whole model in memory, where it cannot be kept.
+
+    Raises:
+        UsageError: saying what is the least.
+    """
+    least = psutil.Process().memory_info().rss + KERNELS + 2 * 4 * checkpoint.parameters
+    if limit is not None and least > limit:
+        raise UsageError(
+            "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) needs at "
+            f"least {in_mib(least)} of memory, more than --max-memory allows. Give that, or another --pattern."
+        )

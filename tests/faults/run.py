@@ -1,0 +1,239 @@
+"""Disturb runs at every step that touches the disk: kill them, fill the disk, change the model under their hands.
+
+    python -m tests.faults.run                    every step of compress and export, half an hour
+    python -m tests.faults.run --few 4            some steps, evenly spread: what `make test` runs
+
+A step is: to open a file for writing, the middle of writing a tensor, to make, rename or remove a file or folder. After
+each disturbance nothing may look finished, and the next run ends in the bytes of a run that was not disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import MambaConfig, MambaForCausalLM
+
+import ssmc
+from ssmc.compressor.streaming import Result
+from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.models.checkpoints import load_checkpoint, writing
+from tests.support.families import roughen, with_tokenizer
+
+OPTIONS = {"pattern": "column+channel", "sparsity": 0.5, "nsamples": 2, "seqlen": 32, "round_channels": 8}
+ON_FOLDERS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+REFUSED, BROKEN = 5, 9  # exit codes of a child: in a sentence of ours, in a traceback
+
+
+class Trap:
+    """Counts the steps of this process that touch a folder, and does something at one of them."""
+
+    def __init__(self, root: Path, at: int | None, act: Callable[[], None]):
+        self.root, self.at, self.act, self.seen = str(root), at, act, 0
+        sys.addaudithook(self.hook)
+        whole = writing._write
+
+        def half_first(path: Path, offset: int, tensor: torch.Tensor) -> None:
+            flat = tensor.reshape(-1)
+            if len(flat) > 1:
+                whole(path, offset, flat[: len(flat) // 2])
+                self.step()
+            whole(path, offset, tensor)
+
+        writing._write = half_first
+
+    def hook(self, event: str, args: tuple) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ON_FOLDERS) and self.root in os.fsdecode(args[0] if args[0] is not None else ""):
+            self.step()
+
+    def step(self) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            self.act()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def child(work: Callable[[], object]) -> tuple[int, str]:
+    """Run something in a process of its own: its exit code, negative for a signal, and what it said."""
+    reading, saying = os.pipe()
+    if (pid := os.fork()) == 0:
+        code, said = 0, ""
+        try:
+            said = str(work())
+        except SsmcError as error:
+            code, said = REFUSED, str(error)
+        except BaseException:
+            code, said = BROKEN, traceback.format_exc()
+        os.write(saying, said.encode()[-3000:])
+        os._exit(code)
+    os.close(saying)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make_model(folder: Path) -> Path:
+    sizes = {"vocab_size": 4096, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 3, "time_step_rank": 2}
+    roughen(MambaForCausalLM(MambaConfig(**sizes))).to(torch.bfloat16).save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+class Subject:
+    """A command that is disturbed."""
+
+    def __init__(self, name: str, work: Callable[[bool], object], out: Path, keep: Path | None = None):
+        self.name, self.work, self.out, self.keep = name, work, out, keep
+
+    def undisturbed(self) -> tuple[dict[str, bytes], int]:
+        """What it writes, and in how many steps."""
+
+        def count() -> int:
+            trap = Trap(self.out.parent, None, kill)
+            self.work(False)
+            return trap.seen
+
+        code, said = child(count)
+        assert code == 0, said
+        found = content(self.out)
+        if self.keep is not None:
+            shutil.copytree(self.out, self.keep)
+        self.clear()
+        return found, int(said)
+
+    def disturbed(self, step: int, act: Callable[[], None], wanted: dict[str, bytes]) -> str | None:
+        """Disturb it at a step and run it again; what is wrong then."""
+
+        def trapped() -> None:
+            Trap(self.out.parent, step, act)
+            self.work(False)
+
+        code, said = child(trapped)
+        if code == BROKEN:
+            return said
+        if self.out.exists() and content(self.out) != wanted:
+            return "something half done looks finished"
+        if act is fill_disk and code == REFUSED and "space" not in said:
+            return f"it does not say what was wrong: {said}"
+        if not self.out.exists():
+            code, said = child(lambda: self.work(True))
+            if code != 0:
+                return f"the next run ended in {code}: {said}"
+        wrong = None if content(self.out) == wanted else "other bytes"
+        self.clear()
+        return wrong
+
+    def clear(self) -> None:
+        for path in self.out.parent.iterdir():
+            if path.name.startswith(".") or path == self.out:
+                shutil.rmtree(path)
+
+
+def subjects(root: Path) -> Iterator[Subject]:
+    model, text = make_model(root / "model"), root / "text.jsonl"
+    places = {name: root / name for name in ("compress", "export")}
+    for place in places.values():
+        place.mkdir()
+
+    def compress(again: bool) -> None:
+        ssmc.compress(model, calib=text, out=places["compress"] / "out", resume=again, command="-", **OPTIONS)
+
+    pruned = root / "pruned"
+    yield Subject("compress", compress, places["compress"] / "out", pruned)
+    yield Subject("export", lambda again: ssmc.export(pruned, out=places["export"] / "out"), places["export"] / "out")
+
+
+def steps_to_try(count: int, few: int | None) -> list[int]:
+    """All of them, or some, evenly spread."""
+    if few is None or few >= count:
+        return list(range(1, count + 1))
+    return [round((i + 0.5) * count / few) for i in range(few)]
+
+
+def disturb(few: int | None, kinds: list[str]) -> dict[str, list[str]]:
+    """Try it; what went wrong, by command and kind, with how many steps were tried."""
+    acts = {"kill": kill, "full": fill_disk}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for subject in subjects(Path(folder)):
+            wanted, count = subject.undisturbed()
+            for kind in kinds:
+                wrong = []
+                for step in steps_to_try(count, few if subject.keep else few and 1):
+                    if problem := subject.disturbed(step, acts[kind], wanted):
+                        wrong.append(f"step {step} of {count}: {problem}")
+                found[f"{subject.name}, {kind}"] = wrong
+                print(f"{subject.name}, {kind}: {count} steps, {len(wrong)} wrong", file=sys.stderr, flush=True)
+    return found
+
+
+def change_model(how: Callable[[Path], None]) -> tuple[int, str, bool]:
+    """Change the file of a model while it is read: exit code, what was said, whether there is a result."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = make_model(root / "model")
+
+        def work() -> None:
+            finished = Result.finished
+
+            def then(self: Result, job: object) -> None:
+                finished(self, job)
+                how(model / "model.safetensors")
+
+            Result.finished = then
+            ssmc.compress(model, calib=root / "text.jsonl", out=root / "out", **OPTIONS)
+
+        code, said = child(work)
+        return code, said, (root / "out").exists()
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "vanishes": lambda path: path.unlink(missing_ok=True),
+    "gets shorter": lambda path: os.truncate(path, 1000),
+    "is replaced": lambda path: os.replace(shutil.copy(path, path.with_suffix(".new")), path),
+}
+
+
+def main() -> None:
+    """Try all or some, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--few", type=int, help="so many steps of each command only, and one change of the model")
+    parser.add_argument("--kinds", nargs="+", choices=("kill", "full"), default=["kill", "full"])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)  # children of a process with threads that computed would wait for those threads
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    load_checkpoint("tiny", lazy=True)  # imports what children need
+    found = disturb(asked.few, asked.kinds)
+    for name, how in list(CHANGES.items())[: 1 if asked.few else None]:
+        code, said, there = change_model(how)
+        fine = code == REFUSED and not there and "model.safetensors" in said
+        found[f"the model {name}"] = [] if fine else [f"{code}: {said}"]
+    print(json.dumps(found, indent=1))
+    sys.exit(any(found.values()))
+
+
+if __name__ == "__main__":
+    main()
