@@ -13,6 +13,8 @@ from ssmc.compressor.options.patterns import (
     ATTENTION,
     CHANNEL,
     COLUMN,
+    HEAD,
+    HEAD_DIM,
     LAYER,
     MLP,
     SSM_MODULE,
@@ -27,14 +29,16 @@ from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
 UNITS = (MLP, ATTENTION)
-PATTERNS = (COLUMN, CHANNEL, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
+HEADS = (HEAD, HEAD_DIM)
+PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
 
 _GOALS = "--target-latency, --target-params, --max-ppl-increase"
 _MANY = "widths and depths of a hybrid are not tried"
 _NOTHING_ELSE = "its blocks hold a norm and a mixer and nothing else"
+_NO_HEADS = "its mixers have no heads; --pattern channel removes channels"
 _ALIKE = "it is there to compare with, for models with one kind of block"
-_OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, LAYER: BLOCK}
+_OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, HEAD: families.HEAD, HEAD_DIM: families.HEAD, LAYER: BLOCK}
 """Part of a pattern -> what it makes smaller, as `Capabilities.fixed` names it."""
 _WHAT = {
     COLUMN: "whole states",
@@ -42,6 +46,8 @@ _WHAT = {
     LAYER: "whole blocks",
     UNSTRUCTURED: "single entries",
     SSM_MODULE: "the SSM of whole blocks",
+    HEAD: "heads of the mixers",
+    HEAD_DIM: "channels of each head",
     MLP: "neurons of MLPs",
     ATTENTION: "query heads of attention",
 }
@@ -54,7 +60,7 @@ def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
 
 def searched_parts(architecture: Architecture) -> list[str]:
     """Those parts that a search tries for a family: of a hybrid the states alone."""
-    never = (CHANNEL,) if architecture.capabilities.heads else ()
+    never = (CHANNEL, HEAD, HEAD_DIM) if architecture.capabilities.heads else ()
     able = [part for part in combinable() if part in parts_of(architecture) and part not in never]
     return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
@@ -69,6 +75,8 @@ def limits(architecture: Architecture) -> dict[str, str]:
     able, found = architecture.capabilities, {}
     for part in PATTERNS:
         reason = _ALIKE if part == SSM_MODULE and not able.uniform else able.fixed.get(_OF_PARTS.get(part, part))
+        if part in HEADS and not able.heads:
+            reason = _NO_HEADS
         if part in UNITS and not reason and all(own.kind != part for own in architecture.units):
             reason = _NOTHING_ELSE
         if reason:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, LAYER, MLP, Pattern
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, LAYER, MLP, Pattern
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Record")
 
-OF_STREAM = (CHANNEL, LAYER, MLP, ATTENTION)
+OF_STREAM = (CHANNEL, HEAD, HEAD_DIM, LAYER, MLP, ATTENTION)
 """Patterns that take away more than what the repair of states makes up for."""
 
 

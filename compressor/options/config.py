@@ -75,7 +75,7 @@ class CompressConfig(BaseModel):
         str,
         Flag(
             _what_is_removed,
-            metavar="column|channel|layer|mlp|attention|unstructured|N:M|ssm-module",
+            metavar="column|channel|head|head-dim|layer|mlp|attention|unstructured|N:M|ssm-module",
             completes="pattern",
         ),
     ] = COLUMN

@@ -14,7 +14,7 @@ from typing import Any
 from ssmc.compressor.options.sparsity import NM
 
 COLUMN, CHANNEL, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "channel", "unstructured", "layer", "ssm-module"
-MLP, ATTENTION = "mlp", "attention"
+HEAD, HEAD_DIM, MLP, ATTENTION = "head", "head-dim", "mlp", "attention"
 WEIGHTS = "weights"  # not a pattern: what the scores of projections and of conv1d decide about
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from ssmc.compressor.methods.counts import listed, nearest
 from ssmc.compressor.methods.method import Plan
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL
+from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.consumers import HEADS, consumer_named
 
@@ -27,11 +27,13 @@ def channels_of_layers(plan: Plan) -> tuple[int, ...]:
         UsageError: nothing would be removed, or the numbers do not fit the model or its stock loaders.
     """
     config, sizes = plan.config, plan.sizes
+    if HEAD in config.parts:
+        return (_heads_to_keep(plan) * cast("Mamba2Dimensions", sizes).head_dim,) * sizes.n_layer
     if config.widths is not None:
         channels = listed("widths", config.widths, sizes.d_inner, sizes.n_layer)
     else:
         channels = (_kept_width(config, sizes),) * sizes.n_layer
-    if plan.has_heads:
+    if plan.has_heads and CHANNEL in config.parts:
         _check_heads(config, sizes, channels)
     return channels
 
@@ -68,6 +70,60 @@ def widths_of_heads(sizes: Dimensions, runtime: str | None = None) -> list[int]:
     unit = sizes.groups * cast("Mamba2Dimensions", sizes).head_dim
     step = unit if _takes_any_heads(sizes, runtime) else sizes.d_model
     return [width for width in range(step, sizes.d_inner, step) if width % unit == 0]
+
+
+def _able_widths(plan: Plan) -> list[int]:
+    """The widths that a run may leave, rising, below that of the dense model."""
+    sizes = cast("Mamba2Dimensions", plan.sizes)
+    if plan.architecture.capabilities.free_width:
+        return list(range(sizes.head_dim * sizes.groups, sizes.d_inner, sizes.head_dim * sizes.groups))
+    return widths_of_heads(sizes, plan.config.runtime)
+
+
+def _heads_to_keep(plan: Plan) -> int:
+    """How many heads stay: the number nearest to what the sparsity leaves, of those a loader takes.
+
+    Raises:
+        UsageError: none can go, or none would.
+    """
+    sizes, sparsity = cast("Mamba2Dimensions", plan.sizes), plan.config.sparsity_of(HEAD)
+    able = [width // sizes.head_dim for width in _able_widths(plan)]
+    if not able:
+        raise UsageError(f"No heads can be removed from this model of {sizes.heads}: {_why(plan)}.")
+    kept = nearest([*able, sizes.heads], sizes.heads * (1 - sparsity))
+    if kept == sizes.heads:
+        least = sizes.heads - able[-1]
+        raise UsageError(
+            f"sparsity {sparsity:g} of {sizes.heads} heads removes none; the least that can go is {least}, a sparsity "
+            f"of {least / sizes.heads:.3g}: {_why(plan)}."
+        )
+    return kept
+
+
+def head_dim_to_keep(plan: Plan) -> int:
+    """How many channels stay in every head that does: as `_heads_to_keep`.
+
+    Raises:
+        UsageError: none can go, or none would.
+    """
+    sizes, sparsity = cast("Mamba2Dimensions", plan.sizes), plan.config.sparsity_of(HEAD_DIM)
+    heads, able = plan.keep.channels[0] // sizes.head_dim, list(range(1, sizes.head_dim))
+    if not plan.architecture.capabilities.free_width and not _takes_any_heads(sizes, plan.config.runtime):
+        able = [p for p in able if heads * p % sizes.d_model == 0]
+    kept = nearest([*able, sizes.head_dim], sizes.head_dim * (1 - sparsity))
+    if kept == sizes.head_dim:
+        rest = f"the least is a sparsity of {1 - able[-1] / sizes.head_dim:.3g}: " if able else ""
+        raise UsageError(
+            f"A sparsity of {sparsity:g} takes no channels out of heads of {sizes.head_dim}, {heads} of them: {rest}"
+            f"{_why(plan)}. Leave {HEAD_DIM} out of --pattern, or remove heads."
+        )
+    return kept
+
+
+def _why(plan: Plan) -> str:
+    if plan.architecture.capabilities.free_width or _takes_any_heads(plan.sizes, plan.config.runtime):
+        return "as many heads stay in every group"
+    return f"stock loaders want a width of whole heads that is a multiple of d_model {plan.sizes.d_model}"
 
 
 def _takes_any_heads(sizes: Dimensions, runtime: str | None) -> bool:

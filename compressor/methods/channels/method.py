@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, cast
+
 from ssmc.compressor.methods.channels import scores as scores  # registers them
-from ssmc.compressor.methods.channels.counts import channels_of_layers, default_multiple
+from ssmc.compressor.methods.channels.counts import channels_of_layers, default_multiple, head_dim_to_keep
 from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Table
 from ssmc.compressor.methods.registry import register_method
 from ssmc.compressor.methods.tables import error_text
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, Pattern, looks_at_text
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, Pattern, looks_at_text
+from ssmc.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 
 FIT_TOKENS_PER_CHANNEL = 8
 """Calibration tokens below which a fit is worth a warning: half of the channels of `tiny` gone, its perplexity is 57
@@ -20,11 +27,12 @@ class Channels(Method):
     name = "channels"
     leaves = ("channels",)
     place = 10
-    pattern = Pattern(CHANNEL, "channels", "`channel` (channels of d_inner)", "obs", combines=3)
+    pattern: ClassVar[Pattern] = Pattern(CHANNEL, "channels", "`channel` (channels of d_inner)", "obs", combines=3)
 
     def needs_text(self, plan: Plan) -> bool:
         """For the repair, and for most scores."""
-        return plan.config.repair or looks_at_text(CHANNEL, plan.config.score_of(CHANNEL))
+        part = self.pattern.name
+        return plan.config.repair or looks_at_text(part, plan.config.score_of(part))
 
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of channels."""
@@ -35,14 +43,19 @@ class Channels(Method):
         from ssmc.compressor.methods.channels.prune import prune_channels
 
         if job.plan.keep.channels[job.index] < job.plan.sizes.d_inner:
-            prune_channels(job)
+            prune_channels(job, self.pattern.name)
 
     def finish(self, job: Job) -> None:
-        """Write the smaller block back to its places in the layer."""
-        if job.channels_kept is not None:
-            from ssmc.runtime.models import families
+        """Write the smaller block back to its places in the layer, with what else was changed in it."""
+        if job.channels_kept is None or job.work is job.block:
+            return
+        from ssmc.runtime.models import families
 
-            job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
+        job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
+        own = {id(parameter) for parameter in job.architecture.mixer(job.work).parameters()}
+        for name, parameter in job.work.named_parameters():
+            if id(parameter) not in own:
+                job.block.get_parameter(name).detach().copy_(parameter)
 
     def notes(self, outcome: Outcome) -> list[str]:
         """On the width."""
@@ -72,6 +85,67 @@ class Channels(Method):
         return [Table("Channels", ("layer", f"kept of {dense}"), tuple(rows))] if rows else []
 
 
+class Heads(Channels):
+    """Whole heads of mixers that have some, as many of every group."""
+
+    name = "heads"
+    pattern = Pattern(HEAD, "heads", "`head` (heads of a Mamba-2, also in hybrids)", "obs", combines=6)
+
+    def check(self, plan: Plan) -> None:
+        """Channels of a Mamba-2 are heads."""
+        if CHANNEL in plan.config.parts:
+            raise UsageError("The channels of this model form heads: give --pattern head or channel, not both.")
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        """On the norm."""
+        plan = outcome.plan
+        sizes = plan.sizes
+        heads = (sizes.heads or 0) * plan.keep.channels[0] // sizes.d_inner
+        return [f"{heads} of {sizes.heads} heads stay in each mixer. {_NORM}"]
+
+
+class HeadDims(Channels):
+    """Channels of heads: as many of every head, whichever they are in each."""
+
+    name = "head-dims"
+    place = 11
+    pattern = Pattern(HEAD_DIM, "channels of heads", "`head-dim` (channels of every head)", "obs", combines=7)
+
+    def check(self, plan: Plan) -> None:
+        """The number must be one that loaders take."""
+        if CHANNEL in plan.config.parts:
+            raise UsageError("head-dim goes with --pattern head, not with channel. Use head in its place.")
+
+    def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """What of every head stays is asked for when it is needed; that it can be, at once."""
+        channels = channels_of_layers(plan) if HEAD in plan.config.parts else plan.keep.channels
+        head_dim_to_keep(replace(plan, keep=replace(plan.keep, channels=channels)))
+        return {}
+
+    def prune(self, job: Job) -> None:
+        """Every mixer."""
+        from ssmc.compressor.methods.channels.prune import prune_head_dims
+
+        prune_head_dims(job, head_dim_to_keep(job.plan))
+
+    def finish(self, job: Job) -> None:
+        """Heads write the block back where both are removed."""
+        if not job.plan.carries_out("heads"):
+            super().finish(job)
+
+    def notes(self, outcome: Outcome) -> list[str]:
+        """On kernels that want certain sizes, and on the norm."""
+        left, sizes = head_dim_to_keep(outcome.plan), cast("Mamba2Dimensions", outcome.plan.sizes)
+        note = f"{left} of {sizes.head_dim} channels stay in each head. {_NORM}"
+        if left & (left - 1):
+            note += " Kernels for a GPU pad heads to a power of two of channels."
+        return [note]
+
+    def tables(self, outcome: Outcome) -> list[Table]:
+        """The table of heads has the channels where both are removed."""
+        return [] if outcome.plan.carries_out("heads") else super().tables(outcome)
+
+
 class OutProj(Method):
     """out_proj fitted to the dense model's residual stream, to make up for what was lost here and before.
 
@@ -87,7 +161,9 @@ class OutProj(Method):
     def asked_for(self, plan: Plan) -> bool:
         """With the repair."""
         parts = plan.config.parts
-        whole = CHANNEL in parts or LAYER in parts
+        if plan.fits_stream:
+            return False
+        whole = any(part in parts for part in (CHANNEL, HEAD, HEAD_DIM, LAYER))
         return plan.config.repair and (whole or (COLUMN in parts and not plan.mixes_c_rows))
 
     def prune(self, job: Job) -> None:
@@ -122,5 +198,12 @@ class OutProj(Method):
         return [Table("out_proj, fitted to the dense model", columns, rows, legend)] if rows else []
 
 
+_NORM = (
+    "In the export the gated norm's weight makes up for its mean over fewer channels, in float32 even where the model "
+    "is in half precision."
+)
+
 register_method(Channels())
+register_method(Heads())
+register_method(HeadDims())
 register_method(OutProj())

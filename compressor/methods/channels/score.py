@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, MLP
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,9 @@ class ChannelScore:
 
     name: ClassVar[str]
     help: ClassVar[str]
-    decides: ClassVar[tuple[str, ...]] = (CHANNEL, MLP, ATTENTION)
+    decides: ClassVar[tuple[str, ...]] = (CHANNEL, HEAD, HEAD_DIM, MLP, ATTENTION)
     needs_text: ClassVar[bool] = True
+    needs_means: ClassVar[bool] = False  # whether it asks for `ScoredChannels.means`
 
     def importance(self, layer: ScoredChannels) -> torch.Tensor:
         """Of every channel, (D,); what is least important is removed."""

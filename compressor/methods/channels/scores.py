@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.registry import register_score
-from ssmc.compressor.options.patterns import ATTENTION, MLP
+from ssmc.compressor.options.patterns import ATTENTION, HEAD, HEAD_DIM, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +53,14 @@ class Activation(ChannelScore):
 class Minitron(ChannelScore):
     """Minitron (2407.14679) and Minitron-SSM (2504.11409): the norm over samples of the mean |y_j| over tokens.
 
-    Of a head the norm over its channels. Together with `--no-repair` it is what these papers start their training from.
+    Of a head the norm over its channels. Of a mixer's heads y is what in_proj makes of them, as Minitron-SSM has it; of
+    other units what the map that follows reads. With `--no-repair` it is what these papers start their training from.
     """
 
     name = "minitron"
     help = "removes what is least active, whatever is read from it"
-    decides = (MLP, ATTENTION)
+    decides = (HEAD, HEAD_DIM, MLP, ATTENTION)
+    needs_means = True
 
     def importance(self, layer: ScoredChannels) -> torch.Tensor:
         """(D,): squares, which add up over the channels of a head."""

@@ -9,6 +9,7 @@ from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Table
 from ssmc.compressor.methods.registry import register_method
 from ssmc.compressor.methods.tables import error_text
 from ssmc.compressor.options.patterns import ATTENTION, MLP, Pattern, looks_at_text
+from ssmc.runtime.errors import UsageError
 
 
 class Units(Method):
@@ -51,7 +52,7 @@ class Mlp(Units):
     """Neurons of MLPs, gated or not."""
 
     name = "mlp"
-    place = 12
+    place = 14
     pattern = Pattern(MLP, "neurons", "`mlp` (neurons of the MLPs of a hybrid)", "obs", combines=4, refines=False)
 
 
@@ -59,7 +60,7 @@ class QueryHeads(Units):
     """Query heads of attention: as many of every group of keys and values, or whole groups."""
 
     name = "attention"
-    place = 11
+    place = 13
     pattern = Pattern(
         ATTENTION, "query heads", "`attention` (query heads of a hybrid)", "obs", combines=5, refines=False
     )
@@ -76,6 +77,14 @@ class Stream(Method):
     place = 30
     in_every_block = True
     follows_stream = True
+
+    def check(self, plan: Plan) -> None:
+        """Steps on single mixers would follow another target."""
+        if plan.config.refine:
+            raise UsageError(
+                "refine does not go with what else of a hybrid is removed: its steps move mixers only. Leave it out; "
+                "--distill moves the whole model."
+            )
 
     def asked_for(self, plan: Plan) -> bool:
         """With the repair, where a hybrid loses more than states."""

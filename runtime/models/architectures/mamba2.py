@@ -288,23 +288,45 @@ class Mamba2(Convolution, PlannedSurgery):
         self.mask(mixer, STATE, kept)
 
     def selection(self, dimension: str, numbers: Sequence[int], sizes: Sizes) -> Selection:
-        """These numbers of a dimension; channels are whole heads, which go with them."""
+        """These numbers of a dimension, and with channels the heads that have any of them."""
         chosen = super().selection(dimension, numbers, sizes)
         if dimension == CHANNEL:
             head_dim = sizes[CHANNEL] // sizes[HEAD]
-            chosen = {CHANNEL: chosen[CHANNEL], HEAD: chosen[CHANNEL][::head_dim] // head_dim}
+            chosen = {CHANNEL: chosen[CHANNEL], HEAD: (chosen[CHANNEL] // head_dim).unique()}
         return chosen
+
+    def dropped(self, dimension: str, kept: Sequence[int], sizes: Sizes) -> Selection:
+        """What goes; a head only when all of its channels do."""
+        goes = dict(super().dropped(dimension, kept, sizes))
+        if dimension == CHANNEL:
+            stay = self.selection(CHANNEL, kept, sizes)[HEAD].tolist()
+            goes[HEAD] = torch.as_tensor([head for head in range(sizes[HEAD]) if head not in stay], dtype=torch.long)
+        return goes
+
+    def with_kept(self, config: Any, dimension: str, kept: Sequence[int]) -> Any:
+        """A configuration whose mixers have what was kept: fewer heads, or fewer channels in each, or both."""
+        if dimension != CHANNEL:
+            return super().with_kept(config, dimension, kept)
+        heads = len({channel // self.dimensions(config).head_dim for channel in kept})
+        return self.with_heads(config, heads, len(kept) // heads)
 
     def with_size(self, config: Any, dimension: str, count: int) -> Any:
         """A configuration whose mixers have `count` states over all groups, or channels, and all else the same."""
-        other, sizes = copy.deepcopy(config), self.dimensions(config)
-        if dimension == STATE:  # every group of a layer keeps the same number: its B and C are one block of in_proj
-            setattr(other, self.state_field, count // sizes.n_groups)
-        else:
-            other.num_heads = count // sizes.head_dim
-            whole, rest = divmod(count, sizes.d_model)
-            # transformers takes whole numbers only, and checks them; other software takes any number of heads
-            object.__setattr__(other, "expand", whole if not rest else exact_ratio(count, sizes.d_model))
+        sizes = self.dimensions(config)
+        if dimension == CHANNEL:
+            return self.with_heads(config, count // sizes.head_dim, sizes.head_dim)
+        other = copy.deepcopy(config)
+        # every group of a layer keeps the same number: its B and C are one block of in_proj
+        setattr(other, self.state_field, count // sizes.n_groups)
+        return other
+
+    def with_heads(self, config: Any, heads: int, head_dim: int) -> Any:
+        """A configuration whose mixers have so many heads of so many channels."""
+        other, width, d_model = copy.deepcopy(config), heads * head_dim, config.hidden_size
+        other.num_heads, other.head_dim = heads, head_dim
+        whole, rest = divmod(width, d_model)
+        # transformers takes whole numbers only, and checks them; other software takes any number of heads
+        object.__setattr__(other, "expand", whole if not rest else exact_ratio(width, d_model))
         return other
 
     def after_cut(
@@ -314,24 +336,26 @@ class Mamba2(Convolution, PlannedSurgery):
 
         It is stored in float32 then, whatever it was: the factor is no number of half precision.
         """
-        if dimension == CHANNEL:
-            norm = prefix + "norm.weight"
+        norm = prefix + "norm.weight"
+        if dimension == CHANNEL and norm in tensors:
             tensors[norm] = tensors[norm].float() * _norm_factor(sizes[CHANNEL], left[1])
 
     def after_narrow(self, mixer: nn.Module, dimension: str, sizes: Sizes, left: int) -> None:
         """The gated norm takes the mean over fewer channels, for which its weight makes up; see `_norm_factor`."""
         if dimension != CHANNEL:
             return
-        mixer.norm.weight.data *= _norm_factor(sizes[CHANNEL], left)
-        mixer.intermediate_size, mixer.num_heads = left, left // mixer.head_dim
+        mixer.intermediate_size, mixer.num_heads = left, len(mixer.A_log)
+        mixer.head_dim = left // mixer.num_heads
         mixer.conv_dim = left + 2 * mixer.n_groups * mixer.ssm_state_size
-        mixer.norm.group_size = left // mixer.n_groups
+        if hasattr(mixer.norm, "weight"):
+            mixer.norm.weight.data *= _norm_factor(sizes[CHANNEL], left)
+            mixer.norm.group_size = left // mixer.n_groups
 
     def before_widen(
         self, tensors: Mapping[str, torch.Tensor], dimension: str, sizes: Sizes, left: int
     ) -> Mapping[str, torch.Tensor]:
         """The weight of the gated norm without the factor."""
-        if dimension != CHANNEL:
+        if dimension != CHANNEL or "norm.weight" not in tensors:
             return tensors
         return {**tensors, "norm.weight": tensors["norm.weight"] / _norm_factor(sizes[CHANNEL], left)}
 
@@ -343,7 +367,8 @@ class Mamba2(Convolution, PlannedSurgery):
         """
         whole, width = self.dimensions(model.config).d_inner, self.dimensions(config).d_inner
         for block in self.blocks(model):
-            if (mixer := self.mixer(block)) is not None:
+            mixer = self.mixer(block)
+            if mixer is not None and hasattr(mixer.norm, "variance_epsilon"):
                 mixer.norm.variance_epsilon *= width / whole
 
 

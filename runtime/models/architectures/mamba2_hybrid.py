@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ssmc.runtime.models.architectures.plan import CHANNEL
 CAPABILITIES = Capabilities(
     fixed={
         BLOCK: "cutting the list of kinds of blocks in its configuration is not built yet",
-        CHANNEL: "heads of a hybrid's mixers are not cut yet",
+        CHANNEL: "its channels form heads, which --pattern head and head-dim remove",
     },
     heads=True,
     uniform=False,
@@ -58,6 +59,18 @@ class Mamba2Hybrid(Hybrid, Mamba2):
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""
         return int(config.mamba_expand * config.hidden_size)
+
+    def with_heads(self, config: Any, heads: int, head_dim: int) -> Any:
+        """A configuration whose mixers have so many heads of so many channels."""
+        other = copy.deepcopy(config)
+        setattr(other, self.fields.heads, heads)
+        setattr(other, self.fields.head_dim, head_dim)
+        self.set_width(other, heads * head_dim)
+        return other
+
+    def set_width(self, config: Any, d_inner: int) -> None:
+        """Tell a configuration, in place, the d_inner of its mixers: a whole multiple of d_model."""
+        config.mamba_expand = d_inner // config.hidden_size
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:
         """The numbers of the layers that have one."""

@@ -32,6 +32,14 @@ class PlannedSurgery:
         """These numbers of a dimension, with those of other dimensions that go with them."""
         return {dimension: torch.as_tensor(list(numbers), dtype=torch.long)}
 
+    def dropped(self, dimension: str, kept: Sequence[int], sizes: Sizes) -> Selection:
+        """What goes where only `kept` of a dimension stay, in this and in other dimensions."""
+        return self.selection(dimension, _others(sizes[dimension], kept), sizes)
+
+    def with_kept(self, config: Any, dimension: str, kept: Sequence[int]) -> Any:
+        """A configuration whose mixers have what was kept, and all else the same."""
+        return self.with_size(config, dimension, len(kept))
+
     def with_size(self, config: Any, dimension: str, count: int) -> Any:
         """A configuration whose mixers have `count` of a dimension, and all else the same."""
         raise NotImplementedError
@@ -39,14 +47,14 @@ class PlannedSurgery:
     def mask(self, mixer: nn.Module, dimension: str, kept: Sequence[int]) -> None:
         """Silence all of a dimension but `kept`, in place; shapes stay."""
         names, sizes = _names_and_sizes(self.plan, mixer)
-        dropped = self.selection(dimension, _others(sizes[dimension], kept), sizes)
+        dropped = self.dropped(dimension, kept, sizes)
         places = self.plan.own(names, sizes, dropped)
         silence(mixer, [place for place in places if place.name not in self.plan.constant])
 
     def is_masked(self, mixer: nn.Module, dimension: str, kept: Sequence[int]) -> bool:
         """Whether everything outside `kept` is silent, so that cutting it changes nothing."""
         names, sizes = _names_and_sizes(self.plan, mixer)
-        dropped = self.selection(dimension, _others(sizes[dimension], kept), sizes)
+        dropped = self.dropped(dimension, kept, sizes)
         deciding = [name for name in names if name in self.plan.silent[dimension]]
         return are_silent(mixer, self.plan.own(deciding, sizes, dropped))
 
@@ -59,6 +67,7 @@ class PlannedSurgery:
         keep as many can they load the result.
         """
         out, cuts, most = dict(tensors), [], max(map(len, kept))
+        longest: Sequence[int] = max(kept, key=len)
         for layer, numbers in enumerate(kept):
             prefix = self.mixer_prefix(layer)
             if prefix + self.rates_name not in tensors:  # a layer of another kind
@@ -68,7 +77,8 @@ class PlannedSurgery:
             selection = self.selection(dimension, numbers, sizes)
             cut_tensors(out, cuts, self.plan.kept(shapes, sizes, selection, dimension), prefix)
             self.after_cut(out, prefix, dimension, sizes, (len(numbers), most))
-        return out, self.with_size(config, dimension, most), cuts
+            longest = numbers if len(numbers) == most else longest
+        return out, self.with_kept(config, dimension, longest), cuts
 
     def narrow(self, block: nn.Module, dimension: str, kept: Sequence[int]) -> nn.Module:
         """A copy of a block with some of a dimension only: what the block computes when the others are silent."""

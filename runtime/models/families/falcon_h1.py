@@ -7,10 +7,13 @@ each part of its output, and the gated norm may be missing or come before the ga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
-from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
+from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Mamba2Hybrid
+from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, STATE
+from ssmc.runtime.models.architectures.surgery import Sizes
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 from ssmc.runtime.scan import ScanInputs
 
@@ -19,6 +22,7 @@ class FalconH1Family(Mamba2Hybrid):
     """Adapter for Falcon-H1; see `interface` for what each method promises."""
 
     model_type = "falcon_h1"
+    capabilities = replace(CAPABILITIES, free_width=True)
     mixer_name = "mamba"
     final_norm = "final_layernorm"
     units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
@@ -32,6 +36,18 @@ class FalconH1Family(Mamba2Hybrid):
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""
         return super().width(config) if config.mamba_d_ssm is None else config.mamba_d_ssm
+
+    def set_width(self, config: Any, d_inner: int) -> None:
+        """It has a field of its own."""
+        config.mamba_d_ssm = d_inner
+
+    def after_narrow(self, mixer: nn.Module, dimension: str, sizes: Sizes, left: int) -> None:
+        """The multipliers of what in_proj puts out go with its rows; each part of them is one number."""
+        super().after_narrow(mixer, dimension, sizes, left)
+        if dimension == CHANNEL:
+            d, n = sizes[CHANNEL], sizes[STATE]
+            z, x, B, C, dt = mixer.mup_vector.split([d, d, n, n, sizes[HEAD]], dim=-1)
+            mixer.mup_vector = torch.cat([z[..., :left], x[..., :left], B, C, dt[..., : mixer.num_heads]], dim=-1)
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:
         """All of them."""

@@ -13,7 +13,7 @@ from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone, misfit, 
 from ssmc.runtime.models.architectures.capabilities import Capabilities, MambaSsmLayer
 from ssmc.runtime.models.architectures.layouts.stack import Stack
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
-from ssmc.runtime.models.architectures.plan import CHANNEL
+from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD
 
 _MAMBA_SSM = MambaSsmLayer(
     layer="Mamba2",
@@ -47,7 +47,9 @@ class Mamba2Family(Stack, Mamba2):
 class _Mamba2Alone(Alone, Mamba2Family):
     """One Mamba-2 mixer by itself; see `LoneMixer`."""
 
-    capabilities = replace(Mamba2Family.capabilities, fixed={CHANNEL: "heads of a mixer by itself are not cut yet"})
+    capabilities = replace(
+        Mamba2Family.capabilities, fixed=dict.fromkeys((CHANNEL, HEAD), "heads of a mixer by itself are not cut yet")
+    )
     parts = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj")
 
     def read_sizes(self, mixer: nn.Module) -> SimpleNamespace | str:

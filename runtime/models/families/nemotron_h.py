@@ -6,10 +6,11 @@ A block is a norm and one of: a Mamba-2 mixer, attention, an MLP, a mixture of e
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
-from ssmc.runtime.models.architectures.mamba2_hybrid import Fields, Mamba2Hybrid
+from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
@@ -20,6 +21,7 @@ class NemotronHFamily(Mamba2Hybrid):
     """Adapter for Nemotron-H; see `interface` for what each method promises."""
 
     model_type = "nemotron_h"
+    capabilities = replace(CAPABILITIES, free_width=True)
     embedding = "model.embeddings.weight"
     without_limits = ("llama.cpp", "mlx-lm", "vllm")
     mixer_name = "mixer"
@@ -42,6 +44,9 @@ class NemotronHFamily(Mamba2Hybrid):
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""
         return config.mamba_num_heads * config.mamba_head_dim
+
+    def set_width(self, config: Any, d_inner: int) -> None:
+        """The numbers of heads and of their channels say it."""
 
     def mixer(self, block: nn.Module) -> nn.Module | None:
         """The state-space mixer inside a block; None in one of another kind, whose mixer is something else."""
