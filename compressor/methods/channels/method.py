@@ -52,7 +52,7 @@ class Channels(Method):
         from ssmc.runtime.models import families
 
         job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
-        own = {id(parameter) for parameter in job.architecture.mixer(job.work).parameters()}
+        own = {id(parameter) for parameter in job.mixer.parameters()}
         for name, parameter in job.work.named_parameters():
             if id(parameter) not in own:
                 job.block.get_parameter(name).detach().copy_(parameter)
