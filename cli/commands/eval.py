@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +96,8 @@ def evaluate(
         typer.Option(
             "--recall",
             help="Show the loss by kind of token: repeated from before in the text, from more than 100 tokens back, "
-            "rare ones among them, and new ones. Perplexity hides what a model no longer remembers.",
+            "rare ones among them, and new ones. Perplexity hides what a model no longer remembers. Ask for passkeys "
+            "hidden in the text and for values of listed keys, too, by distance.",
             rich_help_panel=QUALITY,
         ),
     ] = False,
@@ -174,7 +176,7 @@ def evaluate(
             progress=progress,
         )
     written = report.write(place)
-    _report(terminal, report)
+    _report(terminal, report, recall)
     terminal.say(f"Wrote {written}.")
 
 
@@ -187,20 +189,22 @@ def _hush_lm_eval(terminal: Terminal) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _report(terminal: Terminal, report: EvalReport) -> None:
+def _report(terminal: Terminal, report: EvalReport, recall: bool) -> None:
     columns = []
     for row in report.rows():
         metric = row[0].metric if row[0].filter == "none" else f"{row[0].metric} ({row[0].filter})"
         figures = [Figure(_value(score), _difference(score), score.verdict) for score in row]
         columns.append(Column(f"{row[0].task}, {metric}", figures))
+    columns[1:1] = [] if recall else _kind_columns(report, ("far",), "loss on tokens seen > 100 back, ")
     show_models(terminal, "Scores of every model", [model.name for model in report.models], columns)
     terminal.say(
         "±: one standard error; of a difference, over the same documents (windows of text, for perplexity). Coloured "
         "where it is beyond two.",
         style="dim",
     )
-    if report.dense.recall:
+    if recall:
         _show_recall(terminal, report)
+        _show_constructed(terminal, report)
     for note in report.notes:
         terminal.note(note)
     read = [] if report.text is None else [f"{report.models[0].perplexity.tokens:,} tokens of {report.text.source}"]
@@ -213,17 +217,43 @@ SHOWN = ("repeated", "far", "rare", "new")  # kinds of tokens in the table; the 
 
 def _show_recall(terminal: Terminal, report: EvalReport) -> None:
     """The loss by kind of token: nats, and above it what is lost against the first model."""
-    columns = []
-    for kind in SHOWN:
-        row = [next(found for found in model.recall if found.kind == kind) for model in report.models]
-        figures = [Figure(_nats(one.nll, one.stderr), _nats(one.excess, one.excess_stderr, "+"), "") for one in row]
-        columns.append(Column(f"{kind}, {row[0].tokens:,} tokens", figures))
-    show_models(terminal, "Loss by kind of token, in nats", [model.name for model in report.models], columns)
+    names = [model.name for model in report.models]
+    show_models(terminal, "Loss by kind of token, in nats", names, _kind_columns(report, SHOWN))
     terminal.say(
         "repeated: the token ends three that stood before in the same window; far: more than 100 tokens back; rare: of "
         "those repeated, tokens that make up at most a thousandth of the text each; new: all others.",
         style="dim",
     )
+
+
+def _kind_columns(report: EvalReport, kinds: Sequence[str], heading: str = "") -> list[Column]:
+    """A column for each kind of tokens that the text has."""
+    from ssmc.runtime.measure.recall import of_kind
+
+    columns = []
+    for kind in kinds:
+        row = [found for model in report.models if (found := of_kind(model.recall, kind)) is not None]
+        if len(row) == len(report.models):
+            figures = [Figure(_nats(one.nll, one.stderr), _nats(one.excess, one.excess_stderr, "+")) for one in row]
+            columns.append(Column(f"{heading or kind + ', '}{row[0].tokens:,} tokens", figures))
+    return columns
+
+
+def _show_constructed(terminal: Terminal, report: EvalReport) -> None:
+    """Answers to constructed questions, by distance, where the first model has some."""
+    from ssmc.runtime.evaluation.constructed import LEAST, TASKS
+
+    for number, dense in enumerate(report.dense.constructed):
+        if dense.answers[0].accuracy < LEAST:
+            continue  # a note says so
+        columns = []
+        for place, asked in enumerate(dense.answers):
+            heading = "all" if place == 0 else f"{asked.low} to {asked.high} back"
+            found = [model.constructed[number].answers[place] for model in report.models]
+            figures = [Figure(f"{one.accuracy:.1%} ± {one.stderr:.1%}") for one in found]
+            columns.append(Column(f"{heading}, {asked.asked} asked", figures))
+        names = [model.name for model in report.models]
+        show_models(terminal, f"Right answers: {TASKS[dense.task]}", names, columns)
 
 
 def _nats(value: float | None, stderr: float | None, sign: str = "") -> str:

@@ -97,6 +97,12 @@ def _tables(report: Results) -> list[Table]:
         Table("Sequences in memory, measured", summary.sequence_rows(report), _sequences_note(report)),
         Table("Perplexity", summary.perplexity_rows(report), _perplexity_note(report)),
         Table(
+            "Recall: loss by kind of token, in nats",
+            summary.recall_rows(report),
+            "A token was seen before if the three tokens that end with it stood in the same window already; a rare one "
+            "makes up at most a thousandth of the text. Changes are paired by token, errors are over windows.",
+        ),
+        Table(
             "Loss and time of every model",
             tradeoff.trade_off_rows(report),
             "Time divided by that of the dense model (below 1 is faster), and the loss. Compare losses of models of "

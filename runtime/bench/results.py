@@ -14,6 +14,7 @@ from ssmc.runtime.measure.conditions import Conditions
 from ssmc.runtime.measure.memory import Memory
 from ssmc.runtime.measure.perplexity import ExcessLoss, Perplexity
 from ssmc.runtime.measure.quality import TextInfo
+from ssmc.runtime.measure.recall import KindLoss
 from ssmc.runtime.measure.timing import Ratio, Timing
 from ssmc.runtime.models.families import Dimensions
 from ssmc.runtime.models.memory import Footprint, Room, rooms
@@ -50,6 +51,7 @@ class Model:
     sparse24: Sparse24Report | None = None  # of an export as sparse24: which modules run sparse
     smaller: bool = False  # a plain smaller dense model, named to compare with
     footprint: Footprint | None = None  # with sequences as long as the longest prefill; None where that is not known
+    recall: tuple[KindLoss, ...] = ()  # the loss by kind of token, where perplexity was measured
 
 
 @dataclass(frozen=True)

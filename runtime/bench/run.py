@@ -20,8 +20,9 @@ from ssmc.runtime.device import choose_device, choose_dtype
 from ssmc.runtime.manifest import RUNTIMES
 from ssmc.runtime.measure.conditions import Conditions, busy_note, conditions, load_average
 from ssmc.runtime.measure.memory import Memory, MemoryProcessError, MemoryTask, measure_memory
-from ssmc.runtime.measure.perplexity import Perplexity, excess_loss
-from ssmc.runtime.measure.quality import read_tokens, require_same_tokens, score, shortened_note
+from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, summarise
+from ssmc.runtime.measure.quality import read_tokens, require_same_tokens, score_tokens, shortened_note
+from ssmc.runtime.measure.recall import KindLoss, recall_of
 from ssmc.runtime.measure.sources import (
     Subject,
     compute_dtype,
@@ -118,10 +119,12 @@ def benchmark(
     measurements += measure_parts(in_torch, settings, where, progress)
     graphs, more = measure_graphs(in_torch, settings, where, progress)
     notes += more
-    scores = [None if tokens is None else score(subject, tokens, window, progress) for subject in subjects]
+    losses = [] if tokens is None else [score_tokens(subject, tokens, window, progress) for subject in subjects]
+    scores = [summarise(*found) for found in losses] or [None for _ in subjects]
+    recall = recall_of(losses, [subject.source.dense for subject in subjects]) or [() for _ in subjects]
     if scores[0] is not None:
         notes += shortened_note(scores[0], window)
-    rows = zip(subjects, parameters, memory, sparse, scores, strict=True)
+    rows = zip(subjects, parameters, memory, sparse, scores, recall, strict=True)
     return Report(
         # read after the work: numba's first parallel loop can change how many threads torch has
         conditions=_conditions(subjects, where, load_before),
@@ -186,6 +189,7 @@ def _model(
     memory: Memory | None,
     sparse24: Sparse24Report | None,
     score: Perplexity | None,
+    recall: tuple[KindLoss, ...],
     dense: Perplexity | None,
     longest: int,
 ) -> Model:
@@ -207,4 +211,5 @@ def _model(
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),
         smaller=subject.source.smaller,
         sparse24=sparse24,
+        recall=recall,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssmc.runtime.bench.results import Measurement, Model, Results
 from ssmc.runtime.measure.memory import Memory
+from ssmc.runtime.measure.recall import FAR, KindLoss, of_kind
 from ssmc.runtime.measure.timing import MIN_ROUNDS, Ratio, Timing
 from ssmc.runtime.models.memory import format_bytes
 
@@ -27,6 +28,16 @@ VERDICTS = {
     "unclear": f"but fewer than {MIN_ROUNDS} rounds cannot tell",
 }
 SPARSE24_COLUMNS = ("shape", "dense", "sparse", "ratio", "used")  # of `sparse24_rows`
+
+KIND_NAMES = {
+    "far": f"tokens seen more than {FAR} back",
+    "repeated": "tokens seen before",
+    "rare": "rare tokens seen before",
+    "new": "new tokens",
+}
+"""Kinds of tokens in words; see `ssmc.runtime.measure.recall`."""
+
+SHOWN_KINDS = tuple(KIND_NAMES)
 
 WORTH_SAYING = 1.005
 """A size that differs by less than this factor is called the same."""
@@ -49,7 +60,7 @@ class Row:
 
 
 def summary_rows(report: Results) -> list[Row]:
-    """What matters at a glance: sequences in memory, sizes, the longest prefill, decode, the scan, perplexity."""
+    """What matters at a glance: sequences in memory, sizes, the longest prefill, decode, scan, perplexity, recall."""
     rows = [*footprint_rows(report), *size_rows(report), *memory_rows(report)[-1:]]
     for kind in ("prefill", "decode", "graph", "scan"):
         found = report.of_kind(kind)
@@ -58,7 +69,7 @@ def summary_rows(report: Results) -> list[Row]:
         elif found:
             smallest = [m for m in found if m.batch == found[0].batch]
             rows.append(timing_row(smallest[-1], report.names))
-    return rows + perplexity_rows(report)
+    return rows + perplexity_rows(report) + recall_rows(report, SHOWN_KINDS[:1])
 
 
 def footprint_rows(report: Results) -> list[Row]:
@@ -203,6 +214,31 @@ def perplexity_rows(report: Results) -> list[Row]:
     return [Row("Perplexity", tuple(values), tuple(changes), tuple(verdicts))]
 
 
+def recall_rows(report: Results, kinds: Sequence[str] = SHOWN_KINDS) -> list[Row]:
+    """Loss by kind of token in nats, and what is lost above the dense model; nothing of kinds that the text lacks."""
+    rows, few = [], report.dense.perplexity is None or report.dense.perplexity.windows < MIN_WINDOWS
+    for kind in kinds:
+        losses = [of_kind(model.recall, kind) for model in report.models]
+        found = [loss for loss in losses if loss is not None]
+        if len(found) < len(losses):
+            continue
+        values = tuple(f"{loss.nll:.4f}{_error(loss.stderr)}" for loss in found)
+        changes = tuple(f"{loss.excess:+.4f}{_error(loss.excess_stderr)}" for loss in found if loss.excess is not None)
+        verdicts = tuple("" if few else _kind_verdict(loss) for loss in found[1:])
+        rows.append(Row(f"Loss on {KIND_NAMES[kind]}", values, changes, verdicts))
+    return rows
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" (±{stderr:.4f})"
+
+
+def _kind_verdict(loss: KindLoss) -> str:
+    if not loss.excess_stderr:
+        return ""
+    return "same" if abs(loss.excess) <= 2.4 * loss.excess_stderr else "worse" if loss.excess > 0 else "better"
+
+
 def findings(report: Results) -> list[str]:
     """The outcome in plain sentences, what does not help included; one list for every compressed model."""
     sentences = []
@@ -344,4 +380,8 @@ def _loss_sentence(who: str, model: Model) -> list[str]:
     remarks = {"same": ", within the noise of this text", "": ""}
     remarks |= dict.fromkeys(("better", "worse"), ", beyond the noise of this text")
     remark = remarks[_excess_verdict(model)]
-    return [f"Loss per token on this text: {who}{format_excess(model)} more than the dense model{remark}."]
+    text = f"Loss per token on this text: {who}{format_excess(model)} more than the dense model{remark}"
+    far = of_kind(model.recall, "far")
+    if far is not None and far.excess is not None:
+        text += f"; on {KIND_NAMES['far']} (recall) {far.excess:+.4f}{_error(far.excess_stderr)}"
+    return [text + "."]

@@ -12,6 +12,7 @@ import torch
 
 from ssmc.runtime.device import choose_device, choose_dtype
 from ssmc.runtime.errors import CalibrationError, SsmcError, UsageError
+from ssmc.runtime.evaluation.constructed import answer, constructed_questions, nothing_to_lose
 from ssmc.runtime.evaluation.documents import find_file
 from ssmc.runtime.evaluation.models import choose_sources
 from ssmc.runtime.evaluation.report import EvalReport, ModelResult, Score, TaskInfo
@@ -22,7 +23,7 @@ from ssmc.runtime.evaluation.tasks import LoadedTask, load_tasks
 from ssmc.runtime.manifest import RUNTIMES
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, split_windows, summarise
 from ssmc.runtime.measure.quality import TextInfo, score_tokens, shortened_note
-from ssmc.runtime.measure.recall import kinds_of, loss_by_kind
+from ssmc.runtime.measure.recall import recall_of
 from ssmc.runtime.measure.sources import Subject, compute_dtype, label, load_subjects, runnable
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
@@ -65,7 +66,8 @@ def evaluate_models(
         data: a folder with local documents, see `load_tasks`; its wikitext2.jsonl or wikitext2/test.jsonl is the text.
         text: for perplexity, as in `read_texts`; by default WikiText-2's test split.
         perplexity: measure it.
-        recall: measure the loss by kind of token too, see `ssmc.runtime.measure.recall`; needs the perplexity.
+        recall: ask constructed questions too, see `constructed`; needs the perplexity, with which the loss by kind of
+            token is always measured.
         window: tokens per window of perplexity; windows do not overlap, and each starts from a fresh state.
         max_windows: windows scored at most, from the start of the text; None: all.
         batch_size: sequences at once in tasks; changes the speed, not the scores.
@@ -89,11 +91,15 @@ def evaluate_models(
     reference = subjects[0].checkpoint
     reader = load_tokenizer(reference, tokenizer)
     tokens, text_info, notes = _read_text(reference, reader, text, data, settings) if perplexity else (None, None, [])
-    measured, losses = [], []
+    measured, losses, constructed = [], [], []
+    questions = None
     for subject in subjects:
         if subject.runtime == "torch":
             use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
         losses.append(None if tokens is None else score_tokens(subject, tokens, window, progress))
+        if recall and questions is None and losses[0] is not None:
+            questions = constructed_questions(losses[0][0])
+        constructed.append(() if questions is None else answer(subject.checkpoint.model, questions, batch_size))
         measured.append(_run(loaded, subject, reader, settings, progress))
         if subject.runtime == "torch":
             subject.checkpoint.model.to("cpu")  # one model at a time on a GPU
@@ -102,10 +108,13 @@ def evaluate_models(
         _result(subject, (score, perplexities[0]), (values, measured[0]), text_info)
         for subject, score, values in zip(subjects, perplexities, measured, strict=True)
     ]
-    if recall and tokens is not None:
-        results = _with_recall(results, [found for found in losses if found is not None])
+    kinds = recall_of([found for found in losses if found is not None], [result.dense for result in results])
+    results = [
+        replace(result, recall=by_kind, constructed=answers)
+        for result, by_kind, answers in zip(results, kinds or [()] * len(results), constructed, strict=True)
+    ]
     if perplexities[0] is not None:
-        notes += shortened_note(perplexities[0], window)
+        notes += shortened_note(perplexities[0], window) + nothing_to_lose(constructed[0])
     return EvalReport(
         settings=settings,
         versions=versions() | ({"lm_eval": version("lm_eval")} if loaded else {}),
@@ -154,18 +163,6 @@ def _local_text(name: str, data: str | Path | None) -> Path | None:
             f'{data} holds no {name}.jsonl. Put one there (an object with "text" a line), or name a text with --text.'
         )
     return path
-
-
-def _with_recall(
-    results: Sequence[ModelResult], losses: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> list[ModelResult]:
-    """The results with the loss by kind of token, compared with the first model's."""
-    kinds = kinds_of(losses[0][0])
-    dense = losses[0][1].numpy()
-    found = []
-    for result, (_, ours) in zip(results, losses, strict=True):
-        found.append(replace(result, recall=loss_by_kind(ours.numpy(), kinds, None if result.dense else dense)))
-    return found
 
 
 def _run(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmc.runtime.errors import OutputError
+from ssmc.runtime.evaluation.constructed import Constructed
 from ssmc.runtime.evaluation.settings import EvalSettings
 from ssmc.runtime.evaluation.statistics import Difference
 from ssmc.runtime.files import finite, write_text
@@ -79,7 +80,8 @@ class ModelResult:
     perplexity: Perplexity | None
     excess: ExcessLoss | None  # of the perplexity, in nats per token above the reference
     scores: tuple[Score, ...]  # the text's perplexity first, then every metric of every task
-    recall: tuple[KindLoss, ...] = ()  # the loss by kind of token, where it was asked for
+    recall: tuple[KindLoss, ...] = ()  # the loss by kind of token, where perplexity was measured
+    constructed: tuple[Constructed, ...] = ()  # answers to constructed questions, where they were asked for
 
 
 @dataclass(frozen=True)

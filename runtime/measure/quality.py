@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ssmc.runtime.errors import CheckpointError, SsmcError
-from ssmc.runtime.measure.perplexity import Perplexity, losses_of_tokens, split_windows, summarise
+from ssmc.runtime.measure.perplexity import Perplexity, losses_of_tokens, split_windows
 from ssmc.runtime.measure.sources import Subject, label
 from ssmc.runtime.models.checkpoints import EMBEDDED as EMBEDDED_MODELS
 from ssmc.runtime.models.checkpoints import Checkpoint
@@ -98,11 +98,6 @@ def require_same_tokens(subjects: Sequence[Subject], tokenizer: str | None) -> N
                 f"{subject.source.name} cuts text into other tokens than the dense model, so their losses per token "
                 "do not compare. Name a smaller model with the same tokenizer."
             )
-
-
-def score(subject: Subject, tokens: torch.Tensor, window: int, progress: Progress = NO_PROGRESS) -> Perplexity:
-    """Perplexity of one model, told to `progress` under its name."""
-    return summarise(*score_tokens(subject, tokens, window, progress))
 
 
 def score_tokens(

@@ -9,7 +9,7 @@ needs no labels and works on any text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,27 @@ def _distances(window: list[int]) -> np.ndarray:
         found[place] = place - last.get(trigram, place)
         last[trigram] = place
     return found
+
+
+def recall_of(losses: Sequence[tuple[torch.Tensor, torch.Tensor]], dense: Sequence[bool]) -> list[tuple[KindLoss, ...]]:
+    """The loss by kind of token of several models on the same windows, compared with the first.
+
+    Args:
+        losses: windows (W, L) and losses (W, L - 1) of each model, as `losses_of_tokens` returns them.
+        dense: which of them has nothing to be compared with.
+    """
+    if not losses:
+        return []
+    kinds, first = kinds_of(losses[0][0]), losses[0][1].numpy()
+    return [
+        loss_by_kind(ours.numpy(), kinds, None if alone else first)
+        for (_, ours), alone in zip(losses, dense, strict=True)
+    ]
+
+
+def of_kind(recall: Sequence[KindLoss], kind: str) -> KindLoss | None:
+    """The loss on one kind of tokens; None where there are none of it, or nothing was measured."""
+    return next((loss for loss in recall if loss.kind == kind and loss.tokens), None)
 
 
 def loss_by_kind(

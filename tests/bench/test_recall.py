@@ -6,7 +6,10 @@ import torch
 
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.evaluation import evaluate_models
-from ssmc.runtime.measure.recall import kinds_of, loss_by_kind
+from ssmc.runtime.measure.losses import IGNORED
+from ssmc.runtime.measure.mqar import Mqar, ask, summarised
+from ssmc.runtime.measure.passkey import CELL, KEY, hide
+from ssmc.runtime.measure.recall import kinds_of, loss_by_kind, of_kind
 
 
 def slow_kinds(window, counts, total):
@@ -58,8 +61,63 @@ def test_an_evaluation_shows_what_is_lost_by_kind(text):
     assert dense["repeated"].tokens + dense["new"].tokens == dense["all"].tokens == report.models[0].perplexity.tokens
     assert dense["repeated"].nll < dense["new"].nll  # what it has read before it predicts better
     assert report.to_json()["models"][0]["recall"][0]["kind"] == "all"
+    assert of_kind(report.models[1].recall, "far").excess == 0
+    assert [found.task for found in report.models[1].constructed] == ["passkey", "mqar"]
+    assert any("no such recall to lose" in note for note in report.notes)  # `tiny` knows stories only
 
 
 def test_recall_needs_the_perplexity():
     with pytest.raises(UsageError, match="leave perplexity on"):
         evaluate_models(["tiny"], recall=True, perplexity=False)
+
+
+def test_every_listed_key_is_asked_for_its_value():
+    task = Mqar(range(1, 12), range(12, 20), pairs=6, length=40)
+    questions = ask(task, 50, torch.Generator().manual_seed(3))
+    places = set()
+    for tokens, targets, distances in zip(*(t.tolist() for t in vars(questions).values()), strict=True):
+        listed = {key: (place, tokens[place + 1]) for place, key in enumerate(tokens[:12]) if place % 2 == 0}
+        assert len(listed) == 6
+        assert set(listed) <= set(range(1, 12))
+        asked = [place for place, target in enumerate(targets) if target != IGNORED]
+        assert sorted(tokens[place] for place in asked) == sorted(listed)
+        for place in asked:
+            began, value = listed[tokens[place]]
+            assert place >= 12
+            assert (targets[place], tokens[place + 1]) == (value, value)
+            assert distances[place] == place - began
+        assert sum(token != 0 for token in tokens) == 24
+        places |= set(asked)
+    assert places == set(range(12, 40, 2))
+    with pytest.raises(ValueError, match="four tokens each"):
+        Mqar(range(1, 12), range(12, 20), pairs=11, length=40)
+
+
+def test_passkeys_stand_twice_at_their_distance():
+    windows = torch.randint(50, 90, (3, 300), generator=torch.Generator().manual_seed(0))
+    before = windows.clone()
+    questions = hide(windows, torch.Generator().manual_seed(1), questions=8, distances=(32, 64, 512))
+    assert torch.equal(windows, before)
+    asked = (questions.targets != IGNORED).nonzero().tolist()
+    assert len(asked) == 24
+    for row, place in asked:
+        back, tokens = int(questions.distances[row, place]), questions.tokens[row].tolist()
+        first = place - KEY + 1
+        assert back in (32, 64)  # 512 does not fit
+        assert tokens[first : place + 2] == tokens[first - back : place - back + 2]
+        assert questions.targets[row, place] == tokens[place + 1]
+    changed = (questions.tokens != before).sum(1)
+    assert (changed <= 2 * 8 * (KEY + 1)).all()
+    assert CELL > KEY
+
+
+def test_accuracy_by_distance_is_a_count():
+    questions = ask(Mqar(range(1, 30), range(30, 60), 8, 64), 40, torch.Generator().manual_seed(0))
+    right = (questions.distances > 0) & (questions.distances <= 20)  # one that remembers no further back
+    every, near, far = summarised(questions, right, (20,))
+    assert (near.accuracy, far.accuracy, near.stderr) == (1, 0, 0)
+    assert near.asked + far.asked == every.asked == 320
+    assert every.accuracy == pytest.approx(near.asked / 320)
+    assert near.high <= 20 < far.low
+    # of 40 sequences of 8 questions each: as if independent, which they nearly are
+    assert every.stderr == pytest.approx((every.accuracy * (1 - every.accuracy) / 320) ** 0.5, rel=0.5)
