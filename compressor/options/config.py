@@ -135,6 +135,15 @@ class CompressConfig(BaseModel):
             switch="--repair/--no-repair",
         ),
     ] = True
+    recall_weight: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False),
+        Flag(
+            "How much more than others a calibration token counts where the text repeats something from more than 100 "
+            "tokens back, when states are chosen by `exact` and repaired. 0: all count the same.",
+            metavar="FLOAT",
+        ),
+    ] = 10.0
     refine: Annotated[
         int,
         Field(ge=0),

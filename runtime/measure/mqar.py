@@ -65,13 +65,14 @@ class Questions:
     distances: torch.Tensor  # (n, length): tokens between an asked key and the same key in the list; 0 elsewhere
 
 
-def ask(task: Mqar, count: int, generator: torch.Generator) -> Questions:
+def ask(task: Mqar, count: int, generator: torch.Generator, queries: int | None = None) -> Questions:
     """Draw sequences.
 
     Args:
         task: what they are made of.
         count: how many.
         generator: of torch, on the CPU.
+        queries: of a sequence, as far as there is room, for keys drawn at random; None: one for each key.
     """
     pairs, listed = task.pairs, 2 * task.pairs
     chosen = torch.rand(count, len(task.keys), generator=generator).argsort(1)[:, :pairs]
@@ -80,10 +81,14 @@ def ask(task: Mqar, count: int, generator: torch.Generator) -> Questions:
     tokens = torch.full((count, task.length), task.filler)
     tokens[:, 0:listed:2], tokens[:, 1:listed:2] = keys, values
     slots = (task.length - listed) // 2
-    places = listed + 2 * torch.rand(count, slots, generator=generator).argsort(1)[:, :pairs]  # of asked keys
+    which = torch.arange(pairs).expand(count, -1)  # pair of each query
+    if queries is not None:
+        which = torch.randint(pairs, (count, min(queries, slots)), generator=generator)
+    places = listed + 2 * torch.rand(count, slots, generator=generator).argsort(1)[:, : which.shape[1]]
+    keys, values = keys.gather(1, which), values.gather(1, which)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
     targets = torch.full_like(tokens, IGNORED).scatter_(1, places, values)
-    distances = torch.zeros_like(tokens).scatter_(1, places, places - torch.arange(0, listed, 2))
+    distances = torch.zeros_like(tokens).scatter_(1, places, places - 2 * which)
     return Questions(tokens, targets, distances)
 
 

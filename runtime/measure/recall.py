@@ -50,7 +50,7 @@ def kinds_of(windows: torch.Tensor) -> dict[str, np.ndarray]:
     Returns:
         By kind, (W, L - 1) bool, for the tokens at 1 ... L - 1 of each window.
     """
-    back = np.stack([_distances(window) for window in windows.tolist()])[:, 1:]
+    back = np.stack([repeats(window) for window in windows.tolist()])[:, 1:]
     tokens = windows.numpy()
     counts = np.bincount(tokens.ravel())
     repeated = back > 0
@@ -63,8 +63,8 @@ def kinds_of(windows: torch.Tensor) -> dict[str, np.ndarray]:
     return kinds
 
 
-def _distances(window: list[int]) -> np.ndarray:
-    """How far back the trigram that each token ends stood last, (L,); 0 where it is new."""
+def repeats(window: list[int]) -> np.ndarray:
+    """How far back the trigram that each token of a window ends stood last, (L,); 0 where it is new."""
     last: dict[tuple[int, int, int], int] = {}
     found = np.zeros(len(window), dtype=np.int64)
     for place in range(2, len(window)):

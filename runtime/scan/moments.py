@@ -105,14 +105,15 @@ def sum_of_squares(states: torch.Tensor, readers: torch.Tensor | None = None) ->
     return states.square().sum((0, 1))
 
 
-def quartic_moment(states: torch.Tensor, inputs: ScanInputs) -> torch.Tensor:
-    """Q[k, m, n, p] = sum_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate, or 1.
+def quartic_moment(states: torch.Tensor, inputs: ScanInputs, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Q[k, m, n, p] = sum_t w_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate, or 1.
 
     A sum over tokens of outer products of two small (N, N) matrices, so one matrix product.
 
     Args:
         states: (B, T, N, D) h_t.
         inputs: the scan's inputs for these tokens.
+        weights: (B, T) w_t; None: 1.
 
     Returns:
         (N N, N N) float64, row index k N + m, column index n N + p.
@@ -122,7 +123,8 @@ def quartic_moment(states: torch.Tensor, inputs: ScanInputs) -> torch.Tensor:
         gated = gated * F.silu(inputs.z.float())[:, :, None, :]  # (B, T, N, D)
     gated = gated.flatten(0, 1)
     grams = torch.bmm(gated, gated.transpose(1, 2))  # (B T, N, N): sum over channels, a token at a time
-    return quartic_of_grams(grams, inputs.C)
+    C = inputs.C if weights is None else inputs.C.float() * weights.sqrt()[..., None]
+    return quartic_of_grams(grams, C)
 
 
 def quartic_of_grams(grams: torch.Tensor, C: torch.Tensor) -> torch.Tensor:

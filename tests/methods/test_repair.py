@@ -1,13 +1,15 @@
 """The repair and the elimination against direct least squares and brute force on the outputs themselves."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ssmc.compressor.methods.states.elimination import eliminate, evaluate
-from ssmc.compressor.methods.states.statistics import NormalMatrix
+from ssmc.compressor.methods.states.elimination import eliminate, evaluate, exchange
+from ssmc.compressor.methods.states.statistics import Chunk, NormalMatrix
+from ssmc.compressor.methods.states.weights import token_weights
 from tests.methods.test_statistics import feed
 from tests.support.naive import hidden_states, random_inputs, scan_output, silu
 
@@ -95,3 +97,48 @@ def test_states_that_repeat_another_go_for_free():
     assert len({1, 4} & set(kept)) == 1
     assert evaluate(G, kept, repair=True).error < 1e-5
     assert evaluate(G, kept, repair=False).error > 1e-2
+
+
+def test_exchange_finds_no_better_neighbour_and_is_never_worse(layer):
+    _, _, G = layer
+    for keep in (1, 2, 3):
+        for start in itertools.combinations(range(N), keep):
+            kept = exchange(G, start)
+            error = evaluate(G, kept, repair=True).error
+            neighbours = [sorted({*kept, new} - {old}) for old in kept for new in range(N) if new not in kept]
+            assert error <= evaluate(G, start, repair=True).error
+            assert error <= min(evaluate(G, states, repair=True).error for states in neighbours) * (1 + 1e-5)
+    assert exchange(G, range(N)) == list(range(N))
+
+
+def test_weights_count_tokens_several_times():
+    """A token of weight 3 does what three copies of its equations do."""
+    inputs = random_inputs(batch=2, length=12, d_inner=8, d_state=N, seed=4)
+    h = hidden_states(inputs)
+    weights = torch.ones(2, 12)
+    weights[0, 5] = weights[1, 11] = 3.0
+    plain, weighed = NormalMatrix(), NormalMatrix()
+    chunk = Chunk(0, inputs, torch.tensor(h).float().transpose(2, 3), weights=weights)
+    weighed.add(chunk)
+    plain.add(replace(chunk, weights=None))
+    for row, token in ((0, 5), (1, 11)):
+        one = replace(
+            inputs, **{n: getattr(inputs, n)[row : row + 1, token : token + 1] for n in ("u", "dt", "B", "C", "z")}
+        )
+        states = chunk.states[row : row + 1, token : token + 2]
+        for _ in range(2):
+            plain.add(Chunk(token, one, states))
+    torch.testing.assert_close(weighed.value, plain.value, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_count_more_where_what_they_predict_stood_far_back():
+    tokens = torch.randint(40, (3, 400), generator=torch.Generator().manual_seed(1))
+    tokens[1, 300:320], tokens[2, 200:210] = tokens[1, 20:40], tokens[2, 120:130]
+    weights = token_weights(tokens, 10.0)
+    for window, row in zip(tokens.tolist(), weights.tolist(), strict=True):
+        for t in range(399):
+            last = [s for s in range(2, t + 1) if window[s - 2 : s + 1] == window[t - 1 : t + 2]]
+            assert row[t] == (11.0 if last and t + 1 - max(last) > 100 else 1.0)
+        assert row[399] == 1.0
+    assert weights[1].gt(1).sum() >= 18
+    assert token_weights(tokens, 0.0) is None

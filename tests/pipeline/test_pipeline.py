@@ -176,3 +176,20 @@ def test_scores_that_need_no_text_run_without(model):
 def test_the_same_run_gives_the_same_bits(model, tokens):
     first, second = (prune(model, tokens)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_a_layer_errs_less_where_something_is_recalled(model):
+    """Where the text repeats itself far back, the more so the more that counts."""
+    tokens = torch.randint(61, (2, 150), generator=torch.Generator().manual_seed(1))
+    tokens = torch.cat([tokens, tokens[:, :40]], dim=1)  # the last 40 repeat the first
+    hidden = torch.stack([ARCHITECTURE.embed(model, sample) for sample in tokens])
+    wanted = ARCHITECTURE.run(model.backbone.layers[0], hidden)
+    errors = []
+    for weight in (0, 1000):
+        pruned = use_fast_scan(copy.deepcopy(model))
+        config = configure(model="test", sparsity=0.5, recall_weight=weight)
+        prune_layers(pruned, ARCHITECTURE, tokens, config, dtypes(model))
+        wrong = ARCHITECTURE.run(pruned.backbone.layers[0], hidden) - wanted
+        errors.append(float(wrong[:, 155:189].square().sum()))
+    assert errors[1] < 0.95 * errors[0]

@@ -329,7 +329,8 @@ def test_statistics_of_a_layer_are_the_same_from_sums_as_from_states(monkeypatch
 
     def collected(backend: str, place: torch.device) -> list[torch.Tensor]:
         statistics = [SquaredStates(), SquaredReadout(), NormalMatrix()]
-        collect(job_of(architecture, block.to(place), hidden.to(place)), statistics, backend=backend)
+        job = job_of(architecture, block.to(place), hidden.to(place))
+        collect(job, statistics, backend=backend, weights=torch.linspace(1, 4, 15).view(3, 5))
         squares, readout, normal = statistics
         values = (squares.value, readout.states, readout.readers, readout.products, normal.value)
         return [value.cpu() for value in values]

@@ -89,7 +89,8 @@ def test_calibration_takes_the_sums_where_it_took_the_states(family):
         squares, readout, contributions = SquaredStates(), SquaredReadout(), Contributions(heads)
         block.to(DEVICE if backend == "triton" else "cpu")
         statistics = [squares, readout, contributions]
-        collect(job_of(architecture, block, hidden), statistics, group=1, backend=backend)
+        weights = torch.linspace(1, 4, 22).view(2, 11)
+        collect(job_of(architecture, block, hidden), statistics, group=1, backend=backend, weights=weights)
         found = [squares.value, readout.states, readout.readers, readout.products]
         return [*found, contributions.gram, contributions.cross, contributions.skip]
 

@@ -52,6 +52,11 @@ class ReadoutGrams(Statistic):
         grams = (read @ read.transpose(1, 2)).unflatten(0, chunk.after.shape[:2])
         self.kept.setdefault(chunk.start, []).append(grams)
 
+    @property
+    def takes_weights(self) -> bool:
+        """It sums squared errors."""
+        return True
+
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
         self._seen += 1

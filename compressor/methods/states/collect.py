@@ -20,7 +20,13 @@ SUMMED = 8192  # tokens together where a GPU sums over the states without keepin
 STATE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # hidden states kept at once: what fits a cache; what fills a GPU
 
 
-def collect(job: Job, statistics: Sequence[Statistic], group: int = 0, backend: str = "auto") -> None:
+def collect(
+    job: Job,
+    statistics: Sequence[Statistic],
+    group: int = 0,
+    backend: str = "auto",
+    weights: torch.Tensor | None = None,
+) -> None:
     """Run a layer over all samples, a stretch of time after the other, and feed its hidden states to `statistics`.
 
     Time is the outer loop because two scores need all samples' states of a time step together. Between stretches a
@@ -32,6 +38,8 @@ def collect(job: Job, statistics: Sequence[Statistic], group: int = 0, backend: 
         statistics: sums to fill; nothing runs when there are none.
         group: the one whose states are wanted, where channels have several B and C.
         backend: of the scan. One that runs on a GPU hands over sums instead of states if nobody needs more.
+        weights: (nsamples, L) how much an error at each token counts, for statistics that take weights; None: all the
+            same. Not for pieces of text.
     """
     if not statistics or job.hidden is None:
         return
@@ -40,7 +48,12 @@ def collect(job: Job, statistics: Sequence[Statistic], group: int = 0, backend: 
             collect(replace(job, hidden=piece, progress=NO_PROGRESS), statistics, group, backend)
         return
     if _sums_suffice(job, statistics, backend):
-        _collect_sums(job, statistics, group, backend)
+        for weighed in (True, False):  # two passes where tokens count, and some sums do not know of it
+            some = [
+                statistic for statistic in statistics if (statistic.takes_weights and weights is not None) is weighed
+            ]
+            if some:
+                _collect_sums(job, some, group, backend, weights if weighed else None)
         return
     hidden, device = job.hidden, device_of(job.work)
     nsamples, length, _ = hidden.shape
@@ -51,7 +64,7 @@ def collect(job: Job, statistics: Sequence[Statistic], group: int = 0, backend: 
     for start in range(0, length, STRETCH):
         job.report("statistics", start, length)
         for rows in groups:
-            for chunk in _chunks(job, next(stretches), carried, rows, start, group):
+            for chunk in _chunks(job, next(stretches), carried, rows, start, group, weights):
                 for statistic in statistics:
                     statistic.add(chunk)
         for statistic in statistics:
@@ -66,7 +79,9 @@ def _sums_suffice(job: Job, statistics: Sequence[Statistic], backend: str) -> bo
     return accelerator(backend, list(job.work.parameters())) is not None
 
 
-def _collect_sums(job: Job, statistics: Sequence[Statistic], group: int, backend: str) -> None:
+def _collect_sums(
+    job: Job, statistics: Sequence[Statistic], group: int, backend: str, weights: torch.Tensor | None
+) -> None:
     """As `collect`, a few whole samples at a time, without the states themselves."""
     architecture, mixer, hidden = job.architecture, job.mixer, job.samples
     nsamples, length, _ = hidden.shape
@@ -75,7 +90,9 @@ def _collect_sums(job: Job, statistics: Sequence[Statistic], group: int, backend
     for rows, piece in zip(groups, pieces, strict=True):
         job.report("statistics", rows.start, nsamples)
         x, z = architecture.expand(mixer, architecture.normed(job.work, piece))
-        moments = architecture.moments(mixer, architecture.scan_inputs(mixer, x, z, fused=True), group, backend)
+        inputs = architecture.scan_inputs(mixer, x, z, fused=True)
+        counts = None if weights is None else weights[rows].to(x.device)
+        moments = architecture.moments(mixer, inputs, group, backend, counts)
         for statistic in statistics:
             statistic.add_moments(moments)
     job.report("statistics", nsamples, nsamples)
@@ -95,7 +112,15 @@ class _Carried:
             self.history = x.new_zeros(self.nsamples, d_conv - 1, x.shape[2])
 
 
-def _chunks(job: Job, hidden: torch.Tensor, carried: _Carried, rows: slice, start: int, group: int) -> Iterator[Chunk]:
+def _chunks(
+    job: Job,
+    hidden: torch.Tensor,
+    carried: _Carried,
+    rows: slice,
+    start: int,
+    group: int,
+    weights: torch.Tensor | None,
+) -> Iterator[Chunk]:
     """Hidden states of a group over a stretch (rows, T, d_model), a few samples at a time."""
     architecture, mixer = job.architecture, job.mixer
     x, z = architecture.expand(mixer, architecture.normed(job.work, hidden))
@@ -110,7 +135,9 @@ def _chunks(job: Job, hidden: torch.Tensor, carried: _Carried, rows: slice, star
         part = inputs.sequences(few)
         states = scan_states(part, carried.states[here])
         carried.states[here] = states[:, -1].transpose(1, 2)
-        yield Chunk(start, part, states, architecture.gains(mixer, group, part, states[:, 1:]))
+        gains = architecture.gains(mixer, group, part, states[:, 1:])
+        counts = None if weights is None else weights[here, start : start + x.shape[1]].to(x.device)
+        yield Chunk(start, part, states, gains, counts)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -49,6 +49,11 @@ class Contributions(Statistic):
         self.cross = self.cross + moments.cross
         self.skip = self.skip + moments.skip
 
+    @property
+    def takes_weights(self) -> bool:
+        """It sums squared errors."""
+        return True
+
     def errors(self, repair: bool) -> torch.Tensor:
         """(N, N) matrix whose sum over R x R is the squared error of losing R, with the skip refitted or not."""
         if not repair:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-from ssmc.compressor.methods.method import Job, LayerResult, Method, Outcome, Plan, Table
+from ssmc.compressor.methods.method import Job, LayerResult, Method, Outcome, Plan, Survey, Table
 from ssmc.compressor.methods.registry import register_method, score
 from ssmc.compressor.methods.states import scores as scores  # registers them
 from ssmc.compressor.methods.states.counts import states_of_layers
@@ -49,6 +49,12 @@ class States(Method):
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of states."""
         return {"states": states_of_layers(plan)}
+
+    def prepare(self, survey: Survey) -> Any:
+        """How much each calibration token counts."""
+        from ssmc.compressor.methods.states.weights import token_weights
+
+        return None if survey.tokens is None else token_weights(survey.tokens, survey.plan.config.recall_weight)
 
     def prune(self, job: Job) -> None:
         """A layer that keeps all of its states is left out."""

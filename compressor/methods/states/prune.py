@@ -138,7 +138,7 @@ def scored_group(job: Job, number: int, part: str, keep: int) -> ScoredGroup:
     sums = state_score(job, part).statistics(request)
     if part == COLUMN and config.repair:
         sums = _repair_statistics(request) | sums
-    collect(job, list(sums.values()), number)
+    collect(job, list(sums.values()), number, weights=job.prepared.get("states"))
     return ScoredGroup(job.index, rates[number].detach().clone(), sums, config.repair, config.seed)
 
 

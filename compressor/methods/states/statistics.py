@@ -31,6 +31,7 @@ class Chunk:
     inputs: ScanInputs  # of this stretch: u, dt, z (B, T, D), B and C (B, T, N)
     states: torch.Tensor  # (B, T + 1, N, D) float32; entry t is the state before the stretch's token t
     gains: torch.Tensor | None = None  # (B, T, D) by which a read-out is multiplied on its way to out_proj
+    weights: torch.Tensor | None = None  # (B, T) how much an error at each token counts; None: all the same
 
     @property
     def before(self) -> torch.Tensor:
@@ -43,10 +44,12 @@ class Chunk:
         return self.states[:, 1:]
 
     def gain(self) -> torch.Tensor:
-        """By what a read-out is multiplied on its way to out_proj, (B, T, D): the gate silu(z), if nothing else."""
-        if self.gains is not None:
-            return self.gains
-        return torch.ones_like(self.inputs.u) if self.inputs.z is None else F.silu(self.inputs.z.float())
+        """By what an error of a read-out is multiplied before it is squared, (B, T, D): by what the read-out is on its
+        way to out_proj, the gate silu(z) if nothing else, and by the root of the token's weight."""
+        gain = self.gains
+        if gain is None:
+            gain = torch.ones_like(self.inputs.u) if self.inputs.z is None else F.silu(self.inputs.z.float())
+        return gain if self.weights is None else gain * self.weights.sqrt()[..., None]
 
 
 class Statistic:
@@ -64,6 +67,11 @@ class Statistic:
     def takes_moments(self) -> bool:
         """Whether sums over all tokens are all this needs."""
         return type(self).add_moments is not Statistic.add_moments
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether tokens count by their weights here: a sum of squared errors, not what a published score sums."""
+        return False
 
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
@@ -198,15 +206,21 @@ class States(Statistic):
 class NormalMatrix(Statistic):
     """The normal matrix of the repair, N^4 numbers.
 
-    G[k, n, m, p] = sum_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate that follows:
-    a sum over tokens of outer products of two small (N, N) matrices, so one matrix product per chunk.
+    G[k, n, m, p] = sum_t w_t (sum_d g_{t,d}^2 h_t[d, k] h_t[d, m]) C_t[n] C_t[p], with g = silu(z) the gate that
+    follows and w_t the token's weight: a sum over tokens of outer products of two small (N, N) matrices, so one matrix
+    product per chunk.
     """
 
     value: Sum = 0.0  # (N N, N N) float64, row index k N + m, column index n N + p
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
-        self.value = self.value + quartic_moment(chunk.after, chunk.inputs)
+        self.value = self.value + quartic_moment(chunk.after, chunk.inputs, chunk.weights)
+
+    @property
+    def takes_weights(self) -> bool:
+        """It sums squared errors."""
+        return True
 
     def add_moments(self, moments: Any) -> None:
         """Take in sums over the states of a few samples."""

@@ -163,8 +163,11 @@ class Mixing(Protocol):
         """By what a group's read-outs are multiplied on their way to out_proj, (B, L, D), given its states h_t
         (B, L, N, D); None: by the gate silu(z)."""
 
-    def moments(self, mixer: nn.Module, inputs: Any, group: int, backend: str = "auto") -> Moments | SsdMoments:
-        """Sums over a group's states, with `Capabilities.gpu_sums` and tensors that the kernels take."""
+    def moments(
+        self, mixer: nn.Module, inputs: Any, group: int, backend: str = "auto", weights: torch.Tensor | None = None
+    ) -> Moments | SsdMoments:
+        """Sums over a group's states, with `Capabilities.gpu_sums` and tensors that the kernels take; squared errors of
+        the read-out at each token times its weight (B, L), if there are weights."""
 
     def module_weights(self, mixer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the mixer's linear maps by name, (out, in), and of its conv1d, (D, K); views, not copies."""

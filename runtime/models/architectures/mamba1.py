@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
@@ -135,8 +136,17 @@ class Mamba1(Convolution, PlannedSurgery):
         """A_log itself, (D, N)."""
         return [mixer.A_log]
 
-    def moments(self, mixer: nn.Module, inputs: ScanInputs, group: int, backend: str = "auto") -> Moments:
-        """Sums over the states, by a kernel for a GPU."""
+    def moments(
+        self,
+        mixer: nn.Module,
+        inputs: ScanInputs,
+        group: int,
+        backend: str = "auto",
+        weights: torch.Tensor | None = None,
+    ) -> Moments:
+        """Sums over the states, by a kernel for a GPU; all sums with C in them are weighed."""
+        if weights is not None:
+            inputs = replace(inputs, C=(inputs.C.float() * weights.sqrt()[..., None]).to(inputs.C.dtype))
         return scan_moments(inputs, backend=backend)
 
     def gains(self, mixer: nn.Module, group: int, inputs: ScanInputs, states: torch.Tensor) -> None:

@@ -205,8 +205,15 @@ class Mamba2(Convolution, PlannedSurgery):
         scale = torch.rsqrt((y * gate).square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
         return gate * scale * mixer.norm.weight.float().chunk(mixer.n_groups)[group]
 
-    def moments(self, mixer: nn.Module, inputs: SsdInputs, group: int, backend: str = "auto") -> SsdMoments:
-        """Sums over the states of a group, by a kernel for a GPU."""
+    def moments(
+        self,
+        mixer: nn.Module,
+        inputs: SsdInputs,
+        group: int,
+        backend: str = "auto",
+        weights: torch.Tensor | None = None,
+    ) -> SsdMoments:
+        """Sums over the states of a group, by a kernel for a GPU; all sums with gains in them are weighed."""
         heads, channels = (slice(group * n, (group + 1) * n) for n in _per_group(inputs))
         inputs = replace(
             inputs,
@@ -220,7 +227,10 @@ class Mamba2(Convolution, PlannedSurgery):
             dt_bias=None if inputs.dt_bias is None else inputs.dt_bias[heads],
         )
         y, _ = ssd_scan(inputs, backend=backend)
-        return ssd_moments(inputs, self.gains_of(mixer, group, y.float(), inputs.z), backend=backend)
+        gains = self.gains_of(mixer, group, y.float(), inputs.z)
+        if weights is not None:
+            gains = gains * weights.sqrt()[..., None]
+        return ssd_moments(inputs, gains, backend=backend)
 
     def readers(self, mixer: nn.Module, group: int) -> Readers:
         """The C rows of in_proj and the C channels of conv1d of a group."""

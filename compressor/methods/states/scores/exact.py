@@ -30,10 +30,12 @@ class Exact(StateScore):
 
     def choose(self, group: ScoredGroup, keep: int) -> list[int]:
         """The states that stay, ascending."""
-        from ssmc.compressor.methods.states.elimination import eliminate, eliminate_from, eliminate_scaled
+        from ssmc.compressor.methods.states.elimination import eliminate, eliminate_from, eliminate_scaled, exchange
 
         if contributions := group.sums.get("contributions"):
             errors = contributions.errors(group.repair)
             # scales of what stays stand in for the refit of C rows, which is no least-squares problem
             return eliminate_scaled(errors, keep) if group.repair else eliminate_from(errors, keep)
-        return eliminate(group.sums["normal"].dense(), keep, group.repair)
+        normal = group.sums["normal"].dense()
+        chosen = eliminate(normal, keep, group.repair)
+        return exchange(normal, chosen) if group.repair else chosen
