@@ -166,6 +166,8 @@ def prospects(outline: Outline) -> list[Prospect]:
                 found += _heads(sizes, smaller)
                 continue
             gain = smaller(d_inner=max(1, sizes.d_inner // 2))
+        elif pattern == LAYER and not outline.architecture.capabilities.uniform:
+            gain = "as much as the layers that go have: its kinds differ in size"
         elif pattern == LAYER:
             gain = smaller(n_layer=max(1, sizes.n_layer // 2))
         name = f"{pattern}, N:M" if pattern == UNSTRUCTURED else pattern

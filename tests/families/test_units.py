@@ -161,3 +161,38 @@ def test_whole_groups_go_where_queries_cannot_and_the_least_active_go_first():
     judge = registered("attention", "minitron")
     assert choose_units(judge, Attention(), module, 2, weight, None, means) == [1, 3]
     assert choose_units(judge, Attention(), module, 1, weight, None, means) == [3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in HAVING if name != "jamba"])
+def test_layers_of_any_kind_go_and_the_others_keep_theirs(family):
+    """Silent ones against a stock model that lacks them."""
+    architecture, model = architecture_for(family), FAMILIES[family]()
+    blocks, tokens = architecture.blocks(model), random_ids(1, 20)
+    gone = [0, len(blocks) - 1] if len(blocks) > 2 else [1]
+    for layer in gone:
+        assert not architecture.is_removed(blocks[layer])
+        architecture.remove_block(blocks[layer])
+        assert architecture.is_removed(blocks[layer])
+    tensors, config, cuts = architecture.cut_blocks(model.state_dict(), model.config, gone)
+    assert all(cut.after == () for cut in cuts)
+    smaller = type(model)(config).eval()
+    smaller.load_state_dict(tensors)
+    assert len(architecture.blocks(smaller)) == len(blocks) - len(gone)
+    assert difference(smaller(tokens).logits, model(tokens).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_layers_and_units_go_together_and_each_removal_is_tried(folder, tmp_path):
+    options = {"pattern": "layer+mlp", "sparsity": {"layer": 0.4, "mlp": 0.25}}
+    result = compress(folder, out=tmp_path / "out", **options, **short(folder))
+    exported = export(result.directory)
+    masked, cut = (AutoModelForCausalLM.from_pretrained(d) for d in (result.directory, exported.directory))
+    assert len(result.removals) == 2
+    assert cut.config.num_hidden_layers == 3
+    assert "linear_attention" in cut.config.layers_block_type
+    ids = random_ids(1, 20)
+    assert difference(cut(ids).logits, masked(ids).logits) < 1e-5
+    assert torch.equal(
+        *[m.generate(random_ids(1, 5), max_new_tokens=4, do_sample=False) for m in (masked, cut)],
+    )

@@ -16,6 +16,7 @@ from torch import nn
 
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import Survey
+from ssmc.compressor.options.patterns import ATTENTION
 
 
 @torch.no_grad()
@@ -24,11 +25,12 @@ def block_influences(survey: Survey) -> list[float]:
     architecture, model, tokens = survey.plan.architecture, survey.model, survey.text
     blocks = architecture.blocks(model)
     cosines = [0.0] * len(blocks)
+    architecture.record_arguments(model, tokens[:1])
     for done, sample in enumerate(tokens.split(1)):
         survey.progress("similarity of the layers", done, len(tokens))
         hidden = architecture.embed(model, sample).float()
         for index, block in enumerate(blocks):
-            after = block(hidden)  # (1, L, d_model)
+            after = architecture.run(block, hidden)  # (1, L, d_model)
             cosines[index] += float(F.cosine_similarity(hidden, after, dim=-1).double().mean()) / len(tokens)
             hidden = after
     return [1 - cosine for cosine in cosines]
@@ -49,24 +51,38 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
     architecture, model = survey.plan.architecture, survey.model
     blocks = list(architecture.blocks(model))
     removals: list[Removal] = []
+    architecture.record_arguments(model, survey.text[:1])
     total, done = sum(len(blocks) - i for i in range(count)), 0
     while len(removals) < count:
         gone = {r.layer for r in removals}
-        losses = dict.fromkeys((i for i in range(len(blocks)) if i not in gone), 0.0)
+        losses = dict.fromkeys(_removable(survey, blocks, gone), 0.0)
         candidates = {i: _without(blocks[i], remove) for i in losses}
         for sample in survey.text.split(1):
             hidden = architecture.embed(model, sample).float()
             for i, block in enumerate(blocks):
                 if i in losses:
-                    without = candidates[i](hidden)
+                    without = architecture.run(candidates[i], hidden)
                     losses[i] += _loss(survey, sample, without, blocks[i + 1 :]) / len(survey.text)
-                hidden = block(hidden)
+                hidden = architecture.run(block, hidden)
         best = min(losses, key=lambda i: (losses[i], i))
         removals.append(Removal(best, losses[best]))
         blocks[best] = candidates[best]
         done += len(losses)
         survey.progress("trying removals", done, total)
     return removals
+
+
+def _removable(survey: Survey, blocks: list[nn.Module], gone: set[int]) -> list[int]:
+    """The blocks that may go next: one with a mixer stays, and one with attention if there is any.
+
+    Without a mixer a model is none of its family, and caches of transformers count tokens by a layer of attention.
+    """
+    architecture = survey.plan.architecture
+    left = [i for i in range(len(blocks)) if i not in gone]
+    with_mixer = [i for i in left if architecture.mixer(blocks[i]) is not None]
+    attention = [part for part in architecture.units if part.kind == ATTENTION]
+    with_attention = [i for i in left if any(part.inside(blocks[i]) is not None for part in attention)]
+    return [i for i in left if with_mixer != [i] and with_attention != [i]]
 
 
 def _without(block: nn.Module, remove: Callable[[nn.Module], None]) -> nn.Module:
@@ -79,6 +95,6 @@ def _without(block: nn.Module, remove: Callable[[nn.Module], None]) -> nn.Module
 def _loss(survey: Survey, sample: torch.Tensor, hidden: torch.Tensor, blocks: list[nn.Module]) -> float:
     """Mean negative log-likelihood of the next token, in nats, from the hidden states before `blocks`."""
     for block in blocks:
-        hidden = block(hidden)
+        hidden = survey.plan.architecture.run(block, hidden)
     logits = survey.plan.architecture.head(survey.model, hidden)  # (1, L, vocab)
     return float(F.cross_entropy(logits[0, :-1].float(), sample[0, 1:]))

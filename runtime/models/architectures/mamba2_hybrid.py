@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ssmc.runtime.models.architectures.capabilities import BLOCK, WITHOUT_HYBRIDS, Capabilities
+from ssmc.runtime.models.architectures.capabilities import WITHOUT_HYBRIDS, Capabilities
 from ssmc.runtime.models.architectures.dimensions import Mamba2HybridDimensions
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
@@ -14,7 +14,6 @@ from ssmc.runtime.models.architectures.plan import CHANNEL
 
 CAPABILITIES = Capabilities(
     fixed={
-        BLOCK: "cutting the list of kinds of blocks in its configuration is not built yet",
         CHANNEL: "its channels form heads, which --pattern head and head-dim remove",
     },
     heads=True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
@@ -18,6 +20,11 @@ class BambaFamily(Mamba2Hybrid):
     units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
     writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
     middle = "pre_ff_layernorm"
+
+    def keep_layers(self, config: Any, kept: Sequence[int]) -> None:
+        """Layers of attention are listed by their numbers."""
+        super().keep_layers(config, kept)
+        config.attn_layer_indices = [n for n, layer in enumerate(kept) if layer in (config.attn_layer_indices or [])]
 
 
 FAMILY = BambaFamily()

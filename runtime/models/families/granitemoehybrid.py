@@ -5,6 +5,9 @@ Mamba-2 layers among layers of attention, each with an MLP and, in some models, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import FUSED, MLP, Attention, Part, Writer
@@ -29,6 +32,11 @@ class GraniteMoeHybridFamily(Mamba2Hybrid):
         for name, stage in (("mamba.out_proj", 0), ("self_attn.o_proj", 0), ("shared_mlp.output_linear", 1))
     )
     middle = "post_attention_layernorm"
+
+    def keep_layers(self, config: Any, kept: Sequence[int]) -> None:
+        """There is a list of kinds beside the number."""
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+        super().keep_layers(config, kept)
 
     def from_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the model's names from those by the names they are stored under."""

@@ -6,6 +6,7 @@ A block is a norm and one of: a Mamba-2 mixer, attention, an MLP, a mixture of e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,10 @@ class NemotronHFamily(Mamba2Hybrid):
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""
         return config.mamba_num_heads * config.mamba_head_dim
+
+    def keep_layers(self, config: Any, kept: Sequence[int]) -> None:
+        """The list of kinds says how many there are."""
+        config.layers_block_type = [config.layers_block_type[layer] for layer in kept]
 
     def set_width(self, config: Any, d_inner: int) -> None:
         """The numbers of heads and of their channels say it."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.capabilities import BLOCK
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.architectures.units import ATTENTION, MLP, Writer
@@ -28,7 +29,10 @@ class Zamba2Family(Mamba2Hybrid):
     capabilities = replace(
         CAPABILITIES,
         shared_blocks=True,
-        fixed={**CAPABILITIES.fixed, **dict.fromkeys((MLP, ATTENTION), "its transformer blocks belong to many layers")},
+        fixed={
+            **CAPABILITIES.fixed,
+            **dict.fromkeys((MLP, ATTENTION, BLOCK), "its transformer blocks belong to many layers"),
+        },
         unknown_to=CAPABILITIES.unknown_to | {"llama.cpp", "mlx-lm"},
     )
     without_limits = ("vllm",)

@@ -7,15 +7,18 @@ alone. They depend on the length of the samples, not on their tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
 from ssmc.runtime.models.architectures.plan import STATE, Cut
 from ssmc.runtime.models.architectures.units import Part, Writer, find_module
 
+_OF_EXPERTS = "experts.down_proj"  # the last map of all experts of a block, one tensor
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
 _ATTENTION = ("attention", "full_attention")  # what configurations call such blocks
 
@@ -158,18 +161,34 @@ class Hybrid:
         return self.run(block, hidden)
 
     def remove_block(self, block: nn.Module) -> None:
-        """Blocks of a hybrid are not removed: the configurations of transformers place the others by their number."""
-        raise ValueError("blocks of a hybrid are not removed")
+        """Make a block hand on what it reads: all maps that add to the residual stream become zero."""
+        with torch.no_grad():
+            for parameter in self._adding(block):
+                parameter.zero_()
 
     def is_removed(self, block: nn.Module) -> bool:
-        """Blocks of a hybrid are not removed."""
-        return False
+        """Whether a block hands on what it reads: all maps that add to the residual stream are zero."""
+        return not any(bool(parameter.any()) for parameter in self._adding(block))
 
     def cut_blocks(
         self, tensors: Mapping[str, torch.Tensor], config: Any, removed: Sequence[int]
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
-        """Blocks of a hybrid are not removed."""
-        raise ValueError("blocks of a hybrid are not removed")
+        """Remove whole blocks from a state dict and its configuration; those that stay are numbered anew."""
+        kept = [layer for layer in range(config.num_hidden_layers) if layer not in removed]
+        out, cuts = without_blocks(tensors, self.block_prefix, kept)
+        smaller = copy.deepcopy(config)
+        self.keep_layers(smaller, kept)
+        return out, smaller, cuts
+
+    def keep_layers(self, config: Any, kept: Sequence[int]) -> None:
+        """Tell a configuration, in place, that these layers stay, each of its kind."""
+        config.num_hidden_layers = len(kept)
+
+    def _adding(self, block: nn.Module) -> list[nn.Parameter]:
+        """The parameters of what adds to the residual stream: linear maps, and those of experts."""
+        maps = [find_module(block, writer.name) for writer in self.writers_in(block)]
+        found = [parameter for linear in maps if linear is not None for parameter in linear.parameters()]
+        return found + [p for name, p in block.named_parameters() if name.endswith(_OF_EXPERTS)]
 
 
 def _on(value: Any, device: torch.device) -> Any:

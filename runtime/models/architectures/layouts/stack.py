@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.architectures.units import Part, Writer
 
@@ -110,16 +110,7 @@ class Stack:
     ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
         """Remove whole blocks from a state dict and its configuration; those that stay are numbered anew."""
         kept = [layer for layer in range(config.num_hidden_layers) if layer not in removed]
-        number = {self.block_prefix(old): self.block_prefix(new) for new, old in enumerate(kept)}
-        pattern = re.compile(re.escape(self.block_prefix(0)).replace("0", r"\d+", 1) + "|")
-        out, cuts = {}, []
-        for name, tensor in tensors.items():
-            match = pattern.match(name)
-            prefix = match[0] if match else ""
-            if not prefix or prefix in number:
-                out[number.get(prefix, "") + name[len(prefix) :]] = tensor
-            else:
-                cuts.append(Cut(name, tuple(tensor.shape), ()))
+        out, cuts = without_blocks(tensors, self.block_prefix, kept)
         smaller = copy.deepcopy(config)
         smaller.num_hidden_layers = len(kept)
         return out, smaller, cuts
