@@ -10,6 +10,8 @@ from ssmc.cli.terminal import Terminal, table
 from ssmc.runtime.manifest import MANIFEST, MaskedManifest, read_manifest
 from ssmc.runtime.models.memory import LENGTH, Footprint, format_bytes, rooms
 
+INT8 = "int8"
+
 if TYPE_CHECKING:
     from ssmc.runtime.models.outline import Outline
 
@@ -31,18 +33,24 @@ def footprints_of(model: str | Path, outline: Outline, length: int) -> dict[str,
 
     whole, folder = footprint(outline, length), Path(model).expanduser()
     if not str(model) or not (folder / MANIFEST).is_file():
-        states = outline.dimensions.d_state
-        fewer = {"half of the states": states // 2, "a quarter": states // 4}
-        return {"dense": whole} | {name: footprint(outline, length, d_state=n) for name, n in fewer.items() if n}
+        quarter = outline.dimensions.d_state // 4
+        found = {"dense": whole, "int8 states": footprint(outline, length, INT8)}
+        if quarter:
+            found["a quarter of them"] = footprint(outline, length, d_state=quarter)
+            found["a quarter, int8"] = footprint(outline, length, INT8, d_state=quarter)
+        return found
     manifest = read_manifest(folder)
     if isinstance(manifest, MaskedManifest):
-        return {"dense": whole, "compressed": footprint(outline, length, **manifest.left)}
+        left = manifest.left
+        smaller = {name: footprint(outline, length, name, **left) for name in ("float32", INT8)}
+        return {"dense": whole, "compressed": smaller["float32"], "with int8 states": smaller[INT8]}
     beside = folder.parent / (manifest.source.relative or "")
     named = manifest.source.model or ""
     origin = str(beside) if manifest.source.relative and beside.is_dir() else named
     here = bool(origin) and (Path(origin).is_dir() or "/" not in origin)
     dense = read_outline(origin) if here else None
-    return ({} if dense is None else {"dense": footprint(dense, length)}) | {"this export": whole}
+    own = {"this export": whole, "with int8 states": footprint(outline, length, INT8)}
+    return ({} if dense is None else {"dense": footprint(dense, length)}) | own
 
 
 def show_written(terminal: Terminal, directory: Path, length: int = LENGTH) -> None:
@@ -72,7 +80,7 @@ def show_sequences(terminal: Terminal, footprints: Mapping[str, Footprint], dtyp
             shown.add_row(f"  {name}", *map(format_bytes, sizes))
     for room in rooms():
         shown.add_row(room.name, *(_count(each.fitting(room), every[0].fitting(room)) for each in every))
-    shown.caption = f"SSM states in float32, everything else in {dtype}; activations of a step are not counted"
+    shown.caption = f"SSM states in float32 unless int8 is said, all else in {dtype}; activations are not counted"
     terminal.show(shown)
 
 

@@ -14,6 +14,7 @@ from ssmc.compressor.options.patterns import combinable, patterns, score_names
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+StateDtype = Literal["float32", "float16", "int8"]
 ScanBackend = Literal["auto", "cpu", "triton", "mamba-ssm", "reference"]
 
 MODELS, QUALITY = "Models", "Perplexity"
@@ -109,6 +110,15 @@ def dtype_option(panel: str) -> Any:
     return typer.Option(
         help="Number type of weights and activations.",
         show_default="float32 on a CPU, as stored on a GPU",
+        rich_help_panel=panel,
+    )
+
+
+def state_dtype_option(panel: str, whose: str = "") -> Any:
+    """--state-dtype; `whose` says of which models."""
+    return typer.Option(
+        help=f"Number type that SSM states are kept in between tokens{whose}; they are computed in float32.",
+        show_default="float32",
         rich_help_panel=panel,
     )
 

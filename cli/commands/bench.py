@@ -24,11 +24,13 @@ from ssmc.cli.options import (
     Quiet,
     Runtimes,
     ScanBackend,
+    StateDtype,
     Verbose,
     Window,
     complete_model,
     dtype_option,
     heldout_option,
+    state_dtype_option,
     tokenizer_option,
     words,
 )
@@ -106,6 +108,7 @@ def bench(
     ] = None,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
+    state_dtype: Annotated[StateDtype | None, state_dtype_option(SPEED, ", of all models but the dense one")] = None,
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
@@ -185,6 +188,7 @@ def bench(
                 max_windows=max_windows or None,
                 stock=stock,
                 backend=backend,
+                state_dtype=state_dtype or "float32",
                 runtimes=words(runtime),
                 max_batch=max_batch,
                 progress=progress,

@@ -21,11 +21,13 @@ from ssmc.cli.options import (
     Quiet,
     Runtimes,
     ScanBackend,
+    StateDtype,
     Verbose,
     Window,
     complete_model,
     dtype_option,
     heldout_option,
+    state_dtype_option,
     tokenizer_option,
     words,
 )
@@ -110,6 +112,7 @@ def evaluate(
     ] = 8,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
+    state_dtype: Annotated[StateDtype | None, state_dtype_option(SPEED, ", of all models but the first")] = None,
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
@@ -172,6 +175,7 @@ def evaluate(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             backend=backend,
+            state_dtype=state_dtype or "float32",
             runtimes=words(runtime),
             progress=progress,
         )

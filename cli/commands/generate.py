@@ -15,10 +15,12 @@ from ssmc.cli.options import (
     Dtype,
     Revision,
     ScanBackend,
+    StateDtype,
     Verbose,
     complete_model,
     dtype_option,
     quiet_option,
+    state_dtype_option,
     tokenizer_option,
 )
 from ssmc.cli.terminal import Terminal
@@ -95,6 +97,7 @@ def generate(
     tokenizer: Annotated[str | None, tokenizer_option("the model's own", GENERAL)] = None,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
+    state_dtype: Annotated[StateDtype | None, state_dtype_option(SPEED)] = None,
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
@@ -133,6 +136,7 @@ def generate(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             backend=backend,
+            state_dtype=state_dtype,
             progress=progress,
         )
         writing = Generation(loaded, text, sampling, max_new_tokens, stop or ())

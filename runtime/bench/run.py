@@ -60,6 +60,7 @@ def benchmark(
     max_windows: int | None = 32,
     stock: bool = True,
     backend: str = "auto",
+    state_dtype: str = "float32",
     max_batch: int | None = None,
     runtimes: Sequence[str] = RUNTIMES,
     progress: Progress = NO_PROGRESS,
@@ -84,6 +85,8 @@ def benchmark(
         max_windows: windows scored at most, from the start of the text; None scores all.
         stock: also time the dense model with transformers' own loop, for context.
         backend: of the selective scan, see `use_fast_scan`.
+        state_dtype: how torch's models but the dense one keep SSM states between tokens, "float32", "float16" or
+            "int8"; for the perplexity they are rounded after every token, as if each had been written.
         max_batch: also decode 1, 2, 4, ... sequences at once up to this many, each model alone, or until memory is
             full; 0 leaves that out, None does it on a GPU only, without a limit.
         runtimes: of "torch", "onnx" and "llama.cpp", those whose exports of an artefact are measured.
@@ -96,7 +99,16 @@ def benchmark(
     if max_batch is None:
         max_batch = UNLIMITED if where.type == "cuda" else 0
     settings = Settings(
-        tuple(lengths), tuple(batch_sizes), decode_tokens, repeats, time_budget, window, max_windows, backend, max_batch
+        tuple(lengths),
+        tuple(batch_sizes),
+        decode_tokens,
+        repeats,
+        time_budget,
+        window,
+        max_windows,
+        backend,
+        max_batch,
+        state_dtype,
     )
     sources, left_out = runnable(find_sources(directory, dense, models, runtimes, smaller or ()), where)
     subjects = load_subjects(sources, choose_dtype(dtype, where), progress, device=where.type)
@@ -109,7 +121,7 @@ def benchmark(
     memory = [_memory(subject, settings, where, notes, progress) for subject in subjects]
     parameters = [checkpoint.parameters for checkpoint in checkpoints]
     for subject in in_torch:
-        use_fast_scan(subject.checkpoint.model, backend=backend)
+        use_fast_scan(subject.checkpoint.model, backend, settings.state_dtype_of(subject.source.dense))
     throughput, more = measure_throughput(in_torch, settings, where, progress)
     notes += more
     for subject in in_torch:
@@ -119,6 +131,9 @@ def benchmark(
     measurements += measure_parts(in_torch, settings, where, progress)
     graphs, more = measure_graphs(in_torch, settings, where, progress)
     notes += more
+    for subject in in_torch:
+        if (kept := settings.state_dtype_of(subject.source.dense)) != "float32":
+            use_fast_scan(subject.checkpoint.model, backend, kept, each_token=True)
     losses = [] if tokens is None else [score_tokens(subject, tokens, window, progress) for subject in subjects]
     scores = [summarise(*found) for found in losses] or [None for _ in subjects]
     recall = recall_of(losses, [subject.source.dense for subject in subjects]) or [() for _ in subjects]
@@ -130,7 +145,7 @@ def benchmark(
         conditions=_conditions(subjects, where, load_before),
         settings=settings,
         text=text_info,
-        models=tuple(_model(*row, scores[0], max(settings.lengths)) for row in rows),
+        models=tuple(_model(*row, scores[0], settings) for row in rows),
         measurements=(*measurements, *graphs, *throughput),
         notes=tuple(notes),
         load_average_after=load_average(),
@@ -175,12 +190,20 @@ def _memory(
         prefill_batch=min(settings.batch_sizes),
         decode_batch=max(settings.batch_sizes),
         backend=settings.backend,
+        state_dtype=settings.state_dtype_of(subject.source.dense),
     )
     try:
         return measure_memory(task)
     except MemoryProcessError as error:
         notes.append(f"The peak memory of {subject.source.name} could not be measured: {error}.")
         return None
+
+
+def _state_bytes(subject: Subject, settings: Settings) -> int:
+    """Bytes of recurrent state of a sequence, as it is kept between tokens."""
+    kept = footprint(subject, 1, settings.state_dtype_of(subject.source.dense))
+    known = settings.state_dtype != "float32" and subject.runtime == "torch" and kept is not None
+    return kept.sequence.states + kept.sequence.windows if known else state_bytes(subject.checkpoint)
 
 
 def _model(
@@ -191,7 +214,7 @@ def _model(
     score: Perplexity | None,
     recall: tuple[KindLoss, ...],
     dense: Perplexity | None,
-    longest: int,
+    settings: Settings,
 ) -> Model:
     checkpoint = subject.checkpoint
     everyone = ((subject.source, checkpoint), *subject.twins)
@@ -204,8 +227,8 @@ def _model(
         dimensions=checkpoint.dimensions,
         parameters=parameters,
         files=tuple(WeightFiles(s.name, c.format, weight_bytes(c)) for s, c in everyone),
-        state_bytes=state_bytes(checkpoint),
-        footprint=footprint(subject, longest),
+        state_bytes=_state_bytes(subject, settings),
+        footprint=footprint(subject, max(settings.lengths), settings.state_dtype_of(subject.source.dense)),
         memory=memory,
         perplexity=score,
         excess=None if score is None or dense is None or subject.source.dense else excess_loss(score, dense),

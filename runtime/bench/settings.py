@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import check_backend
+from ssmc.runtime.scan.rounding import state_format
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,14 @@ class Settings:
     backend: str  # of the selective scan
     max_batch: int = 0  # of the sweep over batch sizes, 1, 2, 4, ...; 0: no sweep
 
+    state_dtype: str = "float32"  # how SSM states are kept between tokens, of torch's models but the dense one
+
+    def state_dtype_of(self, dense: bool) -> str:
+        """Of one model."""
+        return "float32" if dense else self.state_dtype
+
     def __post_init__(self) -> None:
+        state_format(self.state_dtype)
         for name in ("lengths", "batch_sizes", "decode_tokens", "repeats", "window", "max_windows"):
             value = getattr(self, name)
             counts = value if isinstance(value, tuple) else (1 if value is None else value,)

@@ -53,6 +53,7 @@ def evaluate_models(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    state_dtype: str = "float32",
     runtimes: Sequence[str] = RUNTIMES,
     progress: Progress = NO_PROGRESS,
 ) -> EvalReport:
@@ -75,6 +76,8 @@ def evaluate_models(
         device: "cpu", "cuda" or "auto".
         dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU.
         backend: of the selective scan, see `use_fast_scan`.
+        state_dtype: how torch's models but the first keep SSM states between tokens, "float32", "float16" or "int8";
+            they are rounded after every token, as if each had been written.
         runtimes: of "torch", "onnx" and "llama.cpp", those whose exports are taken of an artefact.
         progress: told what is being done.
 
@@ -83,7 +86,7 @@ def evaluate_models(
     """
     if recall and not perplexity:
         raise UsageError("recall is measured on the text of the perplexity: leave perplexity on, or recall out.")
-    settings = EvalSettings(task_names(tasks), limit, window, max_windows, batch_size)
+    settings = EvalSettings(task_names(tasks), limit, window, max_windows, batch_size, state_dtype)
     where = choose_device(device)
     sources, left_out = runnable(choose_sources(models, dense, runtimes), where)
     loaded = load_tasks(settings.tasks, data, limit, progress) if settings.tasks else ()
@@ -95,7 +98,8 @@ def evaluate_models(
     questions = None
     for subject in subjects:
         if subject.runtime == "torch":
-            use_fast_scan(subject.checkpoint.model.to(where), backend=backend)
+            kept = "float32" if subject is subjects[0] else state_dtype
+            use_fast_scan(subject.checkpoint.model.to(where), backend, kept, each_token=True)
         losses.append(None if tokens is None else score_tokens(subject, tokens, window, progress))
         if recall and questions is None and losses[0] is not None:
             questions = constructed_questions(losses[0][0])

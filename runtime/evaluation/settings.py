@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.scan.rounding import state_format
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,10 @@ class EvalSettings:
     max_windows: int | None  # windows of perplexity, from the start; None: all
     batch_size: int  # sequences at once in tasks; changes the speed, not the scores
 
+    state_dtype: str = "float32"  # how SSM states are kept between tokens, of torch's models but the first
+
     def __post_init__(self) -> None:
+        state_format(self.state_dtype)
         for name, least in (("limit", 1), ("window", 2), ("max_windows", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -34,6 +34,7 @@ class MemoryTask:
     prefill_batch: int
     decode_batch: int
     backend: str
+    state_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def run_task(task: MemoryTask) -> Memory:
     high_water = torch.cuda.max_memory_allocated if cuda else _resident_peak
     libraries, available = high_water(), psutil.virtual_memory().available
     model = use_fast_scan(
-        load_checkpoint(task.source, dtype=getattr(torch, task.dtype)).model.to(device), backend=task.backend
+        load_checkpoint(task.source, dtype=getattr(torch, task.dtype)).model.to(device), task.backend, task.state_dtype
     )
     loaded, weights = high_water(), sum(parameter.nbytes for parameter in model.parameters())
     prefill(model, task.prefill_batch, task.length)()

@@ -191,7 +191,7 @@ def state_bytes(checkpoint: Measured) -> int:
     return checkpoint.dimensions.state_bytes() if isinstance(checkpoint, Checkpoint) else checkpoint.state_bytes
 
 
-def footprint(subject: Subject, length: int) -> Footprint | None:
+def footprint(subject: Subject, length: int, state_dtype: str = "float32") -> Footprint | None:
     """A model in memory as it computes, with sequences of so many tokens; None where the runtime does not say."""
     checkpoint = subject.checkpoint
     if not isinstance(checkpoint, Checkpoint):
@@ -199,7 +199,7 @@ def footprint(subject: Subject, length: int) -> Footprint | None:
     dtype, architecture = compute_dtype(subject), checkpoint.architecture
     kept = architecture.kept_per_token(checkpoint.config)
     weights = checkpoint.parameters * ITEMSIZE[dtype]
-    return Footprint(weights, sequence_memory(checkpoint.dimensions, kept, length, dtype))
+    return Footprint(weights, sequence_memory(checkpoint.dimensions, kept, length, dtype, state_dtype))
 
 
 def stored_dtype(checkpoint: Measured) -> str:

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.errors import CheckpointError
+from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.models.families import Architecture, architecture_for
 from ssmc.runtime.models.fast_norms import use_fast_norms, use_stock_norms
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.scan import accelerator, check_backend
 from ssmc.runtime.scan.accelerators import needs_gradients
+from ssmc.runtime.scan.rounding import StateFormat, pack, state_format, unpack
 
+_SCALES = 1  # of the states of a layer in transformers' cache: the scales of int8 codes
 _MARK = "_ssmc_fast"  # attribute of a mixer that holds its _Fast
 
 
@@ -32,9 +34,13 @@ class _Fast:
 
     architecture: Architecture
     backend: str
+    form: StateFormat | None  # how states are kept between calls; None: in float32
+    each_token: bool  # whether they are rounded after every token of a call too
 
 
-def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
+def use_fast_scan(
+    model: nn.Module, backend: str = "auto", state_dtype: str | StateFormat = "float32", each_token: bool = False
+) -> nn.Module:
     """Make a loaded model use our scan for prefill, decode and training; calling it again changes the backend.
 
     Outputs agree with stock transformers, except that a prompt given in pieces (several tokens with a cache that
@@ -45,15 +51,20 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
     Args:
         model: a transformers MambaForCausalLM, changed in place.
         backend: see `ssmc.runtime.scan.selective_scan`.
+        state_dtype: how SSM states are kept between calls, "float32", "float16" or "int8", see
+            `ssmc.runtime.scan.rounding`; they are computed in float32.
+        each_token: round states after every token of a call, as if each had been a call of its own, to measure what
+            that costs. It is slower.
 
     Returns:
         The same model.
 
     Raises:
         CheckpointError: this is not a model with mixers ssmc knows.
-        UsageError: there is no such backend.
+        UsageError: there is no such backend, or no such state dtype.
     """
     check_backend(backend)
+    form = state_format(state_dtype) if isinstance(state_dtype, str) else state_dtype
     architecture, mixers = _mixers(model)
     hooked = [m for m in mixers if _MARK not in vars(m) and "forward" in vars(m)]
     if hooked:
@@ -63,7 +74,7 @@ def use_fast_scan(model: nn.Module, backend: str = "auto") -> nn.Module:
         )
     for mixer in mixers:
         mixer.forward = partial(_forward, mixer)  # which copies and pickles with the mixer, as no bound method does
-        setattr(mixer, _MARK, _Fast(architecture, backend))
+        setattr(mixer, _MARK, _Fast(architecture, backend, form, each_token))
     use_fast_norms(model, backend)
     return model
 
@@ -124,6 +135,10 @@ def _forward(
         fast.architecture.capabilities.gpu_gradients and _on_gpu(fast, mixer, hidden_states, gradients=True)
     )
     if _leave_to_stock(mixer, hidden_states, cache_params, ours, continues=state is not None and length > 1):
+        if fast.form is not None:
+            raise UsageError(
+                f"States in {fast.form.dtype} need the scan of ssmc, which cannot run here. Leave --state-dtype out."
+            )
         return type(mixer).forward(
             mixer, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
         )
@@ -136,11 +151,15 @@ def _forward(
     inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, fused=on_gpu)
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
-    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, in_place=on_gpu)
+    rounding = fast.form if fast.each_token and length > 1 else None
+    y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, in_place=on_gpu, rounding=rounding)
     if cache_params is not None:
         # Only now: the update overwrites the tensor that `history` looks into.
         _keep_window(_layer(mixer, cache_params), cache_params, mixer, x, on_gpu)
-        cache_params.update_recurrent_state(state, mixer.layer_idx)
+        if fast.form is None:
+            cache_params.update_recurrent_state(state, mixer.layer_idx)
+        else:
+            _keep_rounded(_layer(mixer, cache_params), state, fast.form)
     return mixer.out_proj(y.to(hidden_states.dtype))
 
 
@@ -149,7 +168,30 @@ def _cached(mixer: nn.Module, cache: Any) -> tuple[torch.Tensor | None, torch.Te
     layer = _layer(mixer, cache)
     if layer is None or not layer.has_previous_state[0]:
         return None, None
-    return layer.conv_states[0], layer.recurrent_states[0]
+    state = layer.recurrent_states[0]
+    if state.dtype != torch.float32:
+        state = unpack(state, layer.recurrent_states.get(_SCALES))
+    return layer.conv_states[0], state
+
+
+def _keep_rounded(layer: Any, state: torch.Tensor, form: StateFormat) -> None:
+    """Let the cache hold a rounded state; scales are a second state of the layer, so that whatever moves or reorders
+    the cache takes them along."""
+    for index, tensor in zip((0, _SCALES), pack(state, form), strict=True):
+        if tensor is None:
+            continue
+        if index and layer.number_of_states == 1:
+            layer.number_of_states = 1 + _SCALES
+            for held in (layer.conv_states, layer.recurrent_states, layer.conv_kernel_size):
+                held[index] = None
+            for is_there in (layer.is_conv_states_initialized, layer.has_previous_state):
+                is_there[index] = False
+        kept = layer.recurrent_states[index]
+        if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
+            kept.copy_(tensor)  # where it is, for what recorded its address
+        else:
+            layer.recurrent_states[index] = tensor
+        layer.is_recurrent_states_initialized[index] = True
 
 
 def _layer(mixer: nn.Module, cache: Any) -> Any:

@@ -82,12 +82,13 @@ def inspect(outline: Outline) -> Inspection:
     )
 
 
-def footprint(outline: Outline, length: int, **left: int) -> Footprint:
+def footprint(outline: Outline, length: int, state_dtype: str = "float32", **left: int) -> Footprint:
     """A model in memory, its weights and what attention and convolutions keep in the type its weights are stored in.
 
     Args:
         outline: of the model.
         length: tokens of a sequence.
+        state_dtype: how SSM states are kept.
         left: n_layer, d_inner or d_state of a smaller model of the same family; of a hybrid, d_state alone.
     """
     dense, architecture = outline.dimensions, outline.architecture
@@ -96,7 +97,8 @@ def footprint(outline: Outline, length: int, **left: int) -> Footprint:
     if left:
         weights = round(weights * outline.count(**own) / outline.parameters)
     kept = architecture.kept_per_token(outline.config)
-    return Footprint(weights, sequence_memory(replace(dense, **own), kept, length, outline.stored_dtype))
+    sequence = sequence_memory(replace(dense, **own), kept, length, outline.stored_dtype, state_dtype)
+    return Footprint(weights, sequence)
 
 
 def _parts(outline: Outline, scan: int) -> list[Part]:

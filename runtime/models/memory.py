@@ -1,7 +1,8 @@
 """How many sequences fit beside the weights of a model: exact counts from its sizes, without torch.
 
 Between two tokens a sequence keeps its recurrent state and, in a hybrid, keys and values of every token so far.
-transformers holds the SSM states in float32 and everything else in the type of the model, and so does ssmc.
+transformers holds the SSM states in float32 and everything else in the type of the model, and so does ssmc, which can
+also keep states in fewer bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.dimensions import Dimensions
 
 LENGTH = 4096  # tokens of a sequence where nothing else is said
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -77,19 +78,22 @@ class Room:
     with_weights: bool = True
 
 
-def sequence_memory(sizes: Dimensions, kept_per_token: int, length: int, dtype: str) -> SequenceMemory:
+def sequence_memory(
+    sizes: Dimensions, kept_per_token: int, length: int, dtype: str, state_dtype: str = "float32"
+) -> SequenceMemory:
     """What one sequence keeps after `length` tokens.
 
     Args:
         sizes: of the model.
         kept_per_token: numbers that attention keeps of every token, as the family says (`Layout.kept_per_token`).
         length: tokens read so far.
-        dtype: of the model: "float32", "float16" or "bfloat16". SSM states are float32.
+        dtype: of the model: "float32", "float16" or "bfloat16".
+        state_dtype: of the SSM states, see `ssmc.runtime.scan.rounding`; scales of int8 are counted.
     """
-    itemsize = ITEMSIZE[dtype]
-    return SequenceMemory(
-        length, 4 * sizes.ssm_numbers, itemsize * sizes.window_numbers, itemsize * kept_per_token * length
-    )
+    itemsize, states = ITEMSIZE[dtype], sizes.ssm_numbers * ITEMSIZE[state_dtype]
+    if state_dtype == "int8":
+        states += sizes.ssm_numbers // sizes.scale_channels * ITEMSIZE["float16"]
+    return SequenceMemory(length, states, itemsize * sizes.window_numbers, itemsize * kept_per_token * length)
 
 
 def rooms(here: int | None = None) -> tuple[Room, ...]:

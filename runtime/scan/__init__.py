@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -12,6 +12,8 @@ from ssmc.runtime.scan import reference, ssd
 from ssmc.runtime.scan.accelerators import accelerates, accelerator, is_plain
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
 from ssmc.runtime.scan.moments import Moments, SsdMoments, moments_of_states, quartic_moment, sum_of_squares
+from ssmc.runtime.scan.rounded import rounded_scan
+from ssmc.runtime.scan.rounding import StateFormat
 
 __all__ = [
     "BACKENDS",
@@ -34,7 +36,11 @@ BACKENDS = ("auto", "cpu", "triton", "mamba-ssm", "reference")
 
 
 def selective_scan(
-    inputs: ScanInputs, state: torch.Tensor | None = None, backend: str = "auto", in_place: bool = False
+    inputs: ScanInputs,
+    state: torch.Tensor | None = None,
+    backend: str = "auto",
+    in_place: bool = False,
+    rounding: StateFormat | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence of one layer and read it out (Mamba, section 3.2; see `ScanInputs`).
 
@@ -46,6 +52,7 @@ def selective_scan(
             of a GPU if it is there, and the reference for everything else. All but mamba-ssm's, which leave that to the
             reference, have gradients here, but only those of the reference can be differentiated again.
         in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
+        rounding: round the state to this format after every token but the last; None rounds nothing.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, gated when `inputs.z` is given, and the final state (B, D, N) in
@@ -55,6 +62,8 @@ def selective_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
+    if rounding is not None:
+        return rounded_scan(inputs.with_time_steps(), state, rounding, partial(selective_scan, backend=backend))
     module = _choose(backend, inputs, state, "cpu_backward")
     if accelerates(module):
         return module.selective_scan(inputs, state, in_place=in_place)
@@ -85,7 +94,11 @@ def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None, backend:
 
 
 def ssd_scan(
-    inputs: SsdInputs, state: torch.Tensor | None = None, backend: str = "auto", in_place: bool = False
+    inputs: SsdInputs,
+    state: torch.Tensor | None = None,
+    backend: str = "auto",
+    in_place: bool = False,
+    rounding: StateFormat | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence of one Mamba-2 layer and read it out (Mamba-2, section 6; see `SsdInputs`).
 
@@ -96,6 +109,7 @@ def ssd_scan(
         backend: as for `selective_scan`, without "mamba-ssm". The reference, matrix products over chunks of tokens, and
             Triton's kernels have gradients.
         in_place: allow a kernel for a GPU to overwrite the state of a single token with the one after it.
+        rounding: round the state to this format after every token but the last; None rounds nothing.
 
     Returns:
         Output (B, L, D) in the dtype of `inputs.u`, not gated, and the final state (B, H, P, N) in float32.
@@ -104,6 +118,8 @@ def ssd_scan(
         UsageError: there is no such backend, or it cannot take these tensors.
         ValueError: the shapes do not belong together.
     """
+    if rounding is not None:
+        return rounded_scan(inputs.with_time_steps(), state, rounding, partial(ssd_scan, backend=backend))
     module = _choose(backend, inputs, state)
     if accelerates(module):
         return module.ssd_scan(inputs, state, in_place=in_place)

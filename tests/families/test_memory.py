@@ -84,7 +84,7 @@ def test_inspect_says_first_what_is_left_of_a_compressed_model(tmp_path, capsys)
         assert done.code == 0
         assert done.out.startswith("Sequences in memory, 100 tokens each")
         found[name] = json.loads(file.read_text())["memory"]
-        assert list(found[name]) == ["dense", name]
+        assert list(found[name]) == ["dense", name, "with int8 states"]
     assert found["compressed"]["dense"] == found["this export"]["dense"]
     smaller = found["this export"]["this export"]
     assert found["compressed"]["compressed"]["sequence"] == smaller["sequence"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from ssmc.runtime.scan.rounding import channel_block
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -47,6 +49,11 @@ class Dimensions:
         """Numbers of the last inputs of the convolutions, all layers."""
         return self.mixers * self.d_inner * self.d_conv
 
+    @property
+    def scale_channels(self) -> int:
+        """How many channels share a scale where states are kept in int8."""
+        return channel_block(self.d_inner)
+
     def state_bytes(self, itemsize: int = 4) -> int:
         """Bytes of recurrent state one sequence occupies: the SSM state and the convolution's window, all layers."""
         return (self.ssm_numbers + self.window_numbers) * itemsize
@@ -75,6 +82,11 @@ class Mamba2Dimensions(Dimensions):
     def groups(self) -> int:
         """Groups of heads, each with B and C of its own."""
         return self.n_groups
+
+    @property
+    def scale_channels(self) -> int:
+        """Those of a head."""
+        return self.head_dim
 
     @property
     def heads(self) -> int:

@@ -18,6 +18,7 @@ from ssmc.runtime.models.architectures.plan import Cut, Plan
 from ssmc.runtime.models.architectures.units import Part, Writer
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
 from ssmc.runtime.scan.moments import Moments, SsdMoments
+from ssmc.runtime.scan.rounding import StateFormat
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,12 @@ class Mixing(Protocol):
         state: torch.Tensor | None = None,
         backend: str = "auto",
         in_place: bool = False,
+        rounding: StateFormat | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), from what `scan_inputs` returns, and the state after the last token.
 
-        With `in_place` a kernel for a GPU may overwrite the state of a single token with the one after it.
+        With `in_place` a kernel for a GPU may overwrite the state of a single token with the one after it; with
+        `rounding` the state is rounded after every token but the last.
         """
 
     def scanned(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, 
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
 from ssmc.runtime.scan import Moments, ScanInputs, scan_moments, selective_scan
 from ssmc.runtime.scan.inputs import decay_rates
+from ssmc.runtime.scan.rounding import StateFormat
 
 PLAN = Plan(
     tensors={
@@ -124,9 +125,10 @@ class Mamba1(Convolution, PlannedSurgery):
         state: torch.Tensor | None = None,
         backend: str = "auto",
         in_place: bool = False,
+        rounding: StateFormat | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, D, N)."""
-        return selective_scan(inputs, state, backend, in_place)
+        return selective_scan(inputs, state, backend, in_place, rounding)
 
     def scan_groups(self, mixer: nn.Module, inputs: ScanInputs) -> list[ScanInputs]:
         """All channels read the same B and C."""

@@ -22,6 +22,7 @@ from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE, 
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
 from ssmc.runtime.scan import ScanInputs, SsdInputs, SsdMoments, accelerator, ssd_moments, ssd_scan
 from ssmc.runtime.scan.inputs import decay_rates
+from ssmc.runtime.scan.rounding import StateFormat
 
 _EXPANDED = (CHANNEL, CHANNEL, STATE, STATE, HEAD)  # z, x, B, C, dt
 _CONVOLVED = (CHANNEL, STATE, STATE)  # x, B, C
@@ -151,9 +152,10 @@ class Mamba2(Convolution, PlannedSurgery):
         state: torch.Tensor | None = None,
         backend: str = "auto",
         in_place: bool = False,
+        rounding: StateFormat | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What out_proj reads, (B, L, D), and the state after the last token, (B, H, P, N)."""
-        y, state = ssd_scan(inputs, state, backend, in_place)
+        y, state = ssd_scan(inputs, state, backend, in_place, rounding)
         return self.gated(mixer, y, inputs.z, backend), state
 
     def gated(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor, backend: str = "auto") -> torch.Tensor:

@@ -22,6 +22,7 @@ from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.models.llama_cpp import check_llama_cpp, is_gguf_export, load_gguf_export
 from ssmc.runtime.models.tokenizers import check_fits, has_tokenizer, load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
+from ssmc.runtime.scan.rounding import state_format
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -50,6 +51,7 @@ def open_session(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    state_dtype: str | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> LoadedSession:
     """Read a model and start a session of it.
@@ -62,19 +64,27 @@ def open_session(
         dtype: of weights and activations; by default float32 on a CPU and the stored one on a GPU. An ONNX export has
             its own.
         backend: of the selective scan in torch, see `use_fast_scan`.
+        state_dtype: how SSM states are kept between calls, "float32" (the default), "float16" or "int8", see
+            `use_fast_scan`. An ONNX export has its own.
         progress: told about every file of weights.
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
+    state_format(state_dtype or "float32")
     source = _inside_artefact(source)
+    if state_dtype is not None and (is_onnx_export(source) or is_gguf_export(source)):
+        raise UsageError(
+            f"How {source} keeps its states was chosen when it was exported: leave out --state-dtype, or export again "
+            "(--format onnx --state-dtype int8)."
+        )
     if is_onnx_export(source):
         return _open_onnx(Path(source).expanduser(), tokenizer, device, dtype, progress)
     if is_gguf_export(source):
         return _open_gguf(Path(source).expanduser(), tokenizer, device, dtype)
     where = choose_device(device)
     checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), progress=progress)
-    model = use_fast_scan(checkpoint.model.to(where), backend=backend)
+    model = use_fast_scan(checkpoint.model.to(where), backend, state_dtype or "float32")
     found = None
     if tokenizer is not None or tokenizer_directory(checkpoint) is not None:
         found = load_tokenizer(checkpoint, tokenizer)
