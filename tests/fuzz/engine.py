@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fuzz.guard import Violation, check
 from tests.fuzz.targets import SEEDS, Seed, Target
 
-STUCK = 30.0  # seconds after which the process ends, with a traceback: a library that no signal reaches
+STUCK = 150.0  # seconds after which the process ends, with a traceback: a library that no signal reaches
 
 
 @dataclass
@@ -77,11 +77,12 @@ def fuzz(
             outcome.read += try_one(target, one, content, read, folder)
         except Violation as violation:
             outcome.failures.setdefault(f"{violation.kind} {violation.place}", (str(violation), one.name, content))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     for one in target.seeds if warm else ():  # everything that is imported or compiled once
         target.read(one.file)
     attempt()
-    faulthandler.cancel_dump_traceback_later()
     return outcome
 
 

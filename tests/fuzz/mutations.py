@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from typing import Any
@@ -98,4 +99,4 @@ def _change(draw: Any, holder: Any, key: Any, places: list[tuple[Any, Any]]) -> 
     elif kind == "number" and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
         holder[key] = draw(st.sampled_from((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2)))
     else:
-        holder[key] = draw(VALUES)
+        holder[key] = copy.deepcopy(draw(VALUES))  # later changes must not change what is drawn

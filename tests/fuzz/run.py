@@ -19,7 +19,6 @@ from pathlib import Path
 
 from tests.fuzz.targets import NAMES
 
-OUT = Path("build/fuzz")
 BEYOND = 4 << 30  # address space that one target may take beyond what it has after its set-up
 
 
@@ -30,17 +29,19 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=10_000)
     parser.add_argument("--commands", type=int, default=40, help="inputs for each target that go through a command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        return _inside(arguments.targets[0], arguments.examples, arguments.commands, arguments.seed)
-    OUT.mkdir(parents=True, exist_ok=True)
+        return _inside(arguments)
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(OUT / "fuzz.log")],
+        handlers=[logging.StreamHandler(), logging.FileHandler(out / "fuzz.log")],
     )
-    file = OUT / "fuzz.json"
+    file = out / "fuzz.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name in arguments.targets:
         results[name] = _outside(name, arguments)
@@ -63,13 +64,14 @@ def _outside(name: str, arguments: argparse.Namespace) -> dict:
     start = time.monotonic()
     command = [sys.executable, "-m", "tests.fuzz.run", name, "--inside", "--examples", str(arguments.examples)]
     command += ["--seed", str(arguments.seed), "--commands", str(arguments.commands)]
-    with (OUT / f"{name}.log").open("w") as log:
+    command += ["--out", str(arguments.out)]
+    with (arguments.out / f"{name}.log").open("w") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     try:
         found = json.loads(lines[-1])
     except (IndexError, ValueError):
-        place = OUT / f"{name}-current"
+        place = arguments.out / f"{name}-current"
         found = {
             "tried": 0,
             "read": 0,
@@ -78,21 +80,22 @@ def _outside(name: str, arguments: argparse.Namespace) -> dict:
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _inside(name: str, examples: int, commands: int, number: int) -> int:
+def _inside(arguments: argparse.Namespace) -> int:
     from tests.fuzz.commands import fuzz_commands
     from tests.fuzz.engine import fuzz
     from tests.fuzz.targets import target
 
+    name, number, out = arguments.targets[0], arguments.seed, arguments.out
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as base:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = base  # which torch makes when lm-eval imports it
         one = target(name, Path(base))
         _limit_memory()
-        outcome = fuzz(one, examples, number, stuck=True, current=OUT / f"{name}-current")
-        through = fuzz_commands(one, commands, number, Path(base))
+        outcome = fuzz(one, arguments.examples, number, stuck=True, current=out / f"{name}-current")
+        through = fuzz_commands(one, arguments.commands, number, Path(base))
     failures = {**outcome.failures, **{f"command {key}": value for key, value in through.failures.items()}}
     for index, (what, seed_name, content) in enumerate(failures.values()):
-        (OUT / f"{name}-{index}-{seed_name}.bin").write_bytes(content)
-        (OUT / f"{name}-{index}-{seed_name}.txt").write_text(what + "\n", errors="backslashreplace")
+        (out / f"{name}-{index}-{seed_name}.bin").write_bytes(content)
+        (out / f"{name}-{index}-{seed_name}.txt").write_text(what + "\n", errors="backslashreplace")
     record = {k: v for k, v in asdict(outcome).items() if k != "failures"} | {"commands": through.tried}
     record["failures"] = [f"{key}: {what}"[:300] for key, (what, *_) in failures.items()]
     print()

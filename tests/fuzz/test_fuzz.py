@@ -45,6 +45,11 @@ def wait():
     time.sleep(30)
 
 
+def spin():
+    while True:
+        pass
+
+
 def swallow():
     bytearray(300 << 20)[:: 1 << 12] = b"x" * (300 << 8)
 
@@ -70,10 +75,11 @@ def test_a_reader_that_does_wrong_is_noticed(tmp_path, do, kind):
     Path("/tmp/ssmc-outside").is_dir() and Path("/tmp/ssmc-outside").rmdir()
 
 
-def test_a_reader_that_hangs_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.fuzz.guard.SECONDS", 0.1)
+@pytest.mark.parametrize(("do", "limit"), [(wait, "WALL"), (spin, "SECONDS")])
+def test_a_reader_that_hangs_is_noticed(tmp_path, monkeypatch, do, limit):
+    monkeypatch.setattr(f"tests.fuzz.guard.{limit}", 0.1)
     with pytest.raises(Violation, match="hang"):
-        check(wait, tmp_path, size=100)
+        check(do, tmp_path, size=100)
 
 
 def test_messages_are_one_printable_line():
