@@ -26,7 +26,7 @@ class OnnxOptions:
     dtype: str = option(
         "of embedding and matrix products; float16 is meant for GPUs", FLOAT32, choices=(FLOAT32, "float16")
     )
-    quantize: str | None = option("int8 weights for in_proj, out_proj and the head, for CPUs", choices=(INT8,))
+    quantize: str | None = option("int8 weights for the large matrices, for CPUs", choices=(INT8,))
     logits: str = option("which tokens' logits the graph gives", "last", choices=("last", "all"))
     target: str = option(
         "`portable`: standard operators only; `ort`: onnxruntime's own too (Mamba-2 decodes faster); `genai`: a folder "
@@ -140,13 +140,11 @@ class Onnx(Format):
 
 def about(job: Job) -> Mapping[str, Any]:
     """What is known of a graph before it is written: its settings and sizes, for the manifest and the graph itself."""
-    from ssmc.exporters.onnx.layers import LAYERS
+    from ssmc.exporters.onnx.graph import require_family
     from ssmc.runtime.models.tokenizers import TOKENIZER_JSON
 
     config, tensors, options = job.shrunk.config, job.shrunk.tensors, job.options
-    layer = LAYERS.find(config.model_type)
-    assert layer is not None  # `missing` refuses families without one
-    sizes = layer.sizes
+    sizes = require_family(config, options.target).sizes
     return {
         "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target")},
         "onnx": {

@@ -14,18 +14,25 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
-from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE, GraphLayer
+from ssmc.exporters.onnx.family import Block, GraphFamily, Stack
+from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE
 from ssmc.exporters.onnx.ops.padding import Tokens, chosen_rows, real_first
-from ssmc.exporters.onnx.ops.parts import END, Layer
+from ssmc.exporters.onnx.ops.parts import END
 from ssmc.exporters.onnx.ops.ssd import MICROSOFT
 from ssmc.exporters.onnx.ops.weights import Weights
 from ssmc.runtime.errors import CheckpointError
-from ssmc.runtime.models.generation.onnx_names import PAST, PAST_GENAI, STATES_GENAI, present_name
+from ssmc.runtime.models.generation.onnx_names import (
+    GROWS,
+    PAST,
+    PAST_GENAI,
+    STATES_GENAI,
+    TOTAL,
+    present_name,
+)
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
-EMBEDDING, FINAL_NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,14 @@ class Built:
     layers: tuple[dict[str, int], ...]  # sizes of every layer, as its module names them
 
 
-def require_family(config: Any, target: str = PORTABLE) -> GraphLayer:
-    """What writes the layers of a family; one that has no graph, or none of this target, is refused.
+def require_family(config: Any, target: str = PORTABLE) -> GraphFamily:
+    """What writes the graph of a family; one that has no graph, or none of this target, is refused.
 
     Raises:
         CheckpointError: naming what there is.
     """
-    family = LAYERS.find(config.model_type)
+    found = LAYERS.find(config.model_type)
+    family = found if found is None or isinstance(found, GraphFamily) else Stack(found)
     if family is None:
         raise CheckpointError(
             f"There is no ONNX graph for models of type {config.model_type!r}, only for {', '.join(LAYERS.names())}. "
@@ -71,6 +79,7 @@ def require_family(config: Any, target: str = PORTABLE) -> GraphLayer:
             f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: operators of "
             f"onnxruntime's own were not measured to help there. Use the target {' or '.join(family.TARGETS)}."
         )
+    family.check(config)
     return family
 
 
@@ -78,8 +87,9 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     """Write a model as a graph.
 
     Inputs: `input_ids` and `attention_mask` (B, L) int64, the mask 1 at real tokens and 0 at padding, which may stand
-    anywhere; and the states of every layer, `past_*_i`, zeros at the beginning. Outputs: `logits` float32 and the
-    states after the last real token, `present_*_i`, laid out as their pasts.
+    anywhere; and the states of every layer, `past_*_i`, zeros at the beginning, or of length 0 where they grow (keys,
+    values and `past_mask`). Outputs: `logits` float32 and the states after the last real token, `present_*_i`, laid out
+    as their pasts.
 
     Args:
         config: transformers' configuration.
@@ -90,10 +100,7 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         CheckpointError: there is no graph for this family and target.
     """
     family = require_family(config, settings.target)
-    if config.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(
-            f"The ONNX graph has silu as activation, this model's is {config.hidden_act}. Export to another format."
-        )
+    tensors = family.folded(config, tensors)
     imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == ORT else {})
     graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=config.model_type)
     builder = GraphBuilder(graph)
@@ -102,31 +109,40 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     genai = settings.target == GENAI
     attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total" if genai else "length"])
     layers = tuple(family.sizes(config, tensors, layer) for layer in range(config.num_hidden_layers))
-    pasts = [
-        {
-            name: builder.input(past_name(name, layer, settings.target), ir.DataType.FLOAT, ["batch", *shape])
-            for name, shape in family.states(sizes).items()
-        }
-        for layer, sizes in enumerate(layers)
-    ]
+    shapes = _states(family, config, layers, settings.target)
+    pasts = {name: builder.input(name, ir.DataType.FLOAT, ["batch", *shape]) for name, shape in shapes.items()}
     tokens = real_first(op, input_ids, _of_these(op, attention_mask, input_ids) if genai else attention_mask)
-    hidden = weights.rows(op, EMBEDDING, tokens.ids)  # (L, B, d_model)
-    presents = []
-    for layer, past in enumerate(pasts):
+    hidden = _scaled(op, weights.rows(op, family.embedding, tokens.ids), family.embedding_scale(config))  # (L, B, d)
+    common = {state: pasts[PAST + state] for state in family.common_states(config)}
+    shared, after = family.shared(op, config, input_ids, tokens, common)
+    presents = {PAST + state: value for state, value in after.items()}
+    for layer, sizes in enumerate(layers):
         builder.push_module(f"layer_{layer}")
-        prefix = f"backbone.layers.{layer}."
-        normed = _norm(op, weights, prefix + "norm.weight", hidden, config)
-        this = Layer(weights, prefix + "mixer.", past, tokens, config, settings.target)
-        change, present = family.mixer(op, this, normed)
-        hidden = op.Add(hidden, change)
-        presents.append(present)
+        names = {state: past_name(state, layer, settings.target) for state in family.states(sizes)}
+        past = {state: pasts[name] for state, name in names.items()}
+        block = Block(layer, weights, past, tokens, config, settings.target, shared)
+        hidden, present = family.block(op, block, hidden)
+        presents |= {names[state]: value for state, value in present.items()}
         builder.pop_module()
-    builder.add_output(_head(op, weights, hidden, tokens, config, settings), "logits")
-    for layer, present in enumerate(presents):
-        for name, state in present.items():
-            builder.add_output(state, present_name(past_name(name, layer, settings.target)))
-    _name_shapes(graph, config, settings, family, layers)
+    builder.add_output(_head(op, weights, hidden, tokens, config, settings, family), "logits")
+    for name in shapes:
+        builder.add_output(presents[name], present_name(name))
+    _name_shapes(graph, config, settings, shapes)
     return Built(ir.Model(graph, ir_version=IR_VERSION), layers)
+
+
+def _states(
+    family: GraphFamily, config: Any, layers: tuple[dict[str, int], ...], target: str
+) -> dict[str, tuple[int | str, ...]]:
+    """The shapes of all states without the batch, by the names of their inputs, in the order of the inputs."""
+    shapes = {PAST + state: tuple(shape) for state, shape in family.common_states(config).items()}
+    for layer, sizes in enumerate(layers):
+        shapes |= {past_name(state, layer, target): tuple(shape) for state, shape in family.states(sizes).items()}
+    return shapes
+
+
+def _scaled(op: OpBuilder, x: ir.Value, factor: float) -> ir.Value:
+    return x if factor == 1.0 else op.Mul(x, factor)
 
 
 def past_name(state: str, layer: int, target: str = PORTABLE) -> str:
@@ -139,30 +155,31 @@ def _of_these(op: OpBuilder, mask: ir.Value, input_ids: ir.Value) -> ir.Value:
     return op.Slice(mask, op.Neg(op.Shape(input_ids, start=1, end=2)), [END], [1])
 
 
-def _norm(op: OpBuilder, weights: Weights, name: str, hidden: ir.Value, config: Any) -> ir.Value:
-    return op.RMSNormalization(hidden, weights.float32(name), axis=-1, epsilon=float(config.layer_norm_epsilon))
-
-
 def _head(
-    op: OpBuilder, weights: Weights, hidden: ir.Value, tokens: Tokens, config: Any, settings: Settings
+    op: OpBuilder,
+    weights: Weights,
+    hidden: ir.Value,
+    tokens: Tokens,
+    config: Any,
+    settings: Settings,
+    family: GraphFamily,
 ) -> ir.Value:
     """Logits (B, 1, V) or (B, L, V) from the last layer's output (L, B, d_model)."""
     rows = chosen_rows(op, tokens, settings.logits)  # chosen before the head, which is the largest product
     hidden = op.Gather(op.Reshape(hidden, [-1, config.hidden_size]), rows, axis=0)  # (B, 1 or L, d_model)
-    normed = _norm(op, weights, FINAL_NORM, hidden, config)
-    tied = HEAD not in weights
-    return weights.head(op, EMBEDDING if tied else HEAD, normed, shared=tied and not settings.own_head)
+    normed = family.norm(op, weights, family.final_norm, hidden, config)
+    tied = family.head not in weights
+    matrix = family.embedding if tied else family.head
+    logits = weights.head(op, matrix, normed, shared=tied and not settings.own_head)
+    return _scaled(op, logits, family.logits_scale(config))
 
 
-def _name_shapes(
-    graph: ir.Graph, config: Any, settings: Settings, family: GraphLayer, layers: tuple[dict[str, int], ...]
-) -> None:
+def _name_shapes(graph: ir.Graph, config: Any, settings: Settings, states: Mapping[str, tuple[int | str, ...]]) -> None:
     """Give the outputs the names of their dimensions, which shape inference cannot know."""
     length = 1 if settings.logits == "last" else "length"
-    shapes = {"logits": ["batch", length, config.vocab_size]}
-    for layer, sizes in enumerate(layers):
-        for name, shape in family.states(sizes).items():
-            shapes[present_name(past_name(name, layer, settings.target))] = ["batch", *shape]
+    shapes: dict[str, list[int | str]] = {"logits": ["batch", length, config.vocab_size]}
+    for name, shape in states.items():
+        shapes[present_name(name)] = ["batch", *(TOTAL if size == GROWS else size for size in shape)]
     for output in graph.outputs:
         output.shape = ir.Shape(shapes[output.name])
         output.type = ir.TensorType(ir.DataType.FLOAT)

@@ -44,9 +44,12 @@ def _open(graph: Path | bytes, options: onnxruntime.SessionOptions) -> onnxrunti
 
 
 def fresh_states(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
-    """The states before the first token by the names of their inputs: zeros, (B, ...) float32."""
+    """The states before the first token by the names of their inputs: zeros, (B, ...) float32; what grows is empty."""
     pasts = [value for value in session.get_inputs() if value.name.startswith("past_")]
-    return {past.name: np.zeros((batch, *past.shape[1:]), np.float32) for past in pasts}
+    return {
+        past.name: np.zeros((batch, *(size if isinstance(size, int) else 0 for size in past.shape[1:])), np.float32)
+        for past in pasts
+    }
 
 
 def run(

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ssmc.exporters.format import Job
 from ssmc.exporters.onnx.files import write_graph
 from ssmc.exporters.onnx.genai import write_genai_config
-from ssmc.exporters.onnx.graph import Settings, build
+from ssmc.exporters.onnx.graph import Settings, build, require_family
 from ssmc.exporters.onnx.layers import GENAI
 from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.runtime.models.checkpoints import parameter_count
@@ -45,7 +45,8 @@ def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     if options.lossy:
         if options.quantize:
             (folder / _INT8).mkdir()
-            final = quantize_int8(first, folder / _INT8)
+            family = require_family(shrunk.config, options.target)
+            final = quantize_int8(first, folder / _INT8, (family.embedding, family.head))
         else:
             half = Settings(options.dtype, options.logits, options.target)
             final = build(shrunk.config, shrunk.tensors, half).model

@@ -111,6 +111,8 @@ def is_json_lines(start: bytes, named_so: bool) -> bool:
         return named_so and bool(lines[0])
     try:
         return isinstance(json.loads(lines[0]), dict)
+    except RecursionError:
+        return True  # whoever reads it says that it is nested too deeply
     except ValueError:
         # a first line longer than what was read is cut off; prose that starts with a brace has no quoted key next
         return named_so or (len(lines) == 1 and lines[0][1:].lstrip().startswith('"'))

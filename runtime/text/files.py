@@ -141,7 +141,7 @@ def row_group(file: Any, number: int, path: Path) -> list[str]:
 
     try:
         column = file.read_row_group(number, columns=["text"]).column("text").to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} is a damaged parquet file: {str(error).splitlines()[0]}.") from error
     return [mended(text) for text in column if isinstance(text, str)]
 

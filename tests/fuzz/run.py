@@ -87,6 +87,7 @@ def _inside(arguments: argparse.Namespace) -> int:
 
     name, number, out = arguments.targets[0], arguments.seed, arguments.out
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as base:
+        sys.dont_write_bytecode = True
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = base  # which torch makes when lm-eval imports it
         one = target(name, Path(base))
         _limit_memory()

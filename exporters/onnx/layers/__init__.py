@@ -31,5 +31,14 @@ class GraphLayer(Protocol):
         """What a mixer makes of (L, B, d_model), normed, and its states behind the last real token."""
 
 
-LAYERS: Registry[GraphLayer] = Registry(__name__)
-"""model_type -> what writes one of its layers."""
+class _Layers(Registry[Any]):
+    """Files here hold a mixer for a stack, as functions, or a whole family's graph, as `GRAPH`."""
+
+    def find(self, name: str | None) -> Any:
+        """What writes the layers of a family, or None."""
+        found = super().find(name)
+        return getattr(found, "GRAPH", found)
+
+
+LAYERS = _Layers(__name__)
+"""model_type -> what writes its layers: a `GraphLayer` for a stack of mixers, or a `GraphFamily`."""

@@ -24,15 +24,19 @@ TARGETS = (PORTABLE, ORT, GENAI)  # ORT: LinearAttention decodes
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
     """The sizes of a layer, read from its own tensors; only how many groups there are is not to be seen in them."""
-    prefix = f"backbone.layers.{layer}.mixer."
-    d_inner, heads = tensors[prefix + "norm.weight"].shape[0], tensors[prefix + "A_log"].shape[0]
+    return sizes_at(f"backbone.layers.{layer}.mixer.", tensors, config.n_groups)
+
+
+def sizes_at(prefix: str, tensors: Mapping[str, torch.Tensor], groups: int) -> dict[str, int]:
+    """The same of a mixer whose tensors' names start so."""
+    d_inner, heads = tensors[prefix + "out_proj.weight"].shape[1], tensors[prefix + "A_log"].shape[0]
     channels, _, d_conv = tensors[prefix + "conv1d.weight"].shape
     return {
         "d_inner": d_inner,
-        "d_state": (channels - d_inner) // (2 * config.n_groups),
+        "d_state": (channels - d_inner) // (2 * groups),
         "heads": heads,
         "head_dim": d_inner // heads,
-        "n_groups": config.n_groups,
+        "n_groups": groups,
         "d_conv": d_conv,
     }
 
@@ -117,8 +121,19 @@ def _many_tokens(op: OpBuilder, layer: Layer, x: ir.Value, dt: ir.Value) -> list
 
 
 def _gated_norm(op: OpBuilder, layer: Layer, y: ir.Value, z: ir.Value) -> ir.Value:
-    """RMSNorm of y silu(z), (L, B, D), over the channels of each group; the gate acts before the norm."""
-    y, heads = op.Mul(y, silu(op, z)), _heads(layer)
+    """RMSNorm of y silu(z), (L, B, D), over the channels of each group.
+
+    The gate acts before the norm; in a Falcon-H1 it may act behind it, or there is no norm.
+    """
+    order = getattr(layer.config, "gated_norm", "gate first")
+    gate = silu(op, z)
+    if order == "none":
+        return op.Mul(y, gate)
+    return _norm(op, layer, op.Mul(y, gate)) if order == "gate first" else op.Mul(_norm(op, layer, y), gate)
+
+
+def _norm(op: OpBuilder, layer: Layer, y: ir.Value) -> ir.Value:
+    heads = _heads(layer)
     name, epsilon = layer.prefix + "norm.weight", float(layer.config.layer_norm_epsilon)
     if heads.groups == 1:
         return op.RMSNormalization(y, layer.weights.float32(name), axis=-1, epsilon=epsilon)

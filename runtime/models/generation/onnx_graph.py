@@ -4,7 +4,9 @@
     past_ssm_i (B, d_state, d_inner)  ->  logits (B, 1 or L, V), present_conv_i, present_ssm_i
 
 A Mamba-2 has past_conv_i (B, d_conv - 1, d_inner + 2 n_groups d_state) and past_ssm_i (B, heads, d_state, head_dim).
-Only B and L are free; everything else is read from the graph, so layers may be of different sizes.
+Attention has past_key_i and past_value_i (B, KV heads, past, head_dim), and the model past_mask (B, past): they grow by
+the tokens of every call. Only B, L and that are free; everything else is read from the graph, so layers may be of
+different sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.files import sha256
 from ssmc.runtime.manifest import MANIFEST, ExportManifest, read_manifest
-from ssmc.runtime.models.generation.onnx_names import PAST, present_name
+from ssmc.runtime.models.generation.onnx_names import GROWS, PAST, TOTAL, present_name
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 GRAPH = "model.onnx"
@@ -45,12 +47,16 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Slot:
-    """One float input or output: its name, its sizes after the batch, and its type."""
+    """One float input or output: its name, its sizes after the batch, and its type.
+
+    `grows` is the place among the sizes of the one that grows by the tokens of a call, which is 0 there; None: none.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     numpy_dtype: Any
+    grows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def _graph(session: Any, device: torch.device, folder: Path) -> Graph:
         raise _foreign(folder, "it has no states (no input past_...)")
     states = tuple((_slot(inputs[name], folder), _slot(outputs[present_name(name)], folder)) for name in pasts)
     for past, present in states:
-        if (past.shape, past.dtype) != (present.shape, present.dtype):
+        if (past.shape, past.dtype, past.grows) != (present.shape, present.dtype, present.grows):
             raise _foreign(folder, f"{past.name} and {present.name} differ")
     logits = outputs[LOGITS]
     if len(logits.shape) != 3:
@@ -239,9 +245,12 @@ def _graph(session: Any, device: torch.device, folder: Path) -> Graph:
 def _slot(value: Any, folder: Path, skip: int = 1) -> Slot:
     """The description of a float value; its first `skip` sizes may be free."""
     shape = tuple(value.shape[skip:])
+    free = [place for place, size in enumerate(shape) if size in (GROWS, TOTAL)] if skip == 1 else []
+    grows = free[0] if len(free) == 1 else None
+    shape = tuple(0 if place == grows else size for place, size in enumerate(shape))
     if value.type not in TYPES or not all(isinstance(size, int) for size in shape):
         raise _foreign(folder, f"{value.name} is {value.type} of {list(value.shape)}")
-    return Slot(value.name, shape, *TYPES[value.type])
+    return Slot(value.name, shape, *TYPES[value.type], grows)
 
 
 def _foreign(folder: Path, why: str) -> CheckpointError:

@@ -1,7 +1,8 @@
 """A session that onnxruntime computes, its states in buffers that stay where they are.
 
 Two sets of state buffers take turns: a call reads the pasts from one and writes the presents into the other, and the
-next call reads those. onnxruntime is given addresses (IOBinding) and copies nothing in between.
+next call reads those. onnxruntime is given addresses (IOBinding) and copies nothing in between. Keys and values of
+attention grow: their presents are new buffers at every call.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class OnnxSession:
         self._batch: int | None = None
         self._states: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # pasts, presents of the next call
         self._token = self._ones = self._logits = torch.empty(0)
+        self._grows = any(past.grows is not None for past, _ in graph.states)
         self._steps: tuple[Any, Any] = (None, None)  # bindings of a step, for the next call and the one after
 
     @property
@@ -60,7 +62,11 @@ class OnnxSession:
             return self.prefill(tokens)
         check_batch(tokens, self._batch)
         self._token.copy_(tokens)
-        self._run(self._steps[0])
+        if self._grows:
+            self._states = (self._states[0], self._presents(1))
+            self._run(self._binding(*self._states, self._token, self._ones, self._logits))
+        else:
+            self._run(self._steps[0])
         return self._logits[:, -1].float()
 
     def pieces(self, tokens: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
@@ -96,6 +102,8 @@ class OnnxSession:
         else:
             logits = self._logits
         tokens, mask = (t.to(self.device).contiguous() for t in (tokens, mask))
+        if self._grows:
+            self._states = (self._states[0], self._presents(length))
         self._run(self._binding(*self._states, tokens, mask, logits))
         return logits.float()
 
@@ -103,8 +111,11 @@ class OnnxSession:
         """Zero states for `batch` sequences, in the buffers that are there if the number is the same."""
         if batch != self._batch:
             self._allocate(batch)
-        for state in self._states[0]:
-            state.zero_()
+        for place, ((past, _), state) in enumerate(zip(self.graph.states, self._states[0], strict=True)):
+            if past.grows is None:
+                state.zero_()
+            else:
+                self._states[0][place] = self._empty(past, batch)
         self._fresh = False
 
     def _allocate(self, batch: int) -> None:
@@ -114,7 +125,18 @@ class OnnxSession:
         self._logits = self._empty(self.graph.logits, batch, 1)
         self._states, self._batch = (one, other), batch
         fixed = (self._token, self._ones, self._logits)
-        self._steps = (self._binding(one, other, *fixed), self._binding(other, one, *fixed))
+        if not self._grows:
+            self._steps = (self._binding(one, other, *fixed), self._binding(other, one, *fixed))
+
+    def _presents(self, length: int) -> list[torch.Tensor]:
+        """Where the states behind `length` more tokens go: what grows gets new buffers."""
+        found = list(self._states[1])
+        for place, ((past, _), old) in enumerate(zip(self.graph.states, self._states[0], strict=True)):
+            if past.grows is not None:
+                shape = list(old.shape)
+                shape[1 + past.grows] += length
+                found[place] = torch.empty(shape, dtype=old.dtype, device=self.device)
+        return found
 
     def _empty(self, slot: Slot, *before: int) -> torch.Tensor:
         return torch.empty(*before, *slot.shape, dtype=slot.dtype, device=self.device)
@@ -133,11 +155,13 @@ class OnnxSession:
         for name, tensor in ((IDS, tokens), (MASK, mask)):
             binding.bind_input(name, *place, np.int64, tuple(tensor.shape), tensor.data_ptr())
         for (past, present), old, new in zip(self.graph.states, pasts, presents, strict=True):
-            if not old.numel():  # a convolution of one tap has no inputs to remember, and nothing has no address
+            if old.numel():
+                binding.bind_input(past.name, *place, past.numpy_dtype, tuple(old.shape), old.data_ptr())
+            else:  # a convolution of one tap, or an empty cache: nothing has no address
                 binding.bind_cpu_input(past.name, old.cpu().numpy())
+            if not new.numel():
                 binding.bind_output(present.name)
                 continue
-            binding.bind_input(past.name, *place, past.numpy_dtype, tuple(old.shape), old.data_ptr())
             binding.bind_output(present.name, *place, present.numpy_dtype, tuple(new.shape), new.data_ptr())
         slot = self.graph.logits
         binding.bind_output(LOGITS, *place, slot.numpy_dtype, tuple(logits.shape), logits.data_ptr())
