@@ -143,7 +143,8 @@ def _run_onnx_task(task: MemoryTask) -> Memory:
     step = decode(export.model, task.decode_batch)
     for _ in range(DECODE_STEPS):
         step()
-    state = 2 * export.state_bytes  # what a step reads and what it writes
+    # what a step reads and what it writes, keys and values of attention included
+    state = 2 * (export.state_bytes + 4 * export.kept_per_token * task.length)
     steady = psutil.Process().memory_info().rss
     return Memory(
         libraries=libraries,

@@ -51,7 +51,14 @@ class OnnxExport:
         """The graph in memory: its weights as they are on disk, and states twice, as a step reads and writes them."""
         slots = [slot for slot, _ in self.model.graph.states]
         windows = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots if WINDOW in slot.name)
-        return Footprint(self.weight_bytes, SequenceMemory(length, 2 * (self.state_bytes - windows), 2 * windows, 0))
+        kept = 2 * 4 * self.kept_per_token * length
+        return Footprint(self.weight_bytes, SequenceMemory(length, 2 * (self.state_bytes - windows), 2 * windows, kept))
+
+    @property
+    def kept_per_token(self) -> int:
+        """Numbers that attention keeps of every token: keys, values, and whether it is real."""
+        growing = [past for past, _ in self.model.graph.states if past.grows is not None]
+        return sum(math.prod(size for place, size in enumerate(p.shape) if place != p.grows) for p in growing)
 
     @property
     def weight_bytes(self) -> int:
