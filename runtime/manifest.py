@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -306,7 +306,6 @@ class ExportManifest:
 
 
 Manifest = MaskedManifest | ExportManifest
-M = TypeVar("M", MaskedManifest, ExportManifest)
 _RECORDS = ("layers", "removed", "cuts")
 
 
@@ -388,15 +387,15 @@ def _parsed(content: Mapping[str, Any], directory: Path) -> Manifest:
         ) from error
 
 
-def _typed(manifest: M) -> M:
+def _typed(manifest: Any) -> Any:
     """The manifest, if everything in it is of the type that its dataclass says.
 
     Raises:
         ValidationError: it is not.
     """
     fields = {name: getattr(manifest, name) for name in type(manifest).__dataclass_fields__}
-    nested = {name: [asdict(entry) for entry in fields[name]] for name in _RECORDS if name in fields}
-    nested["source"] = asdict(fields["source"])
+    nested: dict[str, Any] = {name: [asdict(entry) for entry in fields[name]] for name in _RECORDS if name in fields}
+    nested |= {"source": asdict(fields["source"])}
     return _checker(type(manifest)).validate_python(fields | nested)
 
 

@@ -55,7 +55,7 @@ def make_card(export: Export, facts: Facts) -> str:
     taken: dict[str, Any] = {key: value for key, value in _front_matter(export.readme).items() if key in _TAKEN_OVER}
     taken["license"] = facts.license or taken.get("license") or _license_of(export)
     if facts.license:
-        taken = {key: value for key, value in taken.items() if not key.startswith("license_")}
+        taken: dict[str, Any] = {key: value for key, value in taken.items() if not key.startswith("license_")}
     try:
         data = ModelCardData(
             base_model=base,

@@ -87,7 +87,8 @@ class HybridGraph(GraphFamily):
 
     def sizes(self, config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
         """Of mixer and attention, read from the layer's own tensors; empty for one that keeps nothing."""
-        prefix, found = f"model.layers.{layer}.", {}
+        prefix = f"model.layers.{layer}."
+        found: dict[str, int] = {}
         if self.has_mixer(config, layer):
             groups = architecture_for(config.model_type).dimensions(config).groups
             found |= mamba2.sizes_at(f"{prefix}{self.mixer_name}.", tensors, groups)
@@ -134,7 +135,7 @@ class HybridGraph(GraphFamily):
 
     def mixer_config(self, config: Any) -> Any:
         """What a Mamba-2 mixer reads of a configuration, by the names it reads there."""
-        architecture = architecture_for(config.model_type)
+        architecture: Any = architecture_for(config.model_type)  # a Mamba-2
         return SimpleNamespace(
             n_groups=architecture.dimensions(config).groups,
             layer_norm_epsilon=self.epsilon(config),

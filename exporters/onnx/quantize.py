@@ -19,7 +19,14 @@ from onnxscript import TapeBuilder
 
 from ssmc.exporters.onnx.files import GRAPH
 
-QUANTIZED = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")  # parts of the names of the matrices
+QUANTIZED: tuple[str, ...] = (
+    "in_proj",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+)  # parts of the names of the matrices
 QUANTIZED += ("up_proj", "gate_proj", "down_proj", "input_linear", "output_linear")
 SUFFIXES = ("_quantized", "_scale", "_zero_point")  # that onnxruntime gives the three tensors of a matrix
 

@@ -121,7 +121,7 @@ def hybrid(tmp_path_factory):
     out = tmp_path_factory.mktemp("hybrid") / "half"
     compress("tiny-hybrid", out=out, sparsity=0.5, score="random", repair=False)
     few = out.with_name("few.txt")
-    few.write_text(read_texts(heldout_path()).joined()[:3000])
+    few.write_text(read_texts(heldout_path()).joined()[:6000])
     return export(out, format="onnx"), export(out, format="onnx", quantize="int8", out=out / "int8", text=few)
 
 

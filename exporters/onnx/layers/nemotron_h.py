@@ -38,7 +38,8 @@ class NemotronHGraph(HybridGraph):
 
     def block(self, op: OpBuilder, block: Block, hidden: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:
         """Norm, one thing, sum."""
-        prefix, weights, present = f"model.layers.{block.index}.", block.weights, {}
+        prefix, weights = f"model.layers.{block.index}.", block.weights
+        present: dict[str, ir.Value] = {}
         normed = self.norm(op, weights, prefix + "norm.weight", hidden, block.config)
         if self.has_mixer(block.config, block.index):
             change, present = self.mix(op, block, normed)
