@@ -123,4 +123,4 @@ def read_tokens(source: Source, text: str | None = None) -> Tokens:
         stream = torch.randint(vocab_size, (RANDOM,), generator=torch.Generator().manual_seed(0))
         return Tokens(sample_tokens(None, vocab_size), stream, RANDOM_TEXT, False)
     stream = tokenize(read_texts(heldout_path() if text is None else text), load_tokenizer(checkpoint))
-    return Tokens(sample_tokens(stream, vocab_size), stream, EMBEDDED_TEXT if text is None else text, True)
+    return Tokens(sample_tokens(stream, vocab_size), stream, EMBEDDED_TEXT if text is None else str(text), True)

@@ -396,7 +396,8 @@ def _typed(manifest: Any) -> Any:
     fields = {name: getattr(manifest, name) for name in type(manifest).__dataclass_fields__}
     nested: dict[str, Any] = {name: [asdict(entry) for entry in fields[name]] for name in _RECORDS if name in fields}
     nested |= {"source": asdict(fields["source"])}
-    return _checker(type(manifest)).validate_python(fields | nested)
+    kind: Any = type(manifest)
+    return _checker(kind).validate_python(fields | nested)
 
 
 @cache

@@ -55,7 +55,8 @@ def make_card(export: Export, facts: Facts) -> str:
     taken: dict[str, Any] = {key: value for key, value in _front_matter(export.readme).items() if key in _TAKEN_OVER}
     taken["license"] = facts.license or taken.get("license") or _license_of(export)
     if facts.license:
-        taken: dict[str, Any] = {key: value for key, value in taken.items() if not key.startswith("license_")}
+        taken = {key: value for key, value in taken.items() if not key.startswith("license_")}
+    relation: dict[str, Any] = {"base_model_relation": _relation(export)} if base else {}
     try:
         data = ModelCardData(
             base_model=base,
@@ -65,7 +66,7 @@ def make_card(export: Export, facts: Facts) -> str:
             model_name=facts.repository.split("/")[-1],
             eval_results=[row.result for row in measured] or None,
             **taken,
-            **({"base_model_relation": _relation(export)} if base else {}),
+            **relation,
         )
         front = data.to_yaml()
     except Exception as error:  # the client's own checks, and YAML's
