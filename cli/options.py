@@ -70,6 +70,14 @@ Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the gradient steps of a run with the same options that was interrupted.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Window = Annotated[int, typer.Option(help="Tokens that the model reads at once.", rich_help_panel=QUALITY)]
 MaxWindows = Annotated[
     int,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ssmc.compressor.calibration.draw import Calibration
 from ssmc.compressor.methods.method import LayerResult, Outcome
+from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import LAYER
-from ssmc.compressor.options.recipe import write_recipe
+from ssmc.compressor.options.recipe import RECIPE, write_recipe
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import (
     BLOCK,
@@ -60,11 +62,8 @@ class Artefact:
         Raises:
             OutputError: see `new_directory`.
         """
-        tensors = self.checkpoint.tensors()
-        require_space(out, tensor_bytes(tensors))
-        with new_directory(out, force=force, marker=MANIFEST) as folder:
-            files = write_checkpoint(folder, tensors, self.checkpoint.config, like=self.checkpoint)
-            return self.complete(folder, files, out)
+        recipe = self.outcome.plan.config
+        return write_masked(out, self.checkpoint, self.tokenizer_directory, self._manifest(out), recipe, force=force)
 
     def complete(self, folder: Path, files: list[Path], out: Path) -> dict[str, Any]:
         """Write what goes with a masked model and the manifest of all of it.
@@ -77,11 +76,14 @@ class Artefact:
         Returns:
             The manifest.
         """
+        about = (self._manifest(out), self.outcome.plan.config)
+        return _complete(folder, files, self.checkpoint, self.tokenizer_directory, *about)
+
+    def _manifest(self, out: Path) -> MaskedManifest:
+        """Without the number of parameters and the files."""
         config = self.outcome.plan.config
-        files = files + copy_companions(self.checkpoint.directory, self.tokenizer_directory, folder)
-        files.append(write_recipe(folder, config))
         part = BLOCK if LAYER in config.parts else SSM
-        manifest = MaskedManifest(
+        return MaskedManifest(
             source=self._source(out),
             versions=versions(),
             command=self.command,
@@ -92,17 +94,64 @@ class Artefact:
             removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
             goal=self.goal,
             distilled=self.outcome.distilled,
-            parameters=parameter_count(self.checkpoint.tensors()),
-            files=file_records(files, folder),
         )
-        write_manifest(folder, manifest)
-        return manifest.to_json()
 
     def _source(self, out: Path) -> Origin:
         """The dense model, so that `bench` finds it again: as it was named, and seen from the artefact."""
         local = Path(self.checkpoint.source).expanduser()
         relative = os.path.relpath(local, out) if local.exists() else None
         return Origin(self.checkpoint.source, self.checkpoint.format, relative)
+
+
+def write_masked(
+    out: Path,
+    checkpoint: Checkpoint,
+    tokenizer_directory: Path | None,
+    manifest: MaskedManifest,
+    recipe: CompressConfig | Path | None,
+    *,
+    force: bool,
+) -> dict[str, Any]:
+    """Write a masked model with all that belongs to it; either all of it appears or nothing.
+
+    Args:
+        out: folder that will be made.
+        checkpoint: the model.
+        tokenizer_directory: where the tokenizer files are; None when there are none.
+        manifest: without the number of parameters and the files, which are filled in.
+        recipe: of the run, or the file that holds it; None: there is none.
+        force: replace an earlier artefact, if ssmc wrote it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        OutputError: see `new_directory`.
+    """
+    tensors = checkpoint.tensors()
+    require_space(out, tensor_bytes(tensors))
+    with new_directory(out, force=force, marker=MANIFEST) as folder:
+        files = write_checkpoint(folder, tensors, checkpoint.config, like=checkpoint)
+        return _complete(folder, files, checkpoint, tokenizer_directory, manifest, recipe)
+
+
+def _complete(
+    folder: Path,
+    files: list[Path],
+    checkpoint: Checkpoint,
+    tokenizer_directory: Path | None,
+    manifest: MaskedManifest,
+    recipe: CompressConfig | Path | None,
+) -> dict[str, Any]:
+    """Write what goes with the files of a masked model into its folder; see `write_masked`."""
+    files = files + copy_companions(checkpoint.directory, tokenizer_directory, folder)
+    if isinstance(recipe, Path):
+        files.append(Path(shutil.copyfile(recipe, folder / RECIPE)))
+    elif recipe is not None:
+        files.append(write_recipe(folder, recipe))
+    whole = replace(manifest, parameters=parameter_count(checkpoint.tensors()), files=file_records(files, folder))
+    write_manifest(folder, whole)
+    return whole.to_json()
 
 
 def _layer(layer: LayerResult) -> LayerRecord:

@@ -6,7 +6,7 @@ Nothing here knows a method by name; what they do to a layer is in `methods`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ class Run:
         stage: where each layer is while it is worked on; the rest of the model stays where it is.
         progress: told about the steps.
         result: where finished layers go, and come from in a run that goes on; None: they stay in the model.
+        removals: which blocks go as a whole, where an earlier run on the same text found it out; None: it is decided.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Run:
     stage: Stage = HOST
     progress: Progress = NO_PROGRESS
     result: Result | None = None
+    removals: Sequence[Any] | None = None
 
     def survey(self, hidden: torch.Tensor | None = None) -> Survey:
         """What methods look at before a layer is touched."""
@@ -67,12 +69,12 @@ def prune(run: Run) -> Pruned:
     if run.tokens is not None:
         for step in run.plan.steps:
             step.check_text(run.tokens)
-    removals = []
+    removals: list[Any] = []
     for remover in run.plan.removers:
         # every try runs most of the model, so all of it goes to the device
         run.model.to(run.stage.device)
         tokens = None if run.tokens is None else run.tokens.to(run.stage.device)
-        removals += remover.choose(replace(run, tokens=tokens).survey())
+        removals += remover.choose(replace(run, tokens=tokens).survey()) if run.removals is None else run.removals
         if not run.plan.works_inside:
             for removal in removals:
                 remover.remove(run.plan.architecture, run.plan.architecture.blocks(run.model)[removal.layer])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,10 @@ from ssmc.compressor.artefact import Artefact
 from ssmc.compressor.calibration.draw import Calibration, draw_samples
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import HELD_OUT
+from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
+from ssmc.compressor.distillation.state import StateFile
+from ssmc.compressor.distillation.steps import Distillation
 from ssmc.compressor.families import able_parts, check_family
 from ssmc.compressor.fit import fitted
 from ssmc.compressor.memory import check_limit, check_whole, need
@@ -106,7 +110,7 @@ def compress(
         out: folder to write; it must not exist unless `force`. Not for a torch module, which is returned.
         force: replace an earlier result of ssmc.
         resume: go on after the last layer that an earlier run with the same options and `out` finished, however it
-            ended; the result is the same, byte for byte. Without it, what such a run left is removed.
+            ended, or after the last judgement of its distillation; the result is the same, byte for byte.
         max_memory: what the process may have resident, "8GiB" or bytes. Hidden states that do not fit lie on disk; a
             run that needs more is refused before it starts.
         progress: told what is being done.
@@ -155,6 +159,7 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     goal, ordinary = split_goal(options)
     config = configure(**ordinary)
     refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
+    state = _kept_state(order, config, goal)
     order.progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=goal is None)
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
@@ -173,7 +178,7 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     if goal is None and goes_by_layer(plan):
         outcome, manifest, more = _by_layer(task, order)
     else:
-        outcome, manifest, more = _whole(task, order, goal)
+        outcome, manifest, more = _whole(task, order, goal, state)
     notes = (*old_names, *notes_for(outcome), *more, *checkpoint.notes)
     return CompressResult(order.out, manifest, outcome, notes)
 
@@ -217,12 +222,12 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
     return outcome, manifest, work.notes
 
 
-def _whole(task: _Task, order: _Order, goal: Goal | None) -> _Done:
+def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | None) -> _Done:
     """Prune a model in memory, then write it: what looks at all of it at once."""
-    if order.resume:
+    if order.resume and state is None:
         raise UsageError(
-            "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) cannot be "
-            "resumed. Leave --resume out."
+            "A run that looks at the whole model at once (a goal, --pattern layer or ssm-module) cannot be resumed. "
+            "Leave --resume out."
         )
     check_whole(task.checkpoint, order.limit)
     leftovers = remove_leftovers(resolve(order.out))
@@ -230,19 +235,49 @@ def _whole(task: _Task, order: _Order, goal: Goal | None) -> _Done:
     checkpoint.read()
     device, reached, distilled = choose_device(config.device), None, None
     use_fast_scan(checkpoint.model)
+    teach = partial(_distil, config=config, state=state, progress=progress)
     if goal is None:
         pruned = prune(Run(checkpoint.model, plan, task.tokens, checkpoint.dtypes, Stage(device), progress))
+        distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
-        reached = reach_goal(checkpoint, config, goal, task.tokens, device, progress)
-        plan, pruned = reached.plan, reached.pruned
+        distil = teach if config.distill else None
+        reached = reach_goal(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
+        plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation
         checkpoint = replace(checkpoint, model=reached.model)
-    if config.distill:
-        lesson = Lesson(config.distill, config.calib, config.seqlen, config.seed, config.tokenizer, config.device)
-        distilled = asdict(distil_checkpoint(checkpoint, config.model, lesson, progress))
-    outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, distilled)
+    done = None if distilled is None else asdict(distilled)
+    outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, done)
     artefact = Artefact(checkpoint, outcome, task.tokenizer, reached.record if reached else None, order.command)
     manifest = artefact.write(order.out, force=order.force)
+    if state is not None:
+        state.remove()
     return outcome, manifest, (*leftovers, *(reached.notes if reached else ()))
+
+
+def _distil(
+    checkpoint: Checkpoint,
+    layers: Sequence[LayerResult],
+    config: CompressConfig,
+    state: StateFile | None,
+    progress: Progress,
+) -> Distillation:
+    """The steps of a run on the whole model that is left, in place."""
+    steps, window = config.distill_steps, config.seqlen
+    lesson = Lesson(steps, config.calib, window, config.seed, config.tokenizer, config.device)
+    left = [Left(layer.states_kept, layer.channels_kept) for layer in layers]
+    return distil_checkpoint(checkpoint, config.model, lesson, progress, layers=left, state=state)
+
+
+def _kept_state(order: _Order, config: CompressConfig, goal: Goal | None) -> StateFile | None:
+    """Where the distillation of a run keeps its state; None: it has none, or measured times decide where it starts.
+
+    Raises:
+        UsageError: there is a state that nobody asked for, or none where one was.
+    """
+    if goal is not None or not config.distill:
+        return None
+    state = StateFile.beside(order.out, order.resume)
+    state.check()
+    return state
 
 
 def _draw(config: CompressConfig, checkpoint: Checkpoint, more: int) -> tuple[Calibration, torch.Tensor]:

@@ -99,6 +99,17 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    with replaced_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def replaced_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Write a file under a temporary name; it takes its own when the block ends without error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     path = expand(path)
     with disk_errors(path):
         if path.is_dir():
@@ -106,8 +117,8 @@ def write_text(path: str | Path, text: str) -> None:
         target = resolve(path)
         temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.reporting import print_conditions
 from ssmc.compressor import compress
+from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
@@ -66,11 +67,11 @@ def measured(cell: str, args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         options = {"pattern": pattern, "sparsity": float(sparsity), "calib": args.calib, "device": args.device}
-        compress(source, out=out, **options)
+        layers = [Left(layer.states_kept, layer.channels_kept) for layer in compress(source, out=out, **options).layers]
         student = load_checkpoint(out, dtype=torch.float32)
     before = excess_loss(perplexity(use_fast_scan(student.model), text, args.window), wanted)
     start = time.perf_counter()
-    done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device))
+    done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device), layers=layers)
     seconds = time.perf_counter() - start
     after = excess_loss(perplexity(student.model, text, args.window), wanted)
     row = {"cell": cell, "excess_before": before.nats, "excess": after.nats, "stderr": after.stderr, "seconds": seconds}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmc.cli.checks import check_models
-from ssmc.cli.commands.distill import achieved
+from ssmc.cli.commands.distill import INTERRUPTED, achieved
 from ssmc.cli.declared import with_options
 from ssmc.cli.memory import show_written
 from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
@@ -79,7 +79,8 @@ def compress(
         typer.Option(
             "--resume",
             help="Go on where an earlier run with the same options and --out was cut off, however that happened; the "
-            "result is the same, byte for byte. Without it, what such a run left is removed.",
+            "result is the same, byte for byte. Without it, what such a run left is removed, but for the state of a "
+            "distillation.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -144,6 +145,8 @@ def compress(
     from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
+    if config.distill and goal is None:
+        terminal.interrupted = INTERRUPTED
     for problem in PROBLEMS:
         terminal.note(problem)
     terminal.say(_intention(config) if goal is None else _aim(config, goal))
@@ -204,7 +207,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 def _intention(config: CompressConfig) -> str:
     """What a run is going to do."""
     steps = f" Then up to {config.refine} gradient steps on each layer, most of the time." if config.refine else ""
-    steps += f" Then up to {config.distill} gradient steps on the whole model." if config.distill else ""
+    steps += f" Then up to {config.distill_steps} gradient steps on the whole model." if config.distill else ""
     return _removal(config) + steps
 
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmc.cli.checks import check_compressed
-from ssmc.cli.options import Device, Force, Quiet, Verbose, tokenizer_option
+from ssmc.cli.options import Device, Force, Quiet, Resume, Verbose, tokenizer_option
 from ssmc.cli.terminal import Terminal
 from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
 
 if TYPE_CHECKING:
     from ssmc.compressor.distillation.steps import Distillation
+
+INTERRUPTED = "interrupted, no model was written. The same command with --resume goes on from the last steps it judged."
 
 
 def distill(
@@ -54,6 +56,7 @@ def distill(
         ),
     ] = None,
     force: Force = False,
+    resume: Resume = False,
     log_to: LogTo = None,
     log_dir: LogDir = LOGS,
     verbose: Verbose = False,
@@ -69,12 +72,15 @@ def distill(
         ssmc distill
 
         ssmc distill smaller --steps 1000 --calib my-text.jsonl --out smaller-1000
+
+        ssmc distill --resume
     """
     terminal = context.ensure_object(Terminal)
     check_compressed(directory)
     from ssmc.compressor.distillation.run import Lesson, distil_artefact
 
     terminal.hush_libraries()
+    terminal.interrupted = INTERRUPTED
     options = {"directory": str(directory), "steps": steps, "calib": calib, "seqlen": seqlen, "seed": seed}
     name = Path(f"{directory}-distilled") if out is None else out
     with logged(terminal, log_to, log_dir, "distill", name, options) as tracking:
@@ -84,6 +90,7 @@ def distill(
                 Lesson(steps, calib, seqlen, seed, tokenizer, device),
                 out=out,
                 force=force,
+                resume=resume,
                 command=shlex.join(["ssmc", *sys.argv[1:]]),
                 progress=tracking.watch(progress),
             )

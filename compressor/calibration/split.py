@@ -18,6 +18,7 @@ class Samples:
 
     fit: torch.Tensor  # (n, seqlen), the first of the calibration samples
     held_out: torch.Tensor  # (m, seqlen), which no trial is fitted to
+    taught: torch.Tensor  # (k, seqlen), what gradient steps in trials may see: all but those
     seen: bool  # whether the final run is calibrated on `held_out` too, for lack of text
 
     @property
@@ -44,4 +45,4 @@ class Samples:
             )
         seen = len(tokens) <= nsamples
         first = len(tokens) - min(HELD_OUT, len(tokens) // 2) if seen else nsamples
-        return cls(tokens[:first][:TRIAL_SAMPLES], tokens[first:][:HELD_OUT], seen)
+        return cls(tokens[:first][:TRIAL_SAMPLES], tokens[first:][:HELD_OUT], tokens[:first], seen)

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssmc.compressor.distillation.steps import HELD_OUT, SEQUENCES, WINDOW, Distillation, Pair, distill
+from ssmc.compressor.artefact import write_masked
+from ssmc.compressor.distillation.narrowed import Left
+from ssmc.compressor.distillation.state import StateFile, fingerprint
+from ssmc.compressor.distillation.steps import (
+    HELD_OUT,
+    SEQUENCES,
+    WINDOW,
+    Course,
+    Distillation,
+    Pair,
+    distill,
+)
 from ssmc.compressor.options.recipe import RECIPE
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CalibrationError, UsageError
-from ssmc.runtime.files import new_directory, refuse_existing, require_space
-from ssmc.runtime.manifest import MANIFEST, MaskedManifest, file_records, read_compressed, write_manifest
+from ssmc.runtime.files import refuse_existing
+from ssmc.runtime.manifest import MANIFEST, MaskedManifest, read_compressed
 from ssmc.runtime.measure.sources import dense_source
-from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_bytes, write_checkpoint
-from ssmc.runtime.models.companions import copy_companions
+from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.text import draw_windows
 from ssmc.runtime.tiny import calibration_path
+from ssmc.runtime.versions import versions
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,13 @@ class DistilResult:
 
 
 def distil_checkpoint(
-    student: Checkpoint, dense: str, lesson: Lesson, progress: Progress = NO_PROGRESS
+    student: Checkpoint,
+    dense: str,
+    lesson: Lesson,
+    progress: Progress = NO_PROGRESS,
+    *,
+    layers: Sequence[Left] = (),
+    state: StateFile | None = None,
 ) -> Distillation:
     """Distil a masked model in place.
 
@@ -67,10 +84,14 @@ def distil_checkpoint(
         dense: the dense model, as `load_checkpoint` takes it.
         lesson: what to do.
         progress: told about steps.
+        layers: what is left of each layer, so that the rest is not computed; none where that is not known.
+        state: keeps how far it came, and may hold what an interrupted run left; the caller removes it when the result
+            is written.
 
     Raises:
         CalibrationError: the text does not suffice.
         CheckpointError: the dense model cannot be read.
+        UsageError: the state is that of another run.
     """
     source = calibration_path() if lesson.calib is None else lesson.calib
     count = lesson.steps * SEQUENCES + HELD_OUT
@@ -81,10 +102,15 @@ def distil_checkpoint(
             f"Distillation needs at least two sequences of {min(lesson.window, WINDOW)} tokens, {source} holds "
             f"{len(tokens)}. Give more text with --calib."
         )
+    course = Course(lesson.steps, lesson.seed, layers)
+    if state is not None:
+        told = (lesson.steps, lesson.seed, layers, versions())
+        run = fingerprint([tokens, *student.model.state_dict().values()], told)
+        course = replace(course, start=state.load(run), keep=partial(state.save, run))
     teacher = load_checkpoint(dense, dtype=torch.float32)
     pair = Pair(student.architecture, use_fast_scan(student.model), use_fast_scan(teacher.model))
     pair.to(choose_device(lesson.device))
-    done = distill(pair, tokens, lesson.steps, lesson.seed, progress)
+    done = distill(pair, tokens, course, progress)
     pair.to(torch.device("cpu"))
     return done
 
@@ -95,6 +121,7 @@ def distil_artefact(
     *,
     out: str | Path | None = None,
     force: bool = False,
+    resume: bool = False,
     command: str | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> DistilResult:
@@ -105,11 +132,12 @@ def distil_artefact(
         lesson: what to do.
         out: folder to write; by default DIRECTORY-distilled. With `force` it may be `directory` itself.
         force: replace an earlier result of ssmc.
+        resume: go on with a run of the same lesson that was interrupted.
         command: recorded in the manifest.
         progress: told about steps.
 
     Raises:
-        UsageError: `directory` is not what `compress` wrote, or there are no steps to take.
+        UsageError: `directory` is not what `compress` wrote, there are no steps to take, or there is nothing to resume.
     """
     if lesson.steps < 1:
         raise UsageError(f"Distillation needs at least one step, not {lesson.steps}.")
@@ -117,19 +145,18 @@ def distil_artefact(
     manifest = read_compressed(directory)
     place = directory.with_name(f"{directory.name}-distilled") if out is None else Path(out).expanduser()
     refuse_existing(place, force=force, marker=MANIFEST)
+    state = StateFile.beside(place, resume)
+    state.check()
     progress("reading the model", 0, 1)
     student = load_checkpoint(directory, dtype=torch.float32)
-    done = distil_checkpoint(student, dense_source(directory, manifest).where, lesson, progress)
-    tensors = student.tensors()
-    require_space(place, tensor_bytes(tensors))
-    with new_directory(place, force=force, marker=MANIFEST) as folder:
-        files = write_checkpoint(folder, tensors, student.config, like=student)
-        files += copy_companions(directory, tokenizer_directory(student), folder)
-        if (directory / RECIPE).is_file():
-            files.append(Path(shutil.copyfile(directory / RECIPE, folder / RECIPE)))
-        written = replace(_continued(manifest, done, command, directory, place), files=file_records(files, folder))
-        write_manifest(folder, written)
-    return DistilResult(place, written.to_json(), done)
+    layers = [Left(layer.kept, layer.kept_channels) for layer in manifest.layers]
+    dense = dense_source(directory, manifest).where
+    done = distil_checkpoint(student, dense, lesson, progress, layers=layers, state=state)
+    written = _continued(manifest, done, command, directory, place)
+    recipe = directory / RECIPE if (directory / RECIPE).is_file() else None
+    content = write_masked(place, student, tokenizer_directory(student), written, recipe, force=force)
+    state.remove()
+    return DistilResult(place, content, done)
 
 
 def _continued(

@@ -1,31 +1,41 @@
 """Gradient steps on all parameters of a pruned model towards the predictions of the dense one (Hinton et al. 2015).
 
 The loss is the Kullback-Leibler divergence of the next-token distributions, KL(dense || pruned), over every token of
-calibration text; no labels are read. What was pruned stays zero. The teacher's logits are computed on the fly, a few
-rows at a time: neither model's logits ever lie in memory as a whole.
+calibration text; no labels are read. What was pruned stays zero, and is not computed. The teacher's logits are made on
+the fly, a few rows at a time: neither model's logits ever lie in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssmc.compressor.distillation.muon import MuonAndAdam
+from ssmc.compressor.distillation.narrowed import Left, narrowed
 from ssmc.compressor.methods.descent import Descent, Pace, batches, descend
+from ssmc.compressor.methods.gradients import hold, only_these_move
 from ssmc.runtime.errors import CalibrationError
-from ssmc.runtime.measure.losses import IGNORED, LOGITS_AT_ONCE, last_hidden, token_losses
+from ssmc.runtime.measure.losses import LOGITS_AT_ONCE, last_hidden
+from ssmc.runtime.measure.perplexity import losses_of_tokens
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 WINDOW = 512  # tokens of a sequence: long enough for states to matter, short enough for many in a step
 SEQUENCES = 4  # of a step
 HELD_OUT = 16  # sequences that only judge
-RATE = 1e-3  # how far an entry moves a step at the height of the schedule; three times as much made a model worse
-CHECKS = 8
+RATE = 4e-4  # as Adam has it, at the height of the schedule, of a model that lost ...
+LOST = (
+    0.14  # ... as many nats; the noise of steps costs a model as their square, so one that lost less takes smaller ones
+)
+LEAST, MOST = 0.2, 2.5  # times RATE
+CHECKS, EVERY = 8, 50  # judgements, and steps between two of them, at most
+REMEMBERED = 1 << 30  # bytes of what the teacher puts out for sequences that come again
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,27 @@ class Pair:
         """Move both."""
         self.student.to(device)
         self.teacher.to(device)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a distillation does.
+
+    Attributes:
+        steps: gradient steps, at most.
+        seed: of the order of sequences.
+        layers: what is left of each layer of the pruned model; none where nothing went inside the layers.
+        lost: divergence from the dense model, which decides how large steps are; None: it is measured.
+        start: state of an earlier run, to go on with.
+        keep: is given the state after every judgement.
+    """
+
+    steps: int
+    seed: int = 0
+    layers: Sequence[Left] = ()
+    lost: float | None = None
+    start: Mapping[str, Any] | None = None
+    keep: Callable[[dict[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,16 +96,13 @@ class Distillation:
     tokens: int
 
 
-def distill(
-    pair: Pair, tokens: torch.Tensor, steps: int, seed: int = 0, progress: Progress = NO_PROGRESS
-) -> Distillation:
+def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress = NO_PROGRESS) -> Distillation:
     """Distil a pruned model in place; never for the worse on the held-out sequences.
 
     Args:
         pair: both models in float32 with the fast scan in use, on the device to compute on.
         tokens: (n, L) int64; the last `HELD_OUT` sequences, or a quarter of few, only judge.
-        steps: gradient steps, at most.
-        seed: of the order of sequences.
+        course: what to do.
         progress: told about steps.
 
     Raises:
@@ -87,30 +115,11 @@ def distill(
         )
     held = min(HELD_OUT, max(1, len(tokens) // 4))
     seen, judged = tokens[:-held], tokens[-held:]
-    device = pair.student.get_output_embeddings().weight.device
-    wanted = last_hidden(pair.teacher, judged)
     dense, before = (_loss(model, judged) for model in (pair.teacher, pair.student))
-    order = batches(len(seen), SEQUENCES, seed)
-    with _trained(pair) as (parameters, pinned):
-
-        def gradients() -> list[torch.Tensor]:
-            for parameter in parameters:
-                parameter.grad = None
-            inputs = seen[next(order)].to(device)
-            divergence(pair, inputs, last_hidden(pair.teacher, inputs), backward=True)
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            for gradient, entries in zip(found, pinned, strict=True):
-                if entries is not None:
-                    gradient.masked_fill_(entries, 0)
-            return found
-
-        def judge() -> float:
-            rows = zip(judged.split(SEQUENCES), wanted.split(SEQUENCES), strict=True)
-            total = sum(divergence(pair, row.to(device), hidden) * len(row) for row, hidden in rows)
-            return total / len(judged)
-
-        pace = Pace(steps, [RATE] * len(parameters), checks=CHECKS)
-        done: Descent = descend(parameters, gradients, judge, pace, progress, "distilling")
+    with narrowed(pair.architecture, pair.student, course.layers):
+        moving = _what_moves(pair, course.layers)
+        with only_these_move(moving.parameters, pair.student, pair.teacher):
+            done = _Lesson(pair, seen, judged, moving).descend(course, progress)
     return Distillation(
         steps=done.steps,
         best_step=done.best_step,
@@ -122,11 +131,110 @@ def distill(
     )
 
 
+def teach(
+    pair: Pair,
+    tokens: torch.Tensor,
+    course: Course,
+    progress: Progress = NO_PROGRESS,
+    remembered: dict[int, torch.Tensor] | None = None,
+) -> None:
+    """As `distill`, but nothing is judged, and the model has the weights of the last step.
+
+    Args:
+        pair: as for `distill`.
+        tokens: (n, L) int64.
+        course: what to do.
+        progress: told about steps.
+        remembered: what the teacher puts out, by sequence: of earlier calls with the same tokens, and for later ones.
+    """
+    with narrowed(pair.architecture, pair.student, course.layers):
+        moving = _what_moves(pair, course.layers)
+        with only_these_move(moving.parameters, pair.student, pair.teacher):
+            _Lesson(pair, tokens, None, moving, remembered).descend(course, progress)
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """What moves: parameters, those of them that are matrices of linear maps, and which entries of each stay zero."""
+
+    parameters: list[nn.Parameter]
+    matrices: list[nn.Parameter]
+    pinned: list[torch.Tensor | None]
+
+    def rates(self, lost: float) -> list[float]:
+        """How far an entry of each moves a step, at most, in a model that lost so many nats a token."""
+        times = min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
+        return [times * RATE] * len(self.parameters)
+
+
+class _Lesson:
+    """A pair, the sequences it learns on and those that judge, and what moves."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        seen: torch.Tensor,
+        judged: torch.Tensor | None,
+        moving: _Moving,
+        remembered: dict[int, torch.Tensor] | None = None,
+    ):
+        self._pair, self._seen, self._moving = pair, seen, moving
+        head = pair.student.get_output_embeddings().weight
+        self._device = head.device
+        self._remembered = {} if remembered is None else remembered
+        self._may_remember = seen.numel() * head.shape[1] * 4 <= REMEMBERED
+        if judged is not None:
+            self._judged, self._wanted = judged, last_hidden(pair.teacher, judged)
+        self._judges = judged is not None
+
+    def descend(self, course: Course, progress: Progress) -> Descent:
+        """Take the steps."""
+        order = batches(len(self._seen), SEQUENCES, course.seed)
+        for _ in range(course.start["step"] if course.start else 0):
+            next(order)
+        checks = max(CHECKS, math.ceil(course.steps / EVERY))
+        moving = self._moving
+        lost = course.lost if course.lost is not None else self._judge()
+        return descend(
+            moving.parameters,
+            lambda: self._gradients(next(order)),
+            self._judge if self._judges else None,
+            Pace(course.steps, moving.rates(lost), checks=checks, backs_off=True),
+            progress,
+            "distilling",
+            optimiser=lambda groups: MuonAndAdam(groups, moving.matrices, moving.pinned),
+            before=lost,
+            start=course.start,
+            keep=course.keep,
+        )
+
+    def _gradients(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        parameters = self._moving.parameters
+        for parameter in parameters:
+            parameter.grad = None
+        divergence(self._pair, self._seen[list(numbers)].to(self._device), self._taught(numbers), backward=True)
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        hold(found, self._moving.pinned)
+        return found
+
+    def _taught(self, numbers: Sequence[int]) -> torch.Tensor:
+        """What the teacher's last norm puts out for some sequences; of few, they come again and are remembered."""
+        new = [n for n in numbers if n not in self._remembered]
+        fresh = dict(zip(new, last_hidden(self._pair.teacher, self._seen[new]), strict=True)) if new else {}
+        found = torch.stack([self._remembered[n] if n in self._remembered else fresh[n] for n in numbers])
+        if self._may_remember:
+            self._remembered |= fresh
+        return found
+
+    def _judge(self) -> float:
+        rows = zip(self._judged.split(SEQUENCES), self._wanted.split(SEQUENCES), strict=True)
+        total = sum(divergence(self._pair, row.to(self._device), hidden) * len(row) for row, hidden in rows)
+        return total / len(self._judged)
+
+
 def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
     """The mean loss of the next token, in nats, over (n, L) sequences."""
-    targets = F.pad(sequences[:, 1:], (0, 1), value=IGNORED)
-    losses = [token_losses(model, *pair)[0] for pair in zip(sequences.split(1), targets.split(1), strict=True)]
-    return float(torch.cat(losses)[:, :-1].mean())
+    return float(losses_of_tokens(model, sequences.reshape(-1), sequences.shape[1])[1].mean())
 
 
 def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward: bool = False) -> float:
@@ -157,23 +265,18 @@ def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward:
     return total
 
 
-@contextmanager
-def _trained(pair: Pair) -> Iterator[tuple[list[nn.Parameter], list[torch.Tensor | None]]]:
-    """The student's parameters, with gradients inside the block, and the entries of each that were pruned."""
-    dense = dict(pair.teacher.named_parameters())
-    flags = {p: p.requires_grad for model in (pair.student, pair.teacher) for p in model.parameters()}
-    moving, pinned = [], []
-    for name, parameter in pair.student.named_parameters():
-        entries = (parameter.detach() == 0) & (dense[name].detach() != 0)
-        moving.append(parameter)
-        pinned.append(entries if bool(entries.any()) else None)
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for parameter in moving:
-            parameter.requires_grad_(True)
-        yield moving, pinned
-    finally:
-        for parameter, flag in flags.items():
-            parameter.grad = None
-            parameter.requires_grad_(flag)
+def _what_moves(pair: Pair, layers: Sequence[Left]) -> _Moving:
+    """The student's parameters, those that are matrices, and what was pruned in each."""
+    moving = dict(pair.student.named_parameters())
+    head = pair.student.get_output_embeddings()
+    linear = {id(m.weight) for m in pair.student.modules() if isinstance(m, nn.Linear) and m is not head}
+    pinned: dict[str, torch.Tensor] = {}
+    with narrowed(pair.architecture, pair.teacher, layers, write_back=False):
+        dense = dict(pair.teacher.named_parameters())
+        for name, parameter in moving.items():
+            entries = (parameter.detach() == 0) & (dense[name].detach() != 0)
+            if bool(entries.any()):
+                pinned[name] = entries
+    parameters = list(moving.values())
+    matrices = [p for p in parameters if id(p) in linear and p is not head.weight]
+    return _Moving(parameters, matrices, [pinned.get(name) for name in moving])

@@ -32,6 +32,7 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.consumers import CONSUMERS
 
 POWER_OF_TWO = "power-of-two"
+AUTO_STEPS = 400  # of `distill: auto`: 0.8 million tokens
 
 A_LOG = "A_log"  # what the scope `ssm` stands for
 PROJECTIONS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # the scope `ffn`, in the order they run
@@ -154,13 +155,14 @@ class CompressConfig(BaseModel):
         ),
     ] = 0
     distill: Annotated[
-        int,
-        Field(ge=0),
+        Annotated[int, Field(ge=0)] | Literal["auto"],
         Flag(
             "Gradient steps on all parameters together after everything else, at most, towards the predictions of the "
-            "dense model on the calibration text (no labels). 300 is a good number, 0 means none. It helps most where "
-            "channels, heads or layers are removed, and takes minutes.",
-            metavar="STEPS",
+            f"dense model on the calibration text (no labels). 300 is a good number, `auto` is {AUTO_STEPS}, 0 means "
+            "none. It helps most where channels, heads or layers are removed, and takes minutes. With a goal, "
+            "candidates are then judged by what a few steps make of them.",
+            metavar="STEPS|auto",
+            typed=str,
         ),
     ] = 0
     calib: Annotated[
@@ -330,6 +332,11 @@ class CompressConfig(BaseModel):
         """What is removed, in the order it is carried out; one word unless the pattern is a combined one."""
         return tuple(self.pattern.split("+"))
 
+    @property
+    def distill_steps(self) -> int:
+        """Gradient steps on the whole model."""
+        return AUTO_STEPS if self.distill == "auto" else self.distill
+
     def sparsity_of(self, part: str) -> float:
         """How much goes of one part of the pattern."""
         return self.sparsity[part] if isinstance(self.sparsity, dict) else self.sparsity
@@ -405,6 +412,8 @@ def _sentence(error: Any, options: type[BaseModel]) -> str:
         return f"There is no option {option!r}; there are {', '.join(options.model_fields)}."
     if error["type"] == "missing":
         return f"{option.upper()} is missing: name one on the command line, or in the recipe."
+    if option == "distill":
+        reason = "it should be a whole number of at least 0, or auto"
     if option == "round_to":  # a union: pydantic complains once for each member
         reason = f"it should be a whole number of at least 1, or {POWER_OF_TWO}"
     return f"{option} {error['input']!r} does not work: {reason}."

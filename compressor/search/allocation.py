@@ -139,14 +139,21 @@ def enumerate_sizes(layers: Iterable[int], widths: Iterable[int], states: Sequen
 
 
 def shortlist(
-    candidates: Iterable[Sizes], limits: Sequence[Limit], loss: Callable[[Sizes], float], count: int
+    candidates: Iterable[Sizes],
+    limits: Sequence[Limit],
+    loss: Callable[[Sizes], float],
+    count: int,
+    by_layers: bool = False,
 ) -> list[Sizes]:
-    """The candidates within all limits that are expected to lose least, the best first; of those that differ only in
-    their states the best one, so that the list shows really different ways."""
+    """The candidates within all limits that are expected to lose least, the best first.
+
+    Of those that differ only in their states the best one is listed, so that the list shows really different ways; with
+    `by_layers` one of those with as many layers: what the losses at once say between them holds least after steps.
+    """
     best: dict[tuple[int, int], Sizes] = {}
     for sizes in sorted(candidates):
         if all(limit.allows(sizes) for limit in limits):
-            key = (sizes.n_layer, sizes.d_inner)
+            key = (sizes.n_layer, 0 if by_layers else sizes.d_inner)
             if key not in best or loss(sizes) <= loss(best[key]):  # at equal loss more states
                 best[key] = sizes
     return sorted(best.values(), key=lambda sizes: (loss(sizes), sizes))[:count]

@@ -79,7 +79,9 @@ def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
     dense, full = trials.dense, Sizes.of(trials.dense)
     if part == LAYER:
         most = min(LAYERS, dense.n_layer // 2)
-        points = [Sizes(dense.n_layer - gone, full.d_inner, full.d_state) for gone in range(1, most + 1)]
+        points = [
+            Sizes(dense.n_layer - gone, full.d_inner, full.d_state) for gone in range(most, 0, -1)
+        ]  # the fewer are then known
     else:
         alone = {sizes: share for sizes in candidates if (share := _share_alone(sizes, part, dense)) is not None}
         points = [min(alone, key=lambda s: (abs(alone[s] - share), s)) for share in SWEEP[part] if alone]
@@ -95,14 +97,14 @@ def _share_alone(sizes: Sizes, part: str, dense: Any) -> float | None:
 
 
 def _least_loss(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit], model: LossModel) -> Sizes:
-    goal, chosen = trials.goal, shortlist(candidates, limits, model, TRIED)
+    goal, chosen = trials.goal, shortlist(candidates, limits, model, TRIED, trials.teaches)
     if goal.target_latency is not None and goal.latency_table is None:
         chosen = _set_right(trials, candidates, limits, model)
-    best = min(chosen, key=lambda sizes: (trials.try_out(sizes), sizes))
-    if trials.try_out(best) > goal.most_nats:
+    best = min(chosen, key=lambda sizes: (trials.judge(sizes), sizes))
+    if not trials.teaches and trials.judge(best) > goal.most_nats:  # else all of the steps decide
         raise VerificationError(
             f"What meets the goal with the least loss found raises the perplexity by "
-            f"{math.expm1(trials.try_out(best)):.1%} on held-out calibration text, more than the "
+            f"{math.expm1(trials.judge(best)):.1%} on held-out calibration text, more than the "
             f"{goal.max_ppl_increase:.1%} allowed, so nothing was written. Ask for less, or allow more."
         )
     return best
@@ -110,13 +112,13 @@ def _least_loss(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Li
 
 def _set_right(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit], model: LossModel) -> list[Sizes]:
     """Time what is chosen before anything is pruned, correct the table by what shows, and choose once more."""
-    chosen = shortlist(candidates, limits, model, TRIED)
+    chosen = shortlist(candidates, limits, model, TRIED, trials.teaches)
     for _ in range(ROUNDS):
         new = [sizes for sizes in chosen if sizes not in trials.clocked]
         if not new:
             break
         trials.clock(new)
-        chosen = shortlist(candidates, limits, model, TRIED)
+        chosen = shortlist(candidates, limits, model, TRIED, trials.teaches)
         if not chosen:
             raise UsageError(
                 f"The pattern {trials.config.pattern} cannot reach {trials.goal.target_latency:.4g} of the dense "
@@ -131,9 +133,9 @@ def _fastest(trials: Trials, candidates: Sequence[Sizes], model: LossModel) -> S
     ordered = frontier(candidates, trials.share_of_time, model)
     bound = trials.goal.most_nats
     start = next((i for i, sizes in enumerate(ordered) if model(sizes) <= bound), len(ordered) - 1)
-    best = cheapest_within(ordered, trials.try_out, bound, start)
+    best = cheapest_within(ordered, trials.judge, bound, start)
     if best is None:
-        least = min(trials.losses.values())
+        least = min((trials.taught or trials.losses).values())
         raise VerificationError(
             f"Nothing that was tried keeps the perplexity within {trials.goal.max_ppl_increase:.2%} of the dense "
             f"model's on held-out calibration text (the least was {math.expm1(least):.2%}), so nothing was "
@@ -146,7 +148,7 @@ def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: L
     expected = {
         "parameters": trials.share_of_parameters(sizes),
         "memory": trials.memory(sizes),
-        "excess_nats": trials.try_out(sizes),
+        "excess_nats": trials.judge(sizes),
     }
     if trials.goal.needs_time:
         expected["time"] = trials.share_of_time(sizes)
@@ -167,6 +169,7 @@ def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: L
             {**asdict(tried), "added_up_nats": added_up(tried), "excess_nats": loss}
             for tried, loss in trials.losses.items()
         ],
+        **_taught(trials),
         "clocked": [{**asdict(tried), "time": asdict(ratio)} for tried, ratio in trials.clocked.items()],
         "correction": trials.correction,
         "held_out_seen": trials.samples.seen,
@@ -175,3 +178,10 @@ def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: L
     if losses is not None:
         record["layer_weights"] = losses.weights
     return Found(sizes, trials.configured(sizes), expected, record)
+
+
+def _taught(trials: Trials) -> dict[str, Any]:
+    """The trials with a short distillation, where there were any."""
+    if not trials.taught:
+        return {}
+    return {"taught": [{**asdict(tried), "excess_nats": loss} for tried, loss in trials.taught.items()]}

@@ -38,11 +38,11 @@ def uneven_sizes(
     if limits:
         found = [_within(trials, losses, limits, *sizes) for sizes in _choices(trials, uniform, model)]
         candidates = [uniform, *_new(found, uniform)]
-        return min(candidates, key=trials.try_out), losses
+        return min(candidates, key=trials.judge), losses
     time, sizes = trials.share_of_time(uniform), next(_choices(trials, uniform, model))
     faster = [_within(trials, losses, [Limit("time", trials.share_of_time, part * time)], *sizes) for part in FASTER]
     candidates = [*_new(faster, uniform), uniform]
-    best = cheapest_within(candidates, trials.try_out, trials.goal.most_nats, len(candidates) // 2)
+    best = cheapest_within(candidates, trials.judge, trials.goal.most_nats, len(candidates) // 2)
     return best or uniform, losses
 
 

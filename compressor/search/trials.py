@@ -12,18 +12,23 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import Samples
+from ssmc.compressor.methods.layers.choose import decides_on
+from ssmc.compressor.methods.layers.method import removal_count
+from ssmc.compressor.methods.method import LayerResult, Plan
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.configured import configured, configured_layerwise
 from ssmc.compressor.search.counting import Counting
 from ssmc.compressor.search.layer_sizes import Layerwise
+from ssmc.compressor.search.teaching import Teaching
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
@@ -48,11 +53,17 @@ class Trials(Counting):
     measured_table: LatencyTable | None = None
     measured_base: Perplexity | None = None  # of the dense model
     losses: dict[Sizes | Layerwise, float] = field(default_factory=dict)  # excess loss on held-out text, nats a token
+    taught: dict[Sizes | Layerwise, float] = field(default_factory=dict)  # the same after a few steps of distillation
     clocked: dict[Sizes | Layerwise, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
+        self._order: list[Any] = []  # layers in the order they are removed, as far as it is known
+        self._teach: Teaching | None = None
+        if self.config.distill:
+            checkpoint, samples = self.checkpoint, self.samples
+            self._teach = Teaching(checkpoint.architecture, checkpoint.model, samples.taught, self.config.seed)
 
     @property
     def table(self) -> LatencyTable:
@@ -75,6 +86,11 @@ class Trials(Counting):
         factors = [clock.median / self.table.ratio(sizes.blocks()) for sizes, clock in self.clocked.items()]
         return median(factors) if factors else 1.0
 
+    @property
+    def teaches(self) -> bool:
+        """Whether gradient steps on the whole model follow, and candidates are judged after a few of them."""
+        return self._teach is not None
+
     def share_of_time(self, sizes: Sizes | Layerwise) -> float:
         """Expected time over the dense model's: by the table, set right by what was clocked so far.
 
@@ -91,32 +107,53 @@ class Trials(Counting):
     def try_out(self, sizes: Sizes | Layerwise) -> float:
         """Prune a copy of the model on a few samples and measure its excess loss on held-out ones, nats a token."""
         if sizes not in self.losses:
-            config = self.configured(sizes, trial=True)
-            name = f"trial {len(self.losses) + 1}"
-            self.losses[sizes] = self._excess(config, lambda _, done, total: self.progress(name, done, total))
+            model, _ = self._pruned(sizes, f"trial {len(self.losses) + 1}")
+            self.losses[sizes] = self._excess(model)
         return self.losses[sizes]
+
+    def judge(self, sizes: Sizes | Layerwise) -> float:
+        """What decides between candidates: the loss that is left at once, or after a short distillation if the run has
+        one."""
+        if self._teach is None:
+            return self.try_out(sizes)
+        if sizes not in self.taught:
+            name = f"trial {len(self.taught) + 1} with steps"
+            model, layers = self._pruned(sizes, name)
+            if sizes not in self.losses:
+                self.losses[sizes] = self._excess(model)
+            lost = self.losses[sizes]
+            self._teach(model, layers, lost, lambda _, done, total: self.progress(name, done, total))
+            self.taught[sizes] = self._excess(model)
+        return self.taught[sizes]
 
     def outcome(self, pruned: nn.Module, sizes: Sizes | Layerwise) -> dict[str, Any]:
         """What came out: the loss of the pruned model, and its time beside the dense one's in the same run."""
-        self.progress("measuring what came out", 0, 1)
-        loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
-        result: dict[str, Any] = {
+        result = {
             "parameters": self.share_of_parameters(sizes),
             "memory": self.memory(sizes),
-            "excess_nats": loss.nats,
-            "excess_stderr": loss.stderr,
-            "ppl_increase": math.expm1(loss.nats),
+            **self.loss_of(pruned),
         }
-        self.losses[sizes] = loss.nats  # should the search go on, it knows better than from a trial
+        self.losses[sizes] = result["excess_nats"]  # should the search go on, it knows better than from a trial
         if self.goal.needs_time:
             ratio = self.clock([sizes])[sizes]
             result |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
         return result
 
-    def missed(self, outcome: dict[str, Any]) -> list[str]:
-        """In what the outcome is not what was asked for, in sentences; empty: it is."""
+    def loss_of(self, pruned: nn.Module) -> dict[str, Any]:
+        """The loss of a pruned model on held-out text, above that of the dense one."""
+        self.progress("measuring what came out", 0, 1)
+        loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
+        return {"excess_nats": loss.nats, "excess_stderr": loss.stderr, "ppl_increase": math.expm1(loss.nats)}
+
+    def missed(self, outcome: dict[str, Any], most_nats: float) -> list[str]:
+        """In what the outcome is not what was asked for, in sentences; empty: it is.
+
+        Args:
+            outcome: see there.
+            most_nats: the bound of its loss.
+        """
         goal = self.goal
-        if outcome["excess_nats"] > goal.most_nats:
+        if outcome["excess_nats"] > most_nats:
             return [
                 f"The perplexity on held-out calibration text rose by {outcome['ppl_increase']:.2%}, more than the "
                 f"{goal.max_ppl_increase:.2%} allowed."
@@ -128,9 +165,9 @@ class Trials(Counting):
             ]
         return []
 
-    def shortfall(self, outcome: dict[str, Any]) -> tuple[float, float, float]:
+    def shortfall(self, outcome: dict[str, Any], most_nats: float) -> tuple[float, float, float]:
         """How far an outcome is from the goal: nats above the bound, time above what was asked for, then the loss."""
-        above = max(0.0, outcome["excess_nats"] - self.goal.most_nats)
+        above = max(0.0, outcome["excess_nats"] - most_nats)
         late = 0.0
         if self.goal.target_latency is not None:
             late = max(0.0, outcome["time"] / (self.goal.target_latency * (1 + TOLERANCE)) - 1)
@@ -181,11 +218,28 @@ class Trials(Counting):
         self.clocked |= found
         return found
 
-    def _excess(self, config: CompressConfig, progress: Progress) -> float:
-        model, checkpoint = self.copy_of_dense(), self.checkpoint
+    def run_of(self, model: nn.Module, plan: Plan, text: torch.Tensor | None, progress: Progress) -> Run:
+        """A run on a copy of the dense model; which layers go is known where trials on the same text found it out."""
+        stage, order = Stage(self.checkpoint.model.device), None
+        if LAYER in self.config.parts and LAYER in plan.config.parts and text is not None:
+            count = removal_count(self.dense.n_layer, plan.config.sparsity_of(LAYER))
+            same = text is self.samples.fit or decides_on(text) <= self.samples.fit.numel()
+            order = self._order[:count] if same and len(self._order) >= count else None
+        return Run(model, plan, text, self.checkpoint.dtypes, stage, progress, removals=order)
+
+    def _pruned(self, sizes: Sizes | Layerwise, name: str) -> tuple[nn.Module, Sequence[LayerResult]]:
+        """A copy of the model that is pruned on a few samples, and what happened to its layers."""
+        checkpoint = self.checkpoint
+        config = self.configured(sizes, trial=True)
         plan = make_plan(config, checkpoint.architecture, self.dense, checkpoint.config)
-        stage = Stage(self.checkpoint.model.device)
-        prune(Run(model, plan, self.samples.fit, self.checkpoint.dtypes, stage, progress))
+        model = self.copy_of_dense()
+        run = self.run_of(model, plan, self.samples.fit, lambda _, done, total: self.progress(name, done, total))
+        pruned = prune(run)
+        if len(pruned.removals) > len(self._order):
+            self._order = list(pruned.removals)
+        return model, pruned.layers
+
+    def _excess(self, model: nn.Module) -> float:
         return excess_loss(self._loss(model), self.base).nats
 
     def copy_of_dense(self) -> nn.Module:

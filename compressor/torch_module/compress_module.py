@@ -17,7 +17,9 @@ from torch import nn
 
 from ssmc.compressor.families import check_family
 from ssmc.compressor.methods.method import KeepCounts, Plan
+from ssmc.compressor.methods.registry import score
 from ssmc.compressor.options.config import CompressConfig, configure
+from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
 from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, left_as_it_is, touched
@@ -28,7 +30,7 @@ from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
-_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha")
+_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "distill")
 
 COMPILED = (
     "The module was compiled. The smaller one that is returned is not; give it to torch.compile again if you like."
@@ -154,6 +156,11 @@ def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
         raise UsageError(
             f"The pattern {wrong[0]} is not carried out for a torch module; {', '.join((*able, '+'.join(able)))} can "
             "be used."
+        )
+    if CHANNEL in config.parts and getattr(score(CHANNEL, config.score_of(CHANNEL)), "needs_root", False):
+        raise UsageError(
+            f"The score {config.score_of(CHANNEL)} weighs errors by what they cost the predictions of a language "
+            "model, and a torch module need not have any. Use obs."
         )
     return config
 

@@ -178,8 +178,8 @@ def measure_latency(
     *,
     widths: Sequence[int] | None = None,
     states: Sequence[int] | None = None,
-    repeats: int = 25,
-    budget: float = 45.0,
+    repeats: int = 15,
+    budget: float = 30.0,
     progress: Progress = NO_PROGRESS,
 ) -> LatencyTable:
     """Time models of several sizes, cut out of `model` wherever its numbers happen to lie, in turns.

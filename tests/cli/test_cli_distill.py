@@ -43,14 +43,69 @@ def test_an_artefact_is_distilled_into_a_folder_beside_it_and_can_be_exported(ar
     assert main(["distill", str(artefact), "--steps", "1"]) == 5  # the folder is there already
 
 
-def test_compress_distils_when_it_is_told_to_and_repeats_itself(artefact, tmp_path):
+@pytest.fixture
+def interrupted_after_two_savings(monkeypatch):
+    """As Ctrl-C after the state was saved for the second time."""
+    from ssmc.compressor.distillation.state import StateFile
+
+    save, saved = StateFile.save, []
+
+    def save_and_stop(self, run, state):
+        save(self, run, state)
+        saved.append(state["step"])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateFile, "save", save_and_stop)
+    yield saved
+    monkeypatch.undo()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(artefact, tmp_path, capsys, interrupted_after_two_savings):
     from ssmc.cli import main
 
-    for name in ("one", "two"):
-        assert main(["compress", "tiny", *CHANNELS, "--distill", "2", "--out", str(tmp_path / name), "-q"]) in (0, None)
+    short, out = ("--steps", "5", "--seqlen", "64"), tmp_path / "out"
+    distil = ["distill", str(artefact), *short, "--out", str(out)]
+    assert main([*distil, "--resume"]) == 2
+    assert "no interrupted distillation" in capsys.readouterr().err
+    assert main(distil) == 130
+    assert "--resume goes on" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+    assert main(distil) == 2  # what was done is not thrown away unasked
+    assert "Go on with it by --resume" in " ".join(capsys.readouterr().err.split())
+    assert main([*distil, "--resume", "--seed", "1"]) == 2
+    assert "other options" in capsys.readouterr().err
+    assert main([*distil, "--resume", "--quiet"]) in (0, None)
+    assert interrupted_after_two_savings == [1, 2, 3, 4]  # nothing was done twice
+    assert not (tmp_path / "out.distilling").exists()
+    assert main(["distill", str(artefact), *short, "--out", str(tmp_path / "whole"), "--quiet"]) in (0, None)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert one == two
+
+
+def test_compress_distils_when_it_is_told_to_and_goes_on_to_the_same_bytes(
+    artefact, tmp_path, capsys, interrupted_after_two_savings
+):
+    from ssmc.cli import main
+
+    made = ["compress", "tiny", *CHANNELS, "--distill", "3", "--quiet", "--out"]
+    assert main([*made, str(tmp_path / "one")]) == 130
+    assert main([*made, str(tmp_path / "one"), "--resume"]) in (0, None)
+    assert main([*made, str(tmp_path / "two")]) in (0, None)
+    assert interrupted_after_two_savings == [1, 2, 1, 2]
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two != (artefact / "model.safetensors").read_bytes()
-    assert "distill: 2" in (tmp_path / "one" / "recipe.yaml").read_text("utf-8")
+    assert "distill: 3" in (tmp_path / "one" / "recipe.yaml").read_text("utf-8")
+    assert main([*made, str(tmp_path / "three"), "--resume"]) == 2
+    assert "no interrupted distillation" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_refused(artefact, tmp_path, capsys):
+    from ssmc.cli import main
+
+    (tmp_path / "out.distilling").write_bytes(b"not a state")
+    assert main(["distill", str(artefact), "--seqlen", "64", "--out", str(tmp_path / "out"), "--resume"]) == 2
+    assert "damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_result_that_few_would_use_is_called_so_in_the_last_line(tmp_path, capsys):

@@ -285,3 +285,50 @@ def test_more_text_than_tells_the_moments_is_left_out(monkeypatch):
     everything, _ = pruned(hidden, tokens=10**6)
     assert kept == first != everything
     assert torch.equal(x_proj, refitted)
+
+
+def test_the_metric_of_fisher_foretells_what_errors_in_the_stream_cost():
+    """Small errors behind each layer, against the divergence that they really make; tokens alone, as it takes them."""
+    from ssmc.compressor.calibration.placement import HOST
+    from ssmc.compressor.methods.channels.fisher import stream_roots
+    from ssmc.compressor.methods.method import Survey
+    from ssmc.compressor.options.config import configure
+    from ssmc.compressor.plan import plan_without_counts
+    from ssmc.runtime.models.families import architecture_for
+    from ssmc.runtime.models.fast import use_fast_scan
+    from ssmc.runtime.progress import NO_PROGRESS
+    from tests.support.models import random_model, random_tokens
+
+    model, architecture = use_fast_scan(random_model()), architecture_for("mamba")
+    tokens = random_tokens((8000, 1), seed=3)
+    plan = plan_without_counts(
+        configure(model="m", pattern="channel"), architecture, architecture.dimensions(model.config)
+    )
+    roots = stream_roots(Survey(plan, model, tokens, None, HOST, NO_PROGRESS))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        for root, block in zip(roots, architecture.blocks(model), strict=True):
+            error = 0.02 * torch.randn(24, generator=generator)
+            hook = block.register_forward_hook(lambda _, __, out, error=error: out + error)
+            moved = model(tokens).logits.log_softmax(-1)
+            hook.remove()
+            divergence = float((dense.exp() * (dense - moved)).sum(-1).mean())
+            foretold = float((root @ error.double()).square().sum()) / 2
+            assert foretold == pytest.approx(divergence, rel=0.15)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_fisher_chooses_other_heads_than_obs(tmp_path):
+    import ssmc
+
+    short = {"pattern": "channel", "sparsity": 0.5, "nsamples": 4, "seqlen": 128}
+    kept = [
+        [
+            layer.channels_kept
+            for layer in ssmc.compress("tiny-mamba2", out=tmp_path / score, score=score, **short).layers
+        ]
+        for score in ("obs", "fisher")
+    ]
+    assert kept[0] != kept[1]
+    assert [len(channels) for channels in kept[0]] == [len(channels) for channels in kept[1]]

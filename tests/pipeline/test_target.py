@@ -211,3 +211,31 @@ def test_of_several_attempts_the_best_is_written_and_sizes_are_enumerated_once(d
     assert any("0.800 of the dense one's time, 0.600 were asked for" in note for note in result.notes)
     assert load_checkpoint(export(tmp_path / "out").directory).dimensions.d_inner == goal["sizes"]["d_inner"]
     assert len(enumerated) == 3  # once a search, however many curves it measures
+
+
+def test_with_distillation_candidates_are_judged_after_a_few_steps(dense, tmp_path):
+    result = compress(dense, out=tmp_path / "out", target_params=0.97, pattern="layer+channel", distill=2, **SMALL)
+    goal = result.manifest["goal"]
+    taught = {(t["n_layer"], t["d_inner"]): t["excess_nats"] for t in goal["taught"]}
+    at_once = {(t["n_layer"], t["d_inner"]): t["excess_nats"] for t in goal["trials"]}
+    found = (goal["sizes"]["n_layer"], goal["sizes"]["d_inner"])
+    assert len(taught) > 1
+    assert found == min(taught, key=taught.get)
+    assert all(loss != at_once[sizes] for sizes, loss in taught.items())
+    assert goal["expected"]["excess_nats"] == taught[found]
+    assert result.manifest["distilled"]["steps"] == 2
+    assert goal["outcome"]["excess_nats"] != goal["outcome"]["excess_before_steps"]
+
+
+def test_trials_choose_layers_once_and_the_run_takes_their_choice(dense, tmp_path, monkeypatch):
+    from ssmc.compressor.methods.layers.method import Layers
+
+    chosen, choose = [], Layers.choose
+    monkeypatch.setattr(Layers, "choose", lambda self, survey: chosen.append(choose(self, survey)) or chosen[-1])
+    result = compress(dense, out=tmp_path / "out", target_params=0.97, pattern="layer", **SMALL)
+    assert len(chosen) == 1
+    again = compress(
+        dense, out=tmp_path / "again", pattern="layer", sparsity=result.config.sparsity_of("layer"), **SMALL
+    )
+    assert [r.layer for r in result.removals] == [r.layer for r in again.removals]
+    assert result.manifest["removed"] == again.manifest["removed"]

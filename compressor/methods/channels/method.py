@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ssmc.compressor.methods.channels import scores as scores  # registers them
 from ssmc.compressor.methods.channels.counts import channels_of_layers, default_multiple, head_dim_to_keep
-from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Table
-from ssmc.compressor.methods.registry import register_method
+from ssmc.compressor.methods.channels.score import ChannelScore
+from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Survey, Table
+from ssmc.compressor.methods.registry import register_method, score
 from ssmc.compressor.methods.tables import error_text
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, Pattern, looks_at_text
 from ssmc.runtime.errors import UsageError
@@ -37,6 +38,16 @@ class Channels(Method):
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of channels."""
         return {"channels": channels_of_layers(plan)}
+
+    def prepare(self, survey: Survey) -> Any:
+        """What errors behind each layer cost the predictions, for a score that asks."""
+        part = self.pattern.name
+        judge = cast(ChannelScore, score(part, survey.plan.config.score_of(part)))
+        if not judge.needs_root:
+            return None
+        from ssmc.compressor.methods.channels.fisher import stream_roots
+
+        return stream_roots(survey)
 
     def prune(self, job: Job) -> None:
         """A layer that keeps all of its channels is left out."""

@@ -44,7 +44,9 @@ def prune_channels(job: Job, part: str = CHANNEL) -> None:
     heads, groups = None, 1
     if job.plan.has_heads:  # a head's channels have one rate between them and go together
         heads, groups = job.mixer.num_heads, len(job.architecture.rates(job.mixer))
-    layer = ScoredChannels(job.weights["out_proj"], seen.moment, job.seed, heads, groups, seen.means)
+    roots = job.prepared.get("channels")
+    root = None if roots is None else roots[job.index]
+    layer = ScoredChannels(job.weights["out_proj"], seen.moment, job.seed, heads, groups, seen.means, root)
     kept = judge.choose(layer, job.plan.keep.channels[job.index])
     if seen.read_by_x is not None:
         x_proj = job.weights["x_proj"]

@@ -23,6 +23,8 @@ class ScoredChannels:
         groups: of heads that share B and C, or keys and values; as many heads stay in each.
         means: (D,) norm over the samples of the mean |y| over their tokens, where the score looks at text; None where
             that was not collected.
+        root: (d_model, d_model) what an error of the residual stream costs is the square of this times the error; None
+            for scores that do not ask, see `fisher`.
     """
 
     weight: torch.Tensor
@@ -31,6 +33,7 @@ class ScoredChannels:
     heads: int | None = None
     groups: int = 1
     means: torch.Tensor | None = None
+    root: torch.Tensor | None = None
 
     @property
     def outputs(self) -> torch.Tensor:
@@ -49,6 +52,7 @@ class ChannelScore:
         name: as `--score` has it.
         help: what it goes by, a phrase.
         needs_text: whether it looks at `ScoredChannels.moment`.
+        needs_root: whether it looks at `ScoredChannels.root`, which takes gradients of the dense model.
     """
 
     name: ClassVar[str]
@@ -56,6 +60,7 @@ class ChannelScore:
     decides: ClassVar[tuple[str, ...]] = (CHANNEL, HEAD, HEAD_DIM, MLP, ATTENTION)
     needs_text: ClassVar[bool] = True
     needs_means: ClassVar[bool] = False  # whether it asks for `ScoredChannels.means`
+    needs_root: ClassVar[bool] = False
 
     def importance(self, layer: ScoredChannels) -> torch.Tensor:
         """Of every channel, (D,); what is least important is removed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.registry import register_score
-from ssmc.compressor.options.patterns import ATTENTION, HEAD, HEAD_DIM, MLP
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,26 @@ class Obs(ChannelScore):
         head_dim = layer.weight.shape[1] // layer.heads
         stay = eliminate_heads(layer.weight, layer.outputs, keep // head_dim, layer.heads, layer.groups)
         return channels_of(stay, head_dim)
+
+
+@register_score
+class Fisher(Obs):
+    """`obs`, with the error of the residual stream in the metric of the predictions (see `fisher`)."""
+
+    name = "fisher"
+    help = (
+        "as obs, with errors weighed by what they cost the predictions of the whole model; takes gradients of the "
+        "dense model, and so more time and memory"
+    )
+    decides = (CHANNEL,)
+    needs_root = True
+
+    def choose(self, layer: ScoredChannels, keep: int) -> list[int]:
+        """By backward elimination, of channels or of heads."""
+        if layer.root is None:
+            raise ValueError("this score looks at the whole model")
+        root = layer.root.to(layer.weight.device)
+        return super().choose(replace(layer, weight=root @ layer.weight.double()), keep)
 
 
 @register_score

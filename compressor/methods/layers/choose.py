@@ -8,6 +8,7 @@ that leaves the lowest perplexity on the calibration text is made. Test text is 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,14 @@ from torch import nn
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import Survey
 from ssmc.compressor.options.patterns import ATTENTION
+
+TOKENS = 16384
+"""The choice looks at no more: it compares removals on the same text, and each costs half a pass of the model."""
+
+
+def decides_on(samples: torch.Tensor) -> int:
+    """How many tokens of (n, L) samples the choice looks at."""
+    return min(len(samples), math.ceil(TOKENS / samples.shape[1])) * samples.shape[1]
 
 
 @torch.no_grad()
@@ -50,6 +59,7 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
     """
     architecture, model = survey.plan.architecture, survey.model
     blocks = list(architecture.blocks(model))
+    text = survey.text[: math.ceil(TOKENS / survey.text.shape[1])]  # samples come in random order
     removals: list[Removal] = []
     architecture.record_arguments(model, survey.text[:1])
     total, done = sum(len(blocks) - i for i in range(count)), 0
@@ -57,12 +67,12 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
         gone = {r.layer for r in removals}
         losses = dict.fromkeys(_removable(survey, blocks, gone), 0.0)
         candidates = {i: _without(blocks[i], remove) for i in losses}
-        for sample in survey.text.split(1):
+        for sample in text.split(1):
             hidden = architecture.embed(model, sample).float()
             for i, block in enumerate(blocks):
                 if i in losses:
                     without = architecture.run(candidates[i], hidden)
-                    losses[i] += _loss(survey, sample, without, blocks[i + 1 :]) / len(survey.text)
+                    losses[i] += _loss(survey, sample, without, blocks[i + 1 :]) / len(text)
                 hidden = architecture.run(block, hidden)
         best = min(losses, key=lambda i: (losses[i], i))
         removals.append(Removal(best, losses[best]))

@@ -10,8 +10,7 @@ weight that is zero (what was pruned stays silent), and a layer that some held-o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from ssmc.compressor.calibration.placement import device_of
 from ssmc.compressor.methods.channels.out_proj import fit_out_proj
 from ssmc.compressor.methods.descent import Pace, batches, descend
+from ssmc.compressor.methods.gradients import hold, only_these_move
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.scan import ScanInputs
@@ -67,17 +67,16 @@ def refine(job: Job, steps: int) -> Refinement:
         steps: gradient steps of Adam, at most.
     """
     layer = _Layer(job)
-    with layer.trained() as parameters:
-        moving = list(parameters.values())
+    block, parameters = layer.modules
+    moving = list(parameters.values())
+    with only_these_move(moving, block):
         pinned = [_pinned(name, p, job.plan.carries_out("entries")) for name, p in parameters.items()]
         seen = stepped_on(layer.samples)
         order = batches(seen, max(1, TOKENS // layer.length), job.seed)
 
         def gradients() -> list[torch.Tensor]:
             found = layer.gradients(next(order), moving)
-            for gradient, entries in zip(found, pinned, strict=True):
-                if entries is not None:
-                    gradient.masked_fill_(entries, 0)
+            hold(found, pinned)
             return found
 
         descent = descend(
@@ -116,19 +115,10 @@ class _Layer:
         self._hidden, self._stream = job.samples, job.dense_output
         self.samples, self.length, _ = self._hidden.shape
 
-    @contextmanager
-    def trained(self) -> Iterator[dict[str, nn.Parameter]]:
-        """The mixer's parameters, with gradients inside the block; those of the rest of the layer have none."""
-        flags = {p: p.requires_grad for p in self._block.parameters()}
-        moving = dict(self._mixer.named_parameters())
-        try:
-            for parameter in flags:
-                parameter.requires_grad_(any(parameter is p for p in moving.values()))
-            yield moving
-        finally:
-            for parameter, flag in flags.items():
-                parameter.grad = None
-                parameter.requires_grad_(flag)
+    @property
+    def modules(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """The layer, and the parameters of its mixer, by name: those that move."""
+        return self._block, dict(self._mixer.named_parameters())
 
     def gradients(self, samples: Sequence[int], parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Of the relative error on some samples."""

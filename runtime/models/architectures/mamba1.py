@@ -215,9 +215,8 @@ class Mamba1(Convolution, PlannedSurgery):
         return other
 
     def after_narrow(self, mixer: nn.Module, dimension: str, sizes: Sizes, left: int) -> None:
-        """Tell a narrow mixer how many channels it has."""
-        if dimension == CHANNEL:
-            mixer.intermediate_size = left
+        """Tell a narrow mixer how many channels or states it has."""
+        setattr(mixer, {CHANNEL: "intermediate_size", STATE: "ssm_state_size"}[dimension], left)
 
     @staticmethod
     def state_rows(mixer: nn.Module) -> tuple[slice, slice]:

@@ -354,14 +354,15 @@ class Mamba2(Convolution, PlannedSurgery):
 
     def after_narrow(self, mixer: nn.Module, dimension: str, sizes: Sizes, left: int) -> None:
         """The gated norm takes the mean over fewer channels, for which its weight makes up; see `_norm_factor`."""
-        if dimension != CHANNEL:
-            return
-        mixer.intermediate_size, mixer.num_heads = left, len(mixer.A_log)
-        mixer.head_dim = left // mixer.num_heads
-        mixer.conv_dim = left + 2 * mixer.n_groups * mixer.ssm_state_size
-        if hasattr(mixer.norm, "weight"):
-            mixer.norm.weight.data *= _norm_factor(sizes[CHANNEL], left)
-            mixer.norm.group_size = left // mixer.n_groups
+        if dimension == CHANNEL:
+            mixer.intermediate_size, mixer.num_heads = left, len(mixer.A_log)
+            mixer.head_dim = left // mixer.num_heads
+            if hasattr(mixer.norm, "weight"):
+                mixer.norm.weight.data *= _norm_factor(sizes[CHANNEL], left)
+                mixer.norm.group_size = left // mixer.n_groups
+        else:
+            mixer.ssm_state_size = left // mixer.n_groups
+        mixer.conv_dim = mixer.intermediate_size + 2 * mixer.n_groups * mixer.ssm_state_size
 
     def before_widen(
         self, tensors: Mapping[str, torch.Tensor], dimension: str, sizes: Sizes, left: int
