@@ -226,8 +226,8 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
     """Prune a model in memory, then write it: what looks at all of it at once."""
     if order.resume and state is None:
         raise UsageError(
-            "A run that looks at the whole model at once (a goal, --pattern layer or ssm-module) cannot be resumed. "
-            "Leave --resume out."
+            "A run that looks at the whole model at once (a goal, --pattern layer or ssm-module, --score fisher) "
+            "cannot be resumed. Leave --resume out."
         )
     check_whole(task.checkpoint, order.limit)
     leftovers = remove_leftovers(resolve(order.out))

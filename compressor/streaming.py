@@ -28,7 +28,7 @@ HIDDEN = "hidden"  # folder of hidden states that are not in memory
 
 def goes_by_layer(plan: Plan) -> bool:
     """Whether nothing of a run looks at more than a layer of the model at once."""
-    return not plan.config.distill and not any(step.whole_model for step in plan.steps)
+    return not plan.config.distill and not any(step.looks_at_whole(plan) for step in plan.steps)
 
 
 class Result:

@@ -340,6 +340,10 @@ class Method:
         """Whether a run has this method; `plan` has its options and sizes, not yet its steps."""
         return self.pattern is not None and self.pattern.name in plan.config.parts
 
+    def looks_at_whole(self, plan: Plan) -> bool:
+        """Whether it looks at more than a layer at once in this run."""
+        return self.whole_model
+
     def needs_text(self, plan: Plan) -> bool:
         """Whether it decides or fits anything by running the model, where it is asked for."""
         return True

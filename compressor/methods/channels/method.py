@@ -39,11 +39,14 @@ class Channels(Method):
         """Numbers of channels."""
         return {"channels": channels_of_layers(plan)}
 
+    def looks_at_whole(self, plan: Plan) -> bool:
+        """Where the score asks what errors cost the predictions."""
+        part = self.pattern.name
+        return cast(ChannelScore, score(part, plan.config.score_of(part))).needs_root
+
     def prepare(self, survey: Survey) -> Any:
         """What errors behind each layer cost the predictions, for a score that asks."""
-        part = self.pattern.name
-        judge = cast(ChannelScore, score(part, survey.plan.config.score_of(part)))
-        if not judge.needs_root:
+        if not self.looks_at_whole(survey.plan):
             return None
         from ssmc.compressor.methods.channels.fisher import stream_roots
 
