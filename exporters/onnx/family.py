@@ -93,9 +93,15 @@ class GraphFamily:
         return {}
 
     def shared(
-        self, op: OpBuilder, config: Any, input_ids: ir.Value, tokens: Tokens, past: Mapping[str, ir.Value]
+        self,
+        op: OpBuilder,
+        config: Any,
+        input_ids: ir.Value,
+        tokens: Tokens,
+        past: Mapping[str, ir.Value],
+        hidden: ir.Value,
     ) -> tuple[Any, dict[str, ir.Value]]:
-        """What all blocks read, and the states of the whole model after the tokens."""
+        """What all blocks read beside `hidden`, what the first does, and the states of the whole model afterwards."""
         return None, {}
 
     def block(self, op: OpBuilder, block: Block, hidden: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:

@@ -114,7 +114,7 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     tokens = real_first(op, input_ids, _of_these(op, attention_mask, input_ids) if genai else attention_mask)
     hidden = _scaled(op, weights.rows(op, family.embedding, tokens.ids), family.embedding_scale(config))  # (L, B, d)
     common = {state: pasts[PAST + state] for state in family.common_states(config)}
-    shared, after = family.shared(op, config, input_ids, tokens, common)
+    shared, after = family.shared(op, config, input_ids, tokens, common, hidden)
     presents = {PAST + state: value for state, value in after.items()}
     for layer, sizes in enumerate(layers):
         builder.push_module(f"layer_{layer}")

@@ -15,7 +15,7 @@ import torch
 from onnxscript import OpBuilder
 
 from ssmc.exporters.onnx.family import Block, GraphFamily, Shape
-from ssmc.exporters.onnx.layers import PORTABLE, mamba2
+from ssmc.exporters.onnx.layers import PORTABLE, GraphLayer, mamba2
 from ssmc.exporters.onnx.ops.attention import AttentionSizes, attend, rope_of, see
 from ssmc.exporters.onnx.ops.padding import Tokens
 from ssmc.exporters.onnx.ops.parts import Layer, silu
@@ -30,6 +30,7 @@ class HybridGraph(GraphFamily):
 
     Attributes:
         mixer_name, attention_name: attributes of a block.
+        mixer: what writes mixers.
         epsilon_field: of the configuration.
     """
 
@@ -37,18 +38,14 @@ class HybridGraph(GraphFamily):
     embedding, final_norm = "model.embed_tokens.weight", "model.norm.weight"
     mixer_name, attention_name = "mamba", "self_attn"
     epsilon_field = "rms_norm_eps"
+    mixer: GraphLayer = mamba2
 
     def check(self, config: Any) -> None:
-        """Refuse experts, other activations, and rotary positions that depend on the length.
+        """Refuse other activations, and rotary positions that depend on the length.
 
         Raises:
             CheckpointError: with the reason.
         """
-        if self.has_experts(config):
-            raise CheckpointError(
-                "There is no ONNX graph for mixtures of experts yet: every token would go through all of them. Export "
-                "to another format."
-            )
         for name in ("hidden_act", "mamba_hidden_act"):
             if getattr(config, name, "silu") not in ("silu", "swish"):
                 raise CheckpointError(
@@ -57,21 +54,17 @@ class HybridGraph(GraphFamily):
                 )
         self.rope(config)
 
-    def has_experts(self, config: Any) -> bool:
-        """Whether a layer is a mixture of experts."""
-        return False
-
     def epsilon(self, config: Any) -> float:
         """Of the norms."""
         return float(getattr(config, self.epsilon_field))
 
     def has_mixer(self, config: Any, layer: int) -> bool:
         """Whether a layer has a state-space mixer."""
-        return config.layers_block_type[layer] == "linear_attention"
+        return config.layers_block_type[layer] in ("linear_attention", "mamba")
 
     def has_attention(self, config: Any, layer: int) -> bool:
         """Whether a layer has attention."""
-        return config.layers_block_type[layer] == "full_attention"
+        return config.layers_block_type[layer] in ("full_attention", "attention")
 
     def rope(self, config: Any) -> tuple[torch.Tensor, float] | None:
         """Frequencies and factor of rotary positions; None without."""
@@ -87,26 +80,32 @@ class HybridGraph(GraphFamily):
 
     def sizes(self, config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
         """Of mixer and attention, read from the layer's own tensors; empty for one that keeps nothing."""
-        prefix = f"model.layers.{layer}."
         found: dict[str, int] = {}
         if self.has_mixer(config, layer):
-            groups = architecture_for(config.model_type).dimensions(config).groups
-            found |= mamba2.sizes_at(f"{prefix}{self.mixer_name}.", tensors, groups)
+            found |= self.mixer_sizes(config, tensors, self.mixer_prefix(config, layer))
         if self.has_attention(config, layer):
-            width = self.head_dim(config)
-            rows = {name: len(tensors[f"{prefix}{self.attention_name}.{name}_proj.weight"]) for name in "qk"}
-            found |= {
-                "attention_heads": rows["q"] // width,
-                "kv_heads": rows["k"] // width,
-                "attention_head_dim": width,
-            }
+            found |= self.attention_sizes(config, tensors, layer)
         return found
+
+    def mixer_prefix(self, config: Any, layer: int) -> str:
+        """How the names of a mixer's tensors start."""
+        return f"model.layers.{layer}.{self.mixer_name}."
+
+    def attention_sizes(self, config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
+        """Of a layer's attention, read from its tensors."""
+        prefix, width = f"model.layers.{layer}.{self.attention_name}.", self.head_dim(config)
+        heads, kv_heads = (len(tensors[f"{prefix}{name}_proj.weight"]) // width for name in "qk")
+        return {"attention_heads": heads, "kv_heads": kv_heads, "attention_head_dim": width}
+
+    def mixer_sizes(self, config: Any, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, int]:
+        """Of the mixer whose tensors' names start so."""
+        return mamba2.sizes_at(prefix, tensors, architecture_for(config.model_type).dimensions(config).groups)
 
     def states(self, sizes: Mapping[str, int]) -> Mapping[str, Shape]:
         """Of mixer and attention."""
         found: dict[str, Shape] = {}
-        if "heads" in sizes:
-            found |= mamba2.states(sizes)
+        if "d_inner" in sizes:
+            found |= self.mixer.states(sizes)
         if "kv_heads" in sizes:
             shape = (sizes["kv_heads"], GROWS, sizes["attention_head_dim"])
             found |= {"key": shape, "value": shape}
@@ -118,7 +117,13 @@ class HybridGraph(GraphFamily):
         return {"mask": (GROWS,)} if any(self.has_attention(config, layer) for layer in layers) else {}
 
     def shared(
-        self, op: OpBuilder, config: Any, input_ids: ir.Value, tokens: Tokens, past: Mapping[str, ir.Value]
+        self,
+        op: OpBuilder,
+        config: Any,
+        input_ids: ir.Value,
+        tokens: Tokens,
+        past: Mapping[str, ir.Value],
+        hidden: ir.Value,
     ) -> tuple[Any, dict[str, ir.Value]]:
         """Which tokens see which."""
         if "mask" not in past:
@@ -128,10 +133,10 @@ class HybridGraph(GraphFamily):
 
     def mix(self, op: OpBuilder, block: Block, hidden: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:
         """What the state-space mixer makes of (L, B, d_model), normed."""
-        prefix = f"model.layers.{block.index}.{self.mixer_name}."
+        prefix = self.mixer_prefix(block.config, block.index)
         past = {name: block.past[name] for name in ("conv", "ssm")}
         view = self.mixer_config(block.config)
-        return mamba2.mixer(op, Layer(block.weights, prefix, past, block.tokens, view, block.target), hidden)
+        return self.mixer.mixer(op, Layer(block.weights, prefix, past, block.tokens, view, block.target), hidden)
 
     def mixer_config(self, config: Any) -> Any:
         """What a Mamba-2 mixer reads of a configuration, by the names it reads there."""
@@ -163,7 +168,11 @@ class TwoStages(HybridGraph):
         change, present = self.first(op, block, normed)
         hidden = op.Add(hidden, change)
         normed = self.norm(op, weights, f"{prefix}{self.middle}.weight", hidden, config)
-        return op.Add(hidden, self.mlp(op, weights, prefix, normed)), present
+        return op.Add(hidden, self.second(op, block, prefix, normed)), present
+
+    def second(self, op: OpBuilder, block: Block, prefix: str, normed: ir.Value) -> ir.Value:
+        """What stands behind the mixer or attention."""
+        return self.mlp(op, block.weights, prefix, normed)
 
     def first(self, op: OpBuilder, block: Block, normed: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:
         """The mixer or attention."""
@@ -176,12 +185,24 @@ class TwoStages(HybridGraph):
         return weights.linear(op, name + "down_proj", op.Mul(gate, weights.linear(op, name + "up_proj", normed)))
 
 
+def gated(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+    """Of gate and value, one behind the other on an axis: silu(gate) value."""
+    gate, value = op.Split(x, axis=axis, num_outputs=2, _outputs=2)
+    return op.Mul(silu(op, gate), value)
+
+
+def squared(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+    """relu(x)^2."""
+    x = op.Relu(x)
+    return op.Mul(x, x)
+
+
 def scaled(tensors: Mapping[str, torch.Tensor], ends: Sequence[tuple[str, Any]]) -> dict[str, torch.Tensor]:
     """Tensors with weight and bias of maps multiplied by factors, by how the names of the maps end."""
     out = dict(tensors)
     for name in tensors:
         for end, factor in ends:
-            if name.endswith((f"{end}.weight", f"{end}.bias")):
+            if name.endswith((f"{end}.weight", f"{end}.bias", f"experts.{end}")):
                 factor = (
                     factor[(slice(None), *[None] * (tensors[name].dim() - 1))] if torch.is_tensor(factor) else factor
                 )

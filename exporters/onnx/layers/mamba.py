@@ -23,7 +23,11 @@ TARGETS = (PORTABLE, GENAI)
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
     """The sizes of a layer, read from its own tensors."""
-    prefix = f"backbone.layers.{layer}.mixer."
+    return sizes_at(f"backbone.layers.{layer}.mixer.", tensors)
+
+
+def sizes_at(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The same of a mixer whose tensors' names start so."""
     d_inner, d_state = tensors[prefix + "A_log"].shape
     return {
         "d_inner": d_inner,
@@ -50,11 +54,12 @@ def mixer(op: OpBuilder, layer: Layer, hidden: ir.Value) -> tuple[ir.Value, dict
     d_inner, n = weights.shape(prefix + "A_log")
     x, z = weights.linears(op, prefix + "in_proj", hidden, {"x": d_inner, "z": d_inner})  # (L, B, D)
     width = weights.shape(prefix + "conv1d.weight")[2]
+    norms = getattr(layer.config, "selection_epsilon", None)
     y, conv, ssm = one_or_many(
         op,
         tokens,
-        lambda op: _one_token(op, weights, prefix, x, past),
-        lambda op: _many_tokens(op, weights, prefix, x, past, tokens),
+        lambda op: _one_token(op, weights, prefix, x, past, norms),
+        lambda op: _many_tokens(op, weights, prefix, x, past, tokens, norms),
         {"y": ("length", "batch", d_inner), "conv": ("batch", width - 1, d_inner), "ssm": ("batch", n, d_inner)},
     )
     y = op.Mul(y, silu(op, z))
@@ -62,36 +67,53 @@ def mixer(op: OpBuilder, layer: Layer, hidden: ir.Value) -> tuple[ir.Value, dict
 
 
 def _one_token(
-    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: Mapping[str, ir.Value]
+    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: Mapping[str, ir.Value], norms: float | None
 ) -> list[ir.Value]:
     """Decoding, where every operator costs more to start than to compute: y (1, B, D), conv and ssm."""
     u, conv = convolve_one(op, weights, prefix, x, past["conv"])  # (B, 1, D)
     u = silu(op, u)
-    dt, B, C = _selection(op, weights, prefix, u, op.Softplus)
+    dt, B, C = _selection(op, weights, prefix, u, op.Softplus, norms)
     h, y = _step(op, past["ssm"], dt, op.Mul(dt, u), op.Transpose(B, perm=[0, 2, 1]), C, _decay(weights, prefix))
     y = op.Add(y, op.Mul(u, weights.float32(prefix + "D")))
     return [op.Transpose(y, perm=[1, 0, 2]), conv, h]
 
 
 def _many_tokens(
-    op: OpBuilder, weights: Weights, prefix: str, x: ir.Value, past: Mapping[str, ir.Value], tokens: Tokens
+    op: OpBuilder,
+    weights: Weights,
+    prefix: str,
+    x: ir.Value,
+    past: Mapping[str, ir.Value],
+    tokens: Tokens,
+    norms: float | None,
 ) -> list[ir.Value]:
     """A prompt or a piece of one: y (L, B, D), conv and ssm."""
     x, conv = convolve(op, weights, prefix, x, past["conv"], tokens)
     u = silu(op, x)
-    dt, B, C = _selection(op, weights, prefix, u, lambda x: softplus(op, x))
+    dt, B, C = _selection(op, weights, prefix, u, lambda x: softplus(op, x), norms)
     dt = op.Mul(dt, tokens.moving)
     y, ssm = _scan(op, u, dt, B, C, past["ssm"], _decay(weights, prefix))
     return [op.Add(y, op.Mul(u, weights.float32(prefix + "D"))), conv, ssm]
 
 
 def _selection(
-    op: OpBuilder, weights: Weights, prefix: str, u: ir.Value, activate: Callable[[ir.Value], ir.Value]
+    op: OpBuilder,
+    weights: Weights,
+    prefix: str,
+    u: ir.Value,
+    activate: Callable[[ir.Value], ir.Value],
+    norms: float | None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """What depends on the input (..., D): the time step (..., D), B and C (..., N)."""
+    """What depends on the input (..., D): the time step (..., D), B and C (..., N); `norms`: the epsilon of Jamba's."""
     n, rank = weights.shape(prefix + "A_log")[1], weights.shape(prefix + "dt_proj.weight")[1]
     parts = weights.linear(op, prefix + "x_proj", u)
     low_rank, B, C = op.Split(parts, [rank, n, n], axis=-1, _outputs=3)
+    if norms is not None:
+        parts = {"dt": low_rank, "b": B, "c": C}
+        low_rank, B, C = (
+            op.RMSNormalization(part, weights.float32(f"{prefix}{name}_layernorm.weight"), axis=-1, epsilon=norms)
+            for name, part in parts.items()
+        )
     return activate(weights.linear(op, prefix + "dt_proj", low_rank)), B, C
 
 

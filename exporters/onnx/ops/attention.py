@@ -7,7 +7,7 @@ never looked at. Time comes first outside, (L, B, ...).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,12 +94,17 @@ def attend(
     past: Mapping[str, ir.Value],
     seen: Seen,
     sizes: AttentionSizes,
+    project: Callable[[str, ir.Value], ir.Value] | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
-    """What an attention layer makes of (L, B, d_model), and keys and values of all tokens so far."""
+    """What an attention layer makes of (L, B, d_model), and keys and values of all tokens so far.
+
+    `project` applies q_proj, k_proj and v_proj where they are more than linear maps.
+    """
     heads, groups, width = sizes.heads, sizes.heads // sizes.kv_heads, sizes.head_dim
 
     def split(name: str, count: int) -> ir.Value:
-        x = op.Reshape(weights.linear(op, f"{prefix}{name}", hidden), [0, 0, count, width])
+        y = weights.linear(op, prefix + name, hidden) if project is None else project(name, hidden)
+        x = op.Reshape(y, [0, 0, count, width])
         return op.Transpose(x, perm=[1, 2, 0, 3])  # (B, heads, L, head_dim)
 
     q, k, v = split("q_proj", heads), split("k_proj", sizes.kv_heads), split("v_proj", sizes.kv_heads)
