@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 from ssmc.compressor.artefact import Artefact
 from ssmc.compressor.calibration.draw import Calibration, draw_samples
 from ssmc.compressor.calibration.placement import Stage
+from ssmc.compressor.calibration.shared import from_first, join, leave, share
 from ssmc.compressor.calibration.split import HELD_OUT
 from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
@@ -32,11 +35,11 @@ from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
-from ssmc.compressor.streaming import HIDDEN, Result, goes_by_layer, identity
+from ssmc.compressor.streaming import HIDDEN, Result, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.device import choose_device
-from ssmc.runtime.errors import UsageError
+from ssmc.runtime.errors import SsmcError, UsageError
 from ssmc.runtime.files import refuse_existing, require_space, resolve
 from ssmc.runtime.locks import remove_leftovers
 from ssmc.runtime.manifest import MANIFEST
@@ -44,7 +47,8 @@ from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
-from ssmc.runtime.resumable import resumable
+from ssmc.runtime.ranks import is_first, rank, ranks
+from ssmc.runtime.resumable import Resumable, resumable
 from ssmc.runtime.tiny import calibration_path
 
 
@@ -158,7 +162,8 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     options, old_names = renamed({"model": model, **options})
     goal, ordinary = split_goal(options)
     config = configure(**ordinary)
-    refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
+    if is_first():
+        refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
     state = _kept_state(order, config, goal)
     order.progress("reading the model", 0, 1)
     checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=goal is None)
@@ -202,8 +207,10 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
     checkpoint, plan = task.checkpoint, task.plan
     use_fast_scan(checkpoint.model)
     device, spills, more = choose_device(plan.config.device), False, 0
+    check_shares(plan, 0 if task.tokens is None else len(task.tokens))
+    tokens = share(task.tokens)
     if checkpoint.streamed is not None:
-        found = need(checkpoint, plan, None if task.tokens is None else tuple(task.tokens.shape))
+        found = need(checkpoint, plan, None if tokens is None else (tokens.shape[0], tokens.shape[1]))
         check_limit(found, order.limit)
         spills, checkpoint.streamed.kept = found.spills(order.limit), found.kept(order.limit)
         more = found.hidden if spills else 0
@@ -211,15 +218,55 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
         check_whole(checkpoint, order.limit)
     require_space(order.out, tensor_bytes(checkpoint.tensors()) + more)
     what = identity(checkpoint, plan, task.tokens, device.type)
-    about = {"command": order.command}
-    with resumable(order.out, what, about, force=order.force, marker=MANIFEST, resume=order.resume) as work:
-        result = Result(checkpoint, work)
-        stage = Stage(device, streamed=checkpoint.streamed, spill=work.beside / HIDDEN if spills else None)
-        run = Run(checkpoint.model, plan, task.tokens, checkpoint.dtypes, stage, order.progress, result)
+    with _together(device), _result(checkpoint, what, order, device) as result:
+        spill = result.work.beside / f"{HIDDEN}-{rank()}" if spills else None
+        stage = Stage(device, streamed=checkpoint.streamed, spill=spill)
+        run = Run(checkpoint.model, plan, tokens, checkpoint.dtypes, stage, order.progress, result)
         outcome = Outcome(plan, prune(run).layers, (), task.calibration)
-        artefact = Artefact(checkpoint, outcome, task.tokenizer, None, work.about["command"])
-        manifest = artefact.complete(work.folder, result.rest(), order.out)
-    return outcome, manifest, work.notes
+        manifest: dict[str, Any] = {}
+        if is_first():
+            artefact = Artefact(checkpoint, outcome, task.tokenizer, None, result.work.about["command"])
+            manifest = artefact.complete(result.work.folder, result.rest(), order.out)
+        manifest = json.loads(from_first(json.dumps(manifest), device)) if ranks() > 1 else manifest
+    return outcome, manifest, result.work.notes
+
+
+@contextmanager
+def _together(device: torch.device) -> Iterator[None]:
+    """Where torchrun started several processes, they are joined inside the block."""
+    if ranks() == 1:
+        yield
+        return
+    join(device)
+    try:
+        yield
+    finally:
+        leave()
+
+
+@contextmanager
+def _result(checkpoint: Checkpoint, what: Mapping[str, Any], order: _Order, device: torch.device) -> Iterator[Result]:
+    """Where layers go: the first process writes them, the others know where."""
+    if not is_first():
+        said = json.loads(from_first(None, device))
+        if "error" in said:
+            raise UsageError(said["error"])
+        steps = {int(number): note for number, note in said["steps"].items()}
+        yield Result(checkpoint, Resumable(Path(said["folder"]), Path(said["beside"]), {}, steps), follows=True)
+        return
+    about = {"command": order.command}
+    told = False
+    try:
+        with resumable(order.out, what, about, force=order.force, marker=MANIFEST, resume=order.resume) as work:
+            result = Result(checkpoint, work)
+            said = {"folder": str(work.folder), "beside": str(work.beside), "steps": work.steps}
+            from_first(json.dumps(said), device)
+            told = True
+            yield result
+    except SsmcError as error:
+        if not told:
+            from_first(json.dumps({"error": str(error)}), device)
+        raise
 
 
 def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | None) -> _Done:
@@ -228,6 +275,11 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
         raise UsageError(
             "A run that looks at the whole model at once (a goal, --pattern layer or ssm-module, --score fisher) "
             "cannot be resumed. Leave --resume out."
+        )
+    if ranks() > 1:
+        raise UsageError(
+            "Several processes go with runs that go layer by layer, not with one that looks at the whole model at once "
+            "(a goal, --distill, --pattern layer or ssm-module). Use one process."
         )
     check_whole(task.checkpoint, order.limit)
     leftovers = remove_leftovers(resolve(order.out))

@@ -7,6 +7,7 @@ takes it from there: the layer is run, so that the next one reads what it read b
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.calibration.shared import all_alike
 from ssmc.compressor.methods.method import Job, Plan
 from ssmc.compressor.records import as_json, from_json
-from ssmc.runtime.errors import OutputError
+from ssmc.runtime.errors import OutputError, UsageError, VerificationError
 from ssmc.runtime.models.checkpoints import Checkpoint, Written
 from ssmc.runtime.models.families import CHANNEL
+from ssmc.runtime.ranks import ranks
 from ssmc.runtime.resumable import Resumable
 from ssmc.runtime.versions import versions
 
@@ -31,21 +35,45 @@ def goes_by_layer(plan: Plan) -> bool:
     return not plan.config.distill and not any(step.looks_at_whole(plan) for step in plan.steps)
 
 
+def check_shares(plan: Plan, samples: int) -> None:
+    """Refuse several processes where they have nothing to share, or a method that does more than adding up.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    if ranks() == 1:
+        return
+    whole = [step.name for step in plan.steps if not step.adds_up(plan)]
+    if whole:
+        raise UsageError(
+            f"Several processes cannot share the samples of this run: {', '.join(whole)} must see all of them "
+            "together. Use one process."
+        )
+    if samples < ranks():
+        raise UsageError(
+            f"There are {samples} samples for {ranks()} processes. Give at least one sample to each with --nsamples, "
+            "or use fewer processes."
+        )
+
+
 class Result:
     """The masked model on its way to the files of the result.
 
     Args:
         checkpoint: the dense model, not in memory.
         work: where it is written, and which layers are there already.
+        follows: whether this is one of several processes and not the first, which alone writes.
 
     Raises:
         OutputError: layers that are called finished are not there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, work: Resumable):
-        self.checkpoint, self.work = checkpoint, work
-        shutil.rmtree(work.beside / HIDDEN, ignore_errors=True)  # of the run that ended
-        self.written = Written(checkpoint, work.folder, again=bool(work.steps))
+    def __init__(self, checkpoint: Checkpoint, work: Resumable, follows: bool = False):
+        self.checkpoint, self.work, self.follows = checkpoint, work, follows
+        if not follows:
+            for folder in work.beside.glob(f"{HIDDEN}-*"):  # of the run that ended
+                shutil.rmtree(folder, ignore_errors=True)
+        self.written = Written(checkpoint, work.folder, again=follows or bool(work.steps))
         if work.steps and self.written.shards.made:
             raise OutputError(
                 f"The files in {work.beside} are not those of its journal, so nothing can be resumed. Leave --resume "
@@ -70,7 +98,19 @@ class Result:
         return True
 
     def finished(self, job: Job) -> None:
-        """Write a layer as it is now."""
+        """Write a layer as it is now; of several processes the first does.
+
+        Raises:
+            VerificationError: the processes made different things of it.
+        """
+        note = as_json(job.result())
+        if not all_alike(json.dumps(note), device_of(job.work)):
+            raise VerificationError(
+                f"The processes made different things of layer {job.index}, so nothing was written. Give all of them "
+                "the same hardware and versions, or use one."
+            )
+        if self.follows:
+            return
         prefix, names = job.architecture.block_prefix(job.index), self._names(job)
         state = job.block.state_dict(prefix=prefix)
         rounded = {name: state[name].detach().to("cpu", self.checkpoint.dtypes[name]) for name in names}
@@ -79,7 +119,7 @@ class Result:
         if more:
             save_file(more, self._beside(job.index))
         narrow = job.work is not job.block
-        self.work.finished(job.index, as_json(job.result()) | {"narrow": narrow, "more": bool(more)})
+        self.work.finished(job.index, note | {"narrow": narrow, "more": bool(more)})
 
     def rest(self) -> list[Path]:
         """Write what is not in a layer; all files."""
@@ -129,4 +169,5 @@ def identity(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor | None, de
         "calibration text": text,
         "versions": versions(),
         "device": device,
+        "number of processes": ranks(),
     }

@@ -39,6 +39,7 @@ from ssmc.runtime.files import refuse_existing
 from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.checkpoints.sources import at_revision
 from ssmc.runtime.models.memory import LENGTH, format_bytes
+from ssmc.runtime.ranks import is_first
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,7 +137,8 @@ def compress(
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")
     check_models([config.model])
-    refuse_existing(out, force=force, marker=MANIFEST)
+    if is_first():
+        refuse_existing(out, force=force, marker=MANIFEST)
     if config.runtime is not None:
         from ssmc.exporters.foresight import refuse_unfit
 
@@ -149,8 +151,9 @@ def compress(
         terminal.interrupted = INTERRUPTED
     for problem in PROBLEMS:
         terminal.note(problem)
+    terminal.quiet = terminal.quiet or not is_first()
     terminal.say(_intention(config) if goal is None else _aim(config, goal))
-    with _kept(terminal), logged(terminal, log_to, log_dir, "compress", out, asked) as tracking:
+    with _kept(terminal), logged(terminal, log_to if is_first() else None, log_dir, "compress", out, asked) as tracking:
         with terminal.progress() as progress:
             result = run(
                 **asked,
@@ -163,7 +166,8 @@ def compress(
             )
         tracking.layers(result.manifest["layers"])
         tracking.log({key: result.manifest.get(key) for key in ("parameters", "distilled", "goal")})
-    _report(terminal, result)
+    if is_first():
+        _report(terminal, result)
 
 
 @contextmanager

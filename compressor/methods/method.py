@@ -363,6 +363,10 @@ class Method:
         """
         return {}
 
+    def adds_up(self, plan: Plan) -> bool:
+        """Whether several processes may share the samples: all it does with them is to add up what `shared` pools."""
+        return False
+
     def check_text(self, tokens: torch.Tensor) -> None:
         """Refuse calibration samples (nsamples, seqlen) that do not suffice, before any work.
 

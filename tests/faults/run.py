@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -72,17 +73,21 @@ def fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def child_code(work: Callable[[], object]) -> tuple[int, str]:
+    """As `child`, in this process."""
+    try:
+        return 0, str(work())
+    except SsmcError as error:
+        return REFUSED, str(error)
+    except BaseException:
+        return BROKEN, traceback.format_exc()
+
+
 def child(work: Callable[[], object]) -> tuple[int, str]:
     """Run something in a process of its own: its exit code, negative for a signal, and what it said."""
     reading, saying = os.pipe()
     if (pid := os.fork()) == 0:
-        code, said = 0, ""
-        try:
-            said = str(work())
-        except SsmcError as error:
-            code, said = REFUSED, str(error)
-        except BaseException:
-            code, said = BROKEN, traceback.format_exc()
+        code, said = child_code(work)
         os.write(saying, said.encode()[-3000:])
         os._exit(code)
     os.close(saying)
@@ -209,6 +214,47 @@ def change_model(how: Callable[[Path], None]) -> tuple[int, str, bool]:
         return code, said, (root / "out").exists()
 
 
+def together(count: int) -> list[str]:
+    """Let processes share the samples; what is wrong with what they write."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model, text = make_model(root / "model"), root / "text.jsonl"
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+
+        def compress(out: Path) -> None:
+            ssmc.compress(model, calib=text, out=out, command="-", **OPTIONS | {"nsamples": 5})
+
+        def one_of_them(number: int, out: Path) -> int:
+            if (pid := os.fork()) == 0:
+                os.environ.update(where, RANK=str(number), LOCAL_RANK=str(number), TORCHELASTIC_RUN_ID="here")
+                code, said = child_code(lambda: compress(out))
+                sys.stderr.write(said)
+                os._exit(code)
+            return pid
+
+        code, said = child(lambda: compress(root / "alone"))
+        assert code == 0, said
+        for out in (root / "shared", root / "again"):
+            pids = [one_of_them(number, out) for number in range(count)]
+            for _ in pids:
+                pid, status = os.wait()
+                if status:
+                    for other in set(pids) - {pid}:
+                        os.kill(other, signal.SIGKILL)
+                    return ["a process failed"]
+        alone, shared = (json.loads((root / name / "ssmc.json").read_text())["layers"] for name in ("alone", "shared"))
+        wrong = [] if content(root / "shared") == content(root / "again") else ["other bytes the second time"]
+        for one, other in zip(alone, shared, strict=True):
+            if (one["kept"], one["kept_channels"]) != (other["kept"], other["kept_channels"]):
+                wrong.append("other masks than one process")
+            if abs(one["error"] - other["error"]) > 1e-5 * abs(one["error"]):
+                wrong.append(f"an error of {other['error']}, not {one['error']}")
+        return wrong
+
+
 CHANGES: dict[str, Callable[[Path], None]] = {
     "vanishes": lambda path: path.unlink(missing_ok=True),
     "gets shorter": lambda path: os.truncate(path, 1000),
@@ -231,6 +277,8 @@ def main() -> None:
         code, said, there = change_model(how)
         fine = code == REFUSED and not there and "model.safetensors" in said
         found[f"the model {name}"] = [] if fine else [f"{code}: {said}"]
+    for count in (2,) if asked.few else (2, 3, 5):
+        found[f"{count} processes"] = together(count)
     print(json.dumps(found, indent=1))
     sys.exit(any(found.values()))
 

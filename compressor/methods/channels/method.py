@@ -35,6 +35,10 @@ class Channels(Method):
         part = self.pattern.name
         return plan.config.repair or looks_at_text(part, plan.config.score_of(part))
 
+    def adds_up(self, plan: Plan) -> bool:
+        """Second moments do."""
+        return True
+
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of channels."""
         return {"channels": channels_of_layers(plan)}
@@ -179,6 +183,10 @@ class OutProj(Method):
             return False
         whole = any(part in parts for part in (CHANNEL, HEAD, HEAD_DIM, LAYER))
         return plan.config.repair and (whole or (COLUMN in parts and not plan.mixes_c_rows))
+
+    def adds_up(self, plan: Plan) -> bool:
+        """Second moments do."""
+        return True
 
     def prune(self, job: Job) -> None:
         """Every layer that stays."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssmc.compressor.calibration.placement import samples
+from ssmc.compressor.calibration.shared import summed
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
@@ -47,7 +48,8 @@ def fit_out_proj(job: Job) -> OutProjRecord:
         cross += target.t() @ y
         energy += float(target.double().square().sum())
     job.report("out_proj", count, count)
-    total = moment.total
+    moment.pool()
+    cross, energy, total = summed(cross), summed(energy), moment.total
     before = out_proj.double()
     fitted = before + fit(cross - before @ total, total)  # so the ridge pulls to what was there, not to zero
     out_proj.copy_(fitted)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from ssmc.compressor.calibration.placement import device_of, samples
+from ssmc.compressor.calibration.shared import share_of, summed
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.registry import score
@@ -90,7 +91,7 @@ def _look(job: Job, part: str) -> _Seen:
     if not any(wanted):
         return _Seen()
     squares = torch.zeros(d_inner, dtype=torch.float64, device=device)
-    hidden = job.samples[: _enough(job.samples.shape[1], d_inner)]  # samples come in random order
+    hidden = job.samples[: share_of(_enough(job.samples.shape[1], d_inner))]  # samples come in random order
     for i, sample in samples(hidden, device):
         job.report("channels", i, len(hidden))
         u, y = job.architecture.scanned(job.work, sample)
@@ -102,7 +103,10 @@ def _look(job: Job, part: str) -> _Seen:
             x, _ = job.architecture.expand(job.mixer, job.architecture.normed(job.work, sample))
             squares += x[0, :, :d_inner].abs().mean(0).double().square()
     job.report("channels", len(hidden), len(hidden))
-    means = squares.sqrt() if judge.needs_means else None
+    for moment in (read_by_x, read_by_out):
+        if moment is not None:
+            moment.pool()
+    means = summed(squares).sqrt() if judge.needs_means else None
     return _Seen(read_by_x, None if read_by_out is None else read_by_out.total, means)
 
 

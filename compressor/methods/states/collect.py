@@ -54,8 +54,15 @@ def collect(
             ]
             if some:
                 _collect_sums(job, some, group, backend, weights if weighed else None)
-        return
-    hidden, device = job.hidden, device_of(job.work)
+    else:
+        _collect_states(job, statistics, group, weights)
+    for statistic in statistics:
+        statistic.pool()
+
+
+def _collect_states(job: Job, statistics: Sequence[Statistic], group: int, weights: torch.Tensor | None) -> None:
+    """As `collect`, a stretch of time after the other."""
+    hidden, device = job.samples, device_of(job.work)
     nsamples, length, _ = hidden.shape
     carried = _Carried(nsamples)
     groups = list(_slices(nsamples, max(1, PROJECTED[device.type] // STRETCH)))

@@ -46,6 +46,10 @@ class States(Method):
         """Not every score can tell states apart in every family."""
         refuse_unfit(plan, COLUMN)
 
+    def adds_up(self, plan: Plan) -> bool:
+        """Where the repair is a closed form of sums."""
+        return not plan.architecture.capabilities.normed_readers and not (plan.has_heads and plan.config.repair)
+
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of states."""
         return {"states": states_of_layers(plan)}
@@ -152,6 +156,10 @@ class Entries(Method):
             # groups lie along the states of a channel; a Mamba-2 has one number a head: there, neighbouring heads
             sizes = plan.sizes
             check_groups(sizes.d_state if sizes.heads is None else sizes.heads // sizes.groups, plan.config.nm)
+
+    def adds_up(self, plan: Plan) -> bool:
+        """Scores are sums."""
+        return True
 
     def prune(self, job: Job) -> None:
         """Every layer."""

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ssmc.compressor.calibration.shared import summed
 from ssmc.compressor.methods.weights.second_moments import StateMoment
 from ssmc.compressor.options.config import Weighting
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.ranks import ranks
 from ssmc.runtime.scan import Moments, ScanInputs, SsdMoments, quartic_moment, sum_of_squares
 
 Sum = Any
@@ -76,6 +79,17 @@ class Statistic:
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
 
+    def pool(self) -> None:
+        """All samples of this process have been added: add what the others have, see `calibration.shared`.
+
+        Raises:
+            UsageError: this is no sum that several processes can add up.
+        """
+        if ranks() > 1:
+            raise UsageError(
+                f"{type(self).__name__} cannot be collected by several processes. Use one, or another --score."
+            )
+
 
 @dataclass
 class SquaredStates(Statistic):
@@ -90,6 +104,10 @@ class SquaredStates(Statistic):
     def add_moments(self, moments: Moments | SsdMoments) -> None:
         """Take in sums over the states of a few samples."""
         self.value = self.value + moments.before
+
+    def pool(self) -> None:
+        """Add what the other processes have."""
+        self.value = summed(self.value)
 
 
 @dataclass
@@ -112,6 +130,10 @@ class SquaredReadout(Statistic):
         self.states = self.states + moments.after
         self.readers = self.readers + moments.readers
         self.products = self.products + moments.readouts
+
+    def pool(self) -> None:
+        """Add what the other processes have."""
+        self.states, self.readers, self.products = summed(self.states), summed(self.readers), summed(self.products)
 
 
 @dataclass
@@ -137,11 +159,15 @@ class TimeWeighted(Statistic):
 
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
+        self._squares, self._decays = summed(self._squares), summed(self._decays)
         steps = torch.arange(len(self._squares)) + self._start - 1
         weights = self.weights[steps.clamp(min=0)] * (steps >= 0)  # step 0 has no state behind it
         importance = (self._decays.square() * self._squares).double()
         self.value = self.value + torch.einsum("t,tnd->nd", weights.double().to(importance.device), importance)
         self._squares = self._decays = 0.0
+
+    def pool(self) -> None:
+        """Every stretch was added up by itself."""
 
 
 def time_weights(kind: Weighting, length: int) -> torch.Tensor:
@@ -186,9 +212,13 @@ class Vote(Statistic):
 
     def end_of_stretch(self) -> None:
         """Every sample of this stretch of time has been added."""
+        self._importance = summed(self._importance)
         steps = self._importance[1:] if self._start == 0 else self._importance
         self.value = self.value + self.name(steps).sum(0)
         self._importance = 0.0
+
+    def pool(self) -> None:
+        """Every stretch was added up by itself."""
 
 
 @dataclass
@@ -200,6 +230,10 @@ class States(Statistic):
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
         self.moment.add(chunk.before)
+
+    def pool(self) -> None:
+        """Add what the other processes have."""
+        self.moment.pool()
 
 
 @dataclass
@@ -225,6 +259,10 @@ class NormalMatrix(Statistic):
     def add_moments(self, moments: Any) -> None:
         """Take in sums over the states of a few samples."""
         self.value = self.value + moments.quartic
+
+    def pool(self) -> None:
+        """Add what the other processes have."""
+        self.value = summed(self.value)
 
     def dense(self) -> torch.Tensor:
         """G as the quadratic form of vec(M): (N N, N N) float64 on the CPU, row index k N + n, column index m N + p."""

@@ -42,6 +42,10 @@ class Weights(Method):
 
         return sparsities_of_modules(survey)
 
+    def adds_up(self, plan: Plan) -> bool:
+        """Second moments do."""
+        return True
+
     def prune(self, job: Job) -> None:
         """After the states, so that x_proj and out_proj are fitted to the pruned scan."""
         from ssmc.compressor.methods.weights.projections import prune_modules
@@ -106,6 +110,10 @@ class OtherMaps(Method):
     def needs_text(self, plan: Plan) -> bool:
         """As the score says."""
         return looks_at_text(WEIGHTS, plan.config.ffn_score)
+
+    def adds_up(self, plan: Plan) -> bool:
+        """Second moments do."""
+        return True
 
     def prune(self, job: Job) -> None:
         """Last, on what the pruned mixer puts out."""

@@ -87,6 +87,7 @@ def _sensitivities(survey: Survey, embedded: torch.Tensor, names: Sequence[str])
                 sums[name].add(inputs[name])
         settle(hidden, device)
         for name in names:
+            sums[name].pool()
             found[name].append(sensitivity(sums[name].total, weights[name].numel()))
     return found
 
@@ -166,6 +167,8 @@ def _moments(job: Job, weights: Mapping[str, torch.Tensor]) -> dict[str, Moment]
         for name, moment in moments.items():
             moment.add(inputs[name])
     job.report("Hessians", count, count)
+    for moment in moments.values():
+        moment.pool()
     return moments
 
 
@@ -185,6 +188,8 @@ def _moments_of_linears(job: Job, linears: Mapping[str, nn.Linear]) -> dict[str,
         for hook in hooks:
             hook.remove()
     job.report("Hessians of attention and MLP", count, count)
+    for moment in moments.values():
+        moment.pool()
     return dict(moments)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ssmc.compressor.calibration.shared import summed
 from ssmc.runtime.errors import CalibrationError
 
 PANELS = 4  # bands of rows that H is summed in; 4 leave 5/8 of the whole product
@@ -43,6 +44,10 @@ class SecondMoment:
                 self._upper[panel, start:] += part[:, panel].t() @ part[:, start:]
         self.tokens += len(x)
 
+    def pool(self) -> None:
+        """Add what the other processes saw."""
+        self._upper, self.tokens = summed(self._upper), round(summed(self.tokens))
+
     def mean(self) -> torch.Tensor:
         """H per token, (in_features, in_features)."""
         return self.total / max(1, self.tokens)
@@ -66,6 +71,10 @@ class SquaredInputs:
         for part in computing(x).split(TOKENS):
             self.total += part.square().sum(0)
         self.tokens += len(x)
+
+    def pool(self) -> None:
+        """Add what the other processes saw."""
+        self.total, self.tokens = summed(self.total), round(summed(self.tokens))
 
 
 class DepthwiseSecondMoment:
@@ -111,6 +120,10 @@ class DepthwiseSecondMoment:
                 self.total[:, k, j] += (tap * taps[j]).sum((0, 1))
                 self.total[:, j, k] = self.total[:, k, j]
 
+    def pool(self) -> None:
+        """Add what the other processes saw."""
+        self.total, self.tokens = summed(self.total), round(summed(self.tokens))
+
     def mean(self) -> torch.Tensor:
         """The matrices per token, (D, K, K)."""
         return self.total / max(1, self.tokens)
@@ -133,6 +146,10 @@ class StateMoment:
         h = computing(states.detach()).flatten(0, 1)  # (B T, N, D)
         self.total += torch.bmm(h, h.transpose(1, 2)).sum(0, dtype=torch.float64)
         self.tokens += len(h) * h.shape[2]
+
+    def pool(self) -> None:
+        """Add what the other processes saw."""
+        self.total, self.tokens = summed(self.total), round(summed(self.tokens))
 
 
 def computing(x: torch.Tensor) -> torch.Tensor:
