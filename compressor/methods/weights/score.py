@@ -21,6 +21,9 @@ class Moment(Protocol):
     def add(self, x: torch.Tensor) -> None:
         """Take in what the module reads."""
 
+    def pool(self) -> None:
+        """Add what the other processes saw."""
+
 
 class WeightScore:
     """How the weights of projections and of conv1d are pruned. Subclass it and decorate it with `register_score`.
