@@ -27,6 +27,11 @@ class OnnxOptions:
         "of embedding and matrix products; float16 is meant for GPUs", FLOAT32, choices=(FLOAT32, "float16")
     )
     quantize: str | None = option("int8 weights for the large matrices, for CPUs", choices=(INT8,))
+    state_dtype: str = option(
+        "of the SSM states between tokens, `int8` with a scale for each state of a head; they are computed in float32",
+        FLOAT32,
+        choices=(FLOAT32, "float16", INT8),
+    )
     logits: str = option("which tokens' logits the graph gives", "last", choices=("last", "all"))
     target: str = option(
         "`portable`: standard operators only; `ort`: onnxruntime's own too (Mamba-2 decodes faster); `genai`: a folder "
@@ -44,10 +49,13 @@ class OnnxOptions:
         if self.quantize and self.dtype != FLOAT32:
             raise UsageError(f"{self.quantize} goes with float32: what is not quantised stays so. Leave out --dtype.")
 
+        if self.state_dtype != FLOAT32 and self.target == "genai":
+            raise UsageError("onnxruntime-genai keeps states in float32. Leave out --state-dtype, or --target genai.")
+
     @property
     def lossy(self) -> bool:
         """Whether the graph computes something else than float32."""
-        return self.quantize is not None or self.dtype != FLOAT32
+        return self.quantize is not None or self.dtype != FLOAT32 or self.state_dtype != FLOAT32
 
 
 class Onnx(Format):
@@ -110,7 +118,7 @@ class Onnx(Format):
                 "rounding": [asdict(way) for way in details.rounding],
                 "perplexity": None if details.quality is None else asdict(details.quality),
             },
-            _remarks(details),
+            _remarks(details, job),
             details=details,
         )
 
@@ -146,7 +154,7 @@ def about(job: Job) -> Mapping[str, Any]:
     config, tensors, options = job.shrunk.config, job.shrunk.tensors, job.options
     sizes = require_family(config, options.target).sizes
     return {
-        "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target")},
+        "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target", "state_dtype")},
         "onnx": {
             "architecture": config.model_type,
             "layers": [sizes(config, tensors, layer) for layer in range(config.num_hidden_layers)],
@@ -155,8 +163,8 @@ def about(job: Job) -> Mapping[str, Any]:
     }
 
 
-def _remarks(details: GraphDetails) -> tuple[str, ...]:
-    """What float16 or int8 changed."""
+def _remarks(details: GraphDetails, job: Job) -> tuple[str, ...]:
+    """What float16 or int8 changed, and what states in fewer bits leave of a sequence."""
     quality = details.quality
     if quality is None:
         return ()
@@ -166,6 +174,22 @@ def _remarks(details: GraphDetails) -> tuple[str, ...]:
         f"The graph compared is the float32 one. What was written moves a logit by at most {worst:.2e}; perplexity on "
         f"{quality.tokens} tokens of {quality.text} is {quality.ppl_after:.4g} after {quality.ppl_before:.4g}, "
         f"{quality.excess_nats:+.4f} nats a token{noise}.",
+        *_state_remark(job),
+    )
+
+
+def _state_remark(job: Job) -> tuple[str, ...]:
+    """Bytes of the SSM states of a sequence, where they are kept in fewer bits."""
+    from ssmc.runtime.models.memory import format_bytes, sequence_memory
+
+    kept = job.options.state_dtype
+    if kept == FLOAT32:
+        return ()
+    sizes = job.source.checkpoint.architecture.dimensions(job.shrunk.config)
+    before, after = (sequence_memory(sizes, 0, 1, FLOAT32, dtype).states for dtype in (FLOAT32, kept))
+    return (
+        f"SSM states of a sequence take {format_bytes(after)} in {kept}, {format_bytes(before)} in float32; they were "
+        "rounded after every token for this perplexity.",
     )
 
 

@@ -19,6 +19,7 @@ from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE
 from ssmc.exporters.onnx.ops.padding import Tokens, chosen_rows, real_first
 from ssmc.exporters.onnx.ops.parts import END
 from ssmc.exporters.onnx.ops.ssd import MICROSOFT
+from ssmc.exporters.onnx.ops.states import Kind, kept, packed, unpacked
 from ssmc.exporters.onnx.ops.weights import Weights
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.generation.onnx_names import (
@@ -45,12 +46,14 @@ class Settings:
         target: "portable": standard operators only; "ort": those of onnxruntime too, where a family has a use for them;
             "genai": portable with the names of inputs and outputs that onnxruntime-genai looks for.
         own_head: store the head (d_model, V) on its own even where it is tied to the embedding, as quantisation needs.
+        state_dtype: of the SSM states between calls, "float32", "float16" or "int8"; see `ops.states`.
     """
 
     dtype: str = "float32"
     logits: str = "last"
     target: str = "portable"
     own_head: bool = False
+    state_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     genai = settings.target == GENAI
     attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total" if genai else "length"])
     layers = tuple(family.sizes(config, tensors, layer) for layer in range(config.num_hidden_layers))
-    shapes = _states(family, config, layers, settings.target)
-    pasts = {name: builder.input(name, ir.DataType.FLOAT, ["batch", *shape]) for name, shape in shapes.items()}
+    kinds = _states(family, config, layers, settings)
+    pasts = {name: builder.input(name, dtype, ["batch", *shape]) for name, (shape, dtype) in kinds.items()}
     tokens = real_first(op, input_ids, _of_these(op, attention_mask, input_ids) if genai else attention_mask)
     hidden = _scaled(op, weights.rows(op, family.embedding, tokens.ids), family.embedding_scale(config))  # (L, B, d)
     common = {state: pasts[PAST + state] for state in family.common_states(config)}
@@ -118,27 +121,31 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
     presents = {PAST + state: value for state, value in after.items()}
     for layer, sizes in enumerate(layers):
         builder.push_module(f"layer_{layer}")
-        names = {state: past_name(state, layer, settings.target) for state in family.states(sizes)}
-        past = {state: pasts[name] for state, name in names.items()}
+        shapes = family.states(sizes)
+        names = {state: past_name(state, layer, settings.target) for state in kept(shapes, sizes, settings.state_dtype)}
+        past = unpacked(op, {state: pasts[name] for state, name in names.items()}, sizes, settings.state_dtype)
         block = Block(layer, weights, past, tokens, config, settings.target, shared)
         hidden, present = family.block(op, block, hidden)
+        present = packed(op, present, shapes, sizes, settings.state_dtype)
         presents |= {names[state]: value for state, value in present.items()}
         builder.pop_module()
     builder.add_output(_head(op, weights, hidden, tokens, config, settings, family), "logits")
-    for name in shapes:
+    for name in kinds:
         builder.add_output(presents[name], present_name(name))
-    _name_shapes(graph, config, settings, shapes)
+    _name_shapes(graph, config, settings, kinds)
     return Built(ir.Model(graph, ir_version=IR_VERSION), layers)
 
 
 def _states(
-    family: GraphFamily, config: Any, layers: tuple[dict[str, int], ...], target: str
-) -> dict[str, tuple[int | str, ...]]:
-    """The shapes of all states without the batch, by the names of their inputs, in the order of the inputs."""
-    shapes = {PAST + state: tuple(shape) for state, shape in family.common_states(config).items()}
+    family: GraphFamily, config: Any, layers: tuple[dict[str, int], ...], settings: Settings
+) -> dict[str, Kind]:
+    """Shapes, without the batch, and types of all states, by the names of their inputs, in the order of the inputs."""
+    common = family.common_states(config).items()
+    kinds: dict[str, Kind] = {PAST + state: (tuple(shape), ir.DataType.FLOAT) for state, shape in common}
     for layer, sizes in enumerate(layers):
-        shapes |= {past_name(state, layer, target): tuple(shape) for state, shape in family.states(sizes).items()}
-    return shapes
+        own = kept(family.states(sizes), sizes, settings.state_dtype)
+        kinds |= {past_name(state, layer, settings.target): kind for state, kind in own.items()}
+    return kinds
 
 
 def _scaled(op: OpBuilder, x: ir.Value, factor: float) -> ir.Value:
@@ -174,12 +181,12 @@ def _head(
     return _scaled(op, logits, family.logits_scale(config))
 
 
-def _name_shapes(graph: ir.Graph, config: Any, settings: Settings, states: Mapping[str, tuple[int | str, ...]]) -> None:
+def _name_shapes(graph: ir.Graph, config: Any, settings: Settings, states: Mapping[str, Kind]) -> None:
     """Give the outputs the names of their dimensions, which shape inference cannot know."""
     length = 1 if settings.logits == "last" else "length"
-    shapes: dict[str, list[int | str]] = {"logits": ["batch", length, config.vocab_size]}
-    for name, shape in states.items():
-        shapes[present_name(name)] = ["batch", *(TOTAL if size == GROWS else size for size in shape)]
+    kinds: dict[str, Kind] = {"logits": ((length, config.vocab_size), ir.DataType.FLOAT)}
+    for name, (shape, dtype) in states.items():
+        kinds[present_name(name)] = (tuple(TOTAL if size == GROWS else size for size in shape), dtype)
     for output in graph.outputs:
-        output.shape = ir.Shape(shapes[output.name])
-        output.type = ir.TensorType(ir.DataType.FLOAT)
+        shape, dtype = kinds[output.name]
+        output.shape, output.type = ir.Shape(["batch", *shape]), ir.TensorType(dtype)

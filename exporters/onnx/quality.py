@@ -13,6 +13,7 @@ from ssmc.exporters.onnx.running import fresh_states, open_written, run
 from ssmc.exporters.quality import Quality, quality_of
 from ssmc.runtime.measure.perplexity import split_windows
 from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation.onnx_graph import TYPES
 from ssmc.runtime.progress import Progress
 
 WINDOW, MAX_WINDOWS = 512, 16
@@ -28,18 +29,28 @@ def measure(model: Any, folder: Path, stream: torch.Tensor, text: str, progress:
     windows = split_windows(model, stream, WINDOW)[:MAX_WINDOWS]
     session = open_written(folder, all_logits=True)
     use_fast_scan(model)
+    rounds = any(TYPES[past.type][0] != torch.float32 for past in session.get_inputs() if past.name.startswith("past_"))
     before, after = [], []
-    for done, window in enumerate(windows.split(1)):
+    for done, window in enumerate(windows.split(len(windows) if rounds else 1)):
         progress("perplexity before and after", done, len(windows))
         with torch.inference_mode():
-            before.append(_loss(model(window, use_cache=False).logits, window))
-        after.append(_loss(graph_logits(session, window), window))
+            before += [_loss(model(row[None], use_cache=False).logits, row[None]) for row in window]
+        after += _stepped(session, window) if rounds else [_loss(graph_logits(session, window), window)]
     return quality_of(text, windows, before, after)
 
 
 def graph_logits(session: onnxruntime.InferenceSession, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of (B, L) tokens from fresh states, (B, L, V)."""
     return torch.from_numpy(run(session, tokens.numpy(), fresh_states(session, len(tokens)))[0])
+
+
+def _stepped(session: onnxruntime.InferenceSession, windows: torch.Tensor) -> list[float]:
+    """Losses of windows (W, L) that are read token by token, so that states are rounded after every one."""
+    states, losses = fresh_states(session, len(windows)), torch.zeros(len(windows), dtype=torch.float64)
+    for t in range(windows.shape[1] - 1):
+        logits, states = run(session, windows[:, t : t + 1].numpy(), states)
+        losses += F.cross_entropy(torch.from_numpy(logits[:, 0]).double(), windows[:, t + 1], reduction="none")
+    return (losses / (windows.shape[1] - 1)).tolist()
 
 
 def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import onnxruntime
 
 from ssmc.exporters.onnx.files import GRAPH
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.models.generation.onnx_graph import reason
+from ssmc.runtime.models.generation.onnx_graph import TYPES, reason
 from ssmc.runtime.models.generation.onnx_logits import give_all_logits
 from ssmc.runtime.models.generation.onnx_names import present_name
 
@@ -44,12 +44,12 @@ def _open(graph: Path | bytes, options: onnxruntime.SessionOptions) -> onnxrunti
 
 
 def fresh_states(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
-    """The states before the first token by the names of their inputs: zeros, (B, ...) float32; what grows is empty."""
-    pasts = [value for value in session.get_inputs() if value.name.startswith("past_")]
-    return {
-        past.name: np.zeros((batch, *(size if isinstance(size, int) else 0 for size in past.shape[1:])), np.float32)
-        for past in pasts
-    }
+    """The states before the first token by the names of their inputs: zeros, (B, ...); what grows is empty."""
+    fresh = {}
+    for past in (value for value in session.get_inputs() if value.name.startswith("past_")):
+        sizes = (size if isinstance(size, int) else 0 for size in past.shape[1:])
+        fresh[past.name] = np.zeros((batch, *sizes), TYPES[past.type][1])
+    return fresh
 
 
 def run(

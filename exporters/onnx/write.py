@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from ssmc.runtime.models.checkpoints import parameter_count
 from ssmc.runtime.models.checkpoints.transformers_format import write_config
 from ssmc.runtime.versions import versions
 
-ON_THE_WAY = _FLOAT, _INT8 = ".float32", ".int8"  # folders for graphs that are gone before the result appears
+ON_THE_WAY = _FLOAT, _STATES, _INT8 = (
+    ".float32",
+    ".states",
+    ".int8",
+)  # folders for graphs that are gone before the result appears
 KEY = "ssmc."  # of our metadata in a graph
 
 
@@ -43,13 +48,17 @@ def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     built.metadata_props.update(known)
     files = write_graph(first, built)
     if options.lossy:
+        last = replace(settings, dtype=options.dtype, state_dtype=options.state_dtype)
         if options.quantize:
+            if options.state_dtype != settings.state_dtype:
+                first = folder / _STATES
+                first.mkdir()
+                write_graph(first, build(shrunk.config, shrunk.tensors, last).model)
             (folder / _INT8).mkdir()
             family = require_family(shrunk.config, options.target)
             final = quantize_int8(first, folder / _INT8, (family.embedding, family.head))
         else:
-            half = Settings(options.dtype, options.logits, options.target)
-            final = build(shrunk.config, shrunk.tensors, half).model
+            final = build(shrunk.config, shrunk.tensors, last).model
         final.metadata_props.update(known)
         files = write_graph(folder, final)
     stored = job.source.checkpoint.stored_config

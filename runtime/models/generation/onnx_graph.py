@@ -3,6 +3,7 @@
     input_ids (B, L) int64, attention_mask (B, L) int64, and per layer past_conv_i (B, d_conv - 1, d_inner) and
     past_ssm_i (B, d_state, d_inner)  ->  logits (B, 1 or L, V), present_conv_i, present_ssm_i
 
+SSM states may also be float16, or int8 with past_scale_i and present_scale_i beside them, float16.
 A Mamba-2 has past_conv_i (B, d_conv - 1, d_inner + 2 n_groups d_state) and past_ssm_i (B, heads, d_state, head_dim).
 Attention has past_key_i and past_value_i (B, KV heads, past, head_dim), and the model past_mask (B, past): they grow by
 the tokens of every call. Only B, L and that are free; everything else is read from the graph, so layers may be of
@@ -41,6 +42,7 @@ TYPES = {
     "tensor(float)": (torch.float32, np.float32),
     "tensor(float16)": (torch.float16, np.float16),
     "tensor(double)": (torch.float64, np.float64),
+    "tensor(int8)": (torch.int8, np.int8),
 }
 """onnxruntime's names of the types of states and logits -> torch's and numpy's, which binding wants."""
 
