@@ -34,7 +34,7 @@ PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
 
 _GOALS = "--target-latency, --target-params, --max-ppl-increase"
-_MANY = "widths and depths of a hybrid are not tried"
+_MANY = "what its axes save is not counted"
 _NOTHING_ELSE = "its blocks hold a norm and a mixer and nothing else"
 _NO_HEADS = "its mixers have no heads; --pattern channel removes channels"
 _ALIKE = "it is there to compare with, for models with one kind of block"
@@ -65,6 +65,14 @@ def searched_parts(architecture: Architecture) -> list[str]:
     return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
 
+def axes_of_hybrid(architecture: Architecture) -> list[str]:
+    """The axes that a search for a goal tries in a hybrid; none where it cannot count what they save."""
+    able = architecture.capabilities
+    if able.uniform or not able.heads or able.shared_blocks:
+        return []
+    return [axis for axis in (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION) if axis in parts_of(architecture)]
+
+
 def parts_of(architecture: Architecture) -> tuple[str, ...]:
     """The parts of patterns that a family can be pruned by; N:M counts as unstructured."""
     return tuple(part for part in PATTERNS if f"--pattern {part}" not in limits(architecture))
@@ -81,7 +89,8 @@ def limits(architecture: Architecture) -> dict[str, str]:
             reason = _NOTHING_ELSE
         if reason:
             found[f"--pattern {part}"] = reason
-    return found if able.uniform else found | {_GOALS: _MANY}
+    searched = able.uniform or (able.heads and not able.shared_blocks)
+    return found if searched else found | {_GOALS: _MANY}
 
 
 def check_family(config: CompressConfig, architecture: Architecture, goal: Goal | None = None) -> None:
@@ -96,8 +105,8 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
         UsageError: naming what can be used.
     """
     able, refused, name = parts_of(architecture), limits(architecture), architecture.model_type
-    if goal is not None and _GOALS in refused:
-        _check_goal_of_hybrid(config, goal, name)
+    if goal is not None and not architecture.capabilities.uniform:
+        _check_goal_of_hybrid(config, goal, architecture)
     known = [part for part in config.parts if part in PATTERNS or config.nm]
     wrong = [part for part in known if part not in able and not (config.nm and UNSTRUCTURED in able)]
     if wrong:
@@ -122,8 +131,15 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
         )
 
 
-def _check_goal_of_hybrid(config: CompressConfig, goal: Goal, name: str) -> None:
-    """Refuse all of a search but that for states that fit into so much memory."""
+def _check_goal_of_hybrid(config: CompressConfig, goal: Goal, architecture: Architecture) -> None:
+    """Refuse what a search does not do in a hybrid: it looks for states that fit into memory, or along its axes."""
+    name, axes = architecture.model_type, axes_of_hybrid(architecture)
+    if axes and goal.target_memory is None and not goal.per_layer:
+        if other := [part for part in config.parts if part not in axes]:
+            raise UsageError(
+                f"A search removes {', '.join(axes)} of {name}, not {', '.join(other)}. Leave that out of --pattern."
+            )
+        return
     if goal.target_memory is None or not goal.only_memory:
         raise UsageError(
             f"There is no search for a goal for {name}: {_MANY}. Give a sparsity, or a --target-memory, for which "

@@ -22,7 +22,7 @@ from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
-from ssmc.compressor.families import able_parts, check_family
+from ssmc.compressor.families import able_parts, axes_of_hybrid, check_family
 from ssmc.compressor.fit import fitted
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
@@ -35,6 +35,7 @@ from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
+from ssmc.compressor.search.hybrid import reach_goal_of_hybrid
 from ssmc.compressor.streaming import HIDDEN, Result, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.amounts import parse_bytes
@@ -169,11 +170,16 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=goal is None)
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
-    if goal is not None and "pattern" not in options:
+    by_axes = axes_of_hybrid(architecture) if goal is not None and goal.target_memory is None else []
+    if by_axes and "pattern" not in options:
+        config = fitted(configure(**{**ordinary, "pattern": "+".join(by_axes)}), checkpoint)
+    elif goal is not None and "pattern" not in options:
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
-    if goal is not None:
+    if goal is not None and goal.candidate is not None and not by_axes:
+        raise UsageError("Candidates are listed by a search over the axes of a hybrid. Leave --candidate out.")
+    if goal is not None and not by_axes:
         require_reachable(Counting(checkpoint, config, goal))
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = tokens = None
@@ -293,7 +299,9 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
         distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
         distil = teach if config.distill else None
-        reached = reach_goal(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
+        by_axes = axes_of_hybrid(checkpoint.architecture) and goal.target_memory is None
+        reach = reach_goal_of_hybrid if by_axes else reach_goal
+        reached = reach(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
         plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation
         checkpoint = replace(checkpoint, model=reached.model)
     done = None if distilled is None else asdict(distilled)

@@ -30,6 +30,7 @@ from ssmc.compressor.options.patterns import (
     LAYER,
     UNSTRUCTURED,
     WEIGHTS,
+    combinable,
     described_scores,
     pattern_of,
 )
@@ -234,6 +235,8 @@ def _removal(config: CompressConfig) -> str:
 
 def _aim(config: CompressConfig, goal: Goal) -> str:
     """What a run with a goal is going to do, in one sentence."""
+    if config.parts == combinable():
+        return f"Searching for what to remove from {config.model}, down to {goal}."
     *others, last = (pattern_of(part).removes for part in config.parts)
     parts = f"{', '.join(others)} and {last}" if others else last
     return f"Searching for {parts} of {config.model} to remove, down to {goal}."
@@ -260,6 +263,8 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
                 terminal.say(rows.legend, style="dim")
     if "goal" in manifest:
         terminal.say(_intention(plan.config))
+        if "candidates" in manifest["goal"]:
+            terminal.show(_candidates(manifest["goal"]))
         terminal.show(_outcome(manifest["goal"]))
     if manifest.get("distilled"):
         terminal.say(achieved(Distillation(**manifest["distilled"])))
@@ -298,6 +303,21 @@ def _table(rows: Rows) -> Table:
         shown.add_row(*row)
     shown.caption = rows.caption or None
     return shown
+
+
+def _candidates(record: dict[str, Any]) -> Table:
+    """What a search over a hybrid could have carried out, the one that it did marked."""
+    timed = record["candidates"][0]["time"] is not None
+    columns = ["", "removed", "parameters", *(["time"] if timed else []), "nats, added up", "tried"]
+    rows = table("Candidates", *columns)
+    for number, entry in enumerate(record["candidates"], 1):
+        removed = ", ".join(f"{axis} {share:.3g}" for axis, share in entry["removed"].items())
+        mark = f"{number} *" if number == record["chosen"] else str(number)
+        time = [f"{entry['time']:.3f}"] if timed else []
+        tried = "" if entry["excess_nats"] is None else f"{entry['excess_nats']:.4f}"
+        rows.add_row(mark, removed, f"{entry['parameters']:.3f}", *time, f"{entry['added_up_nats']:.4f}", tried)
+    rows.caption = "*: carried out; --candidate K carries out another"
+    return rows
 
 
 def _outcome(record: dict[str, Any]) -> Table:

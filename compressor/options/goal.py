@@ -80,6 +80,17 @@ class Goal(BaseModel):
             typed=Path,
         ),
     ] = None
+    candidate: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Flag(
+            "Carry out this one of the ten candidates that a search over a hybrid lists, in place of the best of the "
+            "first few that are tried.",
+            GOAL,
+            metavar="K",
+            default_text="",
+            typed=int,
+        ),
+    ] = None
     per_layer: Annotated[
         bool,
         Flag(

@@ -14,7 +14,7 @@ from ssmc.runtime.models.consumers import HEADS, consumer_named
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
-    from ssmc.runtime.models.families import Dimensions
+    from ssmc.runtime.models.families import Architecture, Dimensions
 
 MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first
 STEPS = 8  # widths to choose between, at least, for a multiple to be the default
@@ -72,12 +72,11 @@ def widths_of_heads(sizes: Dimensions, runtime: str | None = None) -> list[int]:
     return [width for width in range(step, sizes.d_inner, step) if width % unit == 0]
 
 
-def _able_widths(plan: Plan) -> list[int]:
-    """The widths that a run may leave, rising, below that of the dense model."""
-    sizes = cast("Mamba2Dimensions", plan.sizes)
-    if plan.architecture.capabilities.free_width:
+def able_widths(architecture: Architecture, sizes: Mamba2Dimensions, runtime: str | None = None) -> list[int]:
+    """The widths of whole heads that a run may leave, rising, below that of the dense model."""
+    if architecture.capabilities.free_width:
         return list(range(sizes.head_dim * sizes.groups, sizes.d_inner, sizes.head_dim * sizes.groups))
-    return widths_of_heads(sizes, plan.config.runtime)
+    return widths_of_heads(sizes, runtime)
 
 
 def _heads_to_keep(plan: Plan) -> int:
@@ -87,7 +86,7 @@ def _heads_to_keep(plan: Plan) -> int:
         UsageError: none can go, or none would.
     """
     sizes, sparsity = cast("Mamba2Dimensions", plan.sizes), plan.config.sparsity_of(HEAD)
-    able = [width // sizes.head_dim for width in _able_widths(plan)]
+    able = [width // sizes.head_dim for width in able_widths(plan.architecture, sizes, plan.config.runtime)]
     if not able:
         raise UsageError(f"No heads can be removed from this model of {sizes.heads}: {_why(plan)}.")
     kept = nearest([*able, sizes.heads], sizes.heads * (1 - sparsity))

@@ -128,6 +128,10 @@ class Part:
         """What stays of every dimension of the table where these units do."""
         return {NEURON: torch.as_tensor(list(kept), dtype=torch.long)}
 
+    def some(self, config: Any, count: int) -> list[int]:
+        """So many units that can stay together; `count` is one of `allowed`."""
+        return list(range(count))
+
     def resize(self, config: Any, kept: Sequence[int]) -> None:
         """Tell a configuration, in place, that these units stay."""
         setattr(config, self.size, len(kept))
@@ -164,6 +168,13 @@ class Attention(Part):
         width = head_dim_of(owner)
         each = sizes[QUERY] // sizes[KV]
         return {QUERY: _channels(kept, width), KV: _channels(sorted({head // each for head in kept}), width)}
+
+    def some(self, config: Any, count: int) -> list[int]:
+        """As many of every group, of as many groups as can be."""
+        groups = config.num_key_value_heads
+        each = self.total(config) // groups
+        stay = next(n for n in range(groups, 0, -1) if count % n == 0 and count // n <= each)
+        return [group * each + head for group in range(stay) for head in range(count // stay)]
 
     def resize(self, config: Any, kept: Sequence[int]) -> None:
         """The numbers of heads, and what a head has, which is a fixed number from now on."""

@@ -1,0 +1,135 @@
+"""What the kinds of layers of a hybrid take, measured once, and what smaller ones would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.compressor.options.patterns import ATTENTION, MLP
+from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
+from ssmc.runtime.measure.conditions import conditions, load_average
+from ssmc.runtime.measure.latency import Workload
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.progress import NO_PROGRESS, Progress
+
+ROUNDS = 5  # of all models in turns; every figure is the median
+REST = "rest"  # embedding, last norm, head
+
+
+@dataclass(frozen=True)
+class KindTable:
+    """Seconds by kind of layer, for the dense model and for some with less of one axis.
+
+    Attributes:
+        seconds: by kind, of all layers of that kind together, and of the rest, in the dense model.
+        smaller: axis -> share that was gone, and seconds by kind then.
+        conditions: of the measurement.
+    """
+
+    seconds: Mapping[str, float]
+    smaller: Mapping[str, tuple[float, Mapping[str, float]]]
+    conditions: Mapping[str, Any]
+
+    def ratio(self, removed: Removed) -> float:
+        """Time of a model over the dense model's.
+
+        A kind of layer gets faster by each axis as it was measured, in proportion to the share that is gone; axes of
+        one kind multiply.
+        """
+        total = 0.0
+        for kind, seconds in self.seconds.items():
+            for axis, share in removed.shares:
+                gone, found = self.smaller[axis]
+                seconds *= max(0.05, 1 - (1 - found[kind] / self.seconds[kind]) * share / gone)
+            total += seconds
+        return total / sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in types JSON has."""
+        return asdict(self)
+
+
+def measure_kinds(
+    sizes: HybridSizes, workload: Workload, device: torch.device, progress: Progress = NO_PROGRESS
+) -> KindTable:
+    """Time stock models of random weights, the dense one and one with less of each axis, layer by layer, in turns."""
+    from transformers import AutoModelForCausalLM
+
+    shares: dict[str, float] = {}
+    configs = {"": sizes.config}
+    for axis in sizes.axes:
+        levels = sizes.levels(axis)[1:]
+        if levels:
+            shares[axis] = min(levels, key=lambda share: abs(share - 0.5))
+            configs[axis] = sizes.smaller(Removed(((axis, shares[axis]),)))
+    torch.manual_seed(0)
+    models = {
+        axis: use_fast_scan(AutoModelForCausalLM.from_config(c, dtype=torch.float32).eval().to(device))
+        for axis, c in configs.items()
+    }
+    clocks = {axis: _Clocks(sizes, model, workload) for axis, model in models.items()}
+    found: dict[str, list[dict[str, float]]] = {axis: [] for axis in models}
+    for done in range(ROUNDS + 1):
+        progress("time by kind of layer", done, ROUNDS + 1)
+        for axis, clock in clocks.items():
+            taken = clock.run()
+            if done:  # the first run warms up
+                found[axis].append(taken)
+    medians = {axis: {k: median(r[k] for r in runs) for k in runs[0]} for axis, runs in found.items()}
+    smaller = {axis: (shares[axis], medians[axis]) for axis in shares}
+    return KindTable(medians[""], smaller, asdict(conditions(device, torch.float32, load_average())))
+
+
+class _Clocks:
+    """A model with clocks around its layers."""
+
+    def __init__(self, sizes: HybridSizes, model: nn.Module, workload: Workload):
+        self.work = workload.on(model)
+        self.taken: dict[str, float] = {}
+        self.calls = workload.calls or 1
+        for block in sizes.architecture.blocks(model):
+            self._watch(block, kind_of(sizes, block))
+
+    def _watch(self, block: nn.Module, kind: str) -> None:
+        begun = [0.0]
+
+        def before(*_: Any) -> None:
+            _settle(block)
+            begun[0] = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            _settle(block)
+            self.taken[kind] = self.taken.get(kind, 0.0) + time.perf_counter() - begun[0]
+
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Seconds by kind, and of the rest."""
+        self.taken = {}
+        begun = time.perf_counter()
+        for _ in range(self.calls):
+            self.work()
+        whole = time.perf_counter() - begun
+        return self.taken | {REST: max(whole - sum(self.taken.values()), 1e-9)}
+
+
+def kind_of(sizes: HybridSizes, block: nn.Module) -> str:
+    """What is in a block: "mixer", "attention", "mlp", or several of them, with + between."""
+    found = ["mixer"] if sizes.architecture.mixer(block) is not None else []
+    for kind in (ATTENTION, MLP):
+        if any(part.kind == kind and part.inside(block) is not None for part in sizes.architecture.units):
+            found.append(kind)
+    return "+".join(found) or "other"
+
+
+def _settle(block: nn.Module) -> None:
+    if next(block.parameters()).is_cuda:
+        torch.cuda.synchronize()

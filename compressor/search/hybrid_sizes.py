@@ -1,0 +1,183 @@
+"""Smaller hybrids along all of their axes: which there are, and how many parameters they have, by counting alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+from ssmc.compressor.methods.channels.counts import able_widths
+from ssmc.compressor.options.patterns import ATTENTION, COLUMN, HEAD, HEAD_DIM, MLP
+from ssmc.runtime.models.architectures.plan import CHANNEL, STATE
+from ssmc.runtime.models.architectures.plan import HEAD as HEADS
+from ssmc.runtime.models.architectures.units import Part
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
+    from ssmc.runtime.models.checkpoints import Checkpoint
+
+AXES = (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION)
+"""What a search over a hybrid removes. Layers are not among them: which go decides what that saves."""
+
+LEVELS = 8  # shares of an axis that are tried at most: eighths
+
+
+@dataclass(frozen=True, order=True)
+class Removed:
+    """How much of each axis is gone, of those of which anything is."""
+
+    shares: tuple[tuple[str, float], ...]
+
+    @property
+    def by_axis(self) -> dict[str, float]:
+        """The shares by the name of the axis."""
+        return dict(self.shares)
+
+
+class HybridSizes:
+    """The axes of a hybrid.
+
+    Args:
+        checkpoint: the dense model.
+        axes: those that may be touched.
+        runtime: that the result is for; None: any.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, axes: Sequence[str], runtime: str | None = None):
+        self.architecture, self.config = checkpoint.architecture, checkpoint.config
+        self.sizes = cast("Mamba2Dimensions", checkpoint.dimensions)
+        self.axes, self.runtime = [axis for axis in AXES if axis in axes], runtime
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors().items()}
+        self.parameters = sum(map(prod, self.shapes.values()))
+        self._known: dict[Any, int] = {}  # what was counted already
+
+    def levels(self, axis: str) -> list[float]:
+        """Shares of an axis that may go, rising, nothing among them."""
+        total, allowed = self._counts(axis)
+        wanted = [total * part / LEVELS for part in range(1, LEVELS)]
+        near = {min(allowed, key=lambda n: (abs(total - n - goes), n)) for goes in wanted} if allowed else set()
+        return sorted({0.0, *(round(1 - n / total, 6) for n in near)})
+
+    def candidates(self) -> list[Removed]:
+        """Every combination that a loader takes, the dense model left out."""
+        found = []
+        for shares in itertools.product(*(self.levels(axis) for axis in self.axes)):
+            removed = Removed(tuple((a, s) for a, s in zip(self.axes, shares, strict=True) if s))
+            if removed.shares and self._fits(removed):
+                found.append(removed)
+        return found
+
+    def share_of_parameters(self, removed: Removed) -> float:
+        """Parameters over the dense model's, exactly."""
+        mixer = self.mixer(removed)
+        if mixer not in self._known:
+            self._known[mixer] = self._saved_in_mixers(*mixer)
+        saved = self._known[mixer]
+        for part in self.architecture.units:
+            key = (part.name, part.kind, removed.by_axis.get(part.kind, 0))
+            if key not in self._known:
+                self._known[key] = self._saved_in_units(part, self.units(part, removed))
+            saved += self._known[key]
+        return 1 - saved / self.parameters
+
+    def mixer(self, removed: Removed) -> tuple[int, int, int]:
+        """Heads, channels of each, and states of a group that stay."""
+        gone, sizes = removed.by_axis, self.sizes
+        totals = ((HEAD, sizes.heads), (HEAD_DIM, sizes.head_dim), (COLUMN, sizes.d_state))
+        heads, head_dim, states = (round(total * (1 - gone.get(axis, 0))) for axis, total in totals)
+        return heads, head_dim, states
+
+    def units(self, part: Part, removed: Removed) -> int:
+        """How many units of a part stay, as the run counts them."""
+        from ssmc.compressor.methods.units.counts import units_to_keep
+
+        share = removed.by_axis.get(part.kind, 0)
+        return units_to_keep(part, self.config, share) if share else part.total(self.config)
+
+    def smaller(self, removed: Removed) -> Any:
+        """The configuration of the stock model that is left."""
+        heads, head_dim, states = self.mixer(removed)
+        config = copy.deepcopy(self.config)
+        if (heads, head_dim) != (self.sizes.heads, self.sizes.head_dim):
+            config = cast(Any, self.architecture).with_heads(config, heads, head_dim)
+        config = cast(Any, self.architecture).with_size(config, STATE, states * self.sizes.groups)
+        for part in self.architecture.units:
+            kept = self.units(part, removed)
+            if kept < part.total(self.config):
+                part.resize(config, part.some(self.config, kept))
+        return config
+
+    def _counts(self, axis: str) -> tuple[int, list[int]]:
+        """How many there are of an axis, and how many may stay."""
+        sizes = self.sizes
+        if axis == COLUMN:
+            return sizes.d_state, list(range(1, sizes.d_state))
+        if axis == HEAD:
+            widths = able_widths(self.architecture, sizes, self.runtime)
+            return sizes.heads, [width // sizes.head_dim for width in widths]
+        if axis == HEAD_DIM:
+            return sizes.head_dim, list(range(1, sizes.head_dim))
+        parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
+        if not parts or any(part.refusal(self.config) for part in parts):
+            return 1, []
+        largest = max(parts, key=lambda part: part.total(self.config))
+        return largest.total(self.config), largest.allowed(self.config)
+
+    def _fits(self, removed: Removed) -> bool:
+        """Whether a loader takes heads and channels of heads together."""
+        heads, head_dim, _ = self.mixer(removed)
+        free = self.architecture.capabilities.free_width
+        return free or heads * head_dim % self.sizes.d_model == 0
+
+    def _saved_in_mixers(self, heads: int, head_dim: int, states: int) -> int:
+        left = {HEADS: heads, CHANNEL: heads * head_dim, STATE: states * self.sizes.groups}
+        return sum(count * _saved(shapes, self.architecture.plan, left) for shapes, count in self._mixers.items())
+
+    def _saved_in_units(self, part: Part, kept: int) -> int:
+        if kept == part.total(self.config):
+            return 0
+        left, found = {}, self._parts[part.name, part.kind]
+        for shapes in found:
+            chosen = part.selection(part.some(self.config, kept), part.plan.sizes(dict(shapes)), self.config)
+            left = {dimension: len(index) for dimension, index in chosen.items()}
+        return sum(count * _saved(shapes, part.plan, left) for shapes, count in found.items())
+
+    @cached_property
+    def _mixers(self) -> dict[tuple[tuple[str, tuple[int, ...]], ...], int]:
+        """Shapes of a mixer -> how many there are."""
+        prefixes = [self.architecture.mixer_prefix(layer) for layer in range(self.sizes.n_layer)]
+        return self._alike(prefixes, self.architecture.plan, "A_log")
+
+    @cached_property
+    def _parts(self) -> Mapping[tuple[str, str], dict[tuple[tuple[str, tuple[int, ...]], ...], int]]:
+        layers = range(self.sizes.n_layer)
+        return {
+            (part.name, part.kind): self._alike(
+                [f"{self.architecture.block_prefix(layer)}{part.name}." for layer in layers],
+                part.plan,
+                f"{part.reader}.weight",
+            )
+            for part in self.architecture.units
+        }
+
+    def _alike(self, prefixes: Sequence[str], plan: Any, marker: str) -> dict[Any, int]:
+        found: dict[Any, int] = {}
+        for prefix in prefixes:
+            if prefix + marker in self.shapes:
+                shapes = tuple((n, self.shapes[prefix + n]) for n in plan.tensors if prefix + n in self.shapes)
+                found[shapes] = found.get(shapes, 0) + 1
+        return found
+
+
+def _saved(shapes: Sequence[tuple[str, tuple[int, ...]]], plan: Any, left: Mapping[str, int]) -> int:
+    """Parameters that tensors of these shapes lose where so many of some dimensions are left."""
+    sizes = plan.sizes(dict(shapes)) | left
+    saved = 0
+    for name, shape in shapes:
+        axes = zip(plan.tensors[name], shape, strict=True)
+        saved += prod(shape) - prod(sum(sizes[part] for part in parts) if parts else size for parts, size in axes)
+    return saved
