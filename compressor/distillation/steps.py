@@ -29,11 +29,9 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 WINDOW = 512  # tokens of a sequence: long enough for states to matter, short enough for many in a step
 SEQUENCES = 4  # of a step
 HELD_OUT = 16  # sequences that only judge
-RATE = 4e-4  # as Adam has it, at the height of the schedule, of a model that lost ...
-LOST = (
-    0.14  # ... as many nats; the noise of steps costs a model as their square, so one that lost less takes smaller ones
-)
-LEAST, MOST = 0.2, 2.5  # times RATE
+RATE, LOST = 5e-4, 0.14  # as Adam has it, at the height of the schedule, of a model that lost so many nats
+OTHERS = 0.4  # times that, for what is no matrix: Adam's noise in an embedding costs more than it gains
+LEAST, MOST = 0.2, 2.5  # times RATE: the noise of steps costs as their square, so who lost less takes smaller ones
 CHECKS, EVERY = 8, 50  # judgements, and steps between two of them, at most
 REMEMBERED = 1 << 30  # bytes of what the teacher puts out for sequences that come again
 
@@ -163,8 +161,9 @@ class _Moving:
 
     def rates(self, lost: float) -> list[float]:
         """How far an entry of each moves a step, at most, in a model that lost so many nats a token."""
-        times = min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
-        return [times * RATE] * len(self.parameters)
+        rate = RATE * min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
+        linear = {id(matrix) for matrix in self.matrices}
+        return [rate if id(p) in linear else OTHERS * rate for p in self.parameters]
 
 
 class _Lesson:
