@@ -101,10 +101,14 @@ def reach_goal(
 
 
 def _distilled(result: GoalResult, trials: Trials, distil: Distil) -> GoalResult:
-    """The same model after gradient steps, and what it loses then."""
+    """The same model after gradient steps, and what it loses then on sequences that no step saw.
+
+    Steps draw their text anew, and may well have seen what the trials were measured on.
+    """
     done = distil(replace(trials.checkpoint, model=result.model), result.pruned.layers)
     before = result.record["outcome"]
-    outcome = {**before, **trials.loss_of(result.model), "excess_before_steps": before["excess_nats"]}
+    loss = {"excess_nats": done.excess, "excess_stderr": None, "ppl_increase": math.expm1(done.excess)}
+    outcome = {**before, **loss, "excess_before_steps": before["excess_nats"]}
     notes = (*trials.missed(outcome, trials.goal.most_nats), *trials.samples.notes)
     record = {**result.record, "outcome": outcome}
     return replace(result, model=result.model.cpu(), record=record, notes=notes, distillation=done)

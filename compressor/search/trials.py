@@ -128,22 +128,20 @@ class Trials(Counting):
 
     def outcome(self, pruned: nn.Module, sizes: Sizes | Layerwise) -> dict[str, Any]:
         """What came out: the loss of the pruned model, and its time beside the dense one's in the same run."""
-        result = {
+        self.progress("measuring what came out", 0, 1)
+        loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
+        result: dict[str, Any] = {
             "parameters": self.share_of_parameters(sizes),
             "memory": self.memory(sizes),
-            **self.loss_of(pruned),
+            "excess_nats": loss.nats,
+            "excess_stderr": loss.stderr,
+            "ppl_increase": math.expm1(loss.nats),
         }
-        self.losses[sizes] = result["excess_nats"]  # should the search go on, it knows better than from a trial
+        self.losses[sizes] = loss.nats  # should the search go on, it knows better than from a trial
         if self.goal.needs_time:
             ratio = self.clock([sizes])[sizes]
             result |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
         return result
-
-    def loss_of(self, pruned: nn.Module) -> dict[str, Any]:
-        """The loss of a pruned model on held-out text, above that of the dense one."""
-        self.progress("measuring what came out", 0, 1)
-        loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
-        return {"excess_nats": loss.nats, "excess_stderr": loss.stderr, "ppl_increase": math.expm1(loss.nats)}
 
     def missed(self, outcome: dict[str, Any], most_nats: float) -> list[str]:
         """In what the outcome is not what was asked for, in sentences; empty: it is.
