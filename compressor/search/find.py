@@ -58,12 +58,11 @@ def find_sizes(trials: Trials) -> Found:
     require_one(trials.config, candidates, limits, trials.able)
     curves = {part: _curve(trials, part, candidates) for part in trials.config.parts}
     model = LossModel(trials.dense, curves)
-    best: Sizes | Layerwise = (
-        _least_loss(trials, candidates, limits, model) if limits else _fastest(trials, candidates, model)
-    )
+    uniform = _least_loss(trials, candidates, limits, model) if limits else _fastest(trials, candidates, model)
+    best: Sizes | Layerwise = uniform
     losses = None
     if goal.per_layer:
-        best, losses = uneven_sizes(trials, best, limits, model)
+        best, losses = uneven_sizes(trials, uniform, limits, model)
     return _found(trials, best, model, losses)
 
 
