@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ssmc.compressor.calibration.draw import Calibration
 from ssmc.compressor.methods.method import LayerResult, Outcome
+from ssmc.compressor.methods.quantize.summary import packed, summary
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import LAYER
 from ssmc.compressor.options.recipe import RECIPE, write_recipe
@@ -28,6 +31,7 @@ from ssmc.runtime.manifest import (
 )
 from ssmc.runtime.models.checkpoints import Checkpoint, parameter_count, tensor_bytes, write_checkpoint
 from ssmc.runtime.models.companions import copy_companions
+from ssmc.runtime.quantized import Quantized, write_quantized
 from ssmc.runtime.versions import versions
 
 
@@ -63,7 +67,8 @@ class Artefact:
             OutputError: see `new_directory`.
         """
         recipe = self.outcome.plan.config
-        return write_masked(out, self.checkpoint, self.tokenizer_directory, self._manifest(out), recipe, force=force)
+        about = (self.checkpoint, self.tokenizer_directory, self._manifest(out), recipe)
+        return write_masked(out, *about, force=force, codes=packed(self.outcome))
 
     def complete(self, folder: Path, files: list[Path], out: Path) -> dict[str, Any]:
         """Write what goes with a masked model and the manifest of all of it.
@@ -94,6 +99,7 @@ class Artefact:
             removed=tuple(RemovalRecord(r.layer, part, r.loss, r.influence) for r in self.outcome.removed),
             goal=self.goal,
             distilled=self.outcome.distilled,
+            quantized=summary(self.outcome, self.checkpoint.tensors()),
         )
 
     def _source(self, out: Path) -> Origin:
@@ -111,6 +117,7 @@ def write_masked(
     recipe: CompressConfig | Path | None,
     *,
     force: bool,
+    codes: Mapping[str, Quantized] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write a masked model with all that belongs to it; either all of it appears or nothing.
 
@@ -121,6 +128,7 @@ def write_masked(
         manifest: without the number of parameters and the files, which are filled in.
         recipe: of the run, or the file that holds it; None: there is none.
         force: replace an earlier artefact, if ssmc wrote it.
+        codes: of the weights that are in few bits, by the names of their tensors.
 
     Returns:
         The manifest.
@@ -132,6 +140,8 @@ def write_masked(
     require_space(out, tensor_bytes(tensors))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         files = write_checkpoint(folder, tensors, checkpoint.config, like=checkpoint)
+        if codes:
+            files.append(write_quantized(folder, codes))
         return _complete(folder, files, checkpoint, tokenizer_directory, manifest, recipe)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import HOST, Stage, copy_samples, propagate
 from ssmc.compressor.calibration.watched import stages_of
-from ssmc.compressor.methods.method import Job, LayerResult, Plan, Survey
+from ssmc.compressor.methods.method import Job, LayerResult, Plan, Record, Survey
 from ssmc.compressor.streaming import Result
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -48,7 +48,7 @@ class Run:
 
     def survey(self, hidden: torch.Tensor | None = None) -> Survey:
         """What methods look at before a layer is touched."""
-        return Survey(self.plan, self.model, self.tokens, hidden, self.stage, self.progress)
+        return Survey(self.plan, self.model, self.tokens, hidden, self.stage, self.progress, self.stored_dtypes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Pruned:
 
     layers: tuple[LayerResult, ...]  # empty when only whole layers or SSMs were removed
     removals: tuple[Any, ...] = ()  # `methods.layers.Removal`, whole layers or SSMs, in the order they were removed
+    outside: tuple[Record, ...] = ()  # what happened outside the layers
 
 
 @torch.no_grad()
@@ -81,8 +82,10 @@ def prune(run: Run) -> Pruned:
         run.model.cpu()
     if not run.plan.works_inside:
         return Pruned((), tuple(removals))
+    found = [step.prepare_outside(run.survey()) for step in run.plan.steps]
+    outside = tuple(record for record in found if record is not None)
     layers = prune_layers(run, {removal.layer for removal in removals})
-    return Pruned(tuple(layers), tuple(removals))
+    return Pruned(tuple(layers), tuple(removals), outside)
 
 
 @torch.no_grad()

@@ -279,8 +279,8 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
     """Prune a model in memory, then write it: what looks at all of it at once."""
     if order.resume and state is None:
         raise UsageError(
-            "A run that looks at the whole model at once (a goal, --pattern layer or ssm-module, --score fisher) "
-            "cannot be resumed. Leave --resume out."
+            "A run that looks at the whole model at once (a goal, --quantize, --pattern layer or ssm-module, --score "
+            "fisher) cannot be resumed. Leave --resume out."
         )
     if ranks() > 1:
         raise UsageError(
@@ -305,7 +305,7 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
         plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation
         checkpoint = replace(checkpoint, model=reached.model)
     done = None if distilled is None else asdict(distilled)
-    outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, done)
+    outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, done, pruned.outside)
     artefact = Artefact(checkpoint, outcome, task.tokenizer, reached.record if reached else None, order.command)
     manifest = artefact.write(order.out, force=order.force)
     if state is not None:

@@ -158,6 +158,7 @@ class MaskedManifest:
         removed: these layers.
         goal: what a search aimed at in place of a sparsity, and how it was met; None where there was none.
         distilled: what gradient steps towards the dense model's predictions achieved; None where there were none.
+        quantized: bits, method, and the size of the weights when they are packed; None where none are in few bits.
         parameters: how many numbers the model has.
         files: size and SHA-256 by name.
     """
@@ -172,6 +173,7 @@ class MaskedManifest:
     removed: tuple[RemovalRecord, ...] = ()
     goal: Mapping[str, Any] | None = None
     distilled: Mapping[str, Any] | None = None
+    quantized: Mapping[str, Any] | None = None
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -207,6 +209,7 @@ class MaskedManifest:
             "removed": [asdict(removal) for removal in self.removed],
             **({} if self.goal is None else {"goal": self.goal}),
             **({} if self.distilled is None else {"distilled": dict(self.distilled)}),
+            **({} if self.quantized is None else {"quantized": dict(self.quantized)}),
             "parameters": self.parameters,
             "files": dict(self.files),
         }
@@ -229,6 +232,7 @@ class MaskedManifest:
             removed=tuple(_removal(entry) for entry in removed),
             goal=content.get("goal", content.get("target")),  # 0.1 called it target
             distilled=content.get("distilled"),
+            quantized=content.get("quantized"),
             parameters=content.get("parameters"),
             files=content.get("files") or {},
         )

@@ -28,6 +28,7 @@ from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
     LAYER,
+    NOTHING,
     UNSTRUCTURED,
     WEIGHTS,
     combinable,
@@ -126,6 +127,10 @@ def compress(
 
         ssmc compress tiny-mamba2 --target-memory 64MiB --batch 400 --length 4096
 
+        ssmc compress tiny --quantize w4
+
+        ssmc compress tiny --sparsity 0.75 --quantize w4 --group-size 32
+
         ssmc compress tiny --recipe recipe.yaml
     """
     terminal = context.ensure_object(Terminal)
@@ -211,9 +216,20 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 def _intention(config: CompressConfig) -> str:
     """What a run is going to do."""
+    if NOTHING in config.parts:
+        return _quantising(config)
     steps = f" Then up to {config.refine} gradient steps on each layer, most of the time." if config.refine else ""
     steps += f" Then up to {config.distill_steps} gradient steps on the whole model." if config.distill else ""
+    steps += f" Then {_quantising(config)}" if config.quantize else ""
     return _removal(config) + steps
+
+
+def _quantising(config: CompressConfig) -> str:
+    """What is quantised, in a sentence."""
+    embedding = config.quantize_embedding
+    modules = ", ".join(config.quantize_modules) + (f", embedding and head {embedding}" if embedding else "")
+    how = "" if config.symmetric else ", with zero points"
+    return f"{config.quantize} by {config.quantize_method} in groups of {config.group_size}{how}: {modules}."
 
 
 def _removal(config: CompressConfig) -> str:

@@ -143,6 +143,11 @@ def distil_artefact(
         raise UsageError(f"Distillation needs at least one step, not {lesson.steps}.")
     directory = Path(directory).expanduser()
     manifest = read_compressed(directory)
+    if manifest.quantized is not None:
+        raise UsageError(
+            f"The weights in {directory} are codes of {manifest.quantized['bits']} bits, which gradient steps would "
+            "leave. Compress without --quantize, or with --refine, which comes before it."
+        )
     place = directory.with_name(f"{directory.name}-distilled") if out is None else Path(out).expanduser()
     refuse_existing(place, force=force, marker=MANIFEST)
     state = StateFile.beside(place, resume)

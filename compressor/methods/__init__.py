@@ -6,6 +6,7 @@ else.
 
 import ssmc.compressor.methods.channels.method
 import ssmc.compressor.methods.layers.method
+import ssmc.compressor.methods.quantize.method
 import ssmc.compressor.methods.refine.method
 import ssmc.compressor.methods.states.method
 import ssmc.compressor.methods.units.method

@@ -285,6 +285,7 @@ class Survey:
     hidden: torch.Tensor | None  # (nsamples, L, d_model) their embeddings, not to be modified
     stage: Stage  # where layers are while they run
     progress: Progress
+    stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by tensor name, what it will be saved as
 
     @property
     def text(self) -> torch.Tensor:
@@ -303,6 +304,7 @@ class Outcome:
     removed: Sequence[Any] = ()  # `methods.layers.Removal`, in their order
     calibration: Calibration | None = None
     distilled: Mapping[str, Any] | None = None  # what steps on the whole model achieved; None: there were none
+    outside: Sequence[Record] = ()  # what happened outside the layers
 
 
 @dataclass(frozen=True)
@@ -376,6 +378,10 @@ class Method:
 
     def prepare(self, survey: Survey) -> Any:
         """What is decided on the dense model, before any layer is touched; `Job.prepared` has it."""
+        return None
+
+    def prepare_outside(self, survey: Survey) -> Record | None:
+        """Do what concerns the model outside its layers, in place, before the first of them reads anything."""
         return None
 
     def prune(self, job: Job) -> None:

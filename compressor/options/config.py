@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ssmc.compressor.options.flags import CALIBRATION, Flag
+from ssmc.compressor.options.flags import CALIBRATION, QUANTIZATION, Flag
 from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
+    NOTHING,
     WEIGHTS,
     check_parts,
     parse_nm,
@@ -26,6 +27,7 @@ from ssmc.compressor.options.patterns import (
     score_names,
     scores_of,
 )
+from ssmc.compressor.options.quantization import DEFAULT_MODULES, GROUP, OPTIONS, check_group, parse_modules
 from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.options.sparsity import ALPHA, NM, check_ramp
 from ssmc.runtime.errors import UsageError
@@ -33,6 +35,7 @@ from ssmc.runtime.models.consumers import CONSUMERS
 
 POWER_OF_TWO = "power-of-two"
 AUTO_STEPS = 400  # of `distill: auto`: 0.8 million tokens
+_OF_PRUNING = ("pattern", "sparsity", "score", "scope", "states", "widths")  # options that say what to prune
 
 A_LOG = "A_log"  # what the scope `ssm` stands for
 PROJECTIONS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")  # the scope `ffn`, in the order they run
@@ -165,6 +168,62 @@ class CompressConfig(BaseModel):
             typed=str,
         ),
     ] = 0
+    quantize: Annotated[
+        Literal["w8", "w4"] | None,
+        Flag(
+            "Weights of the linear maps in 8 or 4 bits, after everything that prunes and repairs. Without a pattern, a "
+            "sparsity or a goal nothing is pruned.",
+            QUANTIZATION,
+            metavar="w8|w4",
+            default_text="",
+            typed=str,
+        ),
+    ] = None
+    quantize_method: Annotated[
+        Literal["gptq", "awq", "rtn"],
+        Flag(
+            "How codes are chosen. `gptq`: input after input, the others make up for each; `awq`: nearest, after the "
+            "inputs that matter were scaled up where a norm can undo it; `rtn`: nearest, without text.",
+            QUANTIZATION,
+        ),
+    ] = "gptq"
+    group_size: Annotated[
+        int,
+        Flag(
+            "Inputs that share a scale, a power of two; where it does not divide the inputs, its half or quarter. "
+            "llama.cpp has groups of 32.",
+            QUANTIZATION,
+            metavar="INT",
+        ),
+    ] = GROUP
+    symmetric: Annotated[
+        bool,
+        Flag(
+            "Codes without zero points, which every format and kernel takes, or with them.",
+            QUANTIZATION,
+            switch="--symmetric/--asymmetric",
+        ),
+    ] = True
+    quantize_modules: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Which linear maps; `maps` are those of attention and MLP in a hybrid.",
+            QUANTIZATION,
+            metavar="MODULE,...",
+            default_text=",".join(DEFAULT_MODULES),
+            typed=str,
+        ),
+    ] = DEFAULT_MODULES
+    quantize_embedding: Annotated[
+        Literal["w8", "w4"] | None,
+        Flag(
+            "Embedding and head in 8 or 4 bits, too, rounded to nearest.",
+            QUANTIZATION,
+            metavar="w8|w4",
+            default_text="",
+            typed=str,
+        ),
+    ] = None
     calib: Annotated[
         str | None,
         Flag(
@@ -272,6 +331,16 @@ class CompressConfig(BaseModel):
             raise ValueError("it is a whole number of at least 1 for each layer, with commas between")
         return counts
 
+    @field_validator("group_size")
+    @classmethod
+    def _whole_group(cls, value: int) -> int:
+        return check_group(value)
+
+    @field_validator("quantize_modules", mode="before")
+    @classmethod
+    def _modules(cls, value: Any) -> tuple[str, ...]:
+        return parse_modules(value)
+
     @field_validator("ffn_score")
     @classmethod
     def _known_weight_score(cls, value: str) -> str:
@@ -288,9 +357,19 @@ class CompressConfig(BaseModel):
             raise ValueError(f"it is {', '.join(SCOPES)}, or some of {names} with commas between")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_to_prune(cls, options: Any) -> Any:
+        """Quantisation alone prunes nothing, unless something says what to prune."""
+        alone = isinstance(options, dict) and options.get("quantize") is not None
+        if alone and all(options.get(name) is None for name in _OF_PRUNING):
+            return {**options, "pattern": NOTHING}
+        return options
+
     @model_validator(mode="after")
     def _fits_together(self) -> CompressConfig:
         self._check_scores()
+        self._check_quantize()
         if self.scope is not None and not all(pattern_of(part).takes_scope for part in self.parts):
             raise ValueError(f"scope does not go with the pattern {self.pattern}, which removes whole modules")
         for name, counts, part in (("states", self.states, COLUMN), ("widths", self.widths, CHANNEL)):
@@ -301,6 +380,23 @@ class CompressConfig(BaseModel):
         if self.refine:
             self._check_refine()
         return self
+
+    def _check_quantize(self) -> None:
+        """Options of quantisation go with it, and it comes last."""
+        if self.quantize is None:
+            given = [name for name in OPTIONS if getattr(self, name) != type(self).model_fields[name].default]
+            if given:
+                raise ValueError(f"{given[0]} goes with quantize, which says in how many bits: w8 or w4")
+            if NOTHING in self.parts:
+                raise ValueError(f"the pattern {NOTHING} removes nothing and goes with quantize: w8 or w4")
+            return
+        if self.distill:
+            raise ValueError(
+                "distill does not go with quantize: its steps move every weight off the codes. Use refine, or quantise "
+                "the distilled model's export by itself"
+            )
+        if self.refine and NOTHING in self.parts:
+            raise ValueError(f"refine makes up for what was pruned; the pattern {NOTHING} prunes nothing")
 
     def _check_refine(self) -> None:
         """There is something left in a pruned layer, and a sample to judge it by."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-METHOD, GOAL, CALIBRATION, OUTPUT, GENERAL = "Method", "Goal of a search", "Calibration", "Output", "General"
+METHOD, GOAL, QUANTIZATION = "Method", "Goal of a search", "Quantisation"
+CALIBRATION, OUTPUT, GENERAL = "Calibration", "Output", "General"
 
 
 @dataclass(frozen=True)

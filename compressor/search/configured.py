@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, combinable, pattern_of
+from ssmc.compressor.options.quantization import OPTIONS as QUANTIZATION
 from ssmc.compressor.search.layer_sizes import Layerwise
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def configured(config: CompressConfig, removed: dict[str, float], *, trial: bool
     options["sparsity"] = {part: round(removed[part], 6) for part in parts}
     if trial or all(pattern_of(part).whole_blocks for part in parts):  # of whole layers nothing is left to refine
         options.pop("refine", None)
+    if trial:  # codes of few bits cost as much in every size
+        options = {name: value for name, value in options.items() if name not in QUANTIZATION}
     if isinstance(config.score, dict):
         options["score"] = {part: score for part, score in config.score.items() if part in parts} or None
     elif config.score is not None:

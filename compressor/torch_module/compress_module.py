@@ -30,7 +30,8 @@ from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
-_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "distill")
+_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "distill", "quantize", "quantize_method", "group_size")
+_OF_A_CHECKPOINT += ("symmetric", "quantize_modules", "quantize_embedding")
 
 COMPILED = (
     "The module was compiled. The smaller one that is returned is not; give it to torch.compile again if you like."

@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     from ssmc.exporters.runtimes import Runtime
     from ssmc.runtime.models.families import Architecture
 
-F32 = "f32"
-TYPES = (F32, "f16", "bf16", "q8_0", "q5_1", "q4_0")
+F32, CODES = "f32", "codes"
+TYPES = (F32, "f16", "bf16", "q8_0", "q5_1", "q4_0", CODES)
 
 
 @dataclass(frozen=True)
 class GgufOptions:
     """What a user may choose about a file."""
 
-    quantize: str = option("how large matrices are stored; the rest stays float32", F32, choices=TYPES)
+    quantize: str = option(
+        "how large matrices are stored; the rest stays float32. `codes`: those of `ssmc compress --quantize`, as "
+        "blocks of Q4_0 and Q8_0",
+        F32,
+        choices=TYPES,
+    )
     text: str | None = option(
         "held-out text for the perplexity before and after quantisation, as for `ssmc compress --calib`",
         shown="stories that come along",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssmc.exporters.runtimes import Runtime
     from ssmc.runtime.models.families import Architecture
 
-FLOAT32, INT8 = "float32", "int8"
+FLOAT32, INT8, CODES = "float32", "int8", "codes"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,16 @@ class OnnxOptions:
     dtype: str = option(
         "of embedding and matrix products; float16 is meant for GPUs", FLOAT32, choices=(FLOAT32, "float16")
     )
-    quantize: str | None = option("int8 weights for the large matrices, for CPUs", choices=(INT8,))
+    quantize: str | None = option(
+        "`int8`: int8 weights for the large matrices, for CPUs; `codes`: those of `ssmc compress "
+        "--quantize`, by onnxruntime's MatMulNBits",
+        choices=(INT8, CODES),
+    )
+    activations: str = option(
+        "what products with codes compute in; int8 is faster and rounds what they read",
+        FLOAT32,
+        choices=(FLOAT32, INT8),
+    )
     state_dtype: str = option(
         "of the SSM states between tokens, `int8` with a scale for each state of a head; they are computed in float32",
         FLOAT32,
@@ -49,13 +58,15 @@ class OnnxOptions:
         if self.quantize and self.dtype != FLOAT32:
             raise UsageError(f"{self.quantize} goes with float32: what is not quantised stays so. Leave out --dtype.")
 
+        if self.activations != FLOAT32 and self.quantize != CODES:
+            raise UsageError("--activations goes with --quantize codes.")
         if self.state_dtype != FLOAT32 and self.target == "genai":
             raise UsageError("onnxruntime-genai keeps states in float32. Leave out --state-dtype, or --target genai.")
 
     @property
     def lossy(self) -> bool:
-        """Whether the graph computes something else than float32."""
-        return self.quantize is not None or self.dtype != FLOAT32 or self.state_dtype != FLOAT32
+        """Whether the graph computes something else than the model does in float32."""
+        return self.quantize == INT8 or (self.dtype, self.state_dtype, self.activations) != (FLOAT32,) * 3
 
 
 class Onnx(Format):
@@ -78,11 +89,13 @@ class Onnx(Format):
         return None
 
     def prepare(self, job: Job) -> Job:
-        """Refuse a target the family has not."""
+        """Refuse a target the family has not, and codes where there are none."""
         from ssmc.exporters.onnx.graph import require_family
+        from ssmc.exporters.quantized import require_codes
 
         require_family(job.shrunk.config, job.options.target)
-        return job
+        codes = require_codes(job.source, job.shrunk, "MatMulNBits") if job.options.quantize == CODES else {}
+        return replace(job, extra=codes)
 
     def space(self, job: Job) -> int:
         """The weights; a lossy graph comes after a float32 one."""
@@ -128,8 +141,9 @@ class Onnx(Format):
 
         half = job.options.dtype == "float16"
         cpu = "any sizes; computed in float32, float16 saves no time here" if half else "any sizes"
-        operators = "standard operators only"
-        others = [Runtime("OpenVINO, CPU", self.name, job.options.target != "ort", operators)]
+        codes = job.options.quantize == CODES
+        operators = "needs onnxruntime's own MatMulNBits" if codes else "standard operators only"
+        others = [Runtime("OpenVINO, CPU", self.name, job.options.target != "ort" and not codes, operators)]
         if job.options.target == "genai":
             others.append(Runtime("onnxruntime-genai", self.name, True, "any sizes, one sequence or padded batches"))
         if job.options.target == "ort":
@@ -154,7 +168,10 @@ def about(job: Job) -> Mapping[str, Any]:
     config, tensors, options = job.shrunk.config, job.shrunk.tensors, job.options
     sizes = require_family(config, options.target).sizes
     return {
-        "settings": {name: getattr(options, name) for name in ("dtype", "quantize", "logits", "target", "state_dtype")},
+        "settings": {
+            name: getattr(options, name)
+            for name in ("dtype", "quantize", "activations", "logits", "target", "state_dtype")
+        },
         "onnx": {
             "architecture": config.model_type,
             "layers": [sizes(config, tensors, layer) for layer in range(config.num_hidden_layers)],

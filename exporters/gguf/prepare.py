@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ssmc.exporters.format import Job
+from ssmc.exporters.gguf.codes import CODES, with_scales
 from ssmc.exporters.gguf.layouts import LAYOUTS, architecture_name
 from ssmc.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from ssmc.exporters.gguf.write import FILE, write_file
+from ssmc.exporters.quantized import require_codes
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.tokenizers import load_tokenizer
+from ssmc.runtime.quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Prepared:
         layout: of the family.
         vocabulary: of the model.
         sizes: of the smaller model.
+        codes: weights that are written in few bits, by their names.
     """
 
     layout: Any
     vocabulary: Vocabulary
     sizes: Any
+    codes: Mapping[str, Quantized] = field(default_factory=dict)
 
 
 def prepare(job: Job) -> Job:
@@ -47,7 +53,20 @@ def prepare(job: Job) -> Job:
     stops = getattr(source.checkpoint.model.generation_config, "eos_token_id", None)
     stops = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (stops,)
     vocabulary = read_vocabulary(source.tokenizer, tokenizer, sizes.vocab_size, stops)
-    return replace(job, extra=Prepared(layout, vocabulary, sizes))
+    codes = _codes(job) if job.options.quantize == CODES else {}
+    return replace(job, extra=Prepared(layout, vocabulary, sizes, codes))
+
+
+def _codes(job: Job) -> Mapping[str, Quantized]:
+    """The codes of a model, where llama.cpp has such blocks.
+
+    Raises:
+        UsageError: there are none, or they have zero points.
+    """
+    codes = require_codes(job.source, job.shrunk, "blocks of llama.cpp")
+    if not all(code.shape.symmetric for code in codes.values()):
+        raise UsageError("The blocks Q4_0 and Q8_0 of llama.cpp have no zero points: compress without --asymmetric.")
+    return codes
 
 
 def foresee(architecture: Architecture, config: Any, tokenizer: Path | None) -> None:
@@ -83,6 +102,7 @@ def write(job: Job, folder: Path, quantize: str) -> Path:
     config, tensors, prepared = job.shrunk.config, job.shrunk.tensors, job.extra
     layout, sizes = prepared.layout, prepared.sizes
     keys = layout.keys(config, sizes) | {"general.name": Path(job.source.origin.model or "model").name}
-    entries = layout.entries(config, sizes, tensors)
+    codes = prepared.codes if quantize == CODES else {}
+    entries = with_scales(layout, config, sizes, tensors, codes)
     name = architecture_name(layout, config)
     return write_file(folder / FILE, name, keys, entries, prepared.vocabulary, quantize)

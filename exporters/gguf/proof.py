@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ssmc.exporters.format import Job
+from ssmc.exporters.gguf.codes import CODES, OFF, blocks, with_scales
 from ssmc.exporters.gguf.layouts import adapt
 from ssmc.exporters.gguf.prepare import write
 from ssmc.exporters.gguf.write import BLOCK, FILE, open_tensors, type_of
@@ -105,10 +106,12 @@ def compare_tensors(job: Job, path: Path) -> None:
         VerificationError: one is missing, too many, or off by more than its type explains.
     """
     stored = open_tensors(path)
-    for entry in job.extra.layout.entries(job.shrunk.config, job.extra.sizes, job.shrunk.tensors):
+    prepared, shrunk = job.extra, job.shrunk
+    for entry, scale in with_scales(prepared.layout, shrunk.config, prepared.sizes, shrunk.tensors, prepared.codes):
         read = stored.pop(entry.name, None)
         wanted, found = entry.tensor.detach().to("cpu", torch.float32).numpy(), None if read is None else read()
-        kind = type_of(entry, job.options.quantize)
+        coded = scale is not None and blocks(entry.tensor, scale) is not None
+        kind = CODES if coded else type_of(entry, job.options.quantize)
         if found is None or found.shape != wanted.shape or not _close(found, wanted, kind):
             raise VerificationError(f"{entry.name} is not in the file as it was given, so nothing was written.")
     if stored:
@@ -119,8 +122,10 @@ def _close(found: np.ndarray, wanted: np.ndarray, kind: str) -> bool:
     """Whether stored numbers are what they were, but for the rounding of their type."""
     if kind in ("f32", "f16", "bf16"):
         return bool((np.abs(found - wanted) <= ROUNDED[kind] * np.abs(wanted) + 1e-7 * (kind == "f16")).all())
-    blocks = np.abs(wanted).reshape(*wanted.shape[:-1], -1, BLOCK).max(axis=-1)
-    return bool((np.abs(found - wanted) <= ROUNDED[kind] * np.repeat(blocks, BLOCK, axis=-1) + 1e-6).all())
+    if kind == CODES:
+        return bool((np.abs(found - wanted) <= OFF * np.abs(wanted)).all())
+    largest = np.abs(wanted).reshape(*wanted.shape[:-1], -1, BLOCK).max(axis=-1)
+    return bool((np.abs(found - wanted) <= ROUNDED[kind] * np.repeat(largest, BLOCK, axis=-1) + 1e-6).all())
 
 
 def _ways(path: Path, sample: torch.Tensor, reference: np.ndarray) -> list[Way]:

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 
+from ssmc.exporters.gguf.codes import CODES, blocks
 from ssmc.exporters.gguf.parts import Entry
 from ssmc.exporters.gguf.vocabulary import Vocabulary
 from ssmc.runtime.errors import CheckpointError
@@ -33,6 +34,7 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    CODES: gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 BLOCK = 32  # numbers that share a scale in the quantised types: a row that is no multiple stays float16
 
@@ -41,7 +43,7 @@ def write_file(
     path: Path,
     architecture: str,
     keys: Mapping[str, Any],
-    entries: Iterable[Entry],
+    entries: Iterable[tuple[Entry, torch.Tensor | None]],
     vocabulary: Vocabulary,
     quantize: str,
 ) -> Path:
@@ -51,20 +53,25 @@ def write_file(
         path: of the file.
         architecture: llama.cpp's name.
         keys: sizes and constants without the architecture before each; those that begin with "general." as they are.
-        entries: its tensors; deferred ones are read, and all are converted, one after the other.
+        entries: its tensors, and the scale of every number of those that are codes; deferred ones are read, and all
+            are converted, one after the other.
         vocabulary: of its tokenizer.
         quantize: of large matrices, one of `TYPES`.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_file_type(FILE_TYPES[quantize])
-    if quantize.startswith("q"):
+    if quantize.startswith("q") or quantize == CODES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in keys.items():
         _add(writer, key if key.startswith("general.") else f"{architecture}.{key}", value)
     _add_vocabulary(writer, vocabulary)
-    entries = list(entries)
-    for entry in entries:  # what the file holds is said before the first of it
-        kind, shape = TYPES[type_of(entry, quantize)], tuple(entry.tensor.shape)
+    entries, codes = list(entries), {}
+    for entry, scale in entries:  # what the file holds is said before the first of it
+        packed = None if scale is None else blocks(real(entry.tensor), scale)
+        if packed is not None:
+            codes[entry.name] = packed[1]
+        kind = TYPES[type_of(entry, quantize)] if packed is None else packed[0]
+        shape = tuple(entry.tensor.shape)
         stored = gguf.quant_shape_to_byte_shape(shape, kind)
         plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind)
         bytes_of = math.prod(shape) * np.dtype(plain).itemsize if plain else math.prod(stored)
@@ -72,7 +79,10 @@ def write_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in entries:
+    for entry, _ in entries:
+        if entry.name in codes:
+            writer.write_tensor_data(codes[entry.name])
+            continue
         data = np.ascontiguousarray(real(entry.tensor).detach().to("cpu", torch.float32).numpy())
         writer.write_tensor_data(gguf.quantize(data, TYPES[type_of(entry, quantize)]))
     writer.close()
@@ -83,6 +93,8 @@ def type_of(entry: Entry, quantize: str) -> str:
     """How a tensor is stored: only large matrices whose rows are whole blocks are quantised."""
     if not entry.large:
         return "f32"
+    if quantize == CODES:  # what is none stays as it is
+        return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(entry.tensor.dtype, "f32")
     return "f16" if quantize.startswith("q") and entry.tensor.shape[-1] % BLOCK else quantize
 
 

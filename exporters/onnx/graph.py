@@ -7,7 +7,8 @@ and the states after them. `states` of the layer writers says how the states lie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from onnxscript import GraphBuilder, OpBuilder
 
 from ssmc.exporters.onnx.family import Block, GraphFamily, Stack
 from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE
+from ssmc.exporters.onnx.ops.codes import FLOAT32, INT8, Codes
 from ssmc.exporters.onnx.ops.padding import Tokens, chosen_rows, real_first
 from ssmc.exporters.onnx.ops.parts import END
 from ssmc.exporters.onnx.ops.ssd import MICROSOFT
@@ -30,6 +32,7 @@ from ssmc.runtime.models.generation.onnx_names import (
     TOTAL,
     present_name,
 )
+from ssmc.runtime.quantized import Quantized
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the one that came with it
@@ -47,6 +50,7 @@ class Settings:
             "genai": portable with the names of inputs and outputs that onnxruntime-genai looks for.
         own_head: store the head (d_model, V) on its own even where it is tied to the embedding, as quantisation needs.
         state_dtype: of the SSM states between calls, "float32", "float16" or "int8"; see `ops.states`.
+        rounds_inputs: let products with codes round what they read to 8 bits.
     """
 
     dtype: str = "float32"
@@ -54,6 +58,7 @@ class Settings:
     target: str = "portable"
     own_head: bool = False
     state_dtype: str = "float32"
+    rounds_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,12 @@ def require_family(config: Any, target: str = PORTABLE) -> GraphFamily:
     return family
 
 
-def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) -> Built:
+def build(
+    config: Any,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Settings,
+    codes: Mapping[str, Quantized] = MappingProxyType({}),
+) -> Built:
     """Write a model as a graph.
 
     Inputs: `input_ids` and `attention_mask` (B, L) int64, the mask 1 at real tokens and 0 at padding, which may stand
@@ -98,16 +108,19 @@ def build(config: Any, tensors: Mapping[str, torch.Tensor], settings: Settings) 
         config: transformers' configuration.
         tensors: by transformers' names, no tied head. Sizes are read from them: every layer may have its own.
         settings: see there.
+        codes: weights that are written in few bits, by their names.
 
     Raises:
         CheckpointError: there is no graph for this family and target.
     """
     family = require_family(config, settings.target)
-    tensors = family.folded(config, tensors)
-    imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == ORT else {})
+    plain, tensors = tensors, family.folded(config, tensors)
+    codes = _folded(family, config, plain, codes)
+    imports = {"": OPSET} | ({MICROSOFT: 1} if settings.target == ORT or codes else {})
     graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=config.model_type)
     builder = GraphBuilder(graph)
-    op, weights = builder.op, Weights(builder, tensors, DTYPES[settings.dtype])
+    few_bits = Codes(builder, codes, INT8 if settings.rounds_inputs else FLOAT32)
+    op, weights = builder.op, Weights(builder, tensors, DTYPES[settings.dtype], few_bits)
     input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "length"])
     genai = settings.target == GENAI
     attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total" if genai else "length"])
@@ -150,6 +163,18 @@ def _states(
 
 def _scaled(op: OpBuilder, x: ir.Value, factor: float) -> ir.Value:
     return x if factor == 1.0 else op.Mul(x, factor)
+
+
+def _folded(
+    family: GraphFamily, config: Any, tensors: Mapping[str, torch.Tensor], codes: Mapping[str, Quantized]
+) -> dict[str, Quantized]:
+    """Codes with the constant factors in their scales that the family multiplies into their weights."""
+    scales = {name: code.expanded_scale() for name, code in codes.items()}
+    changed = family.folded(config, {**tensors, **scales})
+    return {
+        name: replace(code, scale=changed[name].float()[:, :: code.shape.group].contiguous())
+        for name, code in codes.items()
+    }
 
 
 def past_name(state: str, layer: int, target: str = PORTABLE) -> str:

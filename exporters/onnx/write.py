@@ -25,6 +25,7 @@ ON_THE_WAY = _FLOAT, _STATES, _INT8 = (
     ".states",
     ".int8",
 )  # folders for graphs that are gone before the result appears
+INT8, CODES = "int8", "codes"  # ways to quantise
 KEY = "ssmc."  # of our metadata in a graph
 
 
@@ -40,16 +41,19 @@ def write_all(job: Job, folder: Path, about: Mapping[str, Any]) -> list[Path]:
         The files that stay.
     """
     shrunk, options = job.shrunk, job.options
-    settings = Settings(logits=options.logits, target=options.target, own_head=options.quantize is not None)
+    settings = Settings(logits=options.logits, target=options.target, own_head=options.quantize == INT8)
     first = proven_folder(job, folder)
     first.mkdir(exist_ok=True)
-    built = build(shrunk.config, shrunk.tensors, settings).model
+    built = build(shrunk.config, shrunk.tensors, settings, job.extra).model
     known = metadata(built, job, about)
     built.metadata_props.update(known)
     files = write_graph(first, built)
     if options.lossy:
         last = replace(settings, dtype=options.dtype, state_dtype=options.state_dtype)
-        if options.quantize:
+        if options.quantize == CODES:
+            rounding = replace(last, rounds_inputs=options.activations != last.dtype)
+            final = build(shrunk.config, shrunk.tensors, rounding, job.extra).model
+        elif options.quantize:
             if options.state_dtype != settings.state_dtype:
                 first = folder / _STATES
                 first.mkdir()

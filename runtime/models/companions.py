@@ -12,10 +12,11 @@ from pathlib import Path
 from ssmc.runtime.manifest import MANIFEST
 from ssmc.runtime.models.tokenizers import FILES as TOKENIZER_FILES
 from ssmc.runtime.models.tokenizers import copy_tokenizer
+from ssmc.runtime.quantized import FILE as CODES
 
 FOLDERS = ("additional_chat_templates",)
 README, OTHER_README = "README.md", "README-model.md"  # the latter where a format has a README of its own
-_OURS = (MANIFEST, "recipe.yaml", "config.json", "__init__.py")
+_OURS = (MANIFEST, "recipe.yaml", "config.json", "__init__.py", CODES)
 # Weights of any software, what training leaves behind, and data: each is no part of a smaller model.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".npz")
 _DATA = (

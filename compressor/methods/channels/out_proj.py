@@ -34,6 +34,11 @@ def fit_out_proj(job: Job) -> OutProjRecord:
     The target is the dense model's residual stream behind this layer less the pruned model's before it. So the layer
     also makes up for what the layers before it lost, removed ones included.
     """
+    return fit_with_moment(job)[0]
+
+
+def fit_with_moment(job: Job) -> tuple[OutProjRecord, SecondMoment]:
+    """As `fit_out_proj`, with the second moments of what out_proj reads, which the fit does not change."""
     out_proj, bias = job.weights["out_proj"], job.mixer.out_proj.bias
     moment = SecondMoment(out_proj.shape[1], out_proj.device)
     cross = torch.zeros(out_proj.shape, dtype=torch.float64, device=out_proj.device)
@@ -53,7 +58,7 @@ def fit_out_proj(job: Job) -> OutProjRecord:
     before = out_proj.double()
     fitted = before + fit(cross - before @ total, total)  # so the ridge pulls to what was there, not to zero
     out_proj.copy_(fitted)
-    return OutProjRecord(*(_relative(weight, cross, total, energy) for weight in (fitted, before)))
+    return OutProjRecord(*(_relative(weight, cross, total, energy) for weight in (fitted, before))), moment
 
 
 def _relative(weight: torch.Tensor, cross: torch.Tensor, moment: torch.Tensor, energy: float) -> float:

@@ -1,13 +1,8 @@
 """SparseGPT (Frantar & Alistarh 2023): prune a linear layer and let the weights that stay make up for those that go.
 
-Notation: W (out, in), H = sum x x' (in, in) over the calibration inputs x. The rows of W are independent problems with
-the same H. Columns are visited from left to right; a weight that goes is set to zero and the weights to its right take
-over its part by the Optimal Brain Surgeon step
-
-    W[:, j:] -= W[:, j] / F_jj * F[j, j:],    F upper triangular with F' F = H^-1,
-
-where row j of F is what OBS needs from the inverse of H restricted to the columns j, j + 1, ... Which weights go is
-decided a block of columns (or a group of N:M) at a time, by the loss W_ij^2 / F_jj^2 of the weights as they are then.
+`sweep` has the sweep over the columns and its notation. A weight that goes is set to zero, and those to its right
+take over its part. Which weights go is decided a span of columns (or a group of N:M) at a time, by the loss
+W_ij^2 / F_jj^2 of the weights as they are then.
 """
 
 from __future__ import annotations
@@ -19,15 +14,11 @@ import torch
 
 from ssmc.compressor.methods.weights.masks import lowest_mask, nm_mask, pruned_count
 from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.methods.weights.sweep import BLOCK, DAMPING, inverse_factor, sweep, without_dead_inputs
 from ssmc.compressor.options.sparsity import NM, Sparsity, check_groups
-from ssmc.runtime.errors import CalibrationError
 
 MOST_SPAN = 128  # columns whose mask is chosen together, at most: the paper's
 SPANS = 16  # into how many such spans the inputs are divided at least
-BLOCK = 128  # columns whose updates to the right are one matrix product: speed only
-DAMPING = 0.01  # added to the diagonal of H, times its mean
-_MOST_DAMPING = 100.0
-_LEAST_PIVOT = 1e-12  # of the mean diagonal; below it float64 has only rounding left
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def sparsegpt(
     else:
         span = span or default_span(weight.shape[1])
         rule = MaskRule(span, _lowest_share(len(weight), hessian.diagonal() == 0, sparsity))
-    return prune_by_rule(weight, hessian, rule, max(rule.span, block - block % rule.span), damping)
+    return prune_by_rule(weight, hessian, rule, block, damping)
 
 
 def default_span(inputs: int) -> int:
@@ -155,73 +146,33 @@ def prune_by_rule(
         raise ValueError(f"the Hessian of {inputs} inputs is {inputs} x {inputs}, not {tuple(hessian.shape)}")
     before = computing(weight.detach())
     H = check_finite(hessian).to(before.device, torch.float64)
-    factor, damping = _inverse_factor(_without_dead_inputs(H), damping)
+    factor, damping = inverse_factor(without_dead_inputs(H), damping)
     # (in, out): what is updated together lies together; a clone, as one row is contiguous either way
     columns = before.t().clone(memory_format=torch.contiguous_format)
     columns[H.diagonal() == 0] = 0
-    kept = _sweep(columns, factor.to(columns.dtype), rule, block)
+    removing = _Removing(rule, torch.empty_like(columns, dtype=torch.bool))
+    sweep(columns, factor.to(columns.dtype), removing, block)
     after = columns.t().contiguous()
-    return SparseGPTResult(after, kept.t().contiguous(), relative_error(before, after, H), damping)
+    return SparseGPTResult(after, removing.kept.t().contiguous(), relative_error(before, after, H), damping)
 
 
-def _without_dead_inputs(H: torch.Tensor) -> torch.Tensor:
-    """H in units of its mean diagonal over live inputs; dead ones get 1 (the paper's value, here at any scale of H)."""
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    scale = diagonal[~dead].mean() if not dead.all() else 1.0
-    return H / scale + torch.diag(dead.to(H.dtype))
+@dataclass(frozen=True)
+class _Removing:
+    """The rule of the sweep: what the mask rule takes becomes zero."""
 
+    masks: MaskRule
+    kept: torch.Tensor  # (in, out), filled in as the sweep goes on
 
-def _inverse_factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper triangular F with F' F = (H + damping I)^-1, and the damping that was needed; H has mean diagonal 1."""
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    while damping <= _MOST_DAMPING:
-        # H = R R' with R upper triangular is Cholesky from the last column to the first; then F = R^-1, and H is never
-        # inverted as a whole
-        lower, failed = torch.linalg.cholesky_ex((H + damping * eye).flip(0, 1))
-        if not failed and lower.diagonal().min() ** 2 > _LEAST_PIVOT:
-            return _inverse_of_upper(lower.flip(0, 1)), damping
-        damping = max(10 * damping, 1e-6)
-    raise CalibrationError(
-        f"The Hessian of a layer is not positive definite even with {_MOST_DAMPING:g} times its mean diagonal added. "
-        "It is no sum of x x'; use more calibration text, and report this if it stays."
-    )
+    @property
+    def span(self) -> int:
+        """Columns whose mask is chosen together."""
+        return self.masks.span
 
+    def begin(self, columns: torch.Tensor, pivots: torch.Tensor, start: int) -> None:
+        """Choose the mask of the next columns."""
+        losses = (columns / pivots[:, None]).square()
+        self.kept[start : start + len(columns)] = self.masks.decide(losses.t(), start).t()
 
-def _inverse_of_upper(R: torch.Tensor) -> torch.Tensor:
-    """R^-1 of an upper triangular matrix by halves: a third of the work of solving against the identity."""
-    half = len(R) // 2
-    if half < 128:
-        return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    inverse = torch.zeros_like(R)
-    inverse[:half, :half] = left = _inverse_of_upper(R[:half, :half])
-    inverse[half:, half:] = right = _inverse_of_upper(R[half:, half:])
-    inverse[:half, half:] = -(left @ R[:half, half:]) @ right
-    return inverse
-
-
-def _sweep(columns: torch.Tensor, factor: torch.Tensor, rule: MaskRule, block: int) -> torch.Tensor:
-    """Prune `columns` (in, out) in place, left to right; returns the mask (in, out)."""
-    kept = torch.empty_like(columns, dtype=torch.bool)
-    for start in range(0, len(columns), block):
-        here, right = slice(start, start + block), slice(start + block, None)
-        errors = _sweep_block(columns[here], factor[here, here], kept[here], rule, start)
-        columns[right].addmm_(factor[here, right].t(), errors, alpha=-1)
-    return kept
-
-
-def _sweep_block(
-    columns: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor, rule: MaskRule, start: int
-) -> torch.Tensor:
-    """One block, in place; returns its errors W_ij / F_jj of what went, (block, out), for the columns on its right."""
-    pivots = factor.diagonal()
-    errors = torch.empty_like(columns)
-    for j in range(len(columns)):
-        if j % rule.span == 0:
-            span = slice(j, j + rule.span)
-            losses = (columns[span] / pivots[span, None]).square()
-            kept[span] = rule.decide(losses.t(), start + j).t()
-        errors[j] = columns[j].masked_fill(kept[j], 0) / pivots[j]
-        columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-        columns[j].masked_fill_(~kept[j], 0)
-    return errors
+    def new(self, column: torch.Tensor, number: int) -> torch.Tensor:
+        """What stays of a column."""
+        return column.masked_fill(~self.kept[number], 0)

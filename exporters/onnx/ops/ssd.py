@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from ssmc.exporters.onnx.ops.codes import MICROSOFT
 from ssmc.exporters.onnx.ops.parts import END, subgraph, typed
 
 CHUNK = 64  # tokens: the (T, T) matrices of all heads stay in a core's cache; 32 and 128 were slower
 FORGOTTEN = -60.0
 """The exponent at which nothing is left of a state: 1e-26, far below what float32 adds to anything. Where numbers come
 near float32's smallest ones, exp and products are many times slower (a prefill took 1.2 times as long)."""
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, OpBuilder
 
+from ssmc.exporters.onnx.ops.codes import Codes
+
 TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
 
@@ -23,15 +25,19 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
 class Weights:
     """Gives a graph the tensors of a model, and the products with them."""
 
-    def __init__(self, builder: GraphBuilder, tensors: Mapping[str, torch.Tensor], dtype: ir.DataType):
+    def __init__(
+        self, builder: GraphBuilder, tensors: Mapping[str, torch.Tensor], dtype: ir.DataType, codes: Codes | None = None
+    ):
         """Begin.
 
         Args:
             builder: of the graph that gets the initializers.
             tensors: by transformers' names.
             dtype: of matrices; float32 is read and given by all products whatever it is.
+            codes: matrices that are to be written as codes; None: none of them.
         """
         self._builder, self._tensors, self._dtype = builder, tensors, dtype
+        self._codes = Codes(builder, {}) if codes is None else codes
         self._made: dict[str, ir.Value] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -48,7 +54,9 @@ class Weights:
         return self._initializer(name_as or name, name, change, ir.DataType.FLOAT)
 
     def rows(self, op: OpBuilder, name: str, ids: ir.Value) -> ir.Value:
-        """Rows of a matrix (V, d) by their numbers: (..., d) float32."""
+        """Rows of a matrix (V, d) by their numbers (L, B): (L, B, d) float32."""
+        if name in self._codes:
+            return self._codes.rows(op, name, ids)
         table = self._initializer(name, name, _unchanged, self._dtype)
         return self._to_float32(op, op.Gather(table, ids, axis=0))
 
@@ -69,8 +77,11 @@ class Weights:
         x = self._from_float32(op, x)
         for part, size in parts.items():
             rows, end = slice(start, start + size), f".{part}" if part else ""
-            matrix = self._initializer(weight + end, weight, _rows_transposed(rows), self._dtype)
-            y = self._to_float32(op, op.MatMul(x, matrix))
+            if weight in self._codes:
+                y = self._codes.product(op, weight, x, rows, end)
+            else:
+                matrix = self._initializer(weight + end, weight, _rows_transposed(rows), self._dtype)
+                y = self._to_float32(op, op.MatMul(x, matrix))
             if bias in self:
                 y = op.Add(y, self.float32(bias, itemgetter(rows), name_as=bias + end))
             outputs.append(y)
@@ -86,6 +97,8 @@ class Weights:
             x: (B, T, d).
             shared: read the initializer that `rows` reads, so that a tied matrix is stored once.
         """
+        if name in self._codes:
+            return self._codes.product(op, name, x)
         x = self._from_float32(op, x)
         if not shared:
             matrix = self._initializer(f"{name}.t", name, torch.t, self._dtype)

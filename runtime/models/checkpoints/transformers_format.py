@@ -48,6 +48,7 @@ def write(
     config: PretrainedConfig,
     max_shard_size: int | str,
     stored: Mapping[str, Any] | None = None,
+    marks: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Path]:
     """Write config.json and safetensors; same input, same bytes.
 
@@ -57,18 +58,20 @@ def write(
         config: of the model.
         max_shard_size: bytes, or like "5GB"; above it the weights go to several files with an index.
         stored: the config.json that `config` was read from, in this layout; None where it was another one.
+        marks: more keys of config.json.
     """
-    written = [write_config(directory / "config.json", tensors, config, stored)]
+    written = [write_config(directory / "config.json", tensors, config, stored, marks)]
     shards = Shards(directory, tensors, max_shard_size)
     shards.put(tensors)
     return written + shards.close()
 
 
 def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The dtype most numbers of a model have."""
+    """The dtype most numbers of a model have, codes of quantised ones aside."""
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
-        numbers[tensor.dtype] += tensor.numel()
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
     return max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)))
 
 
@@ -77,7 +80,7 @@ def write_config(
     tensors: Mapping[str, torch.Tensor],
     config: PretrainedConfig,
     stored: Mapping[str, Any] | None = None,
-    marks: Mapping[str, str] = MappingProxyType({}),
+    marks: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write config.json for these tensors, in the words of `stored` if there are any, with `marks` as extra keys."""
     dtype = main_dtype(tensors)

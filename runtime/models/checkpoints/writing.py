@@ -20,7 +20,8 @@ from ssmc.runtime.models.checkpoints.deferred import real
 
 PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES |= {torch.uint8: "U8"}
 """In the order that the library gives them, wider ones first, for their alignment."""
 _METADATA = {"format": "pt"}
 

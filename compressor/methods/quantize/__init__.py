@@ -1,0 +1,1 @@
+"""Quantisation: weights of linear maps in few bits, with scales for groups of inputs."""
