@@ -67,6 +67,16 @@ def quiet_option(help: str) -> Any:
 
 
 Quiet = Annotated[bool, quiet_option("Print nothing but errors.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What the process may take of memory, like 8GiB. What does not fit lies on disk meanwhile; a run that "
+        "needs more is refused, with the least that it needs.",
+        show_default="as much as it needs",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace an earlier result of ssmc.", rich_help_panel=OUTPUT)
 ]

@@ -98,6 +98,7 @@ class Format:
         takes_dense: whether it exports models that were not compressed, too.
         uneven: whether every layer may have sizes of its own.
         whole_model: whether it needs all of the model in memory; others get tensors that are read when they are wanted.
+        at_once: bytes of memory for each parameter that it needs nevertheless, to write or to prove what it wrote.
     """
 
     name: ClassVar[str]
@@ -108,6 +109,7 @@ class Format:
     takes_dense: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
     whole_model: ClassVar[bool] = False
+    at_once: ClassVar[int] = 0
 
     def missing(self, architecture: Architecture) -> str | None:
         """Why models of this family cannot be exported to this format; None where they can."""

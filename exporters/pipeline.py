@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ssmc.exporters.format import Format, Job, Proof, Table
+from ssmc.exporters.limit import keep_to
 from ssmc.exporters.registry import format_named, refuse_missing, require_packages, settings_of
 from ssmc.exporters.runtimes import Runtime
 from ssmc.exporters.source import find_manifest, read_source, read_tokens
 from ssmc.exporters.verify import Comparison
+from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.errors import UsageError
-from ssmc.runtime.files import new_directory, refuse_existing, require_space
+from ssmc.runtime.files import new_directory, refuse_existing, require_space, resolve
+from ssmc.runtime.locks import remove_leftovers
 from ssmc.runtime.manifest import (
     MANIFEST,
     CutRecord,
@@ -77,6 +80,7 @@ def export(
     runtime: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    max_memory: str | int | None = None,
     progress: Progress = NO_PROGRESS,
     **options: Any,
 ) -> ExportResult:
@@ -93,12 +97,15 @@ def export(
             that it does not run. By default the one a model was compressed for.
         out: folder to write; by default one named after the format inside `directory`; NAME-FORMAT for a dense model.
         force: replace an earlier export.
+        max_memory: what this process may have resident, "8GiB" or bytes; an export that needs more is refused before it
+            starts. llama.cpp, which proves a GGUF file, is a process of its own.
         progress: told what is being done.
         options: of the format, see its `Options`.
 
     Raises:
         SsmcError: with one sentence on what is wrong and what to do.
     """
+    limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
     if runtime is None and format is None:
         runtime = _compressed_for(directory)
     consumer = None if runtime is None else consumer_named(runtime)
@@ -114,6 +121,7 @@ def export(
     if consumer is not None:
         refuse_family(consumer.name, source.checkpoint.architecture)
     refuse_missing(chosen, source.checkpoint.architecture)
+    keep_to(limit, source.checkpoint, chosen)
     if chosen.whole_model:
         source.checkpoint.read()
     tokens = read_tokens(source, getattr(settings, "text", None))
@@ -123,6 +131,7 @@ def export(
         _refuse_misfit(consumer, job)
     before = source.checkpoint.tensors()
     require_space(out, chosen.space(job))
+    leftovers = remove_leftovers(resolve(out))
     with new_directory(out, force=force, marker=MANIFEST) as folder:
         progress("writing", 2, STEPS)
         files = chosen.write(job, folder)
@@ -141,7 +150,7 @@ def export(
         runs_where=tuple(chosen.runs_where(job)),
         parameters=(parameter_count(before), parameter_count(job.shrunk.tensors)),
         weight_bytes=(tensor_bytes(before), weight_bytes),
-        remarks=(*proof.remarks, *_gains(consumer, job)),
+        remarks=(*leftovers, *proof.remarks, *_gains(consumer, job)),
         tables=proof.tables,
         details=proof.details,
     )

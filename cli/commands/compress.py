@@ -16,13 +16,13 @@ from ssmc.cli.checks import check_models
 from ssmc.cli.commands.distill import INTERRUPTED, achieved
 from ssmc.cli.declared import with_options
 from ssmc.cli.memory import show_written
-from ssmc.cli.options import Force, Quiet, Revision, Verbose, complete_model
+from ssmc.cli.options import Force, MaxMemory, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.cli.tracking import NAMES as LOG_OPTIONS
 from ssmc.compressor.methods.registry import load_entry_points
 from ssmc.compressor.options.config import CompressConfig, configure
-from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
+from ssmc.compressor.options.flags import METHOD, OUTPUT
 from ssmc.compressor.options.goal import Goal, split_goal
 from ssmc.compressor.options.patterns import (
     CHANNEL,
@@ -87,16 +87,7 @@ def compress(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What the process may take of memory, like 8GiB. Hidden states that do not fit lie on disk meanwhile; "
-            "a run that needs more is refused, with the least that it needs.",
-            show_default="as much as it needs",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    max_memory: MaxMemory = None,
     log_to: LogTo = None,
     log_dir: LogDir = LOGS,
     revision: Revision = None,

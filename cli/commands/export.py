@@ -13,9 +13,10 @@ import typer
 
 from ssmc.cli.checks import check_compressed
 from ssmc.cli.memory import show_written
-from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, Quiet, Revision, Verbose
+from ssmc.cli.options import OUTPUT, CompressedDirectory, Force, MaxMemory, Quiet, Revision, Verbose
 from ssmc.cli.terminal import Terminal, size, table
 from ssmc.exporters import Format, all_formats
+from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.models.checkpoints.sources import at_revision
 from ssmc.runtime.models.consumers import CONSUMERS
 
@@ -55,6 +56,7 @@ def export(
         typer.Option(metavar="DIR", help="Folder to write.", show_default="DIR/FORMAT", rich_help_panel=OUTPUT),
     ] = None,
     force: Force = False,
+    max_memory: MaxMemory = None,
     revision: Revision = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -80,11 +82,14 @@ def export(
     terminal = context.ensure_object(Terminal)
     directory = Path(at_revision(str(directory), revision))
     check_compressed(directory, or_model=_format(format, runtime).takes_dense)
+    if max_memory is not None:
+        parse_bytes(max_memory, "--max-memory")
     from ssmc.exporters import export as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        result = run(directory, format=format, runtime=runtime, out=out, force=force, progress=progress, **options)
+        how = {"out": out, "force": force, "max_memory": max_memory, "progress": progress}
+        result = run(directory, format=format, runtime=runtime, **how, **options)
     _report(terminal, result)
     where = "" if str(directory) == "ssmc-out" else f" {shlex.quote(str(directory))}"
     terminal.say(f"Next: {_FORMATS[result.format].next(str(result.directory), where)}")

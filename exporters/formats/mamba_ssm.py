@@ -16,6 +16,7 @@ class MambaSsm(Safetensors):
     name = "mamba-ssm"
     help = "what mamba_ssm reads"
     layout = "mamba-ssm"
+    at_once = 4  # one pickle, written at once
 
     def missing(self, architecture: Architecture) -> str | None:
         """Of Mamba-1 and Mamba-2 only."""

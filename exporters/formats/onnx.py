@@ -79,6 +79,7 @@ class Onnx(Format):
     extra = "onnx"
     takes_dense = True
     uneven = True
+    at_once = 8  # onnxruntime loads the graph that is proven
 
     def missing(self, architecture: Architecture) -> str | None:
         """Of the families that have a graph."""

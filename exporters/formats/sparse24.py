@@ -45,7 +45,7 @@ class Sparse24(Safetensors):
     name = "sparse24"
     help = "a half-precision checkpoint of a model compressed with --pattern 2:4, and the list of its 2:4 modules"
     Options = Sparse24Options
-    whole_model = True  # its weights are rounded and shaken
+    whole_model, at_once = True, 12  # its weights are rounded and shaken
 
     def missing(self, architecture: Architecture) -> str | None:
         """Not of hybrids."""

@@ -1,0 +1,86 @@
+"""Two processes that share the samples of a run beside one, with one thread each: time of the whole command.
+
+    python -m benchmarks.memory.processes --out benchmarks/results/processes.json
+
+One process and two take turns. What is timed is the command from its start to its end: to load torch and the model is
+part of it, and no faster with two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.reporting import print_conditions
+from ssmc.runtime.measure.conditions import load_average
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def run(processes: int, out: Path, options: list[str]) -> tuple[float, list[dict]]:
+    """Seconds of a run, and what it says of the layers."""
+    start = [sys.executable, "-m"]
+    start += ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    began = time.time()
+    command = [*start, "ssmc", "compress", *options, "--out", str(out), "--quiet"]
+    subprocess.run(command, env=os.environ | ONE_THREAD, check=True, capture_output=True)
+    seconds = time.time() - began
+    return seconds, json.loads((out / "ssmc.json").read_text())["layers"]
+
+
+def differences(one: list[dict], other: list[dict]) -> tuple[bool, float]:
+    """Whether two runs kept the same, and how far their errors are apart, relative to the larger."""
+    pairs = list(zip(one, other, strict=True))
+    same = all(a[key] == b[key] for a, b in pairs for key in ("kept", "kept_channels"))
+    errors = [(a["error"], b["error"]) for a, b in pairs if a["error"]]
+    return same, max((abs(a - b) / max(a, b) for a, b in errors), default=0.0)
+
+
+def main() -> None:
+    """Run in turns, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--nsamples", default="64")
+    parser.add_argument("--seqlen", default="2048")
+    parser.add_argument("--pattern", default="column")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    asked = parser.parse_args()
+    now = print_conditions(torch.float32)
+    options = [asked.model, "--pattern", asked.pattern, "--nsamples", asked.nsamples, "--seqlen", asked.seqlen]
+    work = Path(tempfile.mkdtemp())
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    layers = {}
+    try:
+        for number in range(asked.rounds):
+            for processes in (1, 2):
+                taken, layers[processes] = run(processes, work / f"{processes}-{number}", options)
+                seconds[processes].append(taken)
+                print(f"  {processes} process{'es' if processes > 1 else '  '}: {taken:.1f} s", flush=True)
+    finally:
+        shutil.rmtree(work)
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    same, apart = differences(layers[1], layers[2])
+    print(
+        f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} .. {max(ratios):.2f}); "
+        f"{'the same masks' if same else 'OTHER MASKS'}, errors {apart:.1e} apart"
+    )
+    if asked.out is not None:
+        record = {"conditions": asdict(now), "load_after": load_average(), "options": options, "seconds": seconds}
+        record |= {"times_as_fast": ratios, "same_masks": same, "errors_apart": apart}
+        asked.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Calibration from a large text: how much memory it takes above what the same run takes with a small one.
+
+    python -m benchmarks.memory.text --gigabytes 2 --out benchmarks/results/large_text.json
+
+Plain text, JSON lines, and JSON lines in gzip, made of the embedded stories again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory.larger import run
+from benchmarks.reporting import print_conditions
+from ssmc.runtime.tiny import calibration_path
+
+
+def texts(folder: Path, size: int) -> Iterator[tuple[str, Path]]:
+    """The files, made one after the other."""
+    lines = calibration_path().read_bytes()
+    prose = "\n\n".join(json.loads(line)["text"] for line in lines.splitlines() if line.strip()).encode()
+    for name, piece, opened in (
+        ("prose.txt", prose + b"\n\n", open),
+        ("lines.jsonl", lines, open),
+        ("lines.jsonl.gz", lines, gzip.open),
+    ):
+        with opened(folder / name, "wb", **({"compresslevel": 1} if opened is gzip.open else {})) as file:
+            for _ in range(size // len(piece) + 1):
+                file.write(piece)
+        yield name, folder / name
+        (folder / name).unlink()
+
+
+def main() -> None:
+    """Make the texts, run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--work", type=Path, default=Path("large-text"))
+    parser.add_argument("--out", type=Path, help="JSON file")
+    asked = parser.parse_args()
+    now = print_conditions(torch.float32)
+    asked.work.mkdir()
+    options = ("--nsamples", "8", "--seqlen", "256", "--score", "energy", "--no-repair", "--force")
+    options += ("--out", str(asked.work / "out"))
+    found = {"the embedded stories": run("compress", "tiny", *options)}
+    for name, path in texts(asked.work, round(asked.gigabytes * 1e9)):
+        found[name] = run("compress", "tiny", "--calib", str(path), *options)
+        more = found[name]["resident_mb"] - found["the embedded stories"]["resident_mb"]
+        print(f"  {name:<16} {found[name]['seconds']:6.1f} s, {more:+.0f} MB", flush=True)
+    shutil.rmtree(asked.work)
+    if asked.out is not None:
+        record = {"conditions": asdict(now), "gigabytes": asked.gigabytes, "results": found}
+        asked.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
