@@ -173,23 +173,25 @@ class _Walk:
             elif architecture.mixer(block) is not None:
                 copy_samples(self.stream, self.hidden)
                 propagate(block, self.stream, progress, f"{label}: dense outputs", architecture.mixed)
-        targets: list[torch.Tensor] = []
-        if self.dense is not None:
-            if architecture.capabilities.shared_blocks:
-                propagate(block, self.dense, progress, f"{label}: shared block", architecture.enter)
-            targets = stages_of(architecture, block, self.dense, progress, f"{label}: dense outputs")
-        return Job(
+        job = Job(
             plan=self.run.plan,
             block=block if work is None else work,
             index=index,
             hidden=self.hidden,
             stream=self.stream,
             prepared=self.prepared,
-            targets=targets,
             stored_dtypes=self.run.stored_dtypes,
             label=label,
             progress=progress,
         )
+        if self.dense is not None:
+            if architecture.capabilities.shared_blocks:
+                propagate(block, self.dense, progress, f"{label}: shared block", architecture.enter)
+            for method in self.run.plan.steps:
+                if method.follows_stream:
+                    method.arrive(job, self.dense)
+            job.targets = stages_of(architecture, block, self.dense, progress, f"{label}: dense outputs")
+        return job
 
     def leave(self, job: Job) -> None:
         """Hand what the pruned layer puts out to the next; nobody reads the last layer's output."""

@@ -6,7 +6,8 @@
 For each line of sizes the model is pruned as by default (chosen by the loss after repair, then fitted to the dense
 model's residual stream), with half of its states gone besides, and by `--score minitron --no-repair`. No weight is
 trained. "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of
-held-out text; parameters are counted for the export.
+held-out text; parameters are counted for the export. Minitron's score knows no states: where some go, they are those
+of the score `exact`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 
-SIZES = ("head=0.333333,mlp=0.72,attention=0.666667",)
-"""A quarter of the parameters of tiny-hybrid, of which the embedding and the head are 41 % and stay."""
+SIZES = (
+    "head=0.333333,mlp=0.72,attention=0.666667",
+    "column=0.5,head=0.166667,mlp=0.74,attention=0.833333",
+)
+"""A quarter of the parameters of tiny-hybrid, of which embedding and head, 41 %, stay; without and with states."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "ssmc": {},
@@ -74,6 +78,8 @@ def main() -> None:
         for way, how in WAYS.items():
             options, gone = dict(how), dict(removed)
             if states := options.pop("states", None):
+                if "column" in gone:
+                    continue
                 gone["column"] = states
             config = configure(model=args.model, pattern="+".join(gone), sparsity=gone, **options)
             begun, model = time.process_time(), copy.deepcopy(checkpoint.model)

@@ -188,6 +188,7 @@ class Job:
         channels_kept: the channels that are not; None: all.
         units_kept: neurons, query heads and such that are not, by kind; those not named: all.
         records: what the methods did so far.
+        worked_out: what methods noted for themselves when the layer was reached, by the name of the method.
     """
 
     plan: Plan
@@ -205,6 +206,7 @@ class Job:
     channels_kept: tuple[int, ...] | None = None
     units_kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+    worked_out: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.work is None:
@@ -383,6 +385,14 @@ class Method:
     def prepare_outside(self, survey: Survey) -> Record | None:
         """Do what concerns the model outside its layers, in place, before the first of them reads anything."""
         return None
+
+    def arrive(self, job: Job, dense: torch.Tensor) -> None:
+        """Called when a layer is reached, of methods that follow the stream.
+
+        Args:
+            job: of the layer, whose targets are not known yet; `job.worked_out` takes what the method must keep.
+            dense: (nsamples, L, d_model) what the layer reads in the dense model, not to be modified.
+        """
 
     def prune(self, job: Job) -> None:
         """Do it to one layer, in place (`job.work`), and leave a record (`job.note`)."""

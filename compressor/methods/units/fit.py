@@ -18,6 +18,7 @@ from ssmc.compressor.calibration.placement import ahead, device_of
 from ssmc.compressor.calibration.watched import watched
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.ridge import fit
+from ssmc.compressor.methods.units.inputs import correct
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.runtime.models.architectures.units import Writer, find_module
 
@@ -49,6 +50,8 @@ def fit_stream(job: Job) -> StreamRecord:
     writers, done = job.architecture.writers_in(job.work), []
     last = len(job.targets) - 1
     for stage in range(len(job.targets)):
+        if stage:
+            correct(job, stage)
         own = [writer for writer in writers if min(writer.stage, last) == stage]
         if own:
             done.append(_fit_stage(job, stage, own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ssmc.compressor.methods.channels.method import FIT_TOKENS_PER_CHANNEL
 from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Table
@@ -10,6 +10,9 @@ from ssmc.compressor.methods.registry import register_method
 from ssmc.compressor.methods.tables import error_text
 from ssmc.compressor.options.patterns import ATTENTION, MLP, Pattern, looks_at_text
 from ssmc.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Units(Method):
@@ -64,6 +67,31 @@ class QueryHeads(Units):
     pattern = Pattern(
         ATTENTION, "query heads", "`attention` (query heads of a hybrid)", "obs", combines=5, refines=False
     )
+
+
+class Inputs(Method):
+    """What reads the residual stream of a hybrid, corrected for what the stream lost before."""
+
+    name = "inputs"
+    place = 5
+    in_every_block = True
+    follows_stream = True
+
+    def asked_for(self, plan: Plan) -> bool:
+        """With the fit of the stream, but for blocks that layers share: there the norm reads more than the stream."""
+        return plan.config.repair and plan.fits_stream and not plan.architecture.capabilities.shared_blocks
+
+    def arrive(self, job: Job, dense: torch.Tensor) -> None:
+        """What the first stage reads is compared before the dense stream goes on."""
+        from ssmc.compressor.methods.units.inputs import estimate_first
+
+        job.worked_out[self.name] = estimate_first(job, dense)
+
+    def prune(self, job: Job) -> None:
+        """The first stage of every layer that stays; the fit of the stream does the others."""
+        from ssmc.compressor.methods.units.inputs import correct
+
+        correct(job, 0, job.worked_out[self.name])
 
 
 class Stream(Method):
@@ -125,4 +153,5 @@ class Stream(Method):
 
 register_method(Mlp())
 register_method(QueryHeads())
+register_method(Inputs())
 register_method(Stream())

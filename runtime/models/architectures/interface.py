@@ -63,6 +63,9 @@ class Layout(Protocol):
     def writers_in(self, block: nn.Module) -> list[Writer]:
         """The linear maps of a block that add to the residual stream, in the order of their stages."""
 
+    def reading(self, block: nn.Module, stage: int) -> list[str]:
+        """The linear maps of a block that read what the norm of a stage puts out, by name within it."""
+
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
-from ssmc.runtime.models.architectures.plan import STATE, Cut
+from ssmc.runtime.models.architectures.plan import MODEL, STATE, Cut
 from ssmc.runtime.models.architectures.units import Part, Writer, find_module
 
 _OF_EXPERTS = "experts.down_proj"  # the last map of all experts of a block, one tensor
@@ -63,6 +63,16 @@ class Hybrid:
     def writers_in(self, block: nn.Module) -> list[Writer]:
         """The linear maps of a block that add to the residual stream, in the order of their stages."""
         return [writer for writer in self.writers if find_module(block, writer.name) is not None]
+
+    def reading(self, block: nn.Module, stage: int) -> list[str]:
+        """The linear maps of a block that read what the norm of a stage puts out, by name within it."""
+        names = [f"{self.mixer_name}.in_proj"] if stage == 0 and self.mixer(block) is not None else []
+        for part in self.units:
+            late = any(writer.stage for writer in self.writers if writer.name == f"{part.name}.{part.reader}")
+            if late == bool(stage) and part.inside(block) is not None:
+                tables = part.plan.tensors.items()
+                names += [f"{part.name}.{n.removesuffix('.weight')}" for n, axes in tables if axes[1:] == ((MODEL,),)]
+        return [name for name in names if find_module(block, name) is not None]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration with another number of states; layers and widths of a hybrid stay.

@@ -44,6 +44,10 @@ class Stack:
         """out_proj of the mixer."""
         return [Writer(f"{self.mixer_name}.out_proj")]
 
+    def reading(self, block: nn.Module, stage: int) -> list[str]:
+        """in_proj of the mixer."""
+        return [f"{self.mixer_name}.in_proj"]
+
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""
         return 1.0
