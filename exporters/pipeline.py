@@ -106,6 +106,7 @@ def export(
         SsmcError: with one sentence on what is wrong and what to do.
     """
     limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if runtime is None and format is None:
         runtime = _compressed_for(directory)
     consumer = None if runtime is None else consumer_named(runtime)

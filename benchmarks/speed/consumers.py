@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -189,8 +190,8 @@ def as_rows(samples: dict[str, Any], models: Models, rounding: dict[str, float])
     return rows
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A record for each runtime."""
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """A record for each runtime, as it comes."""
     torch.set_num_threads(args.threads)
     now, models = print_conditions(), Models(args, folder)
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +199,6 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     tokens = torch.randint(1, vocabulary - 1, (args.length,), generator=generator).tolist()
     settings = {name: getattr(args, name) for name in ("length", "new", "rounds", "threads", "cpu_time", "nsamples")}
     settings |= {"seqlen": args.seqlen, "max_tokens": args.max_tokens}
-    records = []
     for name in args.runtime or RUNTIMES:
         kind = RUNTIMES[name]
         try:
@@ -206,9 +206,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         except ConsumerError as error:
             found = {"versions": {}, "missing": {"all": str(error)}, "rows": []}
         record = {"model": Path(args.model).name, "runtime": kind.title, "conditions": asdict(now)}
-        records.append(record | {"load_after": load_average(), "settings": settings} | found)
-        show(records[-1:])
-    return records
+        yield record | {"load_after": load_average(), "settings": settings} | found
 
 
 def main() -> None:
@@ -217,9 +215,11 @@ def main() -> None:
     records = read_records(args.json)
     if not args.show:
         with TemporaryDirectory() as name:
-            records = merged(records, measure(args, args.work or Path(name)))
-        if args.json is not None:
-            args.json.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
+            for record in measure(args, args.work or Path(name)):
+                show([record])
+                records = merged(records, [record])
+                if args.json is not None:  # what was found stays, whatever comes
+                    args.json.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
     else:
         show(records)
     if args.plot:

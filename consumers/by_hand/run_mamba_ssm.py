@@ -24,11 +24,12 @@ import torch
 
 TOKENS, PROMPT, TOLERANCE = 48, 16, 1e-3 if torch.cuda.is_available() else 1e-4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 
 def run_on_the_cpu() -> None:
     """Let mamba_ssm be imported and run without CUDA; before it is imported."""
-    os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
     tune = triton.autotune
@@ -44,9 +45,11 @@ def run_on_the_cpu() -> None:
 @torch.inference_mode()
 def wanted(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (1, L) and the masked model's logits (L, V) by stock transformers on the CPU, in float32."""
+    sys.modules["mamba_ssm"] = None  # or transformers takes its kernels, whatever the device
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    del sys.modules["mamba_ssm"]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size - 1, (1, TOKENS), generator=generator)
     return ids, model(ids).logits[0]
@@ -76,9 +79,9 @@ def main() -> int:
     parser.add_argument("export")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    ids, right = wanted(args.masked)
     if DEVICE == "cpu":
         run_on_the_cpu()
-    ids, right = wanted(args.masked)  # by transformers without mamba_ssm's kernels: the model is on the CPU
     from mamba_ssm import __version__ as version
 
     worst = 0.0

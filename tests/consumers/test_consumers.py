@@ -104,6 +104,15 @@ def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_
         torch.testing.assert_close(found[UNLIMITED], without(ids).logits[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_masked_model_without_gated_norms_needs_no_other_epsilon(tmp_path):
+    """A Falcon-H1 may have none; its mixers then have another module in their place."""
+    model = FAMILIES["falcon_h1"]()
+    model.save_pretrained(tmp_path)
+    ids = random_ids(1, 5)
+    found = reference(tmp_path, ids[0].tolist(), 2, shrunk=tmp_path)
+    torch.testing.assert_close(found[LIMITED], model(ids).logits[0].detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_rows_that_were_run_again_replace_the_old_ones(tmp_path):
     path = tmp_path / "rows.json"
     old, other = row(date="2026-01-01"), row(model="jamba")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -32,7 +33,7 @@ def artefact(tmp_path_factory, text):
     out = tmp_path_factory.mktemp("artefact") / "out"
     compress("tiny", out=out, sparsity=0.75, nsamples=2, seqlen=128)
     export(out, format="onnx")
-    export(out, format="onnx", quantize="int8", text=text, out=out / "int8")
+    export(out, format="onnx", quantize="int8", text=Path(text), out=out / "int8")
     return out
 
 

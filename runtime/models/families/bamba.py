@@ -14,7 +14,9 @@ class BambaFamily(Mamba2Hybrid):
     """Adapter for Bamba; see `interface` for what each method promises."""
 
     model_type = "bamba"
-    capabilities = replace(CAPABILITIES, unknown_to=CAPABILITIES.unknown_to | {"mlx-lm"})
+    capabilities = replace(
+        CAPABILITIES, unknown_to=CAPABILITIES.unknown_to | {"mlx-lm", "vllm"}
+    )  # vLLM had it until 0.22
     mixer_name = "mamba"
     final_norm = "final_layernorm"
     units = (Part(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
