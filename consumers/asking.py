@@ -25,7 +25,7 @@ class ConsumerError(SsmcError):
 class Consumer:
     """An export that a consumer has loaded; use it in a `with` block."""
 
-    def __init__(self, python: Path, script: str, folder: Path, *, threads: int = 1, limit: float = 120):
+    def __init__(self, python: Path, script: str, folder: Path, *, threads: int = 1, limit: float = 300):
         """Start it.
 
         Args:

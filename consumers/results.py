@@ -13,10 +13,10 @@ TOLERANCE = 1e-4
 
 RAN, DIFFERS, FAILED, REFUSED = "ran", "differs", "failed", "no export"
 BY_HAND = (
-    ("mamba_ssm", "mamba-ssm", "by source; by hand with consumers/by_hand/run_mamba_ssm.py"),
-    ("vLLM", "vllm", "by source; by hand with consumers/by_hand/run_vllm.py"),
+    ("mamba_ssm", "mamba-ssm", "", "by source; by hand with consumers/by_hand/run_mamba_ssm.py", "", ""),
+    ("vLLM", "vllm", "", "by source; by hand with consumers/by_hand/run_vllm.py", "", ""),
 )
-"""Consumers that need a GPU or gigabytes: title, page, how it is known."""
+"""Consumers that need a GPU or gigabytes: title, page, version, how it is known, what ran, largest difference."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _consumers(rows: Sequence[Row]) -> str:
         worst = f"{max(max(row.whole, row.stepped) for row in ran):.1e}" if ran else ""
         known = f"ran, {when}" if ran else f"did not run, {when}"
         lines.append((f"[{consumer}]({own[0].page}.md)", versions, known, f"{len(ran)} of {len(own)}", worst))
-    lines += [(f"[{title}]({page}.md)", "", known, "", "") for title, page, known in BY_HAND]
+    lines += [(f"[{title}]({page}.md)", *others) for title, page, *others in BY_HAND]
     return table(("consumer", "version", "known", "models that ran", "largest difference"), lines)
 
 

@@ -62,6 +62,9 @@ def found(folder: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from mamba_ssm.utils.generation import InferenceParams
 
     model = MambaLMHeadModel.from_pretrained(folder, device=DEVICE, dtype=torch.float32).eval()
+    for module in model.modules():
+        if DEVICE == "cpu" and hasattr(module, "use_mem_eff_path"):
+            module.use_mem_eff_path = False  # it wants causal_conv1d, which is written in CUDA
     ids = ids.to(DEVICE)
     whole = model(ids).logits[0]
     state = InferenceParams(max_seqlen=TOKENS, max_batch_size=1)

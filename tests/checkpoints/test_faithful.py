@@ -27,7 +27,7 @@ TIED, ENDLESS = {"tie_word_embeddings": True}, {"time_step_limit": [0.0, math.in
 NEEDED = {"mamba": TIED, "falcon_mamba": TIED, "zamba2": TIED, "mamba2": {"intermediate_size": 48}}
 NEEDED |= {
     "bamba": ENDLESS,
-    "falcon_h1": ENDLESS,
+    "falcon_h1": ENDLESS | {"head_dim": 6},
     "granitemoehybrid": ENDLESS,
     "nemotron_h": {"num_experts_per_tok": 2},
 }

@@ -61,8 +61,8 @@ def said_in_full(stored: Mapping[str, Any], config: PretrainedConfig) -> dict[st
     """
     rope = getattr(config, "rope_parameters", None) or {}
     values = {"rope_theta": rope.get("rope_theta")} | config.to_dict()
-    if values.get("mamba_d_ssm"):  # where transformers works out how long a head of attention is, mlx-lm takes 64
-        values.setdefault("head_dim", config.hidden_size // config.num_attention_heads)
+    if values.get("mamba_d_ssm") and values.get("head_dim") is None:  # transformers works it out, mlx-lm takes 64
+        values["head_dim"] = config.hidden_size // config.num_attention_heads
     left_out = {key: _plain(values[key]) for key in _NEEDED if key not in stored and values.get(key) is not None}
     return {**stored, **left_out}
 
