@@ -38,7 +38,7 @@ class Consumer:
         Raises:
             ConsumerError: it cannot load the export.
         """
-        self.limit = limit
+        self.limit, self._folder = limit, str(Path(folder).resolve())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process does)
         command = [str(python), str(SCRIPTS / script), str(Path(folder).resolve()), str(threads)]
         self._process = subprocess.Popen(
@@ -118,7 +118,7 @@ class Consumer:
             raise self._ended()
         reply = json.loads(line)
         if "error" in reply:
-            raise ConsumerError(" ".join(reply["error"].split())[:300])
+            raise ConsumerError(self._sentence(reply["error"]))
         return reply
 
     def _ended(self) -> ConsumerError:
@@ -128,4 +128,8 @@ class Consumer:
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         telling = [line for line in lines if any(word in line for word in TELLING)]
         reason = (telling or lines)[-1:] or [f"ended with code {self._process.returncode}"]
-        return ConsumerError(reason[0].strip()[:300])
+        return ConsumerError(self._sentence(reason[0]))
+
+    def _sentence(self, text: str) -> str:
+        """A message in one line, without where the export lies on this machine."""
+        return " ".join(text.replace(self._folder, "the export").split())[:300]

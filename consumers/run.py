@@ -49,6 +49,9 @@ from consumers.results import (
     write_rows,
 )
 from ssmc.runtime.errors import SsmcError
+from ssmc.runtime.models.checkpoints import read_description
+from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.consumers import computes_otherwise
 
 FOLDER = ROOT / "build" / "consumers"
 Logits = Mapping[str, torch.Tensor]
@@ -129,7 +132,9 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
             except SsmcError as error:
                 yield replace(row, outcome=REFUSED, reason=str(error))
                 continue
-            yield ask(row, kind, python, export, tokens, wanted)
+            row = ask(row, kind, python, export, tokens, wanted)
+            known = computes_otherwise(kind.name, *read_description(find_directory(source), name), wrong=True)
+            yield replace(row, reason=f"{row.reason}: {known}") if known and row.outcome == DIFFERS else row
 
 
 def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:
