@@ -53,6 +53,15 @@ _WHAT = {
 }
 
 
+_GAINS = {
+    HEAD: "fewer parameters, a smaller state, faster prefill and decode",
+    HEAD_DIM: "fewer parameters, a smaller state, faster prefill and decode",
+    MLP: "fewer parameters, faster prefill and decode",
+    ATTENTION: "fewer parameters; where whole groups go, fewer keys and values",
+}
+"""What patterns bring whose share of the parameters depends on the configuration."""
+
+
 def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
     """Those parts of a pattern that a search for a goal tries: heads of a Mamba-2 go by halves, or not at all."""
     return [part for part in config.parts if part in searched_parts(architecture)]
@@ -174,7 +183,7 @@ def prospects(outline: Outline) -> list[Prospect]:
 
     found = []
     for pattern in able:
-        gain = "nothing smaller: zeros"
+        gain = _GAINS.get(pattern, "nothing smaller: zeros")
         if pattern == COLUMN:
             gain = f"half of the SSM state and its scan, {smaller(d_state=max(1, sizes.d_state // 2))}"
         elif pattern == CHANNEL:
