@@ -54,6 +54,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny-hybrid")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="axis=share that goes, with commas between")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="those to measure")
+    parser.add_argument("--merge", nargs="+", type=Path, help="do not run: put these JSON files of parts together")
     parser.add_argument("--calib", default=calibration_path(), help="calibration text")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
     parser.add_argument("--nsamples", type=int, default=32)
@@ -66,6 +68,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.merge:
+        first, *others = [json.loads(path.read_text(encoding="utf-8")) for path in args.merge]
+        for other in others:
+            first["rows"] += other["rows"]
+        args.out.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
+        show(first)
+        return
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint)
@@ -75,7 +84,8 @@ def main() -> None:
     sizes, rows = HybridSizes(checkpoint, AXES), []
     for line in args.sizes:
         removed = {axis: float(share) for axis, share in parse_values(line).items()}
-        for way, how in WAYS.items():
+        for way in args.ways:
+            how = WAYS[way]
             options, gone = dict(how), dict(removed)
             if states := options.pop("states", None):
                 if "column" in gone:
