@@ -121,6 +121,11 @@ def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]
             module, kept = part.inside(block), layer.kept_units.get(part.kind)
             if module is None or kept is None:
                 continue
+            if not kept or list(kept) != sorted(set(kept) & set(range(part.total(masked.config)))):
+                raise CheckpointError(
+                    f"The manifest in {masked.source} names {part.kind} that layer {index} of the model does not have. "
+                    "Compress again."
+                )
             with masked.holding(block):
                 silent = units_are_masked(part, part.inside(block), kept)
             if not silent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_an_artefact_of_all_kinds_is_cut_and_runs_in_stock_transformers(folder, 
     text = [m.generate(random_ids(1, 5), max_new_tokens=4, do_sample=False) for m in (masked, cut)]
     assert torch.equal(*text)
     assert {"fitted", "error"} <= {word for table in tables(result) for word in table.columns}
+    manifest = result.directory / "ssmc.json"
+    whole = manifest.read_text(encoding="utf-8")
+    manifest.write_text(json.dumps(_with_units(json.loads(whole), [0, 999])), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="names attention that layer"):
+        export(result.directory, force=True)
+    manifest.write_text(whole, encoding="utf-8")
     file = result.directory / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("o_proj.weight"))
@@ -119,6 +126,14 @@ def test_an_artefact_of_all_kinds_is_cut_and_runs_in_stock_transformers(folder, 
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="still uses attention the manifest calls pruned"):
         export(result.directory, force=True)
+
+
+def _with_units(manifest, units):
+    """The manifest with other query heads."""
+    for layer in manifest["layers"]:
+        if "attention" in layer.get("kept_units", {}):
+            layer["kept_units"]["attention"] = units
+    return manifest
 
 
 def tables(result):
