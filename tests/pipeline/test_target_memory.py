@@ -64,7 +64,7 @@ def test_what_cannot_be_met_or_is_met_already_is_said_before_any_text_is_read(de
 def test_other_goals_of_a_hybrid_are_refused(tmp_path):
     dense = with_tokenizer(save_transformers(bamba(vocab_size=4096), tmp_path / "bamba"))
     for options, sentence in (
-        ({"target_params": 0.9}, "or a --target-memory, for which states are removed"),
+        ({"target_params": 0.9}, "cannot reach 0.9 of the parameters"),
         ({"target_memory": "10KiB", "per_layer": True}, "Leave --per-layer out"),
         ({"target_memory": "10KiB", "target_params": 0.9}, "There is no search for a goal for bamba"),
     ):
