@@ -15,7 +15,7 @@ import torch
 from onnxscript import OpBuilder
 
 from ssmc.exporters.onnx.family import Block, GraphFamily, Shape
-from ssmc.exporters.onnx.layers import PORTABLE, GraphLayer, mamba2
+from ssmc.exporters.onnx.layers import ORT, PORTABLE, mamba2
 from ssmc.exporters.onnx.ops.attention import AttentionSizes, attend, rope_of, see
 from ssmc.exporters.onnx.ops.padding import Tokens
 from ssmc.exporters.onnx.ops.parts import Layer, silu
@@ -34,11 +34,11 @@ class HybridGraph(GraphFamily):
         epsilon_field: of the configuration.
     """
 
-    TARGETS = (PORTABLE,)
+    TARGETS: tuple[str, ...] = (PORTABLE, ORT)  # ORT: LinearAttention decodes in the mixers
     embedding, final_norm = "model.embed_tokens.weight", "model.norm.weight"
     mixer_name, attention_name = "mamba", "self_attn"
     epsilon_field = "rms_norm_eps"
-    mixer: GraphLayer = mamba2
+    mixer: Any = mamba2  # a `GraphLayer`
 
     def check(self, config: Any) -> None:
         """Refuse other activations, and rotary positions that depend on the length.

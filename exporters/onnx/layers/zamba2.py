@@ -98,7 +98,8 @@ class Zamba2Graph(HybridGraph):
 
     def block(self, op: OpBuilder, block: Block, hidden: ir.Value) -> tuple[ir.Value, dict[str, ir.Value]]:
         """A shared block where there is one, and the mixer."""
-        config, prefix, read, cache = block.config, f"model.layers.{block.index}.", hidden, {}
+        config, prefix, read = block.config, f"model.layers.{block.index}.", hidden
+        cache: dict[str, ir.Value] = {}
         if self.has_attention(config, block.index):
             added, cache = self._transformer(op, block, hidden)
             read = op.Add(hidden, added)
