@@ -6,7 +6,8 @@
 
 MODEL is a folder in transformers' layout, `ssmc/runtime/tiny_hybrid` for the embedded one. All graphs run through
 onnxruntime's plain `run`, on one thread, in turns; its processor time counts. mobius' graph gives the logits of every
-token and has operators of onnxruntime's own; so ours is measured with all logits too, and with the target `ort`. What each computes is compared with stock transformers first.
+token and has operators of onnxruntime's own; so ours is measured with all logits too, and with the target `ort`. What
+each computes is compared with stock transformers first.
 """
 
 from __future__ import annotations
