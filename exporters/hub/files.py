@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_export(directory: str | Path) -> Export:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is outside its folder. Export again.")
-        if not path.is_file():
+        if not os.path.isfile(path):  # which takes any name, also one that no system can have
             raise CheckpointError(f"{path} is missing, so the export is not whole. Export the model again.")
         if path.stat().st_size != record.get("bytes") or sha256(path) != record.get("sha256"):
             raise CheckpointError(f"{path} is not the file that was exported. Export the model again.")

@@ -17,10 +17,9 @@ from onnxscript import GraphBuilder, OpBuilder
 
 from ssmc.exporters.onnx.family import Block, GraphFamily, Stack
 from ssmc.exporters.onnx.layers import GENAI, LAYERS, ORT, PORTABLE
-from ssmc.exporters.onnx.ops.codes import FLOAT32, INT8, Codes
+from ssmc.exporters.onnx.ops.codes import FLOAT32, INT8, MICROSOFT, Codes
 from ssmc.exporters.onnx.ops.padding import Tokens, chosen_rows, real_first
 from ssmc.exporters.onnx.ops.parts import END
-from ssmc.exporters.onnx.ops.ssd import MICROSOFT
 from ssmc.exporters.onnx.ops.states import Kind, kept, packed, unpacked
 from ssmc.exporters.onnx.ops.weights import Weights
 from ssmc.runtime.errors import CheckpointError

@@ -7,7 +7,7 @@ scales are (B, ..., channels / share).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -63,7 +63,7 @@ def unpacked(
 def packed(
     op: OpBuilder,
     present: Mapping[str, ir.Value],
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[Any]],
     sizes: Mapping[str, int],
     state_dtype: str,
 ) -> dict[str, ir.Value]:

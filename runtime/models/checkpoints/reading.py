@@ -88,7 +88,7 @@ def _read_indexed(index: Path, suffix: str, progress: Progress, lazy: bool) -> d
         # an index must not reach outside its folder, nor bring in another kind of file
         if Path(name).name != name or "\\" in name or Path(name).suffix != suffix:
             raise CheckpointError(f"{index} names {name!r}, which is not a {suffix} file beside it. Copy it again.")
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):  # which takes any name, also one that no system can have
             raise CheckpointError(f"{index.parent / name} is missing, though {index.name} names it. Copy it again.")
     tensors = _read_shards([index.parent / name for name in names], progress, lazy)
     for what, missing in (
