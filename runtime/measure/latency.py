@@ -166,7 +166,7 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         _check(table)
     except OSError as error:
         raise UsageError(f"The latency table {path} cannot be read: {error.strerror}. Name one ssmc wrote.") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is no latency table of this version of ssmc. Name one that it wrote.") from error
     return table
 
