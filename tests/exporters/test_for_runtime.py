@@ -7,6 +7,7 @@ import pytest
 from ssmc.compressor import compress
 from ssmc.exporters import export, runs_where
 from ssmc.exporters.foresight import refuse_unfit
+from ssmc.exporters.onnx.layers import LAYERS, PORTABLE
 from ssmc.exporters.registry import all_formats
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.manifest import read_manifest
@@ -103,7 +104,7 @@ def test_what_a_runtime_never_runs_is_refused_before_compressing(tmp_path):
     options = {"out": tmp_path / "out", "calib": tmp_path / "no-such-text.txt"}
     FAMILIES["zamba2"]().save_pretrained(tmp_path / "zamba2")
     with pytest.raises(
-        UsageError, match=r"llama.cpp runs no models of the family zamba2.* one of transformers, vllm\."
+        UsageError, match=r"llama.cpp runs no models of the family zamba2.* one of transformers, vllm, onnx"
     ):
         compress(tmp_path / "zamba2", runtime="llama.cpp", **options)
     FAMILIES["jamba"]().save_pretrained(tmp_path / "jamba")
@@ -135,6 +136,9 @@ def test_families_that_software_has_not_are_those_without_an_export_for_it(famil
     architecture = architecture_for(family)
     for consumer in CONSUMERS.values():
         lacks = all_formats()[consumer.format].missing(architecture) is not None
+        if consumer.format == "onnx" and not lacks:
+            graph = LAYERS.find(family)
+            lacks = consumer.options.get("target", PORTABLE) not in graph.TARGETS
         if consumer.format != "safetensors":  # else its own source says
             assert lacks == (consumer.name in architecture.capabilities.unknown_to), consumer.name
 

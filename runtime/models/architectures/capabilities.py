@@ -9,8 +9,10 @@ from typing import Any
 BLOCK = "block"
 """Whole blocks, beside the dimensions of `plan`, as a key of `Capabilities.fixed`."""
 
-WITHOUT_HYBRIDS = frozenset({"mamba-ssm", "onnxruntime", "genai", "openvino"})
+WITHOUT_HYBRIDS = frozenset({"mamba-ssm", "genai"})
 """Names of `runtime/models/consumers.py` whose exports know Mamba and Mamba-2 alone."""
+WITHOUT_GRAPHS = WITHOUT_HYBRIDS | {"onnxruntime", "openvino"}
+"""Those that a family without an ONNX graph has no export for."""
 
 
 @dataclass(frozen=True)
