@@ -218,7 +218,7 @@ def _intention(config: CompressConfig) -> str:
 def _quantising(config: CompressConfig) -> str:
     """What is quantised, in a sentence."""
     embedding = config.quantize_embedding
-    modules = ", ".join(config.quantize_modules) + (f", embedding and head {embedding}" if embedding else "")
+    modules = ", ".join(config.quantized_modules) + (f", embedding and head {embedding}" if embedding else "")
     how = "" if config.symmetric else ", with zero points"
     return f"{config.quantize} by {config.quantize_method} in groups of {config.group_size}{how}: {modules}."
 

@@ -205,13 +205,11 @@ class CompressConfig(BaseModel):
         ),
     ] = True
     quantize_modules: Annotated[
-        tuple[str, ...],
+        str,
         Flag(
             "Which linear maps; `maps` are those of attention and MLP in a hybrid.",
             QUANTIZATION,
             metavar="MODULE,...",
-            default_text=",".join(DEFAULT_MODULES),
-            typed=str,
         ),
     ] = DEFAULT_MODULES
     quantize_embedding: Annotated[
@@ -338,8 +336,8 @@ class CompressConfig(BaseModel):
 
     @field_validator("quantize_modules", mode="before")
     @classmethod
-    def _modules(cls, value: Any) -> tuple[str, ...]:
-        return parse_modules(value)
+    def _modules(cls, value: Any) -> str:
+        return ",".join(parse_modules(value))
 
     @field_validator("ffn_score")
     @classmethod
@@ -447,6 +445,11 @@ class CompressConfig(BaseModel):
     def first_score(self) -> str:
         """The score that is used; of a combined pattern, that of its first part."""
         return self.score_of(self.parts[0])
+
+    @property
+    def quantized_modules(self) -> tuple[str, ...]:
+        """The linear maps that are quantised, in the order they run."""
+        return tuple(self.quantize_modules.split(","))
 
     @property
     def nm(self) -> NM | None:

@@ -7,7 +7,7 @@ BITS = {W8: 8, W4: 4}
 GPTQ, RTN, AWQ = "gptq", "rtn", "awq"
 MAPS = "maps"  # the linear maps of attention and MLP of a hybrid
 MODULES = ("in_proj", "x_proj", "dt_proj", "out_proj", MAPS)
-DEFAULT_MODULES = ("in_proj", "x_proj", "out_proj", MAPS)
+DEFAULT_MODULES = f"in_proj,x_proj,out_proj,{MAPS}"
 GROUP, SMALLEST_GROUP = 128, 16
 OPTIONS = ("quantize", "quantize_method", "group_size", "symmetric", "quantize_modules", "quantize_embedding")
 

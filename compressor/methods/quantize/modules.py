@@ -66,7 +66,7 @@ class QuantizedRecord(Record):
 
 def quantize_layer(job: Job) -> None:
     """Quantise the chosen linear maps of a layer in place, those of its mixer first."""
-    chosen, done = job.config.quantize_modules, []
+    chosen, done = job.config.quantized_modules, []
     if job.mixer is not None:
         for name in job.architecture.projections:
             if name in chosen:
