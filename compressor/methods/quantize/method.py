@@ -66,9 +66,9 @@ class Quantize(Method):
         """The error of every module in every layer."""
         found = [() if layer.quantized is None else layer.quantized.modules for layer in outcome.layers]
         names = list(dict.fromkeys(module.name for modules in found for module in modules if "." not in module.name))
-        rows = tuple(_row(index, modules, names) for index, modules in enumerate(found))
         others = any("." in module.name for modules in found for module in modules)
         heads = ("layer", *names, *(("maps of attention and MLP",) if others else ()))
+        rows = tuple(_row(index, modules, names)[: len(heads)] for index, modules in enumerate(found))
         left = next((m for modules in found for m in modules if m.left_out is not None), None)
         caption = "" if left is None else f"{left.name} left out: {left.left_out}"
         legend = "bits and inputs that share a scale; squared error of the module's output relative to the output."
