@@ -69,10 +69,10 @@ def test_onnxruntime_multiplies_with_the_codes(artefact, options):
     out = artefact(**options)
     result = export(out, format="onnx", quantize="codes")  # proven by running it, in every way
     assert not result.details.rounding
-    plain = export(out, format="onnx", out=out / "plain")
-    assert result.weight_bytes[1] < plain.weight_bytes[1] / 3
-    rounded = export(out, format="onnx", quantize="codes", activations="int8", out=out / "rounded")
-    assert max(way.max_difference for way in rounded.details.rounding) > result.comparison.max_difference
+    assert result.weight_bytes[1] < 4 * result.parameters[1] / 3  # of float32
+    if "symmetric" not in options:
+        rounded = export(out, format="onnx", quantize="codes", activations="int8", out=out / "rounded")
+        assert max(way.max_difference for way in rounded.details.rounding) > result.comparison.max_difference
 
 
 def test_llama_cpp_holds_the_same_numbers(artefact):

@@ -20,7 +20,6 @@ MAKERS = {
     "mamba": random_model,
     "mamba2": lambda **sizes: random_mamba2(num_heads=16, **sizes),
     "jamba": FAMILIES["jamba"],  # experts
-    "bamba": lambda **sizes: FAMILIES["bamba"](mamba_n_heads=8, **sizes),
     "falcon_h1": FAMILIES["falcon_h1"],  # attention beside the mixer, and multipliers
     "zamba2": lambda **sizes: FAMILIES["zamba2"](n_mamba_heads=8, **sizes),  # shared blocks
 }
