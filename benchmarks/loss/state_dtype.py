@@ -44,6 +44,7 @@ FORMS = {
     "int8, a scale for each head": StateFormat(per="head"),
     "float16": StateFormat("float16"),
 }
+PARTS = ("lengths", "pruned")
 RECALL = ("all", "repeated", "far", "rare", "new")
 
 
@@ -61,7 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--window", type=int, default=1024, help="of the pruned models")
-    parser.add_argument("--refine", type=int, default=60, help="gradient steps on each layer of the pruned models")
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer of the pruned models")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; the rest is kept")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/state_dtype_MODEL")
     return parser.parse_args()
 
@@ -79,16 +81,22 @@ def main() -> None:
         "tokens": len(text),
         "conditions": asdict(now),
         "channels_of_a_scale": sizes.scale_channels,
-        "lengths": over_length(checkpoint.model, text, args.lengths),
+        "settings": {name: getattr(args, name) for name in ("nsamples", "seqlen", "window", "refine")},
     }
-    calibration = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, 0).tokens
-    quarter = sizes.d_state // 4
-    report["pruned"] = with_fewer_states(checkpoint, calibration, text, args, args.kept or [quarter, quarter - 1])
-    report["settings"] = {name: getattr(args, name) for name in ("nsamples", "seqlen", "window", "refine")}
+    if "lengths" in args.parts:
+        report["lengths"] = over_length(checkpoint.model, text, args.lengths)
+    if "pruned" in args.parts:
+        calibration = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, 0).tokens
+        quarter = sizes.d_state // 4
+        report["pruned"] = with_fewer_states(checkpoint, calibration, text, args, args.kept or [quarter, quarter - 1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, FIGURES / f"{out.name}.svg")
-    show(report)
+    path = out.with_suffix(".json")
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    report = {part: earlier[part] for part in PARTS if part in earlier} | report
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    if all(part in report for part in PARTS):
+        plot(report, FIGURES / f"{out.name}.svg")
+        show(report)
 
 
 def over_length(model: Any, text: torch.Tensor, lengths: list[int]) -> list[dict[str, Any]]:

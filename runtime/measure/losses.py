@@ -34,7 +34,7 @@ def vocab_size(model: LanguageModel) -> int:
 def best_batch(model: LanguageModel, batch: int) -> int:
     """How many sequences to score at once where `batch` are asked for; no score depends on it."""
     graph = None if isinstance(model, nn.Module) else getattr(model, "graph", None)
-    stepped = graph is not None and not graph.all_logits
+    stepped = graph is not None and (graph.rounds or not graph.all_logits)
     return max(batch, STEPPED_BATCH) if stepped else batch
 
 

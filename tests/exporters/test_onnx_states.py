@@ -76,6 +76,13 @@ def test_a_session_holds_fewer_bytes_and_the_manifest_says_what_it_costs(exporte
     for token in ids[:, 4:].unbind(1):
         stepped = opened.model.step(token)
     assert 0 < float((stepped - logits).abs().max()) < 0.1 * float(logits.abs().max())
+    opened.model.reset()
+    opened.model.prefill(ids[:, :1])
+    for token in ids[:, 1:].unbind(1):
+        stepped = opened.model.step(token).clone()
+    scored = [piece.clone() for piece in load_onnx_export(folder, all_logits=True).model.pieces(ids, 99)]
+    assert len(scored) == ids.shape[1]  # a text is scored as if each of its tokens had been written
+    torch.testing.assert_close(scored[-1][:, -1], stepped)
     manifest = json.loads((folder / "ssmc.json").read_text())
     assert manifest["settings"]["state_dtype"] == dtype
     assert manifest["perplexity"]["excess_nats"] != 0

@@ -81,6 +81,11 @@ class Graph:
     all_logits: bool
 
     @property
+    def rounds(self) -> bool:
+        """Whether states are rounded after every call, so that it matters how a text is cut into calls."""
+        return any(slot.dtype in (torch.int8, torch.float16) for slot, _ in self.states)
+
+    @property
     def vocab_size(self) -> int:
         """V."""
         return self.logits.shape[0]

@@ -74,14 +74,15 @@ class OnnxSession:
 
         Args:
             tokens: (B, L).
-            most: positions of a piece at most; a graph that gives only the last logits reads one token at a time.
+            most: positions of a piece at most; a graph that gives only the last logits, or that rounds its states after
+                every call, reads one token at a time.
 
         Yields:
             (B, n, V) float32, n positions further on each time; the next piece may overwrite it.
         """
         tokens = as_tokens(tokens, self.vocab_size)
         self.reset()
-        if self.graph.all_logits:
+        if self.graph.all_logits and not self.graph.rounds:
             for piece in tokens.split(max(1, most), dim=1):
                 yield self._read(piece, torch.ones_like(piece))
         else:
