@@ -139,13 +139,13 @@ def benchmark(
     recall = recall_of(losses, [subject.source.dense for subject in subjects]) or [() for _ in subjects]
     if scores[0] is not None:
         notes += shortened_note(scores[0], window)
-    rows = zip(subjects, parameters, memory, sparse, scores, recall, strict=True)
+    rows = zip(subjects, parameters, memory, sparse, scores, strict=True)
     return Report(
         # read after the work: numba's first parallel loop can change how many threads torch has
         conditions=_conditions(subjects, where, load_before),
         settings=settings,
         text=text_info,
-        models=tuple(_model(*row, scores[0], settings) for row in rows),
+        models=tuple(_model(*row, kinds, scores[0], settings) for row, kinds in zip(rows, recall, strict=True)),
         measurements=(*measurements, *graphs, *throughput),
         notes=tuple(notes),
         load_average_after=load_average(),

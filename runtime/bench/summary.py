@@ -325,7 +325,7 @@ def _sequences_sentence(report: Results, who: str, model: Model) -> list[str]:
     room, dense = report.rooms[0], report.dense.footprint
     if dense is None or model.footprint is None:
         return []
-    before, after = dense.fitting(room), model.footprint.fitting(room)
+    before, after = (found.fitting(room) or 0 for found in (dense, model.footprint))
     length = dense.sequence.length
     factor = f", {after / before:.2f}× as many" if before else ""
     return [
