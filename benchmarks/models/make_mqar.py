@@ -28,7 +28,7 @@ from ssmc.runtime.models.fast import use_fast_scan
 
 VOCAB, PAIRS, LENGTH = 64, 8, 64
 BATCH = 16
-STEPS = {"mamba": 5000, "mamba2": 4000}
+STEPS = {"mamba": 3000, "mamba2": 1500}
 PEAK, FLAT, WARM_UP = 4e-3, 0.7, 0.03  # learning rate; parts of the run that it stays up, and rises
 D_MODEL, LAYERS = 64, 2
 TASK = Mqar.of_vocabulary(VOCAB, PAIRS, LENGTH)
