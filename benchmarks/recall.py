@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--sequences", type=int, default=512, help="of the questions, eight in each")
     parser.add_argument("--calibration", type=int, default=256, help="sequences")
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer, where there is a repair")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two scores, a fourth of the questions")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recall.json"))
@@ -97,7 +98,8 @@ def run(kind: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for options in cases(args.quick):
         model, start = copy.deepcopy(checkpoint.model), time.process_time()
         shape = {"nsamples": len(calibration), "seqlen": LENGTH}
-        config = configure(model=f"mqar-{kind}", seed=args.seed, **shape, **options)
+        steps = args.refine if options.get("repair") else 0
+        config = configure(model=f"mqar-{kind}", seed=args.seed, refine=steps, **shape, **options)
         try:
             pruned(model, checkpoint.architecture, calibration, config, checkpoint.dtypes)
         except UsageError:  # a score that cannot decide about this family
@@ -119,7 +121,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"conditions": asdict(print_conditions()), "models": {}}
-    names = ("sequences", "calibration", "seed", "quick")
+    names = ("sequences", "calibration", "refine", "seed", "quick")
     report["settings"] = {name: getattr(args, name) for name in names} | {
         "vocab": VOCAB,
         "pairs": PAIRS,

@@ -63,7 +63,10 @@ def new_model(kind: str, seed: int) -> nn.Module:
             if kind == "mamba":
                 B, C = mixer.x_proj.weight[mixer.time_step_rank :].chunk(2)
                 B.normal_(std=2 * mixer.intermediate_size**-0.5)
-                mixer.A_log -= math.log(mixer.ssm_state_size)  # rates of 1/16 to 1: the list is up to 60 tokens back
+                # the list is up to 60 tokens back, and what is read out of the states is to weigh as much as the skip
+                mixer.A_log -= math.log(64)
+                mixer.dt_proj.bias.fill_(math.log(math.expm1(0.1)))
+                mixer.D.fill_(0.1)
             else:
                 first = 2 * mixer.intermediate_size  # behind the gate and the input
                 B, C = mixer.in_proj.weight[first : first + 2 * mixer.ssm_state_size].chunk(2)
