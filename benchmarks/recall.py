@@ -4,9 +4,9 @@
     python -m benchmarks.recall --work work/recall --quick  # fewer scores and questions
 
 Multi-query associative recall (`ssmc.runtime.measure.mqar`) needs nothing but memory, so its accuracy shows at once
-what perplexity hides. Both models are trained on one core in minutes (`benchmarks.models.make_mqar`), then lose states
-of all layers in one shot, calibrated on sequences of the task that no question comes from. Errors are standard errors
-over sequences.
+what perplexity hides. Models are trained on one core in minutes (`benchmarks.models.make_mqar`, where the Mamba-2
+solves the task and the Mamba-1 does not yet), then lose states of all layers in one shot, calibrated on sequences of
+the task that no question comes from. Errors are standard errors over sequences.
 """
 
 from __future__ import annotations
