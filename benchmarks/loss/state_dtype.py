@@ -150,17 +150,23 @@ def show(report: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "states" else "right")
     for name in FORMS:
         rows = [row for row in report["lengths"] if row["form"] == name]
-        table.add_row(name, *(f"{row['excess_nats']:+.5f} ± {row['stderr'] or 0:.5f}" for row in rows))
+        table.add_row(name, *(_with_error(row, 5) for row in rows))
     console.print(table)
     table = Table(title=f"{report['model']}: states removed and rounded, {report['settings']['window']} tokens")
     for heading in ("states", "kept in", "bytes a sequence", "times fewer", "excess nats", *RECALL[1:]):
         table.add_column(heading, justify="right")
     for row in report["pruned"]:
         kinds = [row["recall"][kind]["excess"] for kind in RECALL[1:]]
-        spread = f"{row['excess_nats']:+.4f} ± {row['stderr'] or 0:.4f}"
+        spread = _with_error(row, 4)
         first = (str(row["states"]), row["state_dtype"], format_bytes(row["bytes"]), f"{row['times_fewer']:.2f}")
         table.add_row(*first, spread, *("" if kind is None else f"{kind:+.4f}" for kind in kinds))
     console.print(table)
+
+
+def _with_error(row: dict[str, Any], digits: int) -> str:
+    """The excess and its standard error, which a single window has not."""
+    error = "" if row["stderr"] is None else f" ± {row['stderr']:.{digits}f}"
+    return f"{row['excess_nats']:+.{digits}f}{error}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
