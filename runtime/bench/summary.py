@@ -234,7 +234,7 @@ def _error(stderr: float | None) -> str:
 
 
 def _kind_verdict(loss: KindLoss) -> str:
-    if not loss.excess_stderr:
+    if loss.excess is None or not loss.excess_stderr:
         return ""
     return "same" if abs(loss.excess) <= 2.4 * loss.excess_stderr else "worse" if loss.excess > 0 else "better"
 
