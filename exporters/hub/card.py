@@ -185,7 +185,7 @@ def _relation(export: Export) -> str:
 
 def _is_quantised(export: Export) -> bool:
     settings = [entry for entry in export.manifest.about.values() if isinstance(entry, dict)]
-    chosen = {str(entry.get("quantize")) for entry in settings}
+    chosen = {str(entry.get("quantize")) for entry in (*settings, export.manifest.config or {})}
     return bool(chosen - {"None", "f32", "f16", "bf16"})
 
 
