@@ -92,9 +92,10 @@ def load_onnx_export(
         directory=directory,
         dimensions=dimensions,
         parameters=manifest.parameters,
-        stored_dtype=_stored_dtype(manifest.about.get("settings") or {}),
+        stored_dtype=_stored_dtype(manifest.about.get("settings")),
     )
 
 
-def _stored_dtype(settings: dict[str, Any]) -> str:
-    return settings.get("quantize") or settings.get("dtype") or "float32"
+def _stored_dtype(settings: Any) -> str:
+    settings = settings if isinstance(settings, dict) else {}
+    return str(settings.get("quantize") or settings.get("dtype") or "float32")

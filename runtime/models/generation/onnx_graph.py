@@ -224,7 +224,7 @@ def _check_files(folder: Path) -> None:
             continue
         if not os.path.isfile(path):  # which takes any name, also one that no system can have
             raise CheckpointError(f"{path} is missing. Export the model again.")
-        if path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
+        if path.stat().st_size != record.get("bytes") or sha256(path) != record.get("sha256"):
             raise CheckpointError(f"{path} is damaged: it is not the file that was exported. Export the model again.")
 
 
