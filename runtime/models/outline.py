@@ -123,7 +123,7 @@ def read_outline(source: str | Path) -> Outline | None:
     if directory is None:
         return None
     try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"), object_hook=_number)
         architecture = find_family(raw.get("model_type"))
         if architecture is None or raw.get("quantization_config"):
             return None
@@ -135,6 +135,11 @@ def read_outline(source: str | Path) -> Outline | None:
         return read if _fits(read) else None
     except Exception:  # whatever is odd about it, `load_checkpoint` has a sentence for it
         return None
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """An object of config.json, or the number it stands for: {"__float__": "Infinity"}, as transformers writes it."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _headers(directory: Path) -> dict[str, Any]:

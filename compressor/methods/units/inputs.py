@@ -50,7 +50,10 @@ def correct(job: Job, stage: int, change: torch.Tensor | None = None) -> None:
 
 
 def _estimate(
-    job: Job, norm: nn.Module | Callable[[torch.Tensor], torch.Tensor], reach: Callable, dense: torch.Tensor
+    job: Job,
+    norm: nn.Module | Callable[[torch.Tensor], torch.Tensor],
+    reach: Callable[[torch.Tensor], torch.Tensor],
+    dense: torch.Tensor,
 ) -> torch.Tensor:
     """M of a norm that reads what `reach` makes of the layer's input, and `dense` in the dense model."""
     device = device_of(job.work)
