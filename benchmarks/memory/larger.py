@@ -22,7 +22,7 @@ import torch
 from transformers import MambaConfig, NemotronHConfig, PretrainedConfig
 
 from benchmarks.reporting import print_conditions
-from ssmc.runtime.measure.conditions import load_average
+from ssmc.runtime.measure.conditions import Conditions, load_average
 from ssmc.runtime.models.checkpoints.model import outline_model
 from ssmc.runtime.models.checkpoints.transformers_format import write_config
 from ssmc.runtime.models.checkpoints.writing import Shards
@@ -116,6 +116,26 @@ def commands(folder: Path, work: Path, memory: str | None) -> Iterator[tuple[str
     yield "export", run("export", str(pruned), "--out", str(work / "exported"))
 
 
+def record_of(
+    now: Conditions, config: PretrainedConfig, parameters: int, size: int, found: dict[str, dict[str, float]]
+) -> dict[str, object]:
+    """What is known of a model and the commands so far."""
+    return {
+        "conditions": asdict(now),
+        "load_after": load_average(),
+        "layers": config.num_hidden_layers,
+        "parameters": parameters,
+        "bytes_on_disk": size,
+        "results": found,
+    }
+
+
+def write(path: Path, shape: str, record: dict[str, object]) -> None:
+    """Write the figures of a shape beside those of others."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | {shape: record}, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Make a model, run the commands, print and write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,20 +158,11 @@ def main() -> None:
     found = {}
     for name, result in commands(folder, asked.work, asked.max_memory):
         found[name] = result
+        if asked.out is not None:
+            write(asked.out, asked.shape, record_of(now, config, parameters, size, found))
         print(f"  {name:<28} {result['seconds']:8.1f} s {result['resident_mb']:8.0f} MB resident", flush=True)
     if not asked.keep:
         shutil.rmtree(asked.work)
-    if asked.out is not None:
-        record = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-        record[asked.shape] = {
-            "conditions": asdict(now),
-            "load_after": load_average(),
-            "layers": config.num_hidden_layers,
-            "parameters": parameters,
-            "bytes_on_disk": size,
-            "results": found,
-        }
-        asked.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
