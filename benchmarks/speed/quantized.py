@@ -1,0 +1,99 @@
+"""Pruned, quantised, both, and with states in int8: size, speed, memory of a sequence and perplexity, side by side.
+
+    python -m benchmarks.speed.quantized                 # tiny-mamba2
+    python -m benchmarks.speed.quantized tiny --time-budget 60
+
+Every model is an ONNX graph that onnxruntime runs on the CPU; the first is the dense one in float32. The models are
+timed in turns by `ssmc.benchmark`. "States" are removed and repaired; weights in int8 are onnxruntime's own dynamic
+quantisation. Graphs with int8 states are scored token by token, so that states are rounded after every one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssmc import benchmark, compress, export
+from ssmc.runtime.bench import summary_rows
+from ssmc.runtime.files import finite
+
+PRUNED = {"pattern": "column", "sparsity": 0.75}
+GRAPHS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "dense": (False, {}),
+    "dense, w8": (False, {"quantize": "int8"}),
+    "dense, int8 states": (False, {"state_dtype": "int8"}),
+    "pruned": (True, {}),
+    "pruned, w8": (True, {"quantize": "int8"}),
+    "pruned, w8, int8 states": (True, {"quantize": "int8", "state_dtype": "int8"}),
+}
+"""Name -> whether it is pruned, and the options of its export."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="tiny-mamba2")
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--time-budget", type=float, default=90.0, help="seconds of timing")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--batch", type=int, default=8, help="the larger of the batches, beside 1")
+    parser.add_argument("--max-windows", type=int, default=8, help="windows of 1024 tokens of held-out text")
+    parser.add_argument("--work", type=Path, help="folder for the graphs, which stay there and are used again")
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/quantized_MODEL.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    name = Path(args.model).name.replace("-", "_")
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = graphs(args, args.work or Path(scratch))
+        report = benchmark(
+            models=list(folders.values()),
+            lengths=(args.length,),
+            batch_sizes=(1, args.batch),
+            time_budget=args.time_budget,
+            max_windows=args.max_windows,
+            stock=False,
+            device="cpu",
+        )
+    show(report, list(folders))
+    out = args.out or Path(f"benchmarks/results/quantized_{name}.json")
+    settings = {"pruned": PRUNED, "nsamples": args.nsamples, "graphs": list(GRAPHS)}
+    out.write_text(json.dumps(finite({"model": args.model, **settings, **report.to_json()}), indent=1) + "\n")
+
+
+def graphs(args: argparse.Namespace, work: Path) -> dict[str, Path]:
+    """The folders of all graphs, those that are missing made now."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "pruned").exists():
+        compress(args.model, out=work / "pruned", nsamples=args.nsamples, **PRUNED)
+    folders = {}
+    for name, (is_pruned, options) in GRAPHS.items():
+        folders[name] = work / name.replace(", ", "-").replace(" ", "-").replace("pruned", "quarter")
+        if not folders[name].exists():
+            export(work / "pruned" if is_pruned else args.model, format="onnx", out=folders[name], **options)
+            print(f"exported {name}", flush=True)
+    return folders
+
+
+def show(report: Any, names: list[str]) -> None:
+    """Print the figures, a column for every model."""
+    table = Table(title="ONNX graphs in onnxruntime, CPU")
+    for heading in ("", *names):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in summary_rows(report):
+        changes = ("", *(f"\n{change}" if change else "" for change in row.changes))
+        table.add_row(row.metric, *(value.partition(" (")[0] + c for value, c in zip(row.values, changes, strict=True)))
+    Console(width=200).print(table)
+    for note in report.notes:
+        print(f"Note: {note}")
+
+
+if __name__ == "__main__":
+    main()
