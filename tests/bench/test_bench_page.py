@@ -42,6 +42,7 @@ def test_the_page_loads_nothing_and_shows_everything(report, artefact):
         "Memory",
         "Sequences in memory, measured",
         "Perplexity",
+        "Recall: loss by kind of token, in nats",
         "Stock transformers: time of a prefill",
         "Conditions",
     ]
