@@ -139,13 +139,13 @@ def benchmark(
     recall = recall_of(losses, [subject.source.dense for subject in subjects]) or [() for _ in subjects]
     if scores[0] is not None:
         notes += shortened_note(scores[0], window)
-    rows = zip(subjects, parameters, memory, sparse, scores, strict=True)
+    rows = zip(subjects, parameters, memory, sparse, zip(scores, recall, strict=True), strict=True)
     return Report(
         # read after the work: numba's first parallel loop can change how many threads torch has
         conditions=_conditions(subjects, where, load_before),
         settings=settings,
         text=text_info,
-        models=tuple(_model(*row, kinds, scores[0], settings) for row, kinds in zip(rows, recall, strict=True)),
+        models=tuple(_model(*row, scores[0], settings) for row in rows),
         measurements=(*measurements, *graphs, *throughput),
         notes=tuple(notes),
         load_average_after=load_average(),
@@ -211,13 +211,13 @@ def _model(
     parameters: int,
     memory: Memory | None,
     sparse24: Sparse24Report | None,
-    score: Perplexity | None,
-    recall: tuple[KindLoss, ...],
+    quality: tuple[Perplexity | None, tuple[KindLoss, ...]],
     dense: Perplexity | None,
     settings: Settings,
 ) -> Model:
     checkpoint = subject.checkpoint
     everyone = ((subject.source, checkpoint), *subject.twins)
+    score, recall = quality
     return Model(
         name=subject.source.name,
         dense=subject.source.dense,

@@ -53,7 +53,9 @@ def state_format(dtype: str) -> StateFormat | None:
     """
     if dtype not in STATE_DTYPES:
         raise UsageError(f"There is no state dtype {dtype!r}: choose one of {', '.join(STATE_DTYPES)}.")
-    return None if dtype == "float32" else StateFormat("int8" if dtype == "int8" else "float16")
+    if dtype == "float32":
+        return None
+    return StateFormat("int8") if dtype == "int8" else StateFormat("float16")
 
 
 def channel_block(d_inner: int, most: int = 32) -> int:

@@ -31,7 +31,9 @@ class Rule(Protocol):
         span: how many columns are looked at together before the first of them is changed; blocks are whole spans.
     """
 
-    span: int
+    @property
+    def span(self) -> int:
+        """Columns that are looked at together."""
 
     def begin(self, columns: torch.Tensor, pivots: torch.Tensor, start: int) -> None:
         """Look at the columns (span, out) from number `start` on as they are now; F_jj of each is in `pivots`."""
