@@ -136,7 +136,7 @@ def state_dtype_option(panel: str, whose: str = "") -> Any:
     """--state-dtype; `whose` says of which models."""
     return typer.Option(
         help=f"Number type that SSM states are kept in between tokens{whose}; they are computed in float32.",
-        show_default="float32",
+        show_default=True if whose else "float32",
         rich_help_panel=panel,
     )
 

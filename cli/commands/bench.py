@@ -108,7 +108,7 @@ def bench(
     ] = None,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
-    state_dtype: Annotated[StateDtype | None, state_dtype_option(SPEED, ", of all models but the dense one")] = None,
+    state_dtype: Annotated[StateDtype, state_dtype_option(SPEED, ", of all models but the dense one")] = "float32",
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
@@ -188,7 +188,7 @@ def bench(
                 max_windows=max_windows or None,
                 stock=stock,
                 backend=backend,
-                state_dtype=state_dtype or "float32",
+                state_dtype=state_dtype,
                 runtimes=words(runtime),
                 max_batch=max_batch,
                 progress=progress,

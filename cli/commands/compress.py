@@ -28,6 +28,7 @@ from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
     LAYER,
+    MLP,
     NOTHING,
     UNSTRUCTURED,
     WEIGHTS,
@@ -185,6 +186,10 @@ def _scores_text() -> str:
     for kind, heading in kinds.items():
         lines.append(f"**Importance scores {heading}**, the first is the default:")
         lines += [f"* `{name}`: {help}" for name, help in described_scores(kind).items()]
+    channels = described_scores(CHANNEL)
+    more = [f"`{name}`: {help}" for name, help in described_scores(MLP).items() if name not in channels]
+    same = [f"`{name}`" for name in described_scores(MLP) if name in channels]
+    lines.append(f"Heads, their channels, neurons and query heads go by {', '.join(same)}, or by {'; '.join(more)}.")
     entries, states = described_scores(UNSTRUCTURED), described_scores(COLUMN)
     own = [f"`{name}`: {help}" for name, help in entries.items() if name not in states]
     shared = [f"`{name}`" for name in entries if name in states]

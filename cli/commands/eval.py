@@ -112,7 +112,7 @@ def evaluate(
     ] = 8,
     device: Annotated[Device, typer.Option(help="Device to run on.", rich_help_panel=SPEED)] = "auto",
     dtype: Annotated[Dtype | None, dtype_option(SPEED)] = None,
-    state_dtype: Annotated[StateDtype | None, state_dtype_option(SPEED, ", of all models but the first")] = None,
+    state_dtype: Annotated[StateDtype, state_dtype_option(SPEED, ", of all models but the first")] = "float32",
     backend: Annotated[
         ScanBackend, typer.Option(help="Implementation of the selective scan.", rich_help_panel=SPEED)
     ] = "auto",
@@ -175,7 +175,7 @@ def evaluate(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             backend=backend,
-            state_dtype=state_dtype or "float32",
+            state_dtype=state_dtype,
             runtimes=words(runtime),
             progress=progress,
         )

@@ -28,6 +28,9 @@ from tests.support.commandline import SSMC, run
 HEAVY = {"torch", "transformers", "numba", "matplotlib", "pydantic_settings", "datasets"}
 
 
+AXES = ("attention", "channel", "head", "head-dim", "layer", "mlp")  # what goes beside states
+
+
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
@@ -105,7 +108,7 @@ def test_help_version_and_completion_load_nothing_heavy(empty):
         ("ssmc compress ti", {"tiny", "tiny-mamba2", "tiny-hybrid"}),
         ("ssmc compress my", {"my-model/"}),
         ("ssmc compress tiny --pattern 2", {"2:4"}),
-        ("ssmc compress tiny --pattern column+", {"column+channel", "column+layer"}),
+        ("ssmc compress tiny --pattern column+", {f"column+{axis}" for axis in AXES}),
         ("ssmc compress tiny --score spar", {"sparsegpt", "sparsessm", "sparsessm-l2", "sparsessm-vote"}),
         ("ssmc compress tiny --score column=ex", {"column=exact"}),
         ("ssmc compress tiny --device ", set(get_args(options.Device))),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -57,7 +58,9 @@ def test_compress_says_what_it_did_and_what_comes_next(story):
     folder, outcomes = story
     manifest = json.loads((folder / "ssmc-out" / "ssmc.json").read_text())
     shown = outcomes["compress"].out
-    rows = [line.split("│") for line in shown.splitlines() if line.startswith("│")]
+    memory, layers = re.split(r"\nStates *\n", shown)
+    rows = [line.split("│") for line in layers.splitlines() if line.startswith("│")]
+    assert "1 GiB beside the weights" in memory  # what it is for comes first
     assert [int(row[1]) for row in rows] == list(range(6))
     assert [int(row[2]) for row in rows] == [len(layer["kept"]) for layer in manifest["layers"]] == [8] * 6
     assert [float(row[4]) for row in rows] == pytest.approx([layer["error"] for layer in manifest["layers"]], rel=0.01)
