@@ -11,6 +11,8 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from ssmc.exporters.cutting import Shrunk
     from ssmc.exporters.runtimes import Runtime
     from ssmc.exporters.source import Source, Tokens
@@ -54,6 +56,15 @@ class Job:
     tokens: Tokens
     progress: Progress = NO_PROGRESS
     extra: Any = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is to be written, by transformers' names, in memory at once.
+
+        Those of `shrunk` are read from their files one by one when they are used, for formats that stream.
+        """
+        from ssmc.runtime.models.checkpoints.deferred import real  # loads torch
+
+        return {name: real(tensor) for name, tensor in self.shrunk.tensors.items()}
 
 
 @dataclass(frozen=True)

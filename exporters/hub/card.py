@@ -172,7 +172,7 @@ def _license_of(export: Export) -> str | None:
 
 def _tags(export: Export) -> list[str]:
     manifest = export.manifest
-    tags = ["ssmc", "state-space-model", "mamba", str(manifest.format)]
+    tags = ["ssmc", "state-space-model", str(manifest.format)]
     tags += ["pruned"] if manifest.config else []
     tags += ["quantized"] if _is_quantised(export) else []
     return list(dict.fromkeys(tags))

@@ -29,14 +29,14 @@ class HybridGraph(GraphFamily):
     """What hybrids have in common; a family says how its blocks are put together.
 
     Attributes:
-        mixer_name, attention_name: attributes of a block.
+        attention_name: attribute of a block.
         mixer: what writes mixers.
         epsilon_field: of the configuration.
     """
 
     TARGETS: tuple[str, ...] = (PORTABLE, ORT)  # ORT: LinearAttention decodes in the mixers
     embedding, final_norm = "model.embed_tokens.weight", "model.norm.weight"
-    mixer_name, attention_name = "mamba", "self_attn"
+    attention_name = "self_attn"
     epsilon_field = "rms_norm_eps"
     mixer: Any = mamba2  # a `GraphLayer`
 
@@ -60,7 +60,7 @@ class HybridGraph(GraphFamily):
 
     def has_mixer(self, config: Any, layer: int) -> bool:
         """Whether a layer has a state-space mixer."""
-        return config.layers_block_type[layer] in ("linear_attention", "mamba")
+        return config.layers_block_type[layer] == "linear_attention"
 
     def has_attention(self, config: Any, layer: int) -> bool:
         """Whether a layer has attention."""
@@ -89,7 +89,7 @@ class HybridGraph(GraphFamily):
 
     def mixer_prefix(self, config: Any, layer: int) -> str:
         """How the names of a mixer's tensors start."""
-        return f"model.layers.{layer}.{self.mixer_name}."
+        return architecture_for(config.model_type).mixer_prefix(layer)
 
     def attention_sizes(self, config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:
         """Of a layer's attention, read from its tensors."""

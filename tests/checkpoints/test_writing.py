@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -123,9 +124,9 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path, model_directory
     checkpoint = load_checkpoint(model_directory())
 
     def refuse(*_, **__):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("ssmc.runtime.models.checkpoints.transformers_format.save_file", refuse)
+    monkeypatch.setattr("ssmc.runtime.models.checkpoints.writing._write", refuse)
     with pytest.raises(OSError, match="Input/output error") as caught:
         write_checkpoint(tmp_path, checkpoint.tensors(), checkpoint.config)
     assert caught.value.errno == errno.EIO

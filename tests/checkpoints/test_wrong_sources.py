@@ -162,7 +162,7 @@ def test_unreadable_files(model_directory, monkeypatch, layout):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     with monkeypatch.context() as context:
-        context.setattr("ssmc.runtime.models.checkpoints.reading.safe_open", refuse)
+        context.setattr("ssmc.runtime.models.checkpoints.weight_files.safe_open", refuse)
         context.setattr(torch, "load", refuse)
         refused(directory, path, "Permission denied")
     with monkeypatch.context() as context:

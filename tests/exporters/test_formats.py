@@ -54,7 +54,7 @@ def test_a_format_is_one_class(artefact, tmp_path):
             return 0
 
         def write(self, job, folder):
-            save_file(job.shrunk.tensors, folder / f"plain{job.options.suffix}")
+            save_file(job.tensors(), folder / f"plain{job.options.suffix}")
             return [folder / f"plain{job.options.suffix}"]
 
         def weight_bytes(self, job, folder):

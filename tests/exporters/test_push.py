@@ -79,7 +79,7 @@ def test_the_card_says_what_it_is_in_the_hubs_words(hub, token, exported, tmp_pa
     assert front["base_model_relation"] == "finetune"
     assert (front["license"], front["language"], front["datasets"]) == ("cc-by-4.0", "en", ["roneneldan/TinyStories"])
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
-    assert {"ssmc", "pruned", "mamba", "safetensors"} <= set(front["tags"])
+    assert {"ssmc", "pruned", "state-space-model", "safetensors"} <= set(front["tags"])
     found = {result.metric_type: (result.metric_value, result.dataset_name) for result in card.data.eval_results}
     assert found == {"perplexity": (14.25, "held-out.txt"), "acc": (0.625, "piqa")}
     assert "Pattern `column`, sparsity 0.5" in content

@@ -24,6 +24,10 @@ class JambaGraph(TwoStages):
     mixer = mamba
     TARGETS = (PORTABLE,)  # its mixers are Mamba-1
 
+    def has_mixer(self, config: Any, layer: int) -> bool:
+        """Whether a layer has a state-space mixer."""
+        return not self.has_attention(config, layer)
+
     def rope(self, config: Any) -> None:
         """Attention has no positions."""
         return

@@ -19,7 +19,7 @@ class NemotronHGraph(HybridGraph):
     """See `HybridGraph`."""
 
     embedding, final_norm = "model.embeddings.weight", "model.norm_f.weight"
-    mixer_name = attention_name = "mixer"
+    attention_name = "mixer"
     epsilon_field = "layer_norm_epsilon"
 
     def check(self, config: Any) -> None:

@@ -83,8 +83,8 @@ class LlamaSession:
             if not places:
                 continue
             first, end = places[0], places[-1] + 1
-            text = [*row[: first + 1].tolist(), *following[first:end].tolist()]
-            if text[:end] != row[:end].tolist():
+            text = [*row[:end].tolist(), int(following[end - 1])]
+            if any(text[place + 1] != following[place] for place in places):
                 raise ValueError("targets are the inputs that follow, but for the last")
             self.make_room(len(text) + 1)
             values, same = self._llama.score(text, first + 1)
