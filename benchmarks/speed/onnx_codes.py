@@ -12,7 +12,6 @@ with as many threads as torch has.
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
-from benchmarks.speed.onnx_speed import STEPS, build_model, open_graph, runner, take_turns
+from benchmarks.speed.onnx_speed import STEPS, add_options, build_model, open_graph, runner, take_turns, write_graphs
 from ssmc.compressor.methods.quantize.grid import spanning_grid
 from ssmc.compressor.options.quantization import group_for
 from ssmc.exporters.onnx import Settings, build
 from ssmc.exporters.onnx.files import DATA, GRAPH, write_graph
-from ssmc.exporters.onnx.quantize import quantize_int8
 from ssmc.runtime.quantized import GridShape, Quantized
 
 GROUP = 128
@@ -45,22 +43,6 @@ def codes_of(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, Quantized
     return found
 
 
-def write_plain(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
-    """Graphs in float32 and in int8; those that an earlier run left are taken as they are."""
-    tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    plain, int8 = folder / "onnx", folder / "int8"
-    if not (int8 / GRAPH).is_file():
-        own_head, quantised = folder / "float", folder / "quantised"
-        for each in (plain, int8, own_head, quantised):
-            each.mkdir(parents=True, exist_ok=True)
-        write_graph(plain, build(model.config, tensors, Settings()).model)
-        write_graph(own_head, build(model.config, tensors, Settings(own_head=True)).model)
-        write_graph(int8, quantize_int8(own_head, quantised))
-        shutil.rmtree(own_head)
-        shutil.rmtree(quantised)
-    return {"onnx": plain, "int8": int8}
-
-
 def write_with_codes(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
     """Graphs with codes; those that an earlier run left are taken as they are."""
     tensors = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
@@ -75,16 +57,7 @@ def write_with_codes(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba")
-    parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--d-state", type=int)
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--budget", type=float, default=150, help="seconds for each table")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread each, processor time")
-    parser.add_argument("--graphs", type=Path, help="where to keep the graphs, so that the next run finds them")
-    parser.add_argument("--only-graphs", action="store_true", help="write them and time nothing")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     args = parser.parse_args()
     logging.set_verbosity_error()
     if args.cpu_time:
@@ -95,7 +68,7 @@ def main() -> None:
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder, model = args.graphs or Path(temporary), build_model(args)
-        paths = write_plain(model, folder) | write_with_codes(model, folder)
+        paths = write_graphs(model, folder, ["portable"]) | write_with_codes(model, folder)
         del model
         if args.only_graphs:
             return

@@ -18,7 +18,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.onnx import Settings, build
 from ssmc.exporters.onnx.files import GRAPH, write_graph
+from ssmc.exporters.onnx.graph import require_family
 from ssmc.exporters.onnx.layers import LAYERS
 from ssmc.exporters.onnx.quality import measure
 from ssmc.exporters.onnx.quantize import quantize_int8
@@ -58,22 +59,24 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads, state_size=args.d_state or 128)).eval()
 
 
-def write_graphs(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
-    """Graphs of a model in float32 and int8 for every target; those an earlier run left there are taken as they are."""
+def write_graphs(model: PreTrainedModel, folder: Path, targets: Sequence[str] = ()) -> dict[str, Path]:
+    """Graphs of a model in float32 and int8, for every target unless some are named; those an earlier run left there
+    are taken as they are."""
     tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     found = {}
-    for target in LAYERS.find(model.config.model_type).TARGETS:
+    for target in targets or LAYERS.find(model.config.model_type).TARGETS:
         first, second = ("onnx", "int8") if target == "portable" else (target, f"{target} int8")
         found |= {name: folder / name for name in (first, second)}
         if (folder / second / GRAPH).is_file():
             continue
+        family = require_family(model.config, target)
         folders = [folder / name for name in (first, second, f"{target} float", f"{target} quantised")]
         for each in folders:
             each.mkdir(parents=True)
         plain, int8, own_head, quantised = folders
         write_graph(plain, build(model.config, tensors, Settings(target=target)).model)
         write_graph(own_head, build(model.config, tensors, Settings(own_head=True, target=target)).model)
-        write_graph(int8, quantize_int8(own_head, quantised))
+        write_graph(int8, quantize_int8(own_head, quantised, (family.embedding, family.head)))
         shutil.rmtree(own_head)
         shutil.rmtree(quantised)
     return found
@@ -229,16 +232,8 @@ def trained(args: argparse.Namespace) -> dict[str, dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba", help="of the random weights")
-    parser.add_argument("--model", help="a trained model instead of random weights")
-    parser.add_argument("--text", help="held-out text for --model; the embedded stories unless given")
-    parser.add_argument("--pattern", default="column+channel", help="of --model")
-    parser.add_argument("--sparsity", default="0.75+0.25", help="of --model, one for each part of the pattern")
-    parser.add_argument("--target", default="portable", help="of the graphs of --model")
-    parser.add_argument("--nsamples", type=int, default=64, help="of the calibration of --model")
-    parser.add_argument("--seqlen", type=int, default=2048, help="of the calibration of --model")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of graphs asks: shapes, rounds, and where graphs and figures go."""
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--layers", type=int, default=24)
@@ -249,6 +244,19 @@ def main() -> None:
     parser.add_argument("--graphs", type=Path, help="where to keep the graphs, so that the next run finds them")
     parser.add_argument("--only-graphs", action="store_true", help="write them and time nothing")
     parser.add_argument("--json", type=Path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba", help="of the random weights")
+    parser.add_argument("--model", help="a trained model instead of random weights")
+    parser.add_argument("--text", help="held-out text for --model; the embedded stories unless given")
+    parser.add_argument("--pattern", default="column+channel", help="of --model")
+    parser.add_argument("--sparsity", default="0.75+0.25", help="of --model, one for each part of the pattern")
+    parser.add_argument("--target", default="portable", help="of the graphs of --model")
+    parser.add_argument("--nsamples", type=int, default=64, help="of the calibration of --model")
+    parser.add_argument("--seqlen", type=int, default=2048, help="of the calibration of --model")
+    add_options(parser)
     args = parser.parse_args()
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
     if args.cpu_time:
