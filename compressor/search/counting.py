@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ssmc.compressor.families import searched_parts
 from ssmc.compressor.methods.channels.counts import default_multiple
@@ -139,7 +140,7 @@ def require_reachable(counting: Counting) -> None:
 
 
 def require_one(
-    config: CompressConfig, candidates: Sequence[Sizes], limits: Sequence[Limit], able: Sequence[str]
+    config: CompressConfig, candidates: Sequence[Any], limits: Sequence[Limit], able: Sequence[str]
 ) -> None:
     """Refuse where no candidate is within all limits.
 

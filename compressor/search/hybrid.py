@@ -8,7 +8,6 @@ user names one.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import Samples
+from ssmc.compressor.families import axes_of_hybrid
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.pipeline import Run, prune
@@ -25,8 +25,10 @@ from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Curve, Limit, cheapest_within
 from ssmc.compressor.search.carry_out import Distil, GoalResult
 from ssmc.compressor.search.configured import configured
+from ssmc.compressor.search.counting import require_one
 from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
+from ssmc.compressor.search.outcome import of_loss, rose_too_much
 from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
@@ -66,7 +68,7 @@ class HybridSearch:
         self.sizes = HybridSizes(self.checkpoint, self.config.parts, self.config.runtime)
         self.samples = Samples.split(self.tokens, self.config.nsamples)
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
-        self._require_parameters()
+        self._require(self._counted_limits())  # at once
         self.base = self._perplexity(self.checkpoint.model)
         self.table: KindTable | None = None
         if self.goal.needs_time:
@@ -90,13 +92,8 @@ class HybridSearch:
         """
         found, limits = self.sizes.candidates(), self._limits()
         if limits:
+            self._require(limits)
             able = [r for r in found if all(limit.allows(r) for limit in limits)]
-            if not able:
-                reach = [f"{x.most:.4g} of the {x.name} (the least is {min(map(x.cost, found)):.3f})" for x in limits]
-                raise UsageError(
-                    f"The pattern {self.config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for "
-                    "less."
-                )
             ranked = sorted(able, key=lambda removed: (self.expected(removed), removed))
         else:
             within = [r for r in found if self.expected(r) <= self.goal.most_nats]
@@ -126,37 +123,30 @@ class HybridSearch:
             loss = excess_loss(self._perplexity(model), self.base)
         outcome: dict[str, Any] = {
             "parameters": self.sizes.share_of_parameters(removed),
-            "excess_nats": loss.nats,
-            "excess_stderr": loss.stderr,
-            "ppl_increase": math.expm1(loss.nats),
+            **of_loss(loss),
             **before,
         }
         if self.goal.needs_time:
             outcome |= self._clock(removed)
         if loss.nats > self.goal.most_nats:
-            raise VerificationError(
-                f"The perplexity on held-out calibration text rose by {outcome['ppl_increase']:.2%}, more than the "
-                f"{self.goal.max_ppl_increase:.2%} allowed. Nothing was written. Allow more, or ask for less."
-            )
+            reason = rose_too_much(outcome, self.goal)
+            raise VerificationError(f"{reason} Nothing was written. Allow more, or ask for less.")
         return GoalResult(plan, model.cpu(), pruned, record | {"outcome": outcome}, tuple(self.samples.notes), done)
 
-    def _require_parameters(self) -> None:
-        """Refuse at once what cannot be reached by counting."""
+    def _require(self, limits: Sequence[Limit]) -> None:
+        """Refuse limits that no candidate is within."""
+        if limits:
+            able = axes_of_hybrid(self.checkpoint.architecture)
+            require_one(self.config, self.sizes.candidates(), limits, able)
+
+    def _counted_limits(self) -> list[Limit]:
+        """Those that need no clock."""
         wanted = self.goal.target_params
-        least = min(map(self.sizes.share_of_parameters, self.sizes.candidates()), default=1.0)
-        if wanted is not None and least > wanted:
-            raise UsageError(
-                f"The pattern {self.config.pattern} cannot reach {wanted:.4g} of the parameters of this model (the "
-                f"least is {least:.3f}). Ask for less, or allow more with --pattern."
-            )
+        return [] if wanted is None else [Limit("parameters", self.sizes.share_of_parameters, wanted)]
 
     def _limits(self) -> list[Limit]:
-        limits, goal = [], self.goal
-        if goal.target_params is not None:
-            limits.append(Limit("parameters", self.sizes.share_of_parameters, goal.target_params))
-        if goal.target_latency is not None:
-            limits.append(Limit("time", self.share_of_time, goal.target_latency))
-        return limits
+        limits, wanted = self._counted_limits(), self.goal.target_latency
+        return limits if wanted is None else [*limits, Limit("time", self.share_of_time, wanted)]
 
     def _curve(self, axis: str) -> Curve:
         """The loss of removing from one axis alone, measured at two shares."""

@@ -6,7 +6,6 @@ The text that losses are measured on here is calibration text that no trial is f
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -28,6 +27,7 @@ from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.configured import configured, configured_layerwise
 from ssmc.compressor.search.counting import Counting
 from ssmc.compressor.search.layer_sizes import Layerwise
+from ssmc.compressor.search.outcome import of_loss, rose_too_much
 from ssmc.compressor.search.teaching import Teaching
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
@@ -133,9 +133,7 @@ class Trials(Counting):
         result: dict[str, Any] = {
             "parameters": self.share_of_parameters(sizes),
             "memory": self.memory(sizes),
-            "excess_nats": loss.nats,
-            "excess_stderr": loss.stderr,
-            "ppl_increase": math.expm1(loss.nats),
+            **of_loss(loss),
         }
         self.losses[sizes] = loss.nats  # should the search go on, it knows better than from a trial
         if self.goal.needs_time:
@@ -152,10 +150,7 @@ class Trials(Counting):
         """
         goal = self.goal
         if outcome["excess_nats"] > most_nats:
-            return [
-                f"The perplexity on held-out calibration text rose by {outcome['ppl_increase']:.2%}, more than the "
-                f"{goal.max_ppl_increase:.2%} allowed."
-            ]
+            return [rose_too_much(outcome, goal)]
         if goal.target_latency is not None and outcome["time"] > goal.target_latency * (1 + TOLERANCE):
             return [
                 f"The goal was missed: the model takes {outcome['time']:.3f} of the dense one's time, "
