@@ -182,9 +182,9 @@ class _Lesson:
         self._device = head.device
         self._remembered = {} if remembered is None else remembered
         self._may_remember = seen.numel() * head.shape[1] * 4 <= REMEMBERED
+        self._judged = judged
         if judged is not None:
-            self._judged, self._wanted = judged, last_hidden(pair.teacher, judged)
-        self._judges = judged is not None
+            self._wanted = last_hidden(pair.teacher, judged)
 
     def descend(self, course: Course, progress: Progress) -> Descent:
         """Take the steps."""
@@ -197,7 +197,7 @@ class _Lesson:
         return descend(
             moving.parameters,
             lambda: self._gradients(next(order)),
-            self._judge if self._judges else None,
+            self._judge if self._judged is not None else None,
             Pace(course.steps, moving.rates(lost), checks=checks, backs_off=True),
             progress,
             "distilling",
@@ -226,6 +226,7 @@ class _Lesson:
         return found
 
     def _judge(self) -> float:
+        assert self._judged is not None
         rows = zip(self._judged.split(SEQUENCES), self._wanted.split(SEQUENCES), strict=True)
         total = sum(divergence(self._pair, row.to(self._device), hidden) * len(row) for row, hidden in rows)
         return total / len(self._judged)

@@ -51,6 +51,12 @@ class QuantizedModule:
         return entry | {"symmetric": shape.symmetric, "error": self.error}
 
 
+def no_groups(name: str, tensor: str, weight: torch.Tensor) -> QuantizedModule:
+    """A map that stays as it is, since its inputs cannot be divided into groups."""
+    reason = f"{weight.shape[1]} inputs are no groups of {SMALLEST_GROUP} or more"
+    return QuantizedModule(name, tensor, None, None, reason)
+
+
 @dataclass(frozen=True)
 class QuantizedRecord(Record):
     """What happened to the linear maps of a layer."""
@@ -140,8 +146,7 @@ def _quantize(job: Job, name: str, linear: nn.Linear, moment: SecondMoment | Non
     group = group_for(weight.shape[1], config.group_size)
     tensor = job.architecture.block_prefix(job.index) + _name_of(job.work, linear) + ".weight"
     if group is None:
-        reason = f"{weight.shape[1]} inputs are no groups of {SMALLEST_GROUP} or more"
-        return QuantizedModule(name, tensor, None, None, reason)
+        return no_groups(name, tensor, weight)
     shape = GridShape(BITS[config.quantize or W8], group, config.symmetric)
     digits = digits_for(job.stored_dtypes.get(tensor), shape)
     if moment is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmc.compressor.methods.method import Record, Survey
 from ssmc.compressor.methods.quantize.grid import digits_for, fit_grid
-from ssmc.compressor.methods.quantize.modules import QuantizedModule
+from ssmc.compressor.methods.quantize.modules import QuantizedModule, no_groups
 from ssmc.compressor.options.quantization import BITS, group_for
 from ssmc.runtime.quantized import GridShape
 
@@ -41,7 +41,7 @@ def _quantize(survey: Survey, tensor: str, module: Any, config: Any) -> Quantize
     weight, name = module.weight.data, tensor.removesuffix(".weight")
     group = group_for(weight.shape[1], config.group_size)
     if group is None:
-        return QuantizedModule(name, tensor, None, None, f"{weight.shape[1]} inputs are no groups of 16 or more")
+        return no_groups(name, tensor, weight)
     shape = GridShape(BITS[config.quantize_embedding], group, config.symmetric)
     digits = digits_for(survey.stored_dtypes.get(tensor), shape)
     stored = fit_grid(weight, shape, torch.ones_like(weight[0]), digits).quantized(weight)
