@@ -1,22 +1,15 @@
-"""What a run needs of memory, before it starts: whether it fits into a limit, and where hidden states then lie.
-
-The part that a formula cannot know (what python, torch and compiled kernels take) is asked from the system.
-"""
+"""What a run needs of memory, before it starts: whether it fits into a limit, and where hidden states then lie."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
-
 from ssmc.compressor.methods.method import Plan
 from ssmc.runtime.amounts import in_mib
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import Checkpoint
-from ssmc.runtime.models.checkpoints.streamed import KEPT
+from ssmc.runtime.models.checkpoints.streamed import KEPT, least_resident
 
-KERNELS = 200 << 20  # bytes that compiled kernels and threads take once work begins
-COPIES = 3  # of a layer in float32: itself, as it is stored, and what methods make of it
 ACTIVATIONS = 24  # numbers of each channel and token of one sample: what a mixer computes on the way
 SQUARES = 4  # (D, D) matrices of float64 where second moments of channels are collected
 
@@ -55,7 +48,7 @@ def need(checkpoint: Checkpoint, plan: Plan, shape: tuple[int, int] | None) -> N
     assert checkpoint.streamed is not None
     sizes = checkpoint.dimensions
     count, length = shape or (0, 0)
-    least = psutil.Process().memory_info().rss + KERNELS + COPIES * checkpoint.streamed.nbytes()
+    least = least_resident(checkpoint.streamed)
     least += 4 * ACTIVATIONS * length * sizes.d_inner
     if plan.fits_out_proj or any(step.name in ("channels", "weights") for step in plan.steps):
         least += 8 * SQUARES * sizes.d_inner**2
@@ -83,7 +76,7 @@ def check_whole(checkpoint: Checkpoint, limit: int | None) -> None:
     Raises:
         UsageError: saying what is the least.
     """
-    least = psutil.Process().memory_info().rss + KERNELS + 2 * 4 * checkpoint.parameters
+    least = least_resident(None) + 2 * 4 * checkpoint.parameters
     if limit is not None and least > limit:
         raise UsageError(
             "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) needs at "

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import psutil
-
 from ssmc.exporters.format import Format
 from ssmc.exporters.verify import BATCH, LENGTH
 from ssmc.runtime.amounts import in_mib
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import Checkpoint
-from ssmc.runtime.models.checkpoints.streamed import KEPT
+from ssmc.runtime.models.checkpoints.streamed import KEPT, least_resident
 
-KERNELS = 200 << 20  # bytes that compiled kernels and threads take once work begins
-COPIES = 3  # of the largest part in float32: itself, as it is stored, and what is computed with it
 LOGITS = 6  # copies of the logits that are compared
 
 
@@ -30,11 +26,9 @@ def keep_to(limit: int | None, checkpoint: Checkpoint, format: Format) -> None:
     if limit is None:
         return
     sizes, at_once = checkpoint.dimensions, format.at_once
-    least = psutil.Process().memory_info().rss + KERNELS + LOGITS * 4 * BATCH * LENGTH * sizes.vocab_size
     if checkpoint.streamed is None:
         at_once = max(at_once, 12)
-    else:
-        least += COPIES * checkpoint.streamed.nbytes()
+    least = least_resident(checkpoint.streamed) + LOGITS * 4 * BATCH * LENGTH * sizes.vocab_size
     least += at_once * checkpoint.parameters
     if least > limit:
         raise UsageError(

@@ -14,12 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from ssmc.runtime.models.checkpoints.deferred import Deferred, real
 
 KEPT = 256 << 20  # bytes of parts that stay in memory after their use: small models are read once
+KERNELS = 200 << 20  # bytes that compiled kernels and threads take once work begins
+COPIES = 3  # of the largest part in float32: itself, as it is stored, and what is computed with it
 
 
 @dataclass
@@ -148,3 +151,15 @@ def _put(place: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
     place[name] = tensor
+
+
+def least_resident(streamed: Streamed | None) -> int:
+    """Bytes that a process will have resident at least, asked before its work begins.
+
+    What python, torch and compiled kernels take no formula knows; the system is asked.
+
+    Args:
+        streamed: gives the model its weights; None: the caller counts what the weights take.
+    """
+    begun = psutil.Process().memory_info().rss + KERNELS
+    return begun if streamed is None else begun + COPIES * streamed.nbytes()
