@@ -132,7 +132,7 @@ def chunks_table(capability: int, dtype: str) -> Table:
             options = {"PARTS": parts_of(states), "BLOCK": block, "LANE": block // LANES, "TOKENS": tokens}
             options |= {"B_ALIGNED": 16, "C_ALIGNED": 8 if states == 12 else 16, "SOFTPLUS": True, "GATED": True}
             for name, mode in (("1", chunks.ENDS), ("2", chunks.OUTPUTS)):
-                started = {"MODE": mode.value, "STARTED": mode is chunks.OUTPUTS}
+                started = {"MODE": mode.value, "STARTED": mode is chunks.OUTPUTS, "OVERLAP": False}
                 loop = compiled(chunks.chunk_kernel, capability, types, 1, **options, **started)[0]
                 cells = (name, states, block, tokens, loop.registers, loop.spilled, *loop.per(block // LANES * tokens))
                 table.add_row(*map(str, cells))

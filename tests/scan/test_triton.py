@@ -103,6 +103,18 @@ def test_time_along_the_lanes_equals_the_formula(dtype, plan, batch, length, d_i
     assert difference(got.float(), torch.from_numpy(y).to(dtype).float()) < bound
 
 
+@pytest.mark.skipif(
+    not HAS_CUDA or torch.cuda.get_device_capability() < (9, 0), reason="kernels overlap on GPUs from Hopper on"
+)
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_kernels_that_overlap_give_the_same_bytes(chunk):
+    plan = gpu.Chunks(64, 1, 4, chunk)
+    for seed in range(20):
+        inputs = moved(random_inputs(2, 2048, 256, 4, seed=seed))
+        apart, together = (gpu.selective_scan(inputs, plan=replace(plan, overlap=o)) for o in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
 @pytest.mark.parametrize(("plan", "d_inner"), [(SHORT_CHUNKS, 64), (SHORT_CHUNKS, 70), (LANES, 4)])
 def test_softplus_and_bias_in_the_kernel_equal_those_outside(plan, d_inner):
     inputs = random_inputs(1, 9, d_inner, 4)

@@ -47,6 +47,7 @@ def say(loop):
     print(exponentials, len(re.findall("bar.sync|shared", loop)), len(re.findall("shfl", loop)), end=" ")
     print(len(re.findall(r"ld\.global", loop)))
 options = dict(PARTS=(8, 4), BLOCK=64, LANE=2, TOKENS=2, B_ALIGNED=16, C_ALIGNED=8, SOFTPLUS=True, GATED=True)
+options |= dict(OVERLAP=False)
 for mode in (chunks.ENDS, chunks.OUTPUTS):
     found = loops(compiled(chunks.chunk_kernel, MODE=mode.value, STARTED=mode is chunks.OUTPUTS, **options))
     say(max(found, key=len))
@@ -59,7 +60,14 @@ say(min((loop for loop in loops(ptx) if "ex2" in loop), key=len))
 compiled(lanes.lanes_kernel, 1, CHANNELS=1, **runs, **flags, **ones, channels=1, u_token=1, dt_token=1, z_token=1)
 states = options | dict(MODE=chunks.STATES.value, SOFTPLUS=False, GATED=False, STARTED=True)
 compiled(chunks.chunk_kernel, **states)
-compiled(chunks.carry_kernel, 4, CONTINUES=True, BLOCK=32, GROUP=64)
+compiled(chunks.carry_kernel, 4, CONTINUES=True, BLOCK=32, GROUP=64, OVERLAP=False)
+overlapping = options | dict(OVERLAP=True, MODE=chunks.OUTPUTS.value, STARTED=True)
+for ptx in (
+    compiled(chunks.chunk_kernel, **overlapping),
+    compiled(chunks.carry_kernel, 4, CONTINUES=False, BLOCK=32, GROUP=64, OVERLAP=True),
+):
+    before, after = ptx.split("griddepcontrol.wait")
+    print(before.count("ld.global"), before.count("st.global"), after.count("st.global") > 0)
 ones = dict(B_state=1, C_state=1)
 compiled(lanes.pack_kernel, 4, **runs, STATES=16, POSITIONS=128, **ones)
 whole = dict(BLOCK=64, SOFTPLUS=False)
@@ -93,3 +101,11 @@ def test_lanes_need_one_exponential_a_token_and_state_and_one_for_the_lane(witho
     """A turn of the loop over states, 16 tokens a lane: five shuffles of a pair and one of the state before the lane;
     B and C in four loads, a decay rate, a state."""
     assert without_interpreter[3] == f"{16 + 1} 0 {2 * 5 + 1} 6"
+
+
+def test_kernels_that_overlap_load_before_they_wait_and_write_after(without_interpreter):
+    """The second pass asks for two tokens of u, dt and z, for bias, D and 12 rates of two channels; the sums over
+    chunks for rates of 16 lanes, each number once."""
+    assert without_interpreter[4].split()[1:] == ["0", "True"]
+    assert int(without_interpreter[4].split()[0]) >= 2 * 3 + 2
+    assert without_interpreter[5].split()[1:] == ["0", "True"]

@@ -7,6 +7,8 @@ adds those up, and a second pass reads each chunk out from the state it starts w
 but those of the last chunk twice, so there are only as many chunks as it takes, and one where the batch is large.
 
 The rows of the next tokens are asked for before the present ones are computed: nothing in the loop waits for memory.
+From Hopper on, the programs of a later kernel may take their places and load their first tokens while the kernel before
+still runs, and wait only where they need what it writes (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssmc.runtime.scan.gpu.kernels import LOG2_E, advance, read_out, silu, time_step, zero_tiles
 from ssmc.runtime.scan.gpu.lanes import chain
@@ -38,6 +41,7 @@ class Chunks:
         tokens: loaded together, while as many before them are computed.
         chunk: tokens of a program, a multiple of `tokens`; at least the length: one pass.
         registers: of a thread at most, so that more programs run side by side; 0: as many as it takes.
+        overlap: start the kernel of a later pass before the one before it has ended; needs compute capability 9.0.
     """
 
     block: int = 64
@@ -45,6 +49,7 @@ class Chunks:
     tokens: int = 4
     chunk: int = 1 << 30
     registers: int = 0
+    overlap: bool = False
 
 
 @triton.jit
@@ -159,6 +164,7 @@ def chunk_kernel(
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
     STARTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk of a block of channels of one sequence, by MODE.
 
@@ -175,9 +181,6 @@ def chunk_kernel(
     rates = load_rates(A_ptr, starts_ptr, across, here, chunk < 0, channels, states, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
     slot = row * chunks + part
-    h = zero_tiles(PARTS, BLOCK)
-    if STARTED:
-        h = load_states(starts_ptr + slot * size, across, here, channels, 1, PARTS)
     total = tl.zeros((BLOCK,), tl.float32)
     first = part.to(tl.int64) * chunk
     count = tl.minimum(length - part * chunk, chunk)
@@ -186,12 +189,6 @@ def chunk_kernel(
     B_ptr += row * B_batch + first * B_token
     C_ptr += row * C_batch + first * C_token
     z_ptr += row * z_batch + first * z_token
-    if MODE == STATES:
-        y_ptr += (row * (length + 1) + first) * size
-        if part == 0:
-            store_states(y_ptr, across, channels, channels, 1, h, PARTS)
-    else:
-        y_ptr += (row * length + first) * channels
     if MODE == OUTPUTS:
         skip = tl.load(skip_ptr + d, mask=here, other=0.0).to(tl.float32)
     us = load_rows(u_ptr, u_token, count, d, channels, TOKENS)
@@ -199,6 +196,17 @@ def chunk_kernel(
     if MODE == OUTPUTS:
         if GATED:
             zs = load_rows(z_ptr, z_token, count, d, channels, TOKENS)
+    h = zero_tiles(PARTS, BLOCK)
+    if STARTED:
+        if OVERLAP:
+            gdc_wait()
+        h = load_states(starts_ptr + slot * size, across, here, channels, 1, PARTS)
+    if MODE == STATES:
+        y_ptr += (row * (length + 1) + first) * size
+        if part == 0:
+            store_states(y_ptr, across, channels, channels, 1, h, PARTS)
+    else:
+        y_ptr += (row * length + first) * channels
     for start in range(0, count, TOKENS):
         left = count - start
         Bs = load_readers(B_ptr, B_token, left, PARTS, B_ALIGNED, TOKENS)
@@ -265,12 +273,15 @@ def carry_kernel(
     CONTINUES: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Turn what each chunk makes of a zero state into the state the next one starts from, in place.
 
     Grid (blocks of N D states, sequences). prod_t exp(dt_t A) = exp(A sum_t dt_t): a chunk's decay needs one number a
     channel. `state` (B, D, N) goes before all, if CONTINUES.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     size = channels * states
@@ -283,6 +294,8 @@ def carry_kernel(
         h = tl.zeros((BLOCK,), tl.float32)
     starts_ptr += row * chunks * size
     sums_ptr += row * chunks * channels
+    if OVERLAP:
+        gdc_wait()
     tl.store(starts_ptr + i, h, mask=here)
     group = tl.arange(0, GROUP)
     for first in range(0, chunks - 1, GROUP):
@@ -341,6 +354,8 @@ class Chunked:
             "enable_fp_fusion": True,  # Triton 3.10 will not by itself
             **({"maxnreg": plan.registers} if plan.registers else {}),
         }
+        self.overlaps = plan.overlap and self.chunks > 1
+        self.after_another = {"OVERLAP": self.overlaps, **({"launch_pdl": True} if self.overlaps else {})}
         self.starts: torch.Tensor | None = None  # (B, chunks, N, D); None: the only chunk starts from zero
         if self.chunks > 1:
             self.starts = self._starts(state)
@@ -370,6 +385,7 @@ class Chunked:
             BLOCK=block,
             GROUP=group,
             num_warps=4,
+            **self.after_another,
         )
         return starts
 
@@ -383,6 +399,7 @@ class Chunked:
         """Launch `chunk_kernel`; `written` is what the mode writes: sums, or y and the final state, or all states."""
         inputs = self.inputs
         started = mode.value != ENDS.value and starts is not None
+        later = self.after_another if started and self.chunks > 1 else {"OVERLAP": self.overlaps}
         starts = self.A if starts is None else starts
         y, other = written[0], written[-1]
         chunk_kernel[grid](
@@ -393,6 +410,7 @@ class Chunked:
             **self.options,
             GATED=inputs.z is not None,
             STARTED=started,
+            **later,
         )
 
 

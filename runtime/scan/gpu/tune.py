@@ -35,6 +35,11 @@ LANES = (Lanes(4, 4, 16), Lanes(8, 4, 16), Lanes(8, 8, 16, registers=128))
 MORE_LANES = tuple(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (8, 8), (16, 8), (16, 16)))
 CUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # chunks
 MORE_CUTS = (3, 6, 12, 24, 48, 96)
+BLOCKS = ((64, 2), (64, 4), (32, 4))  # channels of a program of `Chunks`, and tokens loaded together
+FEW_STATES = 4  # leave registers for more tokens in flight
+BLOCKS_OF_FEW = ((64, 4), (128, 4), (32, 4), (64, 8), (32, 8))
+MORE_BLOCKS = ((128, 8), (64, 16), (32, 16))
+OVERLAPPING = (9, 0)  # compute capability from which on kernels may overlap
 PROGRAMS = (500, 7000)  # of `Chunks` that are worth trying
 
 
@@ -112,11 +117,12 @@ def timings(
 ) -> Iterator[Timed]:
     """The time of every candidate for every work, as long as there are seconds left."""
     end = time.monotonic() + seconds
+    overlap = may_overlap(device)
     size = None
     for work in works:
         if (work.d_inner, work.batch) != size:  # what the works of a size need is compiled together
             size = (work.d_inner, work.batch)
-            together = [(w, p) for w in works if (w.d_inner, w.batch) == size for p in candidates(w, thorough)]
+            together = [(w, p) for w in works if (w.d_inner, w.batch) == size for p in candidates(w, thorough, overlap)]
             compile_all(device, together, dtype, end)
         if time.monotonic() > end:
             return
@@ -124,25 +130,35 @@ def timings(
         count = max(1, min(12, UNCACHED // (4 * first.u.nbytes)))
         shape = (work.batch, MEASURED, work.d_inner, work.states, dtype, device)
         sets = [first, *(random_inputs(*shape, seed=seed) for seed in range(1, count))]
-        for plan in candidates(work, thorough):
+        for plan in candidates(work, thorough, overlap):
             if time.monotonic() > end:
                 return
             seconds_each = seconds_of(lambda i, p=plan: run(i, plan=p), sets)
             yield Timed(work, plan, 1e6 * seconds_each)
 
 
-def candidates(work: Work, thorough: bool = True) -> list[Plan]:
-    """The plans worth trying for a work."""
+def candidates(work: Work, thorough: bool = True, overlap: bool = False) -> list[Plan]:
+    """The plans worth trying for a work; `overlap`: on a GPU whose kernels may."""
     plans: list[Plan] = [] if work.states > 64 else [*LANES, *(MORE_LANES if thorough else ())]
-    few = ((64, 4), (128, 4), (32, 4)) if work.states <= 4 else ((64, 2), (64, 4), (32, 4))  # channels and tokens
-    for block, tokens in (*few, (64, 8)) if thorough and work.states <= 4 else few:
+    blocks = BLOCKS_OF_FEW if work.states <= FEW_STATES else BLOCKS
+    if thorough and work.states <= 2 * FEW_STATES:
+        blocks = (*blocks, *MORE_BLOCKS) if work.states <= FEW_STATES else (*blocks, (64, 8), (32, 8))
+    for block, tokens in blocks:
         programs = work.batch * triton.cdiv(work.d_inner, block)
         for cut in sorted((*CUTS, *MORE_CUTS) if thorough else CUTS):
-            if PROGRAMS[0] <= programs * cut <= PROGRAMS[1] and (block > 32 or cut == 1):
-                plans.append(Chunks(block, 1, tokens, triton.cdiv(MEASURED, cut * tokens) * tokens))
+            if PROGRAMS[0] <= programs * cut <= PROGRAMS[1]:
+                chunk = triton.cdiv(MEASURED, cut * tokens) * tokens
+                plans.append(Chunks(block, 1, tokens, chunk, overlap=overlap and cut > 1))
                 if thorough and 8 < work.states < 16 and tokens == 4:
                     plans.append(replace(plans[-1], registers=168))  # one program more on a multiprocessor
+                if thorough and overlap and cut > 1 and (block, tokens) in BLOCKS[:2]:
+                    plans.append(replace(plans[-1], overlap=False))
     return plans
+
+
+def may_overlap(device: torch.device) -> bool:
+    """Whether kernels of a GPU may start before those before them have ended."""
+    return torch.cuda.get_device_capability(device) >= OVERLAPPING
 
 
 def compile_all(device: torch.device, pairs: Sequence[tuple[Work, Plan]], dtype: torch.dtype, end: float) -> None:
