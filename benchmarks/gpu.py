@@ -12,7 +12,8 @@ that fails keeps the rows it had and gets one more that says why.
 Sections, most worth first:
 
 - `tests`: pytest of every test file that runs kernels, by name, one process for files that compile the same kernels.
-- `scan`: the Mamba-1 scan against its bytes and mamba-ssm (gpu_scan.py).   - `ssd`: the Mamba-2 scan (gpu_ssd.py).
+- `tune`: every way to run the Mamba-1 scan; the best are kept.   - `scan`: against its bytes and mamba-ssm, by what
+  tune chose.   - `gradients`: forward and backward (all three: gpu_scan.py).   - `ssd`: the Mamba-2 scan (gpu_ssd.py).
 - `decode`: a token of a 22 M Mamba, launched from Python, from a CUDA graph, as `ssmc generate` runs it, by mamba-ssm.
 - `compress`: 130M shapes, 64 x 2048 tokens, as a command; and the start-up alone.
 - `commands`: every command on the embedded models, beside mamba_ssm and causal_conv1d where they are installed.
@@ -76,7 +77,9 @@ class Section:
 
 SECTIONS = (
     Section("tests", 180),
-    Section("scan", 75, "gpu_scan", ("--section", "scan")),
+    Section("tune", 110, "gpu_scan", ("--section", "tune")),
+    Section("scan", 60, "gpu_scan", ("--section", "scan")),
+    Section("gradients", 30, "gpu_scan", ("--section", "gradients")),
     Section("ssd", 90, "gpu_ssd"),
     Section("decode", 45),
     Section("compress", 75),
