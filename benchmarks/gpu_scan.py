@@ -6,7 +6,8 @@
 
 - `scan`: a short `tune` unless one has been stored, then prefill at the shapes of Mamba 130M and 2.8B, batch 1 and 8.
   `floor` is the time the bytes alone take (u, dt, z, B, C read once, y and the state written once) at the bandwidth
-  of a large copy, bytes read and written counted. mamba-ssm gets its tensors in its own layout, time last, and makes no copies.
+  of a large copy, bytes read and written counted. mamba-ssm gets its tensors in its own layout, time last, and makes no
+  copies.
 - `tune`: what `ssmc.runtime.scan.gpu.tune` times, every figure of it.
 - `gradients`: forward and backward against mamba-ssm's, with the memory they take.
 - `sums`: what calibration needs, from registers, against the states written to memory and summed by torch.

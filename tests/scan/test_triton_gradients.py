@@ -31,10 +31,10 @@ def on_cpu(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.cpu() for name, t in found.items()}
 
 
-# chunks of 8 tokens (4 from 9 states on) and blocks of 32 channels, full, partial and several
+# chunks of 32 tokens, 8 at a time (4 from 9 states on), and blocks of 32 channels, full, partial and several
 @pytest.mark.parametrize(
     ("batch", "length", "d_inner", "d_state", "gated"),
-    [(2, 13, 35, 3, True), (1, 1, 3, 1, True), (1, 16, 32, 5, False), (1, 6, 2, 17, True)],
+    [(2, 13, 35, 3, True), (1, 1, 3, 1, True), (1, 16, 32, 5, False), (1, 6, 2, 17, True), (1, 75, 2, 9, True)],
 )
 def test_equal_autograd_through_the_formula(batch, length, d_inner, d_state, gated):
     inputs = random_inputs(batch, length, d_inner, d_state, gated=gated)
@@ -55,10 +55,10 @@ def test_equal_those_of_the_cpu_and_leave_what_was_read_alone():
 
 
 def test_stretches_of_tokens_add_up_to_the_whole():
-    inputs = random_inputs(2, 21, 6, 2)
+    inputs = random_inputs(2, 41, 6, 2)
     state = random_state(inputs)
     y_weight, last_weight = (w.to(DEVICE) for w in weights(inputs, state))
-    stretch_bytes = 4 * 2 * 6 * 2  # one chunk of states: stretches of 8 tokens
+    stretch_bytes = 4 * 2 * 6 * 2  # one chunk of states: stretches of 32 tokens
     whole = gpu.backward.gradients(moved(inputs), state.to(DEVICE), y_weight, last_weight)
     cut = gpu.backward.gradients(moved(inputs), state.to(DEVICE), y_weight, last_weight, stretch_bytes)
     named = [name for name, t in whole._asdict().items() if t is not None]

@@ -1,9 +1,10 @@
 """Gradients of the selective scan on a GPU, as a torch.autograd.Function.
 
 Nothing but what the scan reads is kept for the backward pass. It goes over stretches of tokens from the last to the
-first, so that what it needs in between is bounded. A stretch is cut into chunks of a few tokens: one pass finds the
-state each chunk starts from, a second one, backwards in time, the gradient of the state each chunk ends with, and
-`chunk_gradients_kernel` then replays every chunk and steps back through it with all of its states in registers.
+first, so that what it needs in between is bounded; most sequences are one stretch. A stretch is cut into chunks: one
+pass finds the state each chunk starts from, a second one, backwards in time, the gradient of the state each chunk ends
+with, and `chunk_gradients_kernel` then steps back through every chunk, a few tokens at a time. The states of these lie
+in registers; that before them is computed anew from the start of the chunk, which costs less than to keep it.
 
 With h_t = a_t h_{t-1} + w_t B_t, a_t = exp(dt_t A), w_t = dt_t u_t, o_t = h_t C_t + D u_t and y_t = o_t silu(z_t), and
 g_t standing for the gradient of h_t, the chain rule gives per token
@@ -44,6 +45,7 @@ from ssmc.runtime.scan.inputs import ScanInputs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 32  # channels of a program
+CHUNK = 32  # tokens of a program, of which it recomputes (1 + 2 + ... ) / n times as many as it has
 STRETCH_BYTES = 16 << 20  # of the states that chunks of a stretch start from, at least
 
 
@@ -63,7 +65,7 @@ def back_through(r, rates, step, drive, g, C, PARTS: tl.constexpr):
     return before
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "zero"])
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "zero"])
 def chunk_tails_kernel(
     dt_ptr,
     dt_batch,
@@ -82,6 +84,7 @@ def chunk_tails_kernel(
     ends_ptr,
     sums_ptr,
     length,
+    chunk,
     chunks,
     channels,
     states,
@@ -93,7 +96,7 @@ def chunk_tails_kernel(
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """What a chunk of TOKENS tokens makes of no gradient from later tokens, and the sum of its time steps.
+    """What a chunk of tokens makes of no gradient from later tokens, and the sum of its time steps.
 
     Grid (blocks of channels, chunks, sequences). Written to `ends` (B, chunks + 1, N, D), at the chunk's own place,
     and `sums` (B, chunks, D).
@@ -103,27 +106,36 @@ def chunk_tails_kernel(
     part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = d < channels
     size = channels * states
-    first = part.to(tl.int64) * TOKENS
-    left = length - part * TOKENS
+    first = part.to(tl.int64) * chunk
+    count = tl.minimum(length - part * chunk, chunk)
+    dt_ptr += row * dt_batch + first * dt_token
+    z_ptr += row * z_batch + first * z_token
+    C_ptr += row * C_batch + first * C_token
+    dy_ptr += row * dy_batch + first * dy_token
     rates = load_rates(A_ptr, ends_ptr, across, here, length < 0, channels, states, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
-    dts = load_rows(dt_ptr + row * dt_batch + first * dt_token, dt_token, left, d, channels, TOKENS)
-    dys = load_rows(dy_ptr + row * dy_batch + first * dy_token, dy_token, left, d, channels, TOKENS)
-    if GATED:
-        zs = load_rows(z_ptr + row * z_batch + first * z_token, z_token, left, d, channels, TOKENS)
-    Cs = load_readers(C_ptr + row * C_batch + first * C_token, C_token, left, PARTS, C_ALIGNED, TOKENS)
     r = zero_tiles(PARTS, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for t in tl.static_range(TOKENS - 1, -1, -1):
-        step = time_step(dts[t], bias, SOFTPLUS)
-        if SOFTPLUS:
-            step = tl.where(t < left, step, 0.0)
-        total += step
-        g = dys[t].to(tl.float32)
+    for done in range(0, chunk, TOKENS):
+        at = (chunk - TOKENS - done).to(tl.int64)
+        left = count - (chunk - TOKENS - done)  # none of the tokens is there, if not positive
+        dts = load_rows(dt_ptr + at * dt_token, dt_token, left, d, channels, TOKENS)
+        dys = load_rows(dy_ptr + at * dy_token, dy_token, left, d, channels, TOKENS)
         if GATED:
-            z = zs[t].to(tl.float32)
-            g = g * z * opened(z)
-        r = back_through(r, rates, step, step, g, Cs[t], PARTS)
+            zs = load_rows(z_ptr + at * z_token, z_token, left, d, channels, TOKENS)
+        Cs = load_readers(
+            C_ptr + tl.minimum(at, count - 1) * C_token, C_token, tl.maximum(left, 1), PARTS, C_ALIGNED, TOKENS
+        )
+        for t in tl.static_range(TOKENS - 1, -1, -1):
+            step = time_step(dts[t], bias, SOFTPLUS)
+            if SOFTPLUS:
+                step = tl.where(t < left, step, 0.0)
+            total += step
+            g = dys[t].to(tl.float32)
+            if GATED:
+                z = zs[t].to(tl.float32)
+                g = g * z * opened(z)
+            r = back_through(r, rates, step, step, g, Cs[t], PARTS)
     tl.store(sums_ptr + (row * chunks + part) * channels + d, total, mask=here)
     store_states(ends_ptr + (row * (chunks + 1) + part) * size, across, channels, channels, 1, r, PARTS)
 
@@ -165,7 +177,7 @@ def carry_back_kernel(
         r = last_of(state, GROUP)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "zero"])
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "zero"])
 def chunk_gradients_kernel(
     u_ptr,
     u_batch,
@@ -198,6 +210,7 @@ def chunk_gradients_kernel(
     dC_ptr,
     sums_ptr,
     length,
+    chunk,
     chunks,
     channels,
     states,
@@ -210,7 +223,7 @@ def chunk_gradients_kernel(
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """The gradients of one chunk of TOKENS tokens of a block of channels.
+    """The gradients of one chunk of tokens of a block of channels, TOKENS of them at a time.
 
     Grid (blocks of channels, chunks, sequences). `starts` (B, chunks, N, D), the states before the chunks, is
     overwritten with each chunk's share of dA'; `ends` (B, chunks + 1, N, D) holds the gradients of the states around
@@ -222,70 +235,88 @@ def chunk_gradients_kernel(
     part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = d < channels
     size = channels * states
-    first = part.to(tl.int64) * TOKENS
-    left = length - part * TOKENS
+    first = part.to(tl.int64) * chunk
+    count = tl.minimum(length - part * chunk, chunk)
     slot = row * chunks + part
     starts_ptr += slot * size
+    u_ptr += row * u_batch + first * u_token
+    dt_ptr += row * dt_batch + first * dt_token
+    z_ptr += row * z_batch + first * z_token
+    B_ptr += row * B_batch + first * B_token
+    C_ptr += row * C_batch + first * C_token
+    dy_ptr += row * dy_batch + first * dy_token
     rates = load_rates(A_ptr, starts_ptr, across, here, length < 0, channels, states, PARTS)
-    h = load_states(starts_ptr, across, here, channels, 1, PARTS)
     r = load_states(ends_ptr + (row * (chunks + 1) + part + 1) * size, across, here, channels, 1, PARTS)
     bias = tl.load(bias_ptr + d, mask=here, other=0.0) if SOFTPLUS else 0.0
     skip = tl.load(skip_ptr + d, mask=here, other=0.0).to(tl.float32)
-    us = load_rows(u_ptr + row * u_batch + first * u_token, u_token, left, d, channels, TOKENS)
-    dts = load_rows(dt_ptr + row * dt_batch + first * dt_token, dt_token, left, d, channels, TOKENS)
-    dys = load_rows(dy_ptr + row * dy_batch + first * dy_token, dy_token, left, d, channels, TOKENS)
-    if GATED:
-        zs = load_rows(z_ptr + row * z_batch + first * z_token, z_token, left, d, channels, TOKENS)
-    Bs = load_readers(B_ptr + row * B_batch + first * B_token, B_token, left, PARTS, B_ALIGNED, TOKENS)
-    Cs = load_readers(C_ptr + row * C_batch + first * C_token, C_token, left, PARTS, C_ALIGNED, TOKENS)
-    steps, befores = (), ()
-    for k in tl.static_range(TOKENS):
-        step = time_step(dts[k], bias, SOFTPLUS)
-        if SOFTPLUS:
-            step = tl.where((k < left) & here, step, 0.0)
-        steps = steps + (step,)
-        befores = befores + (h,)
-        h = advance(h, rates, step, step * us[k].to(tl.float32), Bs[k], PARTS)
-
-    at = (first * channels + row * d_batch) + d
+    written = (first * channels + row * d_batch) + d
     reader = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + row) * length + first
     d_rates = zero_tiles(PARTS, BLOCK)
     d_skip, d_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for t in tl.static_range(TOKENS - 1, -1, -1):
-        before, step, u, g = befores[t], steps[t], us[t].to(tl.float32), dys[t].to(tl.float32)
-        inside = t < left
+    last = (count - 1) // TOKENS * TOKENS
+    for done in range(0, count, TOKENS):
+        at = (last - done).to(tl.int64)
+        left = count - (last - done)
+        h = load_states(starts_ptr, across, here, channels, 1, PARTS)
+        for replayed in range(0, last - done, TOKENS):
+            dts = load_rows(dt_ptr + replayed * dt_token, dt_token, TOKENS, d, channels, TOKENS)
+            us = load_rows(u_ptr + replayed * u_token, u_token, TOKENS, d, channels, TOKENS)
+            Bs = load_readers(B_ptr + replayed * B_token, B_token, TOKENS, PARTS, B_ALIGNED, TOKENS)
+            for k in tl.static_range(TOKENS):
+                step = time_step(dts[k], bias, SOFTPLUS)
+                h = advance(h, rates, step, step * us[k].to(tl.float32), Bs[k], PARTS)
+        us = load_rows(u_ptr + at * u_token, u_token, left, d, channels, TOKENS)
+        dts = load_rows(dt_ptr + at * dt_token, dt_token, left, d, channels, TOKENS)
+        dys = load_rows(dy_ptr + at * dy_token, dy_token, left, d, channels, TOKENS)
         if GATED:
-            z = zs[t].to(tl.float32)
-            gate = opened(z)
-            out = read_out(h, Cs[t], PARTS) + skip * u
-            dz = g * out * gate * (1 + z * (1 - gate))
-            tl.store(dz_ptr + at + t * channels, dz.to(dz_ptr.dtype.element_ty), mask=here & inside)
-            g = g * z * gate
-        d_drive, d_power = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        earlier, grown = (), ()
-        n = 0
-        for i in tl.static_range(len(PARTS)):
-            to = (reader + t) * states + n + tl.arange(0, PARTS[i])
-            through = r[i] + g[None, :] * Cs[t][i].to(tl.float32)[:, None]
-            tl.store(dC_ptr + to, tl.sum(h[i] * g[None, :], axis=1), mask=inside)
-            tl.store(dB_ptr + to, tl.sum(through * (step * u)[None, :], axis=1), mask=inside)
-            d_drive += tl.sum(through * Bs[t][i].to(tl.float32)[:, None], axis=0)
-            through *= tl.exp2(step[None, :] * rates[i])
-            power = through * before[i]
-            d_power += tl.sum(power * rates[i], axis=0)
-            grown = grown + (d_rates[i] + power * step[None, :],)
-            earlier = earlier + (through,)
-            n += PARTS[i]
-        r, d_rates, h = earlier, grown, before
-        d_step = d_drive * u + d_power * LN_2
-        if SOFTPLUS:
-            d_step *= opened(dts[t].to(tl.float32) + bias)
-            d_bias += tl.where(inside, d_step, 0.0)
-        d_skip += g * u
-        tl.store(
-            du_ptr + at + t * channels, (d_drive * step + g * skip).to(du_ptr.dtype.element_ty), mask=here & inside
-        )
-        tl.store(ddt_ptr + at + t * channels, d_step.to(ddt_ptr.dtype.element_ty), mask=here & inside)
+            zs = load_rows(z_ptr + at * z_token, z_token, left, d, channels, TOKENS)
+        Bs = load_readers(B_ptr + at * B_token, B_token, left, PARTS, B_ALIGNED, TOKENS)
+        Cs = load_readers(C_ptr + at * C_token, C_token, left, PARTS, C_ALIGNED, TOKENS)
+        steps, befores = (), ()
+        for k in tl.static_range(TOKENS):
+            step = time_step(dts[k], bias, SOFTPLUS)
+            if SOFTPLUS:
+                step = tl.where((k < left) & here, step, 0.0)
+            steps = steps + (step,)
+            befores = befores + (h,)
+            h = advance(h, rates, step, step * us[k].to(tl.float32), Bs[k], PARTS)
+        for t in tl.static_range(TOKENS - 1, -1, -1):
+            before, step, u, g = befores[t], steps[t], us[t].to(tl.float32), dys[t].to(tl.float32)
+            inside = t < left
+            if GATED:
+                z = zs[t].to(tl.float32)
+                gate = opened(z)
+                out = read_out(h, Cs[t], PARTS) + skip * u
+                dz = g * out * gate * (1 + z * (1 - gate))
+                tl.store(dz_ptr + written + (at + t) * channels, dz.to(dz_ptr.dtype.element_ty), mask=here & inside)
+                g = g * z * gate
+            d_drive, d_power = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+            earlier, grown = (), ()
+            n = 0
+            for i in tl.static_range(len(PARTS)):
+                to = (reader + at + t) * states + n + tl.arange(0, PARTS[i])
+                through = r[i] + g[None, :] * Cs[t][i].to(tl.float32)[:, None]
+                tl.store(dC_ptr + to, tl.sum(h[i] * g[None, :], axis=1), mask=inside)
+                tl.store(dB_ptr + to, tl.sum(through * (step * u)[None, :], axis=1), mask=inside)
+                d_drive += tl.sum(through * Bs[t][i].to(tl.float32)[:, None], axis=0)
+                through *= tl.exp2(step[None, :] * rates[i])
+                power = through * before[i]
+                d_power += tl.sum(power * rates[i], axis=0)
+                grown = grown + (d_rates[i] + power * step[None, :],)
+                earlier = earlier + (through,)
+                n += PARTS[i]
+            r, d_rates, h = earlier, grown, before
+            d_step = d_drive * u + d_power * LN_2
+            if SOFTPLUS:
+                d_step *= opened(dts[t].to(tl.float32) + bias)
+                d_bias += tl.where(inside, d_step, 0.0)
+            d_skip += g * u
+            tl.store(
+                du_ptr + written + (at + t) * channels,
+                (d_drive * step + g * skip).to(du_ptr.dtype.element_ty),
+                mask=here & inside,
+            )
+            tl.store(ddt_ptr + written + (at + t) * channels, d_step.to(ddt_ptr.dtype.element_ty), mask=here & inside)
     store_states(starts_ptr, across, channels, channels, 1, d_rates, PARTS)
     sums_ptr += slot * channels + d
     tl.store(sums_ptr, d_skip, mask=here)
@@ -357,10 +388,10 @@ def gradients(
         stretch_bytes: memory for the states that the chunks of a stretch start from; None takes an eighth of what the
             sequences take, so that forward and backward together need about twice the memory of the forward alone.
     """
-    tokens = 8 if inputs.d_state <= 8 else 4  # more states of a chunk do not fit into registers
+    tokens = 8 if inputs.d_state <= 8 else 4  # the states of more do not fit into registers
     stretch_bytes = stretch_bytes or max(STRETCH_BYTES, inputs.u.nbytes // 2)
     chunks = max(1, stretch_bytes // (4 * inputs.batch * inputs.d_inner * inputs.d_state))
-    stretch = min(chunks * tokens, triton.cdiv(inputs.length, tokens) * tokens)
+    stretch = min(chunks * CHUNK, triton.cdiv(inputs.length, tokens) * tokens)
     coarse = Chunked(inputs, state, Chunks(BLOCK, 1, tokens, stretch))  # the states before each stretch
     found = _empty(inputs)
     shape = (inputs.batch, inputs.d_state, inputs.d_inner)
@@ -397,7 +428,7 @@ class _Stretch:
     def __init__(self, inputs: ScanInputs, start: torch.Tensor | None, dy: torch.Tensor, tokens: int):
         self.inputs, self.tokens = inputs, tokens
         self.dy = dy if dy.stride(2) == 1 else dy.contiguous()
-        self.scan = Chunked(inputs, start, Chunks(BLOCK, 1, tokens, tokens))
+        self.scan = Chunked(inputs, start, Chunks(BLOCK, 1, tokens, CHUNK))
         self.blocks, self.chunks, self.batch = self.scan.grid
 
     def add_to(self, found: Gradients, r: torch.Tensor, where: slice) -> torch.Tensor:
@@ -421,7 +452,7 @@ class _Stretch:
         sums = torch.empty(2, batch, self.chunks, D, dtype=torch.float32, device=r.device)
         chunk_tails_kernel[scan.grid](
             *(*scan.sequences[3:9], *scan.sequences[12:], *self._strided(self.dy)),
-            *(scan.A, scan.bias, ends, sums, inputs.length, self.chunks, D, N, 0),
+            *(scan.A, scan.bias, ends, sums, inputs.length, scan.chunk, self.chunks, D, N, 0),
             **self._options("B_ALIGNED"),
         )
         group = carried_together(self.chunks)
@@ -449,7 +480,7 @@ class _Stretch:
         chunk_gradients_kernel[scan.grid](
             *(*scan.sequences, *self._strided(self.dy)),
             *(scan.A, scan.bias, inputs.D.contiguous(), scan.starts, ends, du, ddt, dz, du.stride(0)),
-            *(dB, dC, sums, inputs.length, self.chunks, inputs.d_inner, inputs.d_state, 0),
+            *(dB, dC, sums, inputs.length, scan.chunk, self.chunks, inputs.d_inner, inputs.d_state, 0),
             **self._options(),
         )
         return dB, dC
