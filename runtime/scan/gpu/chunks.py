@@ -26,7 +26,7 @@ from ssmc.runtime.scan.inputs import ScanInputs
 
 WARP = 32
 CARRIED = 2048  # numbers that a program of `carry_kernel` loads together
-FEW, MANY = 16, 64  # chunks they come from
+GROUPS = (16, 64, 128)  # chunks they come from: the first that holds all, so that few kernels are compiled
 
 ENDS, OUTPUTS, STATES = (tl.constexpr(mode) for mode in range(3))  # what `chunk_kernel` writes
 
@@ -315,8 +315,8 @@ def parts_of(states: int) -> tuple[int, ...]:
 
 
 def carried_together(chunks: int) -> int:
-    """How many chunks a program of `carry_kernel` takes at a time; two numbers, so that few kernels are compiled."""
-    return FEW if chunks <= FEW else MANY
+    """How many chunks a program of `carry_kernel` takes at a time."""
+    return next((group for group in GROUPS if chunks <= group), GROUPS[-1])
 
 
 def aligned(tensor: torch.Tensor) -> int:

@@ -162,23 +162,21 @@ def may_overlap(device: torch.device) -> bool:
 
 
 def compile_all(device: torch.device, pairs: Sequence[tuple[Work, Plan]], dtype: torch.dtype, end: float) -> None:
-    """Compile what the plans need, several kernels at once, by running short scans."""
+    """Compile what the plans need, several kernels at once, by running each once."""
     jobs = {}
     for work, plan in pairs:
-        if isinstance(plan, Chunks):  # one pass or two, and what adds up few chunks or many
-            count = triton.cdiv(MEASURED, plan.chunk)
-            cut = min(1, count - 1) + (count - 1 > chunks.FEW)
-            jobs.setdefault((replace(plan, chunk=0), cut, work.states), (work, plan, (512, 256, 16)[cut]))
-        else:
-            jobs.setdefault(plan, (work, plan, 0))
+        key: object = plan
+        if isinstance(plan, Chunks):  # one pass or two, and what adds up so many chunks
+            carried = triton.cdiv(MEASURED, plan.chunk) - 1
+            group = chunks.carried_together(carried) if carried else 0
+            key = (replace(plan, chunk=0), group, work.states)
+        jobs.setdefault(key, (work, plan))
 
-    def job(work: Work, plan: Plan, chunk: int) -> None:
+    def job(work: Work, plan: Plan) -> None:
         if time.monotonic() > end:
             return
-        length = 512
-        plan = replace(plan, chunk=chunk) if chunk else plan
         with torch.no_grad(), suppress(RuntimeError):  # what cannot be compiled says so when it is timed
-            run(random_inputs(1, length, work.d_inner, work.states, dtype, device), plan=plan)
+            run(random_inputs(1, MEASURED, work.d_inner, work.states, dtype, device), plan=plan)
 
     with ThreadPoolExecutor(COMPILING) as pool:
         list(pool.map(lambda each: job(*each), jobs.values()))
