@@ -64,24 +64,39 @@ CUTS = {
 }
 WORDED = json.loads((Path(tests.support.__file__).parent / "configs_457.json").read_text(encoding="utf-8"))
 """Configurations as hubs have them, in the words of transformers 4.57, which both releases read."""
-CHANGED = {"bamba": {"hidden_size": 32, "mamba_n_heads": 8}}  # rotary positions turn an even part of a head
+CHANGED = {
+    "bamba": {"hidden_size": 32, "mamba_n_heads": 8},  # rotary positions turn an even part of a head
+    "falcon_h1": {"head_dim": 6},  # which the published ones say, and mlx-lm wants to read
+}
+VARIANTS = {
+    "falcon_h1-unscaled": ("falcon_h1", {"attention_in_multiplier": 1.0, "key_multiplier": 1.0}),
+    "jamba-dense": ("jamba", {"num_experts": 1}),
+}
+"""Models of a family whose software does something else with others: name -> family, and what is changed."""
+CALM = {"zamba2": ("in_proj", 0.5)}
+"""Matrices that are multiplied by a factor, without which rounding the weights to float32 moves logits by 1e-4."""
 OTHER_CUTS = (Cut("half of the states", "column", 0.5),)
 
 
 def models(folder: Path) -> dict[str, str]:
     """Every model by name, and what it is loaded from; the random ones are written into a folder."""
     found = {name: name for name in TRAINED}
-    for family in FAMILIES:
-        directory = folder / family / "model"
+    for name, (family, changes) in ({family: (family, {}) for family in FAMILIES} | VARIANTS).items():
+        directory = folder / name / "model"
         if not directory.is_dir():
-            _save_random(directory, WORDED[family] | {"vocab_size": TINY_VOCAB} | CHANGED.get(family, {}))
-        found[f"{family}, random"] = str(directory)
+            stored = WORDED[family] | {"vocab_size": TINY_VOCAB} | CHANGED.get(family, {}) | changes
+            _save_random(directory, stored, *CALM.get(family, ("", 1.0)))
+        found[f"{name}, random"] = str(directory)
     return found
 
 
-def _save_random(directory: Path, stored: dict[str, Any]) -> None:
-    """A random model with a tokenizer whose config.json is exactly `stored`."""
+@torch.no_grad()
+def _save_random(directory: Path, stored: dict[str, Any], calm: str, factor: float) -> None:
+    """A random model with a tokenizer whose config.json is exactly `stored`; matrices named `calm` take a factor."""
     model = roughen(AutoModelForCausalLM.from_config(read_config(stored, Path("config.json"))))
+    for name, matrix in model.named_parameters():
+        if calm and name.endswith(f"{calm}.weight"):
+            matrix.mul_(factor)
     model.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(stored, indent=1), encoding="utf-8")
     with_tokenizer(directory)
@@ -134,7 +149,9 @@ def read_tokens(source: str) -> list[int]:
 
 @torch.inference_mode()
 def reference(masked: str | Path, tokens: list[int], first: int, shrunk: Path | None = None) -> dict[str, torch.Tensor]:
-    """(L, V) logits of L tokens by stock transformers, without a scan of ours, by what is done about time steps.
+    """(L, V) float64 logits of L tokens by stock transformers, in float64, by what is done about time steps.
+
+    So what is found is a consumer's own rounding, and not the sum of two. There is no scan of ours in it.
 
     Args:
         masked: of the original shape.
@@ -147,20 +164,21 @@ def reference(masked: str | Path, tokens: list[int], first: int, shrunk: Path | 
         The model's under LIMITED. Where the model limits its time steps, which some consumers do not, also those of a
         model that never does, and of one that does only in the prompt.
     """
-    model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), dtype=torch.float32)
+    exact = {"dtype": torch.float64, "experts_implementation": "eager"}  # another has no float64
+    model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), **exact)
     architecture = architecture_for(model.config.model_type)
     if shrunk is not None and architecture.capabilities.heads:
         architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
     model = guard_kernels(model).eval()
     ids = torch.tensor([tokens])
-    found = {LIMITED: model(ids).logits[0]}
+    found = {LIMITED: model(ids).logits[0].double()}
     limits = {module: module.time_step_limit for module in model.modules() if _limits(module)}
     for name, count in ((LIMITED_AT_FIRST, first), (UNLIMITED, 0)) if limits else ():
         for module, (least, most) in limits.items():
             low, high = torch.zeros(1, len(tokens), 1), torch.full((1, len(tokens), 1), math.inf)
             low[:, :count], high[:, :count] = least, most
             module.time_step_limit = low, high  # of every token, which `clamp` takes as it does numbers
-        found[name] = model(ids).logits[0]
+        found[name] = model(ids).logits[0].double()
     return found
 
 

@@ -37,6 +37,7 @@ class Kind:
         options: of that format.
         page: of the documentation, in docs/deploy.
         dense: whether it reads a model that was not exported, too.
+        software: its name in `ssmc.runtime.models.consumers`.
     """
 
     name: str
@@ -47,19 +48,24 @@ class Kind:
     page: str
     options: tuple[tuple[str, str], ...] = ()
     dense: bool = False
+    software: str = ""
 
 
-_CHECKPOINT = {"script": "ask_transformers.py", "format": "safetensors", "page": "transformers", "dense": True}
-_MLX = {"script": "ask_mlx_lm.py", "format": "safetensors", "page": "mlx-lm", "dense": True}
-_GENAI = {"format": "onnx", "page": "openvino-genai", "options": (("target", "genai"),)}
+_READS = {"format": "safetensors", "dense": True}
+_STOCK = {"script": "ask_transformers.py", "page": "transformers", "software": "transformers", **_READS}
+_MLX = {"script": "ask_mlx_lm.py", "page": "mlx-lm", "software": "mlx-lm", **_READS}
+_GRAPH = {"format": "onnx", "page": "onnxruntime", "software": "onnxruntime"}
+_GENAI = {"format": "onnx", "page": "openvino-genai", "options": (("target", "genai"),), "software": "genai"}
+_INTEL = {"format": "onnx", "page": "openvino-genai", "software": "openvino"}
+_GGUF = {"format": "gguf", "page": "llama-cpp", "software": "llama.cpp"}
 
 KINDS = (
-    Kind("transformers-5", "transformers 5", "transformers", **_CHECKPOINT),
-    Kind("transformers-4.57", "transformers 4.57", "transformers", **_CHECKPOINT),
-    Kind("onnxruntime", "onnxruntime", "onnxruntime", "ask_onnxruntime.py", "onnx", "onnxruntime"),
-    Kind("llama-cpp", "llama.cpp", "xllamacpp", "ask_llama_cpp.py", "gguf", "llama-cpp"),
+    Kind("transformers-5", "transformers 5", "transformers", **_STOCK),
+    Kind("transformers-4.57", "transformers 4.57", "transformers", **_STOCK),
+    Kind("onnxruntime", "onnxruntime", "onnxruntime", "ask_onnxruntime.py", **_GRAPH),
+    Kind("llama-cpp", "llama.cpp", "xllamacpp", "ask_llama_cpp.py", **_GGUF),
     Kind("mlx-lm", "mlx-lm, CPU", "mlx-lm", **_MLX),
-    Kind("openvino", "OpenVINO", "openvino", "ask_openvino.py", "onnx", "openvino-genai"),
+    Kind("openvino", "OpenVINO", "openvino", "ask_openvino.py", **_INTEL),
     Kind("genai", "onnxruntime-genai", "onnxruntime-genai", "ask_genai.py", **_GENAI),
 )
 

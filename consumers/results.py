@@ -11,7 +11,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cons
 TOLERANCE = 1e-4
 """Largest difference of a logit or log probability."""
 
-RAN, DIFFERS, FAILED, REFUSED = "ran", "differs", "failed", "no export"
+RAN, DIFFERS, WRONG, FAILED, REFUSED = "ran", "differs", "wrong", "failed", "no export"
 BY_HAND = (
     ("mamba_ssm", "mamba-ssm", "", "by source; by hand with consumers/by_hand/run_mamba_ssm.py", "", ""),
     ("vLLM", "vllm", "", "by source; by hand with consumers/by_hand/run_vllm.py", "", ""),
@@ -29,7 +29,8 @@ class Row:
         model: a name.
         cut: how it was pruned; "dense".
         format: of the export.
-        outcome: "ran" (within the tolerance), "differs", "failed" (to load or run) or "no export" (ssmc refuses).
+        outcome: "ran" (within the tolerance), "differs", "wrong" (by a fault of the consumer's own that ssmc
+            names), "failed" (to load or run) or "no export" (ssmc refuses).
         date: of the run.
         version: of the consumer; empty where its environment could not be made.
         whole: largest difference over whole prompts; None where nothing ran.
@@ -119,7 +120,9 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.outcome == RAN:
         return f"{max(row.whole, row.stepped):.0e}" + "*" * bool(row.reason)
-    return {DIFFERS: f"**differs**, {max(row.whole or 0, row.stepped or 0):.0e}", FAILED: "no"}.get(row.outcome, "-")
+    if row.outcome in (DIFFERS, WRONG):
+        return f"**{row.outcome}**, {max(row.whole or 0, row.stepped or 0):.0e}"
+    return "no" if row.outcome == FAILED else "-"
 
 
 def _reasons(rows: Sequence[Row]) -> str:

@@ -42,6 +42,7 @@ from consumers.results import (
     REFUSED,
     RESULTS,
     TOLERANCE,
+    WRONG,
     Row,
     markdown,
     merged,
@@ -133,8 +134,14 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
                 yield replace(row, outcome=REFUSED, reason=str(error))
                 continue
             row = ask(row, kind, python, export, tokens, wanted)
-            known = computes_otherwise(kind.name, *read_description(find_directory(source), name), wrong=True)
-            yield replace(row, reason=f"{row.reason}: {known}") if known and row.outcome == DIFFERS else row
+            yield explained(row, kind, source) if row.outcome == DIFFERS else row
+
+
+def explained(row: Row, kind: Kind, source: str) -> Row:
+    """A row that differs, as wrong where the consumer is known to compute something else of such a model."""
+    described = read_description(find_directory(source), row.model)
+    known = computes_otherwise(kind.software, *described, wrong=True, version=row.version)
+    return replace(row, outcome=WRONG, reason=f"{row.reason}: {known}") if known else row
 
 
 def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:
@@ -150,7 +157,7 @@ def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 1 if a consumer computes something else than the model."""
+    """Run; 1 if a consumer computes something else than the model, without a fault of its own that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--consumer", action="append", choices=[kind.name for kind in KINDS], help="all unless given")
     parser.add_argument("--model", action="append", help="tiny, tiny-mamba2, jamba ...; all unless given")

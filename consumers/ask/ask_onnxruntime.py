@@ -1,4 +1,7 @@
-"""onnxruntime on a CPU, with nothing but numpy beside it: the states are inputs and outputs."""
+"""onnxruntime on a CPU, with nothing but numpy beside it: the states are inputs and outputs.
+
+Keys and values of attention are empty at first, along the axis that has a name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ class Graph:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.force_spinning_stop", "1")  # else it disturbs who is timed next
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        self.pasts = {i.name: i.shape[1:] for i in self.session.get_inputs() if i.name.startswith("past_")}
+        pasts = (port for port in self.session.get_inputs() if port.name.startswith("past_"))
+        self.pasts = {port.name: [0 if isinstance(n, str) else n for n in port.shape[1:]] for port in pasts}
         self._states: dict[str, np.ndarray] = {}
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""OpenVINO on a CPU reads the ONNX graph as it is: the states are inputs and outputs."""
+"""OpenVINO on a CPU reads the ONNX graph as it is: the states are inputs and outputs.
+
+Keys and values of attention are empty at first, along the axis without a length.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ class Compiled:
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
         self.model = openvino.Core().compile_model(folder / "model.onnx", "CPU", settings)
         named = {port.get_any_name(): port for port in self.model.inputs}
-        self.pasts = {n: p.get_partial_shape() for n, p in named.items() if n.startswith("past_")}
+        pasts = {name: port.get_partial_shape() for name, port in named.items() if name.startswith("past_")}
+        self.pasts = {name: [max(0, axis.get_min_length()) for axis in list(s)[1:]] for name, s in pasts.items()}
         self._states: dict[str, np.ndarray] = {}
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """All tokens in one call."""
-        sizes = {name: [axis.get_length() for axis in list(shape)[1:]] for name, shape in self.pasts.items()}
-        self._states = {name: np.zeros((1, *axes), np.float32) for name, axes in sizes.items()}
+        self._states = {name: np.zeros((1, *shape), np.float32) for name, shape in self.pasts.items()}
         return self._run(tokens)
 
     def steps(self, tokens: Sequence[int]) -> list[np.ndarray]:

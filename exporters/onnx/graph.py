@@ -68,6 +68,13 @@ class Built:
     layers: tuple[dict[str, int], ...]  # sizes of every layer, as its module names them
 
 
+_LACKING = {
+    ORT: "operators of onnxruntime's own were not measured to help there",
+    GENAI: "its states are laid out for onnxruntime-genai in Mamba and Mamba-2 only, not beside keys and values",
+}
+"""Why a family has no graph of a target."""
+
+
 def require_family(config: Any, target: str = PORTABLE) -> GraphFamily:
     """What writes the graph of a family; one that has no graph, or none of this target, is refused.
 
@@ -83,8 +90,8 @@ def require_family(config: Any, target: str = PORTABLE) -> GraphFamily:
         )
     if target not in family.TARGETS:
         raise CheckpointError(
-            f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: operators of "
-            f"onnxruntime's own were not measured to help there. Use the target {' or '.join(family.TARGETS)}."
+            f"There is no ONNX graph of target {target!r} for models of type {config.model_type!r}: "
+            f"{_LACKING[target]}. Use the target {' or '.join(family.TARGETS)}."
         )
     family.check(config)
     return family

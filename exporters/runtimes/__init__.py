@@ -83,7 +83,8 @@ def _corrected(row: Runtime, otherwise: Sequence[Otherwise]) -> Runtime:
     """A line that says what its software computes otherwise."""
     found = [other for other in otherwise if other.consumer == row.consumer]
     remark = "; ".join([row.remark, *(other.what for other in found)])
-    return replace(row, runs=row.runs and not any(other.wrong for other in found), remark=remark)
+    wrong = any(other.wrong and not other.release for other in found)
+    return replace(row, runs=row.runs and not wrong, remark=remark)
 
 
 def gguf_runs_where(architecture: Architecture, config: Any) -> list[Runtime]:

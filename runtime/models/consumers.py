@@ -118,7 +118,9 @@ def refuse_family(name: str, architecture: Architecture) -> None:
         )
 
 
-def computes_otherwise(name: str, architecture: Architecture, config: Any, wrong: bool) -> str | None:
+def computes_otherwise(
+    name: str, architecture: Architecture, config: Any, wrong: bool, version: str = ""
+) -> str | None:
     """What a consumer silently computes otherwise of a model; None where nothing.
 
     Args:
@@ -126,8 +128,9 @@ def computes_otherwise(name: str, architecture: Architecture, config: Any, wrong
         architecture: of the model.
         config: of the model.
         wrong: look for what makes results useless, or for what hardly changes them.
+        version: of the consumer; without, what only some releases do is left out.
     """
-    found = architecture.otherwise(config)
+    found = [other for other in architecture.otherwise(config) if version.startswith(other.release)]
     said = [other.what for other in found if other.consumer == name and other.wrong == wrong]
     return "; ".join(said) or None
 

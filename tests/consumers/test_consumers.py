@@ -4,6 +4,7 @@ Here the consumer is the onnxruntime of this environment, and the export a graph
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from benchmarks.speed.consumers_report import plot, show
 from consumers.artefacts import LIMITED, LIMITED_AT_FIRST, UNLIMITED, reference
 from consumers.asking import Consumer, ConsumerError
 from consumers.environments import KINDS, REQUIREMENTS
-from consumers.results import DIFFERS, FAILED, RAN, REFUSED, Row, markdown, merged, read_rows, write_rows
-from consumers.run import FIRST, LENGTHS, differences, judge
-from tests.support.families import FAMILIES, random_ids
+from consumers.results import DIFFERS, FAILED, RAN, REFUSED, WRONG, Row, markdown, merged, read_rows, write_rows
+from consumers.run import FIRST, LENGTHS, differences, explained, judge
+from ssmc.exporters import export
+from tests.support.families import FAMILIES, TINY_VOCAB, random_ids, with_tokenizer
 from tests.support.graphs import V, naive_logits, save
 
 PYTHON = Path(sys.executable)
@@ -87,6 +89,30 @@ def test_a_row_is_judged_by_the_model_and_by_what_else_is_done_about_time_steps(
     assert judged((0.1, 0.3), never=(0.2, 2e-5)).outcome == DIFFERS
 
 
+def test_a_known_fault_of_a_consumer_is_told_from_one_of_ours(tmp_path):
+    """Zamba2's prompts are wrong in one release of transformers; what differs in another is nobody's known fault."""
+    FAMILIES["zamba2"]().save_pretrained(tmp_path)
+    stock = next(kind for kind in KINDS if kind.name == "transformers-4.57")
+    differs = row(model="zamba2, random", outcome=DIFFERS, whole=1.5, reason="whole prompts 1.5e+00")
+    found = explained(replace(differs, version="4.57.6"), stock, str(tmp_path))
+    assert (found.outcome, found.whole) == (WRONG, 1.5)
+    assert found.reason.startswith("whole prompts 1.5e+00: its release 4.57, without mamba_ssm's kernels, is wrong")
+    newer = replace(differs, version="5.24.0")
+    assert explained(newer, stock, str(tmp_path)) == newer
+
+
+def test_keys_and_values_grow_where_a_graph_has_attention(tmp_path):
+    FAMILIES["bamba"](vocab_size=TINY_VOCAB).save_pretrained(tmp_path / "model")
+    with_tokenizer(tmp_path / "model")
+    export(tmp_path / "model", format="onnx", out=tmp_path / "graph")
+    tokens = random_ids(1, 12)[0].tolist()
+    wanted = reference(tmp_path / "model", tokens, 7)[LIMITED]
+    with Consumer(PYTHON, SCRIPT, tmp_path / "graph") as consumer:
+        whole, stepped = consumer.logits(tokens, (1, 12), 7)
+    np.testing.assert_allclose(whole, wanted[[0, 11]], atol=1e-4)
+    np.testing.assert_allclose(stepped, wanted[7:], atol=1e-4)
+
+
 def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_path):
     """Its recurrent step knows no limits, whatever its prefill did."""
     model = FAMILIES["nemotron_h"](time_step_min=0.3)
@@ -100,9 +126,9 @@ def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_
         for place in range(FIRST, ids.shape[1]):
             step = model(ids[:, place : place + 1], past_key_values=prompt.past_key_values, use_cache=True)
             rows.append(step.logits[0])
-        torch.testing.assert_close(found[LIMITED_AT_FIRST], torch.cat(rows), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[LIMITED_AT_FIRST], torch.cat(rows).double(), atol=1e-4, rtol=1e-4)
         without = FAMILIES["nemotron_h"](time_step_min=1e-9)
-        torch.testing.assert_close(found[UNLIMITED], without(ids).logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[UNLIMITED], without(ids).logits[0].double(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_masked_model_without_gated_norms_needs_no_other_epsilon(tmp_path):
@@ -111,7 +137,7 @@ def test_a_masked_model_without_gated_norms_needs_no_other_epsilon(tmp_path):
     model.save_pretrained(tmp_path)
     ids = random_ids(1, 5)
     found = reference(tmp_path, ids[0].tolist(), 2, shrunk=tmp_path)
-    torch.testing.assert_close(found[LIMITED], model(ids).logits[0].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[LIMITED], model(ids).logits[0].detach().double(), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_were_run_again_replace_the_old_ones(tmp_path):

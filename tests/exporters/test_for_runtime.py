@@ -12,7 +12,7 @@ from ssmc.exporters.registry import all_formats
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.consumers import CONSUMERS, misfit
+from ssmc.runtime.models.consumers import CONSUMERS, computes_otherwise, misfit
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.llama_cpp import LlamaCpp, is_installed
 from tests.support import vocabularies
@@ -161,6 +161,21 @@ def test_what_software_silently_computes_otherwise_is_told(tmp_path):
         export(tmp_path / "pruned", runtime="mlx-lm", force=True)
     assert not architecture_for("jamba").otherwise(FAMILIES["jamba"](num_experts=1).config)
     assert not architecture_for("bamba").otherwise(FAMILIES["bamba"]().config)
+
+
+def test_what_one_release_does_otherwise_does_not_refuse_the_others():
+    """Zamba2's prompts are wrong in transformers 4.57 only; a Falcon-H1 is wrong in mlx-lm if its keys are scaled."""
+    zamba, config = architecture_for("zamba2"), FAMILIES["zamba2"]().config
+    assert computes_otherwise("transformers", zamba, config, wrong=True) is None
+    assert computes_otherwise("transformers", zamba, config, wrong=True, version="5.24.0") is None
+    assert "prompts of more than 16" in computes_otherwise("transformers", zamba, config, wrong=True, version="4.57.6")
+    rows = {row.name: row for row in runs_where(zamba.dimensions(config), 8, "zamba2", None, zamba.otherwise(config))}
+    assert rows["transformers"].runs
+    assert "its release 4.57" in rows["transformers"].remark
+    falcon = architecture_for("falcon_h1")
+    plain, scaled = (FAMILIES["falcon_h1"](key_multiplier=k, attention_in_multiplier=1.0).config for k in (1.0, 0.7))
+    assert computes_otherwise("mlx-lm", falcon, plain, wrong=True) is None
+    assert "does not scale keys" in computes_otherwise("mlx-lm", falcon, scaled, wrong=True)
 
 
 def test_the_table_of_runtimes_says_the_same():

@@ -44,11 +44,13 @@ class Otherwise:
         consumer: its name in `runtime/models/consumers.py`.
         what: half a sentence, about "it".
         wrong: whether its results are useless.
+        release: the beginning of the version that does so; empty: all that were tried.
     """
 
     consumer: str
     what: str
     wrong: bool = False
+    release: str = ""
 
 
 @dataclass(frozen=True)

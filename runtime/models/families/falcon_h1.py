@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Mamba2Hybrid
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, STATE
 from ssmc.runtime.models.architectures.surgery import Sizes
@@ -32,6 +33,14 @@ class FalconH1Family(Mamba2Hybrid):
         Writer("feed_forward.down_proj", 1, "feed_forward.down_multiplier"),
     )
     middle = "pre_ff_layernorm"
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """mlx-lm misses keys by their name, and scales queries and keys where it should all that attention reads."""
+        found = list(super().otherwise(config))
+        if (config.attention_in_multiplier, config.key_multiplier) != (1, 1):
+            what = "it does not scale keys and values of attention as the model asks for, so its results are wrong"
+            found.append(Otherwise("mlx-lm", what, wrong=True))
+        return found
 
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""

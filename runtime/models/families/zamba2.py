@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
-from ssmc.runtime.models.architectures.capabilities import BLOCK
+from ssmc.runtime.models.architectures.capabilities import BLOCK, Otherwise
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.architectures.units import ATTENTION, MLP, Writer
@@ -44,6 +44,14 @@ class Zamba2Family(Mamba2Hybrid):
     def time_step_limits(self, config: Any) -> tuple[float, float]:
         """transformers takes `time_step_min` for the least time step, whatever `time_step_limit` says."""
         return config.time_step_min, math.inf
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """transformers 4.57 sums what is carried from chunk to chunk over the wrong axis, where it has no kernels."""
+        what = (
+            f"its release 4.57, without mamba_ssm's kernels, is wrong about prompts of more than {config.chunk_size} "
+            "tokens; release 5 is not"
+        )
+        return [*super().otherwise(config), Otherwise("transformers", what, wrong=True, release="4.57")]
 
     def layers_with_mixers(self, config: Any) -> Sequence[int]:
         """All of them."""
