@@ -236,9 +236,25 @@ def gradients(bench: Bench) -> Iterator[Row]:
                 against = f"mamba-ssm {faster(timings['mamba-ssm'], timings['ours'])}"
             with torch.no_grad():
                 forward = peaks(bench, {"forward alone": lambda i=inputs: gpu.selective_scan(i)})
-            note = f"errors of {wrong:.2f} of the bound; {forward}; {peaks(bench, ways)}"
+            read = sum(t.nbytes for t in vars(inputs).values() if t is not None)
+            note = f"errors of {wrong:.2f} of the bound; inputs {read / 2**20:.0f} MiB; {forward}; {peaks(bench, ways)}"
+            note += f"; {kernels_alone(bench, ways)}"
             what = f"gradients, {name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
             yield Row("gradients", what, timings["ours"].median, None, against, note)
+
+
+def kernels_alone(bench: Bench, ways: dict[str, Callable[[], object]]) -> str:
+    """The time that kernels take of each way, without what launching them from Python takes."""
+    if bench.device.type != "cuda":
+        return ""
+    found = []
+    for name, run in ways.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            run()
+            torch.cuda.synchronize()
+        kernels = [event.device_time_total for event in seen.key_averages()]
+        found.append(f"{name} {sum(kernels):.0f} us")
+    return "kernels alone " + ", ".join(found)
 
 
 def backward_of(inputs: ScanInputs, scan: Callable[[ScanInputs], torch.Tensor]) -> Callable[[], object]:
