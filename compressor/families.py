@@ -13,6 +13,8 @@ from ssmc.compressor.options.patterns import (
     ATTENTION,
     CHANNEL,
     COLUMN,
+    EXPERT,
+    EXPERT_WIDTH,
     HEAD,
     HEAD_DIM,
     LAYER,
@@ -28,7 +30,7 @@ from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
-UNITS = (MLP, ATTENTION)
+UNITS = (MLP, ATTENTION, EXPERT, EXPERT_WIDTH)
 HEADS = (HEAD, HEAD_DIM)
 PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
@@ -36,6 +38,7 @@ PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
 _GOALS = "--target-latency, --target-params, --max-ppl-increase"
 _MANY = "what its axes save is not counted"
 _NOTHING_ELSE = "its blocks hold a norm and a mixer and nothing else"
+_NO_EXPERTS, _OF_EXPERTS = "its blocks have no experts", (EXPERT, EXPERT_WIDTH)
 _NO_HEADS = "its mixers have no heads; --pattern channel removes channels"
 _ALIKE = "it is there to compare with, for models with one kind of block"
 _OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, HEAD: families.HEAD, HEAD_DIM: families.HEAD, LAYER: BLOCK}
@@ -50,6 +53,8 @@ _WHAT = {
     HEAD_DIM: "channels of each head",
     MLP: "neurons of MLPs",
     ATTENTION: "query heads of attention",
+    EXPERT: "whole experts",
+    EXPERT_WIDTH: "neurons of every expert",
 }
 
 
@@ -58,6 +63,8 @@ _GAINS = {
     HEAD_DIM: "fewer parameters, a smaller state, faster prefill and decode",
     MLP: "fewer parameters, faster prefill and decode",
     ATTENTION: "fewer parameters; where whole groups go, fewer keys and values",
+    EXPERT: "fewer parameters; a token is sent to as many as before",
+    EXPERT_WIDTH: "fewer parameters, faster prefill and decode",
 }
 """What patterns bring whose share of the parameters depends on the configuration."""
 
@@ -95,7 +102,7 @@ def limits(architecture: Architecture) -> dict[str, str]:
         if part in HEADS and not able.heads:
             reason = _NO_HEADS
         if part in UNITS and not reason and all(own.kind != part for own in architecture.units):
-            reason = _NOTHING_ELSE
+            reason = _NOTHING_ELSE if able.uniform or part not in _OF_EXPERTS else _NO_EXPERTS
         if reason:
             found[f"--pattern {part}"] = reason
     searched = able.uniform or (able.heads and not able.shared_blocks)

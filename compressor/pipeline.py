@@ -85,6 +85,8 @@ def prune(run: Run) -> Pruned:
     found = [step.prepare_outside(run.survey()) for step in run.plan.steps]
     outside = tuple(record for record in found if record is not None)
     layers = prune_layers(run, {removal.layer for removal in removals})
+    for step in run.plan.steps:
+        step.finish_outside(run.survey())
     return Pruned(tuple(layers), tuple(removals), outside)
 
 

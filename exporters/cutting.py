@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.manifest import BLOCK, MaskedManifest
-from ssmc.runtime.models.architectures.units import cut_units, units_are_masked
+from ssmc.runtime.models.architectures.experts import Experts
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.families import CHANNEL, STATE, Architecture, Cut
 
@@ -67,6 +67,8 @@ def _without_units(masked: Checkpoint, manifest: MaskedManifest, shrunk: Shrunk,
     architecture, layers = masked.architecture, manifest.layers
     blocks = architecture.blocks(masked.model)
     for part in architecture.units:
+        if isinstance(part, Experts):  # cut out when the model was compressed
+            continue
         having = [index for index, block in enumerate(blocks) if part.inside(block) is not None]
         kept = {i: layers[i].kept_units[part.kind] for i in having if layers and part.kind in layers[i].kept_units}
         if not kept:
@@ -75,7 +77,7 @@ def _without_units(masked: Checkpoint, manifest: MaskedManifest, shrunk: Shrunk,
         if any(len(units) != len(some) for units in kept.values()) or set(having) - set(kept) - removed:
             raise CheckpointError(f"The layers of the model in {masked.source} keep different numbers of {part.kind}.")
         named = {architecture.block_prefix(i): kept.get(i, some) for i in having}
-        shrunk = _then(shrunk, *cut_units(part, shrunk.tensors, shrunk.config, named))
+        shrunk = _then(shrunk, *part.cut(shrunk.tensors, shrunk.config, named))
     return shrunk
 
 
@@ -119,15 +121,15 @@ def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]
     ):
         for part in masked.architecture.units if index not in removed else ():
             module, kept = part.inside(block), layer.kept_units.get(part.kind)
-            if module is None or kept is None:
+            if module is None or kept is None or isinstance(part, Experts):
                 continue
-            if not kept or list(kept) != sorted(set(kept) & set(range(part.total(masked.config)))):
+            if not kept or list(kept) != sorted(set(kept) & set(part.numbers(module, masked.config))):
                 raise CheckpointError(
                     f"The manifest in {masked.source} names {part.kind} that layer {index} of the model does not have. "
                     "Compress again."
                 )
             with masked.holding(block):
-                silent = units_are_masked(part, part.inside(block), kept)
+                silent = part.is_masked(cast(nn.Module, part.inside(block)), kept)
             if not silent:
                 raise CheckpointError(
                     f"Layer {index} of the model in {masked.source} still uses {part.kind} the manifest calls pruned; "

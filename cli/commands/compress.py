@@ -28,6 +28,7 @@ from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
     LAYER,
+    EXPERT,
     MLP,
     NOTHING,
     UNSTRUCTURED,
@@ -189,7 +190,11 @@ def _scores_text() -> str:
     channels = described_scores(CHANNEL)
     more = [f"`{name}`: {help}" for name, help in described_scores(MLP).items() if name not in channels]
     same = [f"`{name}`" for name in described_scores(MLP) if name in channels]
-    lines.append(f"Heads, their channels, neurons and query heads go by {', '.join(same)}, or by {'; '.join(more)}.")
+    lines.append(
+        f"Heads, their channels, neurons, those of experts and query heads go by {', '.join(same)}, or by {'; '.join(more)}."
+    )
+    lines.append("**Importance scores of experts**, the first is the default:")
+    lines += [f"* `{name}`: {help}" for name, help in described_scores(EXPERT).items()]
     entries, states = described_scores(UNSTRUCTURED), described_scores(COLUMN)
     own = [f"`{name}`: {help}" for name, help in entries.items() if name not in states]
     shared = [f"`{name}`" for name in entries if name in states]

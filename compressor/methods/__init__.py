@@ -5,6 +5,7 @@ else.
 """
 
 import ssmc.compressor.methods.channels.method
+import ssmc.compressor.methods.experts.method
 import ssmc.compressor.methods.layers.method
 import ssmc.compressor.methods.quantize.method
 import ssmc.compressor.methods.refine.method

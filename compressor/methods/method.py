@@ -19,7 +19,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, LAYER, MLP, Pattern
+from ssmc.compressor.options.patterns import (
+    ATTENTION,
+    CHANNEL,
+    EXPERT,
+    EXPERT_WIDTH,
+    HEAD,
+    HEAD_DIM,
+    LAYER,
+    MLP,
+    Pattern,
+)
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Record")
 
-OF_STREAM = (CHANNEL, HEAD, HEAD_DIM, LAYER, MLP, ATTENTION)
+OF_STREAM = (CHANNEL, HEAD, HEAD_DIM, LAYER, MLP, ATTENTION, EXPERT, EXPERT_WIDTH)
 """Patterns that take away more than what the repair of states makes up for."""
 
 
@@ -385,6 +395,9 @@ class Method:
     def prepare_outside(self, survey: Survey) -> Record | None:
         """Do what concerns the model outside its layers, in place, before the first of them reads anything."""
         return None
+
+    def finish_outside(self, survey: Survey) -> None:
+        """Do what concerns the model outside its layers, in place, when all of them are done."""
 
     def arrive(self, job: Job, dense: torch.Tensor) -> None:
         """Called when a layer is reached, of methods that follow the stream.

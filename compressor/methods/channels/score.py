@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, MLP
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, EXPERT_WIDTH, HEAD, HEAD_DIM, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class ChannelScore:
 
     name: ClassVar[str]
     help: ClassVar[str]
-    decides: ClassVar[tuple[str, ...]] = (CHANNEL, HEAD, HEAD_DIM, MLP, ATTENTION)
+    decides: ClassVar[tuple[str, ...]] = (CHANNEL, HEAD, HEAD_DIM, MLP, ATTENTION, EXPERT_WIDTH)
     needs_text: ClassVar[bool] = True
     needs_means: ClassVar[bool] = False  # whether it asks for `ScoredChannels.means`
     needs_root: ClassVar[bool] = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.registry import register_score
-from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, HEAD, HEAD_DIM, MLP
+from ssmc.compressor.options.patterns import ATTENTION, CHANNEL, EXPERT_WIDTH, HEAD, HEAD_DIM, MLP
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class Minitron(ChannelScore):
 
     name = "minitron"
     help = "removes what is least active, whatever is read from it"
-    decides = (HEAD, HEAD_DIM, MLP, ATTENTION)
+    decides = (HEAD, HEAD_DIM, MLP, ATTENTION, EXPERT_WIDTH)
     needs_means = True
 
     def importance(self, layer: ScoredChannels) -> torch.Tensor:

@@ -16,10 +16,12 @@ import torch
 
 from ssmc.compressor.calibration.placement import ahead, device_of
 from ssmc.compressor.calibration.watched import watched
+from ssmc.compressor.methods.experts.fit import fit_experts
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.units.inputs import correct
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
+from ssmc.runtime.models.architectures.experts import Mixture
 from ssmc.runtime.models.architectures.units import Writer, find_module
 
 
@@ -55,6 +57,9 @@ def fit_stream(job: Job) -> StreamRecord:
         own = [writer for writer in writers if min(writer.stage, last) == stage]
         if own:
             done.append(_fit_stage(job, stage, own))
+        for part, writer in job.architecture.mixtures_in(job.work):
+            if min(writer.stage, last) == stage and f"{part.name}.{part.behind}" not in [w.name for w in own]:
+                done.append(_fit_mixture(job, stage, part, writer))
     return StreamRecord(tuple(done))
 
 
@@ -84,6 +89,21 @@ def _fit_stage(job: Job, stage: int, writers: Sequence[Writer]) -> StageFit:
     left = wrong - 2 * float((change * cross).sum()) + float(((change @ total) * change).sum())
     errors = [max(0.0, e) / energy if energy > 0 else 0.0 for e in (left, wrong)]
     return StageFit(tuple(writer.name for writer in writers), *errors)
+
+
+def _fit_mixture(job: Job, stage: int, part: Mixture, writer: Writer) -> StageFit:
+    """Fit the last maps of all experts, one after the other."""
+    module, found = part.inside(job.work), []
+    assert module is not None
+    wrong = energy = 0.0
+    for i, (before, target, after, reads) in enumerate(_missing(job, stage, [part.name])):
+        job.report("fitting experts to the dense model", i, len(job.samples))
+        missing = (target - after)[0].float()  # (L, d_model)
+        found.append((reads[part.name].flatten(0, -2).float(), missing))
+        wrong += float(missing.double().square().sum())
+        energy += float((target - before)[0].double().square().sum())
+    left = fit_experts(part, module, writer.scale_in(job.work), found)
+    return StageFit((writer.name,), *(e / energy if energy > 0 else 0.0 for e in (left, wrong)))
 
 
 def _missing(job: Job, stage: int, names: Sequence[str]) -> Any:

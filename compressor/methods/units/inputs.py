@@ -32,8 +32,8 @@ def estimate_first(job: Job, dense: torch.Tensor) -> torch.Tensor:
 
 def correct(job: Job, stage: int, change: torch.Tensor | None = None) -> None:
     """Correct the maps that read the stream of a stage, in place; `change` is M where it is known."""
-    maps = [linear for name in job.architecture.reading(job.work, stage) if (linear := find_module(job.work, name))]
-    if not maps:
+    weights = [job.work.get_parameter(name).detach() for name in job.architecture.reading(job.work, stage)]
+    if not weights:
         return
     if change is None:
         name = job.architecture.middle
@@ -44,8 +44,7 @@ def correct(job: Job, stage: int, change: torch.Tensor | None = None) -> None:
             return watched(job.architecture, job.work, hidden, [name])[1][name]
 
         change = _estimate(job, norm, between, job.targets[stage - 1])
-    for linear in maps:
-        weight = linear.weight.detach()
+    for weight in weights:  # those of experts stacked
         weight += (weight.double() @ change).to(weight)
 
 

@@ -20,7 +20,7 @@ class Units(Method):
 
     pattern: ClassVar[Pattern]
     in_every_block = True
-    leaves = ("units",)
+    leaves: ClassVar[tuple[str, ...]] = ("units",)
 
     def needs_text(self, plan: Plan) -> bool:
         """For the repair, and for most scores."""

@@ -18,7 +18,7 @@ from ssmc.compressor.methods.registry import score
 from ssmc.compressor.methods.ridge import refit
 from ssmc.compressor.methods.units.counts import units_to_keep
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
-from ssmc.runtime.models.architectures.units import Part, find_module, mask_units
+from ssmc.runtime.models.architectures.units import Part, find_module
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def prune_units(job: Job, kind: str) -> None:
         total = part.total(job.plan.model_config)
         if keep < total:
             kept = _choose(job, part, module, keep)
-            mask_units(part, module, kept)
+            part.mask(module, kept)
             job.units_kept[kind] = tuple(kept)
             job.note(UnitsRecord())
 

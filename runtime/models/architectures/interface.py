@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities, Otherwise
 from ssmc.runtime.models.architectures.dimensions import Dimensions
+from ssmc.runtime.models.architectures.experts import Mixture
 from ssmc.runtime.models.architectures.plan import Cut, Plan
 from ssmc.runtime.models.architectures.units import Part, Writer
 from ssmc.runtime.scan.inputs import ScanInputs, SsdInputs
@@ -63,8 +64,11 @@ class Layout(Protocol):
     def writers_in(self, block: nn.Module) -> list[Writer]:
         """The linear maps of a block that add to the residual stream, in the order of their stages."""
 
+    def mixtures_in(self, block: nn.Module) -> list[tuple[Mixture, Writer]]:
+        """The mixtures of experts in a block, each with how it adds to the residual stream."""
+
     def reading(self, block: nn.Module, stage: int) -> list[str]:
-        """The linear maps of a block that read what the norm of a stage puts out, by name within it."""
+        """The weights of a block that read what the norm of a stage puts out, by name within it."""
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""

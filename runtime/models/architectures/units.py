@@ -14,7 +14,16 @@ from operator import attrgetter
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
-from ssmc.runtime.models.architectures.plan import MODEL, Cut, Plan, Selection, are_silent, cut_tensors, silence
+from ssmc.runtime.models.architectures.plan import (
+    MODEL,
+    Cut,
+    Place,
+    Plan,
+    Selection,
+    are_silent,
+    cut_tensors,
+    silence,
+)
 
 MLP, ATTENTION = "mlp", "attention"
 """Kinds of units, named as the patterns that remove them."""
@@ -132,9 +141,59 @@ class Part:
         """So many units that can stay together; `count` is one of `allowed`."""
         return list(range(count))
 
+    def numbers(self, module: nn.Module, config: Any) -> range:
+        """The numbers that the units of a module have."""
+        return range(self.total(config))
+
     def resize(self, config: Any, kept: Sequence[int]) -> None:
         """Tell a configuration, in place, that these units stay."""
         setattr(config, self.size, len(kept))
+
+    def reading(self, module: nn.Module) -> list[str]:
+        """The weights of a module that read the residual stream, by name within it."""
+        return [name for name, axes in self.plan.tensors.items() if axes[1:] == ((MODEL,),)]
+
+    def mask(self, module: nn.Module, kept: Sequence[int]) -> None:
+        """Silence all units of a module but `kept`, in place; shapes stay."""
+        silence(module, self._others(module, kept))
+
+    def is_masked(self, module: nn.Module, kept: Sequence[int]) -> bool:
+        """Whether all units outside `kept` are silent, so that cutting them changes nothing."""
+        return are_silent(module, [p for p in self._others(module, kept) if p.name in self.plan.silent[self.unit]])
+
+    def cut(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, kept: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+        """Remove all units but those kept from a whole state dict and its configuration.
+
+        Args:
+            tensors: by the model's names.
+            config: transformers' configuration.
+            kept: start of the names of a block's tensors -> the units that stay there, as many in each block. All
+                blocks with such a module are named.
+        """
+        out, cuts, smaller = dict(tensors), [], copy.deepcopy(config)
+        for block, units in kept.items():
+            self.cut_module(out, cuts, f"{block}{self.name}.", units, config)
+        self.resize(smaller, next(iter(kept.values())))
+        return out, smaller, cuts
+
+    def cut_module(
+        self, tensors: dict[str, torch.Tensor], cuts: list[Cut], prefix: str, kept: Sequence[int], config: Any
+    ) -> None:
+        """As `cut`, of one module, whose tensors' names start with `prefix`: in place, the changes added to `cuts`."""
+        shapes = {name: tensors[prefix + name].shape for name in self.plan.tensors if prefix + name in tensors}
+        sizes = self.plan.sizes(shapes)
+        selection = self.selection(kept, sizes, config)
+        cut_tensors(tensors, cuts, self.plan.kept(shapes, sizes, selection, self.unit), prefix)
+
+    def _others(self, module: nn.Module, kept: Sequence[int]) -> list[Place]:
+        """Where a module has what goes when `kept` stay."""
+        shapes = {name: tensor.shape for name, tensor in module.named_parameters() if name in self.plan.tensors}
+        sizes = self.plan.sizes(shapes)
+        stays = self.selection(kept, sizes, module)
+        goes = {d: _without(index, sizes[d]) for d, index in stays.items()}
+        return self.plan.own(shapes, sizes, goes)
 
 
 @dataclass(frozen=True)
@@ -196,48 +255,6 @@ def find_module(block: nn.Module, name: str) -> nn.Module | None:
         if not isinstance(block, nn.Module):
             return None
     return block
-
-
-def mask_units(part: Part, module: nn.Module, kept: Sequence[int]) -> None:
-    """Silence all units of a module but `kept`, in place; shapes stay."""
-    silence(module, _others(part, module, kept))
-
-
-def units_are_masked(part: Part, module: nn.Module, kept: Sequence[int]) -> bool:
-    """Whether all units outside `kept` are silent, so that cutting them changes nothing."""
-    return are_silent(module, [p for p in _others(part, module, kept) if p.name in part.plan.silent[part.unit]])
-
-
-def cut_units(
-    part: Part, tensors: Mapping[str, torch.Tensor], config: Any, kept: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
-    """Remove all units of a part but those kept from a whole state dict and its configuration.
-
-    Args:
-        part: of the family.
-        tensors: by the model's names.
-        config: transformers' configuration.
-        kept: start of the names of a block's tensors -> the units that stay there, as many in each block. All blocks
-            with such a module are named.
-    """
-    out, cuts, smaller = dict(tensors), [], copy.deepcopy(config)
-    for block, units in kept.items():
-        prefix = f"{block}{part.name}."
-        shapes = {name: tensors[prefix + name].shape for name in part.plan.tensors if prefix + name in tensors}
-        sizes = part.plan.sizes(shapes)
-        selection = part.selection(units, sizes, config)
-        cut_tensors(out, cuts, part.plan.kept(shapes, sizes, selection, part.unit), prefix)
-    part.resize(smaller, next(iter(kept.values())))
-    return out, smaller, cuts
-
-
-def _others(part: Part, module: nn.Module, kept: Sequence[int]) -> list[Any]:
-    """Where a module has what goes when `kept` stay."""
-    shapes = {name: tensor.shape for name, tensor in module.named_parameters() if name in part.plan.tensors}
-    sizes = part.plan.sizes(shapes)
-    stays = part.selection(kept, sizes, module)
-    goes = {d: _without(index, sizes[d]) for d, index in stays.items()}
-    return part.plan.own(shapes, sizes, goes)
 
 
 def _without(index: torch.Tensor, total: int) -> torch.Tensor:

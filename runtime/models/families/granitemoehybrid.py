@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssmc.runtime.later import torch
+from ssmc.runtime.models.architectures.experts import GATED_MAPS, ExpertNeurons, Experts, experts_plan
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import FUSED, MLP, Attention, Part, Writer
 
@@ -26,10 +27,18 @@ class GraniteMoeHybridFamily(Mamba2Hybrid):
     model_type = "granitemoehybrid"
     mixer_name = "mamba"
     final_norm = "norm"
-    units = (Part(MLP, "shared_mlp", FUSED, "output_linear", "shared_intermediate_size"), Attention())
+    units = (
+        Part(MLP, "shared_mlp", FUSED, "output_linear", "shared_intermediate_size"),
+        Attention(),
+        Experts(name="block_sparse_moe", plan=experts_plan(GATED_MAPS, "router")),
+        ExpertNeurons(name="block_sparse_moe", plan=experts_plan(GATED_MAPS, "router"), size="intermediate_size"),
+    )
     writers = tuple(
         Writer(name, stage, "residual_multiplier")
-        for name, stage in (("mamba.out_proj", 0), ("self_attn.o_proj", 0), ("shared_mlp.output_linear", 1))
+        for name, stage in (
+            *(("mamba.out_proj", 0), ("self_attn.o_proj", 0)),
+            *(("shared_mlp.output_linear", 1), ("block_sparse_moe.experts", 1)),
+        )
     )
     middle = "post_attention_layernorm"
 

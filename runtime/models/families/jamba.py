@@ -13,10 +13,20 @@ from typing import Any
 from ssmc.runtime.later import torch
 from ssmc.runtime.models.architectures.capabilities import BLOCK, WITHOUT_HYBRIDS, Capabilities, Otherwise
 from ssmc.runtime.models.architectures.dimensions import HybridDimensions
+from ssmc.runtime.models.architectures.experts import (
+    EXPERT_WIDTH,
+    GATED_MAPS,
+    ExpertNeurons,
+    Experts,
+    experts_plan,
+    whole_strides,
+)
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
+
+_EXPERTS: dict[str, Any] = {"name": "feed_forward", "plan": experts_plan(GATED_MAPS, "router")}
 
 
 class _Neurons(Part):
@@ -24,7 +34,21 @@ class _Neurons(Part):
 
     def refusal(self, config: Any) -> str | None:
         """Experts of the same width."""
-        return "its experts have the same width in the configuration" if max(config.layers_num_experts) > 1 else None
+        if max(config.layers_num_experts) <= 1:
+            return None
+        return f"its experts have the same width in the configuration, and --pattern {EXPERT_WIDTH} removes from both"
+
+
+class _NeuronsBesideExperts(Part):
+    """The same in a model with experts: they lose neurons where experts do."""
+
+    def total(self, config: Any) -> int:
+        """None where there are no experts."""
+        return super().total(config) if max(config.layers_num_experts) > 1 else 0
+
+    def allowed(self, config: Any) -> list[int]:
+        """As for the experts."""
+        return whole_strides(self.total(config))
 
 
 class JambaFamily(Hybrid, NormedMamba1):
@@ -58,8 +82,17 @@ class JambaFamily(Hybrid, NormedMamba1):
     behind_norm = ("b_layernorm.weight",)
     state_field = "mamba_d_state"
     final_norm = "final_layernorm"
-    units = (_Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"), Attention())
-    writers = (Writer("mamba.out_proj"), Writer("self_attn.o_proj"), Writer("feed_forward.down_proj", 1))
+    units = (
+        _Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"),
+        _NeuronsBesideExperts(EXPERT_WIDTH, "feed_forward", GATED, "down_proj", "intermediate_size"),
+        Attention(),
+        Experts(**_EXPERTS, least=2),
+        ExpertNeurons(**_EXPERTS, size="intermediate_size"),
+    )
+    writers = (
+        *(Writer("mamba.out_proj"), Writer("self_attn.o_proj")),
+        *(Writer("feed_forward.down_proj", 1), Writer("feed_forward.experts", 1)),
+    )
     middle = "pre_ff_layernorm"
     experts = (
         ("experts.*.gate_proj.weight|experts.*.up_proj.weight", "experts.gate_up_proj"),

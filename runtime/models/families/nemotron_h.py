@@ -11,9 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.experts import PLAIN_MAPS, ExpertNeurons, Experts, experts_plan
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
+_EXPERTS: dict[str, Any] = {
+    **{"name": "mixer", "router": "gate", "plan": experts_plan(PLAIN_MAPS, "gate")},
+    **{"before": "fc1_latent_proj", "behind": "fc2_latent_proj"},
+}
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
 _STORED, _PREFIX = "backbone.", "model."
 
@@ -33,8 +38,13 @@ class NemotronHFamily(Mamba2Hybrid):
         Part(MLP, "mixer", GATED, "down_proj", "intermediate_size"),
         Part(MLP, "mixer.shared_experts", GATED, "down_proj", "moe_shared_expert_intermediate_size"),
         Attention(name="mixer"),
+        Experts(**_EXPERTS, groups_field="n_group", groups_taken="topk_group"),
+        ExpertNeurons(**_EXPERTS, size="moe_intermediate_size"),
     )
-    writers = tuple(Writer(f"mixer.{name}") for name in ("out_proj", "o_proj", "down_proj", "shared_experts.down_proj"))
+    writers = tuple(
+        Writer(f"mixer.{name}")
+        for name in ("out_proj", "o_proj", "down_proj", "shared_experts.down_proj", "fc2_latent_proj", "experts")
+    )
     state_field = "ssm_state_size"
     fields = Fields("mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel")
 

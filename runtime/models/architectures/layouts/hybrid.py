@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.experts import EXPERT, Mixture
 from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
-from ssmc.runtime.models.architectures.plan import MODEL, STATE, Cut
+from ssmc.runtime.models.architectures.plan import STATE, Cut
 from ssmc.runtime.models.architectures.units import Part, Writer, find_module
 
 _OF_EXPERTS = "experts.down_proj"  # the last map of all experts of a block, one tensor
@@ -62,17 +63,24 @@ class Hybrid:
 
     def writers_in(self, block: nn.Module) -> list[Writer]:
         """The linear maps of a block that add to the residual stream, in the order of their stages."""
-        return [writer for writer in self.writers if find_module(block, writer.name) is not None]
+        return [writer for writer in self.writers if isinstance(find_module(block, writer.name), nn.Linear)]
+
+    def mixtures_in(self, block: nn.Module) -> list[tuple[Mixture, Writer]]:
+        """The mixtures of experts in a block, each with how it adds to the residual stream."""
+        found = [part for part in self.units if part.kind == EXPERT and part.inside(block) is not None]
+        named = {writer.name: writer for writer in self.writers}
+        return [(cast(Mixture, part), named[f"{part.name}.{part.reader}"]) for part in found]
 
     def reading(self, block: nn.Module, stage: int) -> list[str]:
-        """The linear maps of a block that read what the norm of a stage puts out, by name within it."""
-        names = [f"{self.mixer_name}.in_proj"] if stage == 0 and self.mixer(block) is not None else []
+        """The weights of a block that read what the norm of a stage puts out, by name within it."""
+        names = [f"{self.mixer_name}.in_proj.weight"] if stage == 0 and self.mixer(block) is not None else []
         for part in self.units:
             late = any(writer.stage for writer in self.writers if writer.name == f"{part.name}.{part.reader}")
-            if late == bool(stage) and part.inside(block) is not None:
-                tables = part.plan.tensors.items()
-                names += [f"{part.name}.{n.removesuffix('.weight')}" for n, axes in tables if axes[1:] == ((MODEL,),)]
-        return [name for name in names if find_module(block, name) is not None]
+            module = part.inside(block)
+            if late == bool(stage) and module is not None:
+                names += [f"{part.name}.{name}" for name in part.reading(module)]
+        own = dict(block.named_parameters())
+        return [name for name in dict.fromkeys(names) if name in own]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration with another number of states; layers and widths of a hybrid stay.

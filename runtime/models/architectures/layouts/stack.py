@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.experts import Mixture
 from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.architectures.units import Part, Writer
@@ -44,9 +45,13 @@ class Stack:
         """out_proj of the mixer."""
         return [Writer(f"{self.mixer_name}.out_proj")]
 
+    def mixtures_in(self, block: nn.Module) -> list[tuple[Mixture, Writer]]:
+        """There are no experts."""
+        return []
+
     def reading(self, block: nn.Module, stage: int) -> list[str]:
         """in_proj of the mixer."""
-        return [f"{self.mixer_name}.in_proj"]
+        return [f"{self.mixer_name}.in_proj.weight"]
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""
