@@ -27,8 +27,8 @@ from ssmc.compressor.options.goal import Goal, split_goal
 from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
-    LAYER,
     EXPERT,
+    LAYER,
     MLP,
     NOTHING,
     UNSTRUCTURED,
