@@ -21,7 +21,8 @@ from ssmc.cli.commands.inspect import inspect
 from ssmc.cli.commands.push import push
 from ssmc.cli.options import GENERAL, Quiet, Verbose
 from ssmc.cli.terminal import Terminal
-from ssmc.runtime.errors import OutputError, SsmcError
+from ssmc.runtime.errors import OutputError, SsmcError, UsageError
+from ssmc.runtime.ranks import ranks
 
 EPILOG = """\
 **Examples**
@@ -51,6 +52,7 @@ EPILOG = """\
 * 130: interrupted
 """
 INTERRUPTED = 130
+SHARED = ("compress", "distill", "eval")  # commands whose work several processes can share
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
@@ -97,6 +99,11 @@ def _options(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif ranks() > 1 and context.invoked_subcommand not in SHARED:
+        raise UsageError(
+            f"Several processes cannot share the work of `ssmc {context.invoked_subcommand}`, only that of "
+            f"{', '.join(SHARED)}. Leave torchrun out."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,7 +53,8 @@ def need(checkpoint: Checkpoint, plan: Plan, shape: tuple[int, int] | None) -> N
     if plan.fits_out_proj or any(step.name in ("channels", "weights") for step in plan.steps):
         least += 8 * SQUARES * sizes.d_inner**2
     copies = 1 + plan.follows_dense + 3 * plan.follows_stream + plan.carries_out("weights")
-    return Need(least, 4 * copies * count * length * sizes.d_model)
+    each = 4 if plan.config.hidden_dtype == "float32" else 2
+    return Need(least, each * copies * count * length * sizes.d_model)
 
 
 def check_limit(found: Need, limit: int | None) -> None:

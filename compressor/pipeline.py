@@ -155,7 +155,8 @@ class _Walk:
         self.dense: torch.Tensor | None = None  # of a hybrid: the residual stream of the dense model
         if run.tokens is not None:
             self.architecture.record_arguments(run.model, run.tokens[:1])
-            self.hidden = run.stage.gather([partial(self._embed, sample) for sample in run.tokens])
+            kept = getattr(torch, run.plan.config.hidden_dtype)
+            self.hidden = run.stage.gather([partial(self._embed, sample) for sample in run.tokens], kept)
             if follows_dense or run.plan.follows_dense:
                 self.stream = run.stage.copied(self.hidden)
             if run.plan.follows_stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,6 @@ from torch import nn
 from ssmc.compressor.artefact import Artefact
 from ssmc.compressor.calibration.draw import Calibration, draw_samples
 from ssmc.compressor.calibration.placement import Stage
-from ssmc.compressor.calibration.shared import from_first, join, leave, share
 from ssmc.compressor.calibration.split import HELD_OUT
 from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
@@ -39,6 +37,7 @@ from ssmc.compressor.search.hybrid import reach_goal_of_hybrid
 from ssmc.compressor.streaming import HIDDEN, Result, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.amounts import parse_bytes
+from ssmc.runtime.collectives import from_first, joined, share
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError, UsageError
 from ssmc.runtime.files import refuse_existing, require_space, resolve
@@ -224,7 +223,7 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
         check_whole(checkpoint, order.limit)
     require_space(order.out, tensor_bytes(checkpoint.tensors()) + more)
     what = identity(checkpoint, plan, task.tokens, device.type)
-    with _together(device), _result(checkpoint, what, order, device) as result:
+    with joined(device), _result(checkpoint, what, order) as result:
         spill = result.work.beside / f"{HIDDEN}-{rank()}" if spills else None
         stage = Stage(device, streamed=checkpoint.streamed, spill=spill)
         run = Run(checkpoint.model, plan, tokens, checkpoint.dtypes, stage, order.progress, result)
@@ -233,28 +232,15 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
         if is_first():
             artefact = Artefact(checkpoint, outcome, task.tokenizer, None, result.work.about["command"])
             manifest = artefact.complete(result.work.folder, result.rest(), order.out)
-        manifest = json.loads(from_first(json.dumps(manifest), device)) if ranks() > 1 else manifest
+        manifest = from_first(manifest)
     return outcome, manifest, result.work.notes
 
 
 @contextmanager
-def _together(device: torch.device) -> Iterator[None]:
-    """Where torchrun started several processes, they are joined inside the block."""
-    if ranks() == 1:
-        yield
-        return
-    join(device)
-    try:
-        yield
-    finally:
-        leave()
-
-
-@contextmanager
-def _result(checkpoint: Checkpoint, what: Mapping[str, Any], order: _Order, device: torch.device) -> Iterator[Result]:
+def _result(checkpoint: Checkpoint, what: Mapping[str, Any], order: _Order) -> Iterator[Result]:
     """Where layers go: the first process writes them, the others know where."""
     if not is_first():
-        said = json.loads(from_first(None, device))
+        said = from_first()
         if "error" in said:
             raise UsageError(said["error"])
         steps = {int(number): note for number, note in said["steps"].items()}
@@ -266,12 +252,12 @@ def _result(checkpoint: Checkpoint, what: Mapping[str, Any], order: _Order, devi
         with resumable(order.out, what, about, force=order.force, marker=MANIFEST, resume=order.resume) as work:
             result = Result(checkpoint, work)
             said = {"folder": str(work.folder), "beside": str(work.beside), "steps": work.steps}
-            from_first(json.dumps(said), device)
+            from_first(said)
             told = True
             yield result
     except SsmcError as error:
         if not told:
-            from_first(json.dumps({"error": str(error)}), device)
+            from_first({"error": str(error)})
         raise
 
 
@@ -282,20 +268,24 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
             "A run that looks at the whole model at once (a goal, --quantize, --pattern layer or ssm-module, --score "
             "fisher) cannot be resumed. Leave --resume out."
         )
-    if ranks() > 1:
-        raise UsageError(
-            "Several processes go with runs that go layer by layer, not with one that looks at the whole model at once "
-            "(a goal, --distill, --pattern layer or ssm-module). Use one process."
-        )
+    if goal is not None and ranks() > 1:
+        raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")
+    check_shares(task.plan, 0 if task.tokens is None else len(task.tokens))
     check_whole(task.checkpoint, order.limit)
-    leftovers = remove_leftovers(resolve(order.out))
+    with joined(choose_device(task.plan.config.device)):
+        return _whole_in_memory(task, order, goal, state)
+
+
+def _whole_in_memory(task: _Task, order: _Order, goal: Goal | None, state: StateFile | None) -> _Done:
+    """As `_whole`, of a run that can be carried out."""
+    leftovers = remove_leftovers(resolve(order.out)) if is_first() else []
     checkpoint, plan, config, progress = task.checkpoint, task.plan, task.plan.config, order.progress
     checkpoint.read()
     device, reached, distilled = choose_device(config.device), None, None
     use_fast_scan(checkpoint.model)
     teach = partial(_distil, config=config, state=state, progress=progress)
     if goal is None:
-        pruned = prune(Run(checkpoint.model, plan, task.tokens, checkpoint.dtypes, Stage(device), progress))
+        pruned = prune(Run(checkpoint.model, plan, share(task.tokens), checkpoint.dtypes, Stage(device), progress))
         distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
         distil = teach if config.distill else None
@@ -307,8 +297,8 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
     done = None if distilled is None else asdict(distilled)
     outcome = Outcome(plan, pruned.layers, pruned.removals, task.calibration, done, pruned.outside)
     artefact = Artefact(checkpoint, outcome, task.tokenizer, reached.record if reached else None, order.command)
-    manifest = artefact.write(order.out, force=order.force)
-    if state is not None:
+    manifest = from_first(artefact.write(order.out, force=order.force) if is_first() else {})
+    if state is not None and is_first():
         state.remove()
     return outcome, manifest, (*leftovers, *(reached.notes if reached else ()))
 
@@ -336,7 +326,8 @@ def _kept_state(order: _Order, config: CompressConfig, goal: Goal | None) -> Sta
     if goal is not None or not config.distill:
         return None
     state = StateFile.beside(order.out, order.resume)
-    state.check()
+    if is_first():
+        state.check()
     return state
 
 

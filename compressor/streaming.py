@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssmc.compressor.calibration.placement import device_of
-from ssmc.compressor.calibration.shared import all_alike
 from ssmc.compressor.methods.method import Job, Plan
 from ssmc.compressor.records import as_json, from_json
+from ssmc.runtime.collectives import all_alike
 from ssmc.runtime.errors import OutputError, UsageError, VerificationError
 from ssmc.runtime.models.checkpoints import Checkpoint, Written
 from ssmc.runtime.models.families import CHANNEL
@@ -36,14 +35,14 @@ def goes_by_layer(plan: Plan) -> bool:
 
 
 def check_shares(plan: Plan, samples: int) -> None:
-    """Refuse several processes where they have nothing to share, or a method that does more than adding up.
+    """Refuse several processes where they have nothing to share, or a method that must see all samples.
 
     Raises:
         UsageError: with the reason.
     """
     if ranks() == 1:
         return
-    whole = [step.name for step in plan.steps if not step.adds_up(plan)]
+    whole = [step.name for step in plan.steps if not step.shares_samples(plan)]
     if whole:
         raise UsageError(
             f"Several processes cannot share the samples of this run: {', '.join(whole)} must see all of them "
@@ -104,7 +103,7 @@ class Result:
             VerificationError: the processes made different things of it.
         """
         note = as_json(job.result())
-        if not all_alike(json.dumps(note), device_of(job.work)):
+        if not all_alike(json.dumps(note)):
             raise VerificationError(
                 f"The processes made different things of layer {job.index}, so nothing was written. Give all of them "
                 "the same hardware and versions, or use one."

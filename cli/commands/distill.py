@@ -14,6 +14,7 @@ from ssmc.cli.options import Device, Force, Quiet, Resume, Verbose, tokenizer_op
 from ssmc.cli.terminal import Terminal
 from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
 from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
+from ssmc.runtime.ranks import is_first
 
 if TYPE_CHECKING:
     from ssmc.compressor.distillation.steps import Distillation
@@ -65,7 +66,8 @@ def distill(
     """Teach a compressed model to predict what the dense model predicts.
 
     All parameters that are left take gradient steps together, on text without labels; what was pruned stays pruned.
-    Steps that make the model worse on held-out sequences are undone.
+    Steps that make the model worse on held-out sequences are undone. With `torchrun --nproc-per-node N -m ssmc distill
+    ...` N processes share the four sequences of each step.
 
     **Examples**
 
@@ -83,7 +85,8 @@ def distill(
     terminal.interrupted = INTERRUPTED
     options = {"directory": str(directory), "steps": steps, "calib": calib, "seqlen": seqlen, "seed": seed}
     name = Path(f"{directory}-distilled") if out is None else out
-    with logged(terminal, log_to, log_dir, "distill", name, options) as tracking:
+    terminal.quiet = terminal.quiet or not is_first()
+    with logged(terminal, log_to if is_first() else None, log_dir, "distill", name, options) as tracking:
         with terminal.progress() as progress:
             result = distil_artefact(
                 directory,

@@ -33,6 +33,7 @@ from ssmc.cli.options import (
 )
 from ssmc.cli.terminal import Terminal
 from ssmc.runtime.models.checkpoints.sources import at_revision
+from ssmc.runtime.ranks import is_first
 
 if TYPE_CHECKING:
     from ssmc.runtime.evaluation import EvalReport, Score
@@ -133,7 +134,8 @@ def evaluate(
     """Score models: perplexity on a text, and tasks of lm-eval.
 
     All models read the same documents. The difference to the first model has a standard error of its own. Tasks need
-    lm-eval: `pip install 'ssmc[eval]'`.
+    lm-eval: `pip install 'ssmc[eval]'`. With `torchrun --nproc-per-node N -m ssmc eval ...` N processes share the
+    windows and documents.
 
     **Examples**
 
@@ -156,6 +158,7 @@ def evaluate(
 
     terminal.hush_libraries()
     _hush_lm_eval(terminal)
+    terminal.quiet = terminal.quiet or not is_first()
     place = output_path(models or (), out)
     check_output(place)
     with terminal.progress() as progress:
@@ -179,6 +182,8 @@ def evaluate(
             runtimes=words(runtime),
             progress=progress,
         )
+    if not is_first():
+        return
     written = report.write(place)
     _report(terminal, report, recall)
     terminal.say(f"Wrote {written}.")

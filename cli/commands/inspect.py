@@ -96,7 +96,7 @@ def _outline(terminal: Terminal, model: str) -> Outline:
 
     terminal.hush_libraries()
     with terminal.progress() as progress:
-        return outline(load_checkpoint(model, progress=progress))
+        return outline(load_checkpoint(model, progress=progress, lazy=True))
 
 
 def _report(

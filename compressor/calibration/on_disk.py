@@ -16,19 +16,19 @@ _MAPPED: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 """Address of a storage -> the file it is, as long as there is a tensor of it."""
 
 
-def on_disk(shape: Sequence[int], folder: Path) -> torch.Tensor:
-    """A float32 tensor in a new file of a folder, not filled; the file has no name any more once the folder is gone.
+def on_disk(shape: Sequence[int], folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor in a new file of a folder, not filled; the file has no name any more once the folder is gone.
 
     Raises:
         OSError: the disk has no room for it.
     """
     folder.mkdir(exist_ok=True)
-    path = folder / f"{len(list(folder.iterdir()))}.float32"
-    size = math.prod(shape) * torch.float32.itemsize
+    path = folder / f"{len(list(folder.iterdir()))}.hidden"
+    size = math.prod(shape) * dtype.itemsize
     with path.open("w+b") as file:
         make_room(file, size)
         mapped = mmap.mmap(file.fileno(), size)
-    tensor = torch.frombuffer(mapped, dtype=torch.float32).view(*shape)
+    tensor = torch.frombuffer(mapped, dtype=dtype).view(*shape)
     _MAPPED[tensor.untyped_storage().data_ptr()] = mapped
     return tensor
 

@@ -2,6 +2,7 @@
 
 A GPU's memory then limits the size of a layer, not of a model. Copies go through pinned memory on a stream of their
 own: while a layer is worked on, the next one comes and the one before goes home. On a CPU nothing is copied at all.
+What layers read may be kept in half precision; it is computed with in float32.
 
     stage = Stage(device)
     hidden = stage.place(hidden)
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from ssmc.compressor.calibration.on_disk import on_disk, release
+from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.models.checkpoints.streamed import Streamed
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -63,13 +65,17 @@ class Stage:
         self._coming: dict[nn.Module, list[_Copy]] = {}
         self._leaving: list[tuple[torch.Tensor, _Copy]] = []  # home, and what is on its way there
 
-    def gather(self, pieces: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """The inputs of a layer, (nsamples, L, d_model), where they stay, from functions that make a sample each."""
+    def gather(self, pieces: Sequence[Callable[[], torch.Tensor]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The inputs of a layer, (nsamples, L, d_model), where they stay, from functions that make a sample each.
+
+        Raises:
+            CalibrationError: a number is too large for `dtype`.
+        """
         first = pieces[0]()
         shape = (len(pieces), *first.shape)
-        hidden = torch.empty(shape) if self.spill is None else on_disk(shape, self.spill)
+        hidden = torch.empty(shape, dtype=dtype) if self.spill is None else on_disk(shape, self.spill, dtype)
         for i, make in enumerate(pieces):
-            hidden[i] = make() if i else first
+            put(hidden, i, (make() if i else first)[None])
             release(hidden[i])
         return self.place(hidden)
 
@@ -77,7 +83,7 @@ class Stage:
         """Another tensor with the same inputs of a layer, where they stay."""
         if self.spill is None:
             return self.place(hidden.clone())
-        return self.gather([partial(torch.Tensor.detach, sample) for sample in hidden])
+        return self.gather([partial(torch.Tensor.detach, sample) for sample in hidden], hidden.dtype)
 
     def place(self, hidden: torch.Tensor) -> torch.Tensor:
         """The inputs of a layer, (nsamples, L, d_model), where they stay: on the device if they fit, else pinned."""
@@ -157,7 +163,7 @@ def samples(
 def ahead(pieces: Iterable[torch.Tensor], device: torch.device, copies: bool | None = None) -> Iterator[torch.Tensor]:
     """Pieces of host memory on a device, each copied while the one before it is worked on.
 
-    Pieces that are there already are handed on as they are.
+    Pieces that are there already are handed on as they are; those in half precision become float32.
 
     Args:
         pieces: tensors.
@@ -167,19 +173,33 @@ def ahead(pieces: Iterable[torch.Tensor], device: torch.device, copies: bool | N
     coming: _Copy | None = None
     for piece in pieces:
         if not (piece.device.type != device.type if copies is None else copies):
-            yield piece
+            yield computing(piece)
             continue
         following = _to_device(piece, device)
         if coming is not None:
-            yield _arrived(coming, device)
+            yield computing(_arrived(coming, device))
         coming = following
     if coming is not None:
-        yield _arrived(coming, device)
+        yield computing(_arrived(coming, device))
 
 
 def put(hidden: torch.Tensor, index: int, value: torch.Tensor) -> None:
-    """Replace sample `index` of `hidden` by `value` (1, L, d_model); `settle` waits for the last of them."""
+    """Replace sample `index` of `hidden` by `value` (1, L, d_model); `settle` waits for the last of them.
+
+    Raises:
+        CalibrationError: a number is too large for float16, where that is what `hidden` is in.
+    """
+    if hidden.dtype == torch.float16 and bool((value.abs() > torch.finfo(torch.float16).max).any()):
+        raise CalibrationError(
+            "Hidden states of this model are too large for float16. Use --hidden-dtype bfloat16, which has the range "
+            "of float32."
+        )
     hidden[index : index + 1].copy_(value, non_blocking=True)
+
+
+def computing(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type to compute with: float64 stays, everything narrower becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def copy_samples(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from ssmc.compressor.distillation.steps import (
     distill,
 )
 from ssmc.compressor.options.recipe import RECIPE
+from ssmc.runtime.collectives import from_first, joined
 from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.files import refuse_existing
@@ -33,6 +34,7 @@ from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
+from ssmc.runtime.ranks import is_first, ranks
 from ssmc.runtime.text import draw_windows
 from ssmc.runtime.tiny import calibration_path
 from ssmc.runtime.versions import versions
@@ -104,9 +106,9 @@ def distil_checkpoint(
         )
     course = Course(lesson.steps, lesson.seed, layers)
     if state is not None:
-        told = (lesson.steps, lesson.seed, layers, versions())
+        told = (lesson.steps, lesson.seed, layers, versions(), ranks())
         run = fingerprint([tokens, *student.model.state_dict().values()], told)
-        course = replace(course, start=state.load(run), keep=partial(state.save, run))
+        course = replace(course, start=state.load(run), keep=partial(state.save, run) if is_first() else None)
     teacher = load_checkpoint(dense, dtype=torch.float32)
     pair = Pair(student.architecture, use_fast_scan(student.model), use_fast_scan(teacher.model))
     pair.to(choose_device(lesson.device))
@@ -125,7 +127,7 @@ def distil_artefact(
     command: str | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> DistilResult:
-    """Distil what `compress` wrote, and write it anew.
+    """Distil what `compress` wrote, and write it anew; of several processes, which share each step, the first writes.
 
     Args:
         directory: what `compress` wrote.
@@ -149,19 +151,23 @@ def distil_artefact(
             "leave. Compress without --quantize, or with --refine, which comes before it."
         )
     place = directory.with_name(f"{directory.name}-distilled") if out is None else Path(out).expanduser()
-    refuse_existing(place, force=force, marker=MANIFEST)
     state = StateFile.beside(place, resume)
-    state.check()
+    if is_first():
+        refuse_existing(place, force=force, marker=MANIFEST)
+        state.check()
     progress("reading the model", 0, 1)
     student = load_checkpoint(directory, dtype=torch.float32)
     layers = [Left(layer.kept, layer.kept_channels) for layer in manifest.layers]
     dense = dense_source(directory, manifest).where
-    done = distil_checkpoint(student, dense, lesson, progress, layers=layers, state=state)
-    written = _continued(manifest, done, command, directory, place)
-    recipe = directory / RECIPE if (directory / RECIPE).is_file() else None
-    content = write_masked(place, student, tokenizer_directory(student), written, recipe, force=force)
-    state.remove()
-    return DistilResult(place, content, done)
+    with joined(choose_device(lesson.device)):
+        done = distil_checkpoint(student, dense, lesson, progress, layers=layers, state=state)
+        content: dict[str, Any] = {}
+        if is_first():
+            written = _continued(manifest, done, command, directory, place)
+            recipe = directory / RECIPE if (directory / RECIPE).is_file() else None
+            content = write_masked(place, student, tokenizer_directory(student), written, recipe, force=force)
+            state.remove()
+        return DistilResult(place, from_first(content), done)
 
 
 def _continued(

@@ -3,6 +3,8 @@
 The loss is the Kullback-Leibler divergence of the next-token distributions, KL(dense || pruned), over every token of
 calibration text; no labels are read. What was pruned stays zero, and is not computed. The teacher's logits are made on
 the fly, a few rows at a time: neither model's logits ever lie in memory as a whole.
+
+Several processes each take some of the sequences of a step, and all of them the step along the sum of their gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ssmc.compressor.distillation.muon import MuonAndAdam
 from ssmc.compressor.distillation.narrowed import Left, narrowed
 from ssmc.compressor.methods.descent import Descent, Pace, batches, descend
 from ssmc.compressor.methods.gradients import hold, only_these_move
+from ssmc.runtime.collectives import Dealt, summed, summed_each
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.measure.losses import LOGITS_AT_ONCE, last_hidden
 from ssmc.runtime.measure.perplexity import losses_of_tokens
@@ -182,9 +185,10 @@ class _Lesson:
         self._device = head.device
         self._remembered = {} if remembered is None else remembered
         self._may_remember = seen.numel() * head.shape[1] * 4 <= REMEMBERED
-        self._judged = judged
-        if judged is not None:
-            self._wanted = last_hidden(pair.teacher, judged)
+        self._judged = 0 if judged is None else len(judged)
+        # what judges: sequences, and what the teacher's last norm puts out for them
+        own = [] if judged is None else [judged[rows] for rows in Dealt(len(judged), SEQUENCES).own]
+        self._judges = [(rows, last_hidden(pair.teacher, rows)) for rows in own]
 
     def descend(self, course: Course, progress: Progress) -> Descent:
         """Take the steps."""
@@ -197,7 +201,7 @@ class _Lesson:
         return descend(
             moving.parameters,
             lambda: self._gradients(next(order)),
-            self._judge if self._judged is not None else None,
+            self._judge if self._judged else None,
             Pace(course.steps, moving.rates(lost), checks=checks, backs_off=True),
             progress,
             "distilling",
@@ -211,8 +215,11 @@ class _Lesson:
         parameters = self._moving.parameters
         for parameter in parameters:
             parameter.grad = None
-        divergence(self._pair, self._seen[list(numbers)].to(self._device), self._taught(numbers), backward=True)
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        own = [number for piece in Dealt(len(numbers)).own for number in numbers[piece]]
+        if own:
+            inputs, part = self._seen[own].to(self._device), len(own) / len(numbers)
+            divergence(self._pair, inputs, self._taught(own), backward=part)
+        found = summed_each([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         hold(found, self._moving.pinned)
         return found
 
@@ -226,10 +233,8 @@ class _Lesson:
         return found
 
     def _judge(self) -> float:
-        assert self._judged is not None
-        rows = zip(self._judged.split(SEQUENCES), self._wanted.split(SEQUENCES), strict=True)
-        total = sum(divergence(self._pair, row.to(self._device), hidden) * len(row) for row, hidden in rows)
-        return total / len(self._judged)
+        found = [divergence(self._pair, rows.to(self._device), wanted) * len(rows) for rows, wanted in self._judges]
+        return summed(float(sum(found))) / self._judged
 
 
 def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
@@ -237,19 +242,19 @@ def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
     return float(losses_of_tokens(model, sequences.reshape(-1), sequences.shape[1])[1].mean())
 
 
-def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward: bool = False) -> float:
+def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward: float = 0.0) -> float:
     """The mean of KL(teacher || student) over the tokens of `inputs`, in nats.
 
     Args:
         pair: both models.
         inputs: (B, L) token ids on the models' device.
         wanted: (B, L, d_model) what the teacher's last norm puts out for them.
-        backward: add the gradients of it to those of the student's parameters.
+        backward: add so many times its gradients to those of the student's parameters.
     """
     count, total = inputs.numel(), 0.0
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward > 0):
         hidden = pair.student.base_model(inputs, use_cache=False)[0]  # (B, L, d_model)
-        leaf = hidden.detach().requires_grad_(backward)
+        leaf = hidden.detach().requires_grad_(backward > 0)
         vocabulary = pair.student.get_output_embeddings().weight.shape[0]
         step = max(1, LOGITS_AT_ONCE // vocabulary)
         for ours, theirs in zip(leaf.flatten(0, 1).split(step), wanted.flatten(0, 1).split(step), strict=True):
@@ -258,7 +263,7 @@ def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward:
             q = F.log_softmax(pair.architecture.logits(pair.student, ours[None])[0].float(), dim=-1)
             part = F.kl_div(q, p, reduction="sum", log_target=True) / count
             if backward:
-                part.backward()  # piece by piece: the logits of all tokens would not fit
+                (backward * part).backward()  # piece by piece: the logits of all tokens would not fit
             total += float(part.detach())
         if backward:
             hidden.backward(leaf.grad)

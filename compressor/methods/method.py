@@ -377,8 +377,11 @@ class Method:
         """
         return {}
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Whether several processes may share the samples: all it does with them is to add up what `shared` pools."""
+    def shares_samples(self, plan: Plan) -> bool:
+        """Whether each of several processes may have a share of the samples (`runtime.collectives`).
+
+        What a method does with them must then come out the same in all processes.
+        """
         return False
 
     def check_text(self, tokens: torch.Tensor) -> None:

@@ -239,6 +239,14 @@ class CompressConfig(BaseModel):
         Field(ge=0, lt=2**63),
         Flag("Seed of the draw of samples. The same seed gives the same bytes.", CALIBRATION),
     ] = 0
+    hidden_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Flag(
+            "What hidden states of the samples are kept in between two layers. Half precision takes half of the memory "
+            "and changes the result a little; see also --max-memory.",
+            CALIBRATION,
+        ),
+    ] = "float32"
     runtime: Annotated[
         Literal[tuple(CONSUMERS)] | None,  # type: ignore[valid-type]
         Flag(

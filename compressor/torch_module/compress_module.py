@@ -31,7 +31,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
 _OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "distill", "quantize", "quantize_method", "group_size")
-_OF_A_CHECKPOINT += ("symmetric", "quantize_modules", "quantize_embedding")
+_OF_A_CHECKPOINT += ("symmetric", "quantize_modules", "quantize_embedding", "hidden_dtype")
 
 COMPILED = (
     "The module was compiled. The smaller one that is returned is not; give it to torch.compile again if you like."

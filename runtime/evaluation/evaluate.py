@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ssmc.runtime.collectives import joined
 from ssmc.runtime.device import choose_device, choose_dtype
 from ssmc.runtime.errors import CalibrationError, SsmcError, UsageError
 from ssmc.runtime.evaluation.constructed import answer, constructed_questions, nothing_to_lose
@@ -59,6 +60,8 @@ def evaluate_models(
 ) -> EvalReport:
     """Score models by perplexity on a text and by lm-eval's tasks, and compare them with the first.
 
+    Processes that torchrun started share windows and documents; all of them have the report.
+
     Args:
         models: see `choose_sources`: models with the reference first, or one artefact, or nothing for ssmc-out.
         tasks: lm-eval's names, as a sequence or with commas between.
@@ -96,17 +99,18 @@ def evaluate_models(
     tokens, text_info, notes = _read_text(reference, reader, text, data, settings) if perplexity else (None, None, [])
     measured, losses, constructed = [], [], []
     questions = None
-    for subject in subjects:
-        if subject.runtime == "torch":
-            kept = "float32" if subject is subjects[0] else state_dtype
-            use_fast_scan(subject.checkpoint.model.to(where), backend, kept, each_token=True)
-        losses.append(None if tokens is None else score_tokens(subject, tokens, window, progress))
-        if recall and questions is None and losses[0] is not None:
-            questions = constructed_questions(losses[0][0])
-        constructed.append(() if questions is None else answer(subject.checkpoint.model, questions, batch_size))
-        measured.append(_run(loaded, subject, reader, settings, progress))
-        if subject.runtime == "torch":
-            subject.checkpoint.model.to("cpu")  # one model at a time on a GPU
+    with joined(where):
+        for subject in subjects:
+            if subject.runtime == "torch":
+                kept = "float32" if subject is subjects[0] else state_dtype
+                use_fast_scan(subject.checkpoint.model.to(where), backend, kept, each_token=True)
+            losses.append(None if tokens is None else score_tokens(subject, tokens, window, progress))
+            if recall and questions is None and losses[0] is not None:
+                questions = constructed_questions(losses[0][0])
+            constructed.append(() if questions is None else answer(subject.checkpoint.model, questions, batch_size))
+            measured.append(_run(loaded, subject, reader, settings, progress))
+            if subject.runtime == "torch":
+                subject.checkpoint.model.to("cpu")  # one model at a time on a GPU
     perplexities = [None if found is None else summarise(*found) for found in losses]
     results = [
         _result(subject, (score, perplexities[0]), (values, measured[0]), text_info)

@@ -11,6 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
+from ssmc.runtime.collectives import Dealt
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.measure.losses import IGNORED, best_batch, token_losses
 from ssmc.runtime.models.generation import Generation, LoadedSession, Sampling
@@ -29,7 +30,7 @@ class RecurrentLM(TemplateLM):
 
     Texts are cut into context and continuation by lm-eval itself (`TemplateLM._encode_pair`). Nothing is ever padded on
     the left: log-likelihoods are padded on the right, where a causal model's earlier outputs cannot see it, and
-    generation runs one prompt at a time.
+    generation runs one prompt at a time. Several processes that are joined share the batches, and all have all answers.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ class RecurrentLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Continue each prompt up to a stop sequence, one at a time; torch's models by transformers' own generation."""
-        texts = []
-        for request in requests:
-            self._progress(f"generation of {self._name}", len(texts), len(requests))
-            texts.append(self._generate(*request.args))
-        return texts
+        texts, dealt = [], Dealt(len(requests))
+        for piece in dealt.own:
+            self._progress(f"generation of {self._name}", piece.start, len(requests))
+            texts += [self._generate(*request.args) for request in requests[piece]]
+        return dealt.values(texts)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -133,13 +134,15 @@ class RecurrentLM(TemplateLM):
                 )
         sequences = [(context + target)[-(self.max_length + 1) :] for _, context, target in requests]
         order = sorted(range(len(requests)), key=lambda i: -len(sequences[i]))  # the longest first, so memory shows now
+        dealt = Dealt(len(order), self.batch_size)
+        found: list[tuple[float, bool]] = []
+        for piece in dealt.own:
+            batch = order[piece]
+            found += self._score([sequences[i] for i in batch], [len(requests[i][2]) for i in batch])
+            self._progress(f"tasks of {self._name}", piece.stop, len(order))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            found = self._score([sequences[i] for i in batch], [len(requests[i][2]) for i in batch])
-            for index, score in zip(batch, found, strict=True):
-                scores[index] = score
-            self._progress(f"tasks of {self._name}", start + len(batch), len(order))
+        for index, (likelihood, greedy) in zip(order, dealt.values(found), strict=True):
+            scores[index] = (likelihood, greedy)
         return scores
 
     def _score(self, sequences: list[list[int]], targets: list[int]) -> list[tuple[float, bool]]:

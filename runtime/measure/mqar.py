@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ssmc.runtime.collectives import Dealt
 from ssmc.runtime.measure.losses import IGNORED, token_losses
 
 if TYPE_CHECKING:
@@ -114,11 +115,9 @@ class Answers:
 @torch.inference_mode()
 def right_answers(model: LanguageModel, questions: Questions, batch: int = 64) -> torch.Tensor:
     """Where the likeliest token is the value, (n, length) bool, False where nothing is asked."""
-    parts = [
-        token_losses(model, tokens, targets)[1]
-        for tokens, targets in zip(questions.tokens.split(batch), questions.targets.split(batch), strict=True)
-    ]
-    return torch.cat(parts)
+    dealt = Dealt(len(questions.tokens), batch)
+    parts = [token_losses(model, questions.tokens[rows], questions.targets[rows])[1] for rows in dealt.own]
+    return dealt.together(torch.cat([torch.empty(0, questions.tokens.shape[1], dtype=torch.bool), *parts]))
 
 
 def summarised(questions: Questions, right: torch.Tensor, edges: Sequence[int] = ()) -> tuple[Answers, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ssmc.runtime.collectives import Dealt
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.measure.losses import IGNORED, best_batch, token_losses, vocab_size
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -80,16 +81,19 @@ def losses_of_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows a text is scored in, (W, window), and the loss of every prediction in them, (W, window - 1) float64.
 
+    Several processes that are joined score a share of the windows each, and all have all losses.
+
     Args and errors: as `perplexity`.
     """
     if batch < 1:
         raise UsageError(f"Perplexity needs a batch of at least 1, not {batch}.")
     windows = split_windows(model, tokens, window)  # (W, window)
-    batch, losses = best_batch(model, batch), []
-    for start in range(0, len(windows), batch):
-        losses.append(_losses(model, windows[start : start + batch]))
-        progress("perplexity", min(start + batch, len(windows)), len(windows))
-    found = torch.cat(losses)
+    dealt = Dealt(len(windows), best_batch(model, batch))
+    losses = [torch.empty(0, windows.shape[1] - 1, dtype=torch.float64)]
+    for rows in dealt.own:
+        losses.append(_losses(model, windows[rows]))
+        progress("perplexity", rows.stop, len(windows))
+    found = dealt.together(torch.cat(losses))
     if not bool(found.isfinite().all()):
         raise CheckpointError(
             "The model's loss on this text is not a finite number, so its perplexity is undefined. "

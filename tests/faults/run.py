@@ -15,11 +15,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +27,12 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import ssmc
 from ssmc.compressor.streaming import Result
-from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.models.checkpoints import load_checkpoint, writing
 from tests.support.families import roughen, with_tokenizer
+from tests.support.ranks import BROKEN, REFUSED, child, in_ranks
 
 OPTIONS = {"pattern": "column+channel", "sparsity": 0.5, "nsamples": 2, "seqlen": 32, "round_channels": 8}
 ON_FOLDERS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-REFUSED, BROKEN = 5, 9  # exit codes of a child: in a sentence of ours, in a traceback
 
 
 class Trap:
@@ -71,29 +69,6 @@ def kill() -> None:
 
 def fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def child_code(work: Callable[[], object]) -> tuple[int, str]:
-    """As `child`, in this process."""
-    try:
-        return 0, str(work())
-    except SsmcError as error:
-        return REFUSED, str(error)
-    except BaseException:
-        return BROKEN, traceback.format_exc()
-
-
-def child(work: Callable[[], object]) -> tuple[int, str]:
-    """Run something in a process of its own: its exit code, negative for a signal, and what it said."""
-    reading, saying = os.pipe()
-    if (pid := os.fork()) == 0:
-        code, said = child_code(work)
-        os.write(saying, said.encode()[-3000:])
-        os._exit(code)
-    os.close(saying)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -219,32 +194,15 @@ def together(count: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model, text = make_model(root / "model"), root / "text.jsonl"
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
 
         def compress(out: Path) -> None:
             ssmc.compress(model, calib=text, out=out, command="-", **OPTIONS | {"nsamples": 5})
 
-        def one_of_them(number: int, out: Path) -> int:
-            if (pid := os.fork()) == 0:
-                os.environ.update(where, RANK=str(number), LOCAL_RANK=str(number), TORCHELASTIC_RUN_ID="here")
-                code, said = child_code(lambda: compress(out))
-                sys.stderr.write(said)
-                os._exit(code)
-            return pid
-
         code, said = child(lambda: compress(root / "alone"))
         assert code == 0, said
         for out in (root / "shared", root / "again"):
-            pids = [one_of_them(number, out) for number in range(count)]
-            for _ in pids:
-                pid, status = os.wait()
-                if status:
-                    for other in set(pids) - {pid}:
-                        os.kill(other, signal.SIGKILL)
-                    return ["a process failed"]
+            if not in_ranks(count, partial(compress, out)):
+                return ["a process failed"]
         alone, shared = (json.loads((root / name / "ssmc.json").read_text())["layers"] for name in ("alone", "shared"))
         wrong = [] if content(root / "shared") == content(root / "again") else ["other bytes the second time"]
         for one, other in zip(alone, shared, strict=True):

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from ssmc.compressor import compress, configure
+from ssmc.compressor import compress, configure, make_plan
 from ssmc.compressor.calibration.placement import Stage, ahead, propagate, put, samples
+from ssmc.compressor.memory import need
+from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.fast import use_fast_scan
 from tests.support.gpu import needs_cuda
-from tests.support.models import random_model, random_tokens
+from tests.support.models import random_model, random_tokens, save_transformers
 from tests.support.pruning import prune_layers
 
 ARCHITECTURE = architecture_for("mamba")
@@ -151,6 +153,56 @@ def test_a_model_that_comes_and_goes_is_pruned_to_the_same_bytes(options):
     assert results[0][0] == results[1][0]
     for name, tensor in results[0][1].items():
         assert torch.equal(tensor, results[1][1][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_of_layers_in_half_precision_or_on_disk_are_read_in_float32(tmp_path, dtype):
+    made = [torch.randn(4, 3) for _ in range(5)]
+    for folder in (None, tmp_path / "hidden"):
+        stage = Stage(CPU, spill=folder)
+        hidden = stage.copied(stage.gather([lambda sample=sample: sample for sample in made], dtype))
+        assert hidden.dtype == dtype
+        for i, sample in samples(hidden, CPU):
+            assert sample.dtype == torch.float32
+            assert torch.equal(sample[0], made[i].to(dtype).float())
+            put(hidden, i, 2 * sample)
+        pieces = list(ahead(hidden.split(2), CPU, copies=True))
+        assert [piece.dtype for piece in pieces] == [torch.float32] * 3
+        assert torch.equal(torch.cat(pieces), 2 * torch.stack(made).to(dtype).float())
+
+
+def test_hidden_states_beyond_float16_are_refused():
+    large = [lambda: torch.full((2, 3), 7e4)]
+    assert Stage(CPU).gather(large, torch.bfloat16).isfinite().all()
+    with pytest.raises(CalibrationError, match="--hidden-dtype bfloat16"):
+        Stage(CPU).gather(large, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hidden_states_on_disk_change_no_byte(tmp_path, dtype):
+    tokens, results = random_tokens((3, 40)), []
+    for spill in (None, tmp_path / "hidden"):
+        model = use_fast_scan(random_model())
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        config = configure(model="random", refine=2, hidden_dtype=dtype)
+        found = prune_layers(model, ARCHITECTURE, tokens, config, dtypes, stage=Stage(CPU, spill=spill))
+        results.append((found, model.state_dict()))
+    assert [path.stat().st_size for path in (tmp_path / "hidden").iterdir()] == [
+        3 * 40 * 24 * getattr(torch, dtype).itemsize
+    ] * 2
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(tensor, results[1][1][name]) for name, tensor in results[0][1].items())
+
+
+def test_half_precision_takes_half_of_the_memory(tmp_path):
+    folder = save_transformers(random_model(), tmp_path / "model")
+    checkpoint = load_checkpoint(folder, dtype=torch.float32, lazy=True)
+    needs = []
+    for dtype in ("float32", "float16"):
+        config = configure(model=str(folder), hidden_dtype=dtype)
+        plan = make_plan(config, checkpoint.architecture, checkpoint.dimensions, checkpoint.config)
+        needs.append(need(checkpoint, plan, (4, 48)).hidden)
+    assert needs == [4 * 48 * 24 * 4, 4 * 48 * 24 * 2]
 
 
 @needs_cuda

@@ -35,9 +35,9 @@ class Channels(Method):
         part = self.pattern.name
         return plan.config.repair or looks_at_text(part, plan.config.score_of(part))
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Second moments do."""
-        return True
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up; gradients of the whole model are taken in one process."""
+        return not self.looks_at_whole(plan)
 
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of channels."""
@@ -184,8 +184,8 @@ class OutProj(Method):
         whole = any(part in parts for part in (CHANNEL, HEAD, HEAD_DIM, LAYER))
         return plan.config.repair and (whole or (COLUMN in parts and not plan.mixes_c_rows))
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Second moments do."""
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
         return True
 
     def prune(self, job: Job) -> None:

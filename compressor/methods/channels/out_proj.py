@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ssmc.compressor.calibration.placement import samples
-from ssmc.compressor.calibration.shared import summed
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
+from ssmc.runtime.collectives import summed
 
 
 @dataclass(frozen=True)

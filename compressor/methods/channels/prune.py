@@ -9,13 +9,13 @@ from typing import cast
 import torch
 
 from ssmc.compressor.calibration.placement import device_of, samples
-from ssmc.compressor.calibration.shared import share_of, summed
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.registry import score
 from ssmc.compressor.methods.ridge import refit
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.options.patterns import CHANNEL, HEAD_DIM
+from ssmc.runtime.collectives import share_of, summed
 from ssmc.runtime.models import families
 
 # The choice of channels and the fit of x_proj look at no more tokens than the larger of these: more say next to nothing
@@ -91,7 +91,7 @@ def _look(job: Job, part: str) -> _Seen:
     if not any(wanted):
         return _Seen()
     squares = torch.zeros(d_inner, dtype=torch.float64, device=device)
-    hidden = job.samples[: share_of(_enough(job.samples.shape[1], d_inner))]  # samples come in random order
+    hidden = job.samples[: share_of(enough(job.samples.shape[1], d_inner))]  # samples come in random order
     for i, sample in samples(hidden, device):
         job.report("channels", i, len(hidden))
         u, y = job.architecture.scanned(job.work, sample)
@@ -110,6 +110,6 @@ def _look(job: Job, part: str) -> _Seen:
     return _Seen(read_by_x, None if read_by_out is None else read_by_out.total, means)
 
 
-def _enough(length: int, d_inner: int) -> int:
+def enough(length: int, d_inner: int) -> int:
     """How many samples of `length` tokens tell the second moments of `d_inner` channels."""
     return math.ceil(max(TOKENS, TOKENS_PER_CHANNEL * d_inner) / length)

@@ -17,6 +17,7 @@ from ssmc.compressor.methods.registry import score
 from ssmc.compressor.methods.units.counts import units_to_keep
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.options.patterns import EXPERT, EXPERT_WIDTH
+from ssmc.runtime.collectives import gathered
 from ssmc.runtime.models.architectures.experts import ExpertNeurons, Experts, neurons_of
 
 
@@ -71,14 +72,18 @@ def prune_neurons(job: Job) -> None:
 
 
 def _read(job: Job, name: str, others: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a mixture reads, (T, d_model), and what other maps of the block read, (T, n); None without any."""
+    """What a mixture reads, (T, d_model), and what other maps of the block read, (T, n); None without any.
+
+    Of several processes each has the tokens of all.
+    """
     hidden, beside = [], []
     for i, sample in samples(job.samples, device_of(job.work)):
         job.report("experts", i, len(job.samples))
         reads = watched(job.architecture, job.work, sample, [name, *others])[1]
         hidden.append(reads[name].flatten(0, -2).float())
         beside.append(torch.cat([reads[other].flatten(0, -2).float() for other in others], -1) if others else None)
-    return torch.cat(hidden), torch.cat(beside) if others else None
+    every = torch.cat(gathered(torch.cat(hidden)))
+    return every, torch.cat(gathered(torch.cat(beside))) if others else None
 
 
 def _of_expert(

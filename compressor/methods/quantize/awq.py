@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ssmc.compressor.calibration.placement import computing
 from ssmc.compressor.methods.method import Job
 from ssmc.compressor.methods.quantize.grid import DIGITS, fit_grid, spanning_grid
-from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.methods.weights.second_moments import check_finite
 from ssmc.compressor.methods.weights.sparsegpt import relative_error
 from ssmc.runtime.quantized import GridShape, Quantized
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ssmc.compressor.calibration.placement import computing
 from ssmc.compressor.methods.quantize.grid import DIGITS, Grid, fit_grid
-from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.methods.weights.second_moments import check_finite
 from ssmc.compressor.methods.weights.sweep import DAMPING, inverse_factor, sweep, without_dead_inputs
 from ssmc.runtime.quantized import GridShape, Quantized
 

@@ -36,6 +36,10 @@ class Quantize(Method):
         """All but rounding to nearest."""
         return plan.config.quantize_method != RTN
 
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
+        return True
+
     def prepare_outside(self, survey: Survey) -> Record | None:
         """The embedding, and the head where it is not the same, before the first layer reads anything."""
         if survey.plan.config.quantize_embedding is None:

@@ -21,6 +21,7 @@ from ssmc.compressor.methods.quantize.grid import digits_for, spanning_grid
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.methods.weights.sparsegpt import relative_error
 from ssmc.compressor.options.quantization import AWQ, BITS, GPTQ, MAPS, RTN, SMALLEST_GROUP, W8, group_for
+from ssmc.runtime.collectives import of_all
 from ssmc.runtime.quantized import GridShape, Quantized
 
 
@@ -94,7 +95,7 @@ def _may_fit(job: Job) -> bool:
         return False
     if job.plan.fits_stream:
         return False
-    return job.samples.shape[:2].numel() >= FIT_TOKENS_PER_CHANNEL * job.weights["out_proj"].shape[1]
+    return of_all(job.samples.shape[:2].numel()) >= FIT_TOKENS_PER_CHANNEL * job.weights["out_proj"].shape[1]
 
 
 def _quantize_projection(job: Job, name: str) -> QuantizedModule:
@@ -107,6 +108,7 @@ def _quantize_projection(job: Job, name: str) -> QuantizedModule:
             job.report(f"quantising {name}", i, len(job.samples))
             moment.add(_read_by(job, name, sample))
         job.report(f"quantising {name}", len(job.samples), len(job.samples))
+        moment.pool()
     return _quantize(job, name, getattr(job.mixer, name), moment)
 
 
@@ -135,6 +137,7 @@ def _quantize_linears(job: Job, linears: Mapping[str, nn.Linear]) -> list[Quanti
                 job.report(f"quantising {first}", i, len(job.samples))
                 job.architecture.run(job.work, sample)
         job.report(f"quantising {first}", len(job.samples), len(job.samples))
+        moment.pool()
     return [_quantize(job, name, linear, moment) for name, linear in linears.items()]
 
 

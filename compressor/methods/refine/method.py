@@ -24,6 +24,10 @@ class Refine(Method):
         """By the option of its name."""
         return plan.config.refine > 0
 
+    def shares_samples(self, plan: Plan) -> bool:
+        """Gradients add up."""
+        return True
+
     def check_text(self, tokens: torch.Tensor) -> None:
         """Some samples must be left to judge by."""
         from ssmc.compressor.methods.refine.steps import check_samples

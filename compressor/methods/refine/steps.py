@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.calibration.placement import computing, device_of
 from ssmc.compressor.methods.channels.out_proj import fit_out_proj
 from ssmc.compressor.methods.descent import Pace, batches, descend
 from ssmc.compressor.methods.gradients import hold, only_these_move
 from ssmc.compressor.methods.method import Job, Record
+from ssmc.runtime.collectives import of_all, own, share_of, summed, summed_each
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.scan import ScanInputs
 
@@ -71,18 +72,18 @@ def refine(job: Job, steps: int) -> Refinement:
     moving = list(parameters.values())
     with only_these_move(moving, block):
         pinned = [_pinned(name, p, job.plan.carries_out("entries")) for name, p in parameters.items()]
-        seen = stepped_on(layer.samples)
+        seen = stepped_on(layer.samples)  # of all processes, which share them
         order = batches(seen, max(1, TOKENS // layer.length), job.seed)
 
         def gradients() -> list[torch.Tensor]:
-            found = layer.gradients(next(order), moving)
+            found = summed_each(layer.gradients(own(next(order)), moving))
             hold(found, pinned)
             return found
 
         descent = descend(
             moving,
             gradients,
-            lambda: layer.error(range(seen, layer.samples)),
+            lambda: layer.error(own(range(seen, layer.samples))),
             Pace(steps, [RATE * _root_mean_square(p) for p in moving], patience=PATIENCE),
             job.progress,
             f"{job.label}: refining",
@@ -99,7 +100,7 @@ def check_samples(tokens: torch.Tensor) -> None:
     Raises:
         CalibrationError: there is only one.
     """
-    if len(tokens) < 2:
+    if of_all(len(tokens)) < 2:
         raise CalibrationError(
             "Refining needs at least 2 calibration samples, as some judge the steps on the others; the text has one of "
             f"{tokens.shape[1]} tokens. Give more text with --calib or use a smaller --seqlen."
@@ -113,7 +114,8 @@ class _Layer:
         self._architecture, self._block, self._mixer = job.architecture, job.work, job.mixer
         self._kept = job.states_kept
         self._hidden, self._stream = job.samples, job.dense_output
-        self.samples, self.length, _ = self._hidden.shape
+        count, self.length, _ = self._hidden.shape
+        self.samples = of_all(count)
 
     @property
     def modules(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -121,23 +123,26 @@ class _Layer:
         return self._block, dict(self._mixer.named_parameters())
 
     def gradients(self, samples: Sequence[int], parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-        """Of the relative error on some samples."""
+        """What some samples of this process add to those of the relative error on the samples of all."""
         with torch.enable_grad():
-            wrong, energy = self._squares(samples)
+            wrong, energy = self._squares(samples) if samples else (None, torch.zeros((), device=parameters[0].device))
+            energy = summed(energy.detach())
+            if wrong is None:
+                return [torch.zeros_like(parameter) for parameter in parameters]
             relative = wrong / energy.clamp(min=torch.finfo(energy.dtype).tiny)
             return list(torch.autograd.grad(relative, parameters))
 
     @torch.no_grad()
     def error(self, samples: Sequence[int]) -> float:
-        """The relative error on some samples, one of them at a time."""
+        """The relative error on some samples of each process, one of them at a time."""
         squares = [[float(s) for s in self._squares([i])] for i in samples]
-        wrong, energy = (sum(column) for column in zip(*squares, strict=True))
+        wrong, energy = (summed(float(sum(row[column] for row in squares))) for column in (0, 1))
         return wrong / energy if energy > 0 else 0.0
 
     def _squares(self, samples: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Squares of what the layer adds amiss and of what it should add, summed."""
         device = device_of(self._block)
-        hidden, stream = (t[list(samples)].to(device) for t in (self._hidden, self._stream))
+        hidden, stream = (computing(t[list(samples)].to(device)) for t in (self._hidden, self._stream))
         expanded = self._architecture.expand(self._mixer, self._architecture.normed(self._block, hidden))
         inputs = self._architecture.scan_inputs(self._mixer, *expanded)
         if isinstance(inputs, ScanInputs):
@@ -163,7 +168,7 @@ def refine_layer(job: Job) -> None:
     """Take gradient steps on a layer; one that they do not make better stays as it is."""
     before = copy.deepcopy(job.mixer.state_dict())
     if job.plan.fits_out_proj:  # what judges must not have been seen: a fit on all samples would look better
-        fit_out_proj(job.on(slice(stepped_on(len(job.samples)))))
+        fit_out_proj(job.on(slice(share_of(stepped_on(of_all(len(job.samples)))))))
     refined = refine(job, job.config.refine)
     if refined.best_step == 0:
         job.mixer.load_state_dict(before)

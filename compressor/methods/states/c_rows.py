@@ -6,6 +6,8 @@ D' instead of C and D changes what reaches out_proj by e_t' F_t with e_t = (C'_t
 e_t' S_t e_t with S_t = F_t F_t'. So once the S_t of some tokens are there, the rows of in_proj and the channels of
 conv1d that make C_t = silu(conv1d(W x_t)) can be fitted without running the scan again, to the dense layer and no
 labels. In a Mamba-1 C is linear in x and the same objective has a closed form (`repair`).
+
+Several processes each keep the S_t of their own samples and take every step together, with the sum of their gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from ssmc.compressor.calibration.placement import device_of
+from ssmc.compressor.calibration.placement import computing, device_of
 from ssmc.compressor.methods.descent import Pace, descend, root_mean_square
 from ssmc.compressor.methods.method import Job
 from ssmc.compressor.methods.states.statistics import Chunk, Statistic
+from ssmc.runtime.collectives import of_all, own, share_of, summed, summed_each
 from ssmc.runtime.models.architectures.interface import HeadReaders
 from ssmc.runtime.models.families import Readers
 
@@ -61,6 +64,9 @@ class ReadoutGrams(Statistic):
         """Every sample of this stretch of time has been added."""
         self._seen += 1
 
+    def pool(self) -> None:
+        """Each process keeps those of its own samples."""
+
     def stretches(self) -> tuple[list[int], torch.Tensor]:
         """First tokens, and S_t as (stretches x samples, T, N + H, N + H), those of a shorter last stretch left out."""
         length = max(grams[0].shape[1] for grams in self.kept.values())
@@ -95,7 +101,8 @@ def fit_c_rows(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int
     """
     readers = cast(HeadReaders, job.architecture).readers(job.mixer, group)
     starts, grams = statistic.stretches()
-    task = CRowsTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept)
+    samples = of_all(len(job.samples))
+    task = CRowsTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept, samples)
     index = torch.as_tensor(list(kept), device=grams.device)
     tensors = [None if t is None else t[index] for t in vars(readers).values()]
     parameters = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
@@ -103,13 +110,13 @@ def fit_c_rows(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int
     learnt = [p for p in parameters if p is not None] + [skip]
     sizes = [root_mean_square(p) for p in learnt[:-1]] + [root_mean_square(job.mixer.D)]
     generator = torch.Generator().manual_seed(job.seed)
-    order = torch.randperm(len(grams), generator=generator)
+    order = torch.randperm(len(starts) * samples, generator=generator)
     judges = order[: max(1, len(order) // HELD_OUT)]
     rest = order[len(judges) :] if len(order) > 1 else order
 
     def gradients() -> Sequence[torch.Tensor]:
         rows = rest[torch.randperm(len(rest), generator=generator)[:BATCH]]
-        return torch.autograd.grad(task.loss(rows, parameters, skip), learnt)
+        return summed_each(torch.autograd.grad(task.loss(rows, parameters, skip), learnt))
 
     fit = descend(
         learnt,
@@ -126,10 +133,27 @@ def fit_c_rows(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int
 
 
 class CRowsTask:
-    """Stretches of tokens: what in_proj reads, what C should be, and what a wrong C costs."""
+    """Stretches of tokens: what in_proj reads, what C should be, and what a wrong C costs.
 
-    def __init__(self, windows: torch.Tensor, grams: torch.Tensor, readers: Readers, kept: Sequence[int]):
-        self.windows, self.grams = windows, grams  # (S, T + d_conv - 1, d_model + 1), (S, T, N + H, N + H)
+    Stretches are numbered over the samples of all processes: the first one of every sample, then the second.
+
+    Args:
+        windows: (S, T + d_conv - 1, d_model + 1) what in_proj reads, of the stretches of this process.
+        grams: (S, T, N + H, N + H) their S_t.
+        readers: of the dense layer.
+        kept: states that stay.
+        samples: how many all processes have; None: there is one process.
+    """
+
+    def __init__(
+        self,
+        windows: torch.Tensor,
+        grams: torch.Tensor,
+        readers: Readers,
+        kept: Sequence[int],
+        samples: int | None = None,
+    ):
+        self.windows, self.grams, self.samples = windows, grams, len(grams) if samples is None else samples
         self.kept = torch.as_tensor(list(kept), device=grams.device)
         with torch.no_grad():
             C = self.read(slice(None), list(vars(readers).values()))  # (S, T, N)
@@ -148,25 +172,34 @@ class CRowsTask:
         return F.silu(C if bias is None else C + bias.float())
 
     def loss(self, rows: torch.Tensor, tensors: Sequence[torch.Tensor | None], skip: torch.Tensor) -> torch.Tensor:
-        """The squared error of some stretches, relative to their energy."""
-        C = self.read(rows, tensors)
-        wrong = (-self.wanted[rows]).index_add(2, self.kept, C)  # C' - C, where C' of the removed states is 0
+        """The squared error of those of some stretches that are this process's, relative to the energy of all."""
+        mine = torch.tensor(self._own(rows.tolist()), dtype=torch.long)
+        C = self.read(mine, tensors)
+        wrong = (-self.wanted[mine]).index_add(2, self.kept, C)  # C' - C, where C' of the removed states is 0
         wrong = torch.cat([wrong[..., : -len(skip)], skip.expand(*wrong.shape[:2], -1)], dim=2)
-        energy = self.energy[rows].sum()
-        return self._square(wrong, rows.tolist()).sum() / energy if energy > 0 else 0 * wrong.sum()
+        energy = summed(self.energy[mine].sum())
+        return self._square(wrong, mine.tolist()).sum() / energy if energy > 0 else 0 * wrong.sum()
 
     @torch.no_grad()
     def error(self, rows: torch.Tensor, tensors: Sequence[torch.Tensor | None], skip: torch.Tensor) -> float:
-        """The same as a number."""
-        return float(self.loss(rows, tensors, skip))
+        """The same as a number, of all processes."""
+        return summed(float(self.loss(rows, tensors, skip)))
+
+    def _own(self, rows: Sequence[int]) -> list[int]:
+        """Of numbered stretches those of this process, as rows of its own."""
+        found = []
+        for row in rows:
+            stretch, sample = divmod(row, self.samples)
+            found += [stretch * share_of(self.samples) + number for number in own([sample])]
+        return found
 
     def _square(self, vectors: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """sum over the tokens of some stretches of e' S e, (S,), for e (S, T, N + H)."""
         fixed = vectors.detach()
         # one stretch after the other, as picking them out of all would copy more than is computed
-        products = torch.stack(
-            [(self.grams[row] @ e[..., None]).squeeze(-1) for row, e in zip(rows, fixed, strict=True)]
-        )
+        products = torch.zeros_like(fixed)
+        for product, row, e in zip(products, rows, fixed, strict=True):
+            product.copy_((self.grams[row] @ e[..., None]).squeeze(-1))
         # S is symmetric, so the gradient is 2 S e: autograd need not multiply by S again
         return (2 * vectors * products - fixed * products).sum((1, 2))
 
@@ -178,7 +211,7 @@ def input_windows(job: Job, starts: Sequence[int], length: int, readers: Readers
     before, device, windows = readers.taps.shape[1] - 1, device_of(job.work), []
     for start in starts:
         first = max(0, start - before)
-        part = job.samples[:, first : start + length].to(device)
+        part = computing(job.samples[:, first : start + length].to(device))
         normed = cast(HeadReaders, job.architecture).read_by_in_proj(job.work, part).float()
         normed = F.pad(normed, (0, 1), value=1.0)
         windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ssmc.compressor.methods.states.statistics import Chunk, Statistic, Sum
+from ssmc.runtime.collectives import summed
 
 
 @dataclass
@@ -53,6 +54,10 @@ class Contributions(Statistic):
     def takes_weights(self) -> bool:
         """It sums squared errors."""
         return True
+
+    def pool(self) -> None:
+        """Add what the other processes have."""
+        self.gram, self.cross, self.skip = summed(self.gram), summed(self.cross), summed(self.skip)
 
     def errors(self, repair: bool) -> torch.Tensor:
         """(N, N) matrix whose sum over R x R is the squared error of losing R, with the skip refitted or not."""

@@ -46,9 +46,9 @@ class States(Method):
         """Not every score can tell states apart in every family."""
         refuse_unfit(plan, COLUMN)
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Where the repair is a closed form of sums."""
-        return not plan.architecture.capabilities.normed_readers and not (plan.has_heads and plan.config.repair)
+    def shares_samples(self, plan: Plan) -> bool:
+        """Sums and gradients add up."""
+        return True
 
     def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Numbers of states."""
@@ -157,7 +157,7 @@ class Entries(Method):
             sizes = plan.sizes
             check_groups(sizes.d_state if sizes.heads is None else sizes.heads // sizes.groups, plan.config.nm)
 
-    def adds_up(self, plan: Plan) -> bool:
+    def shares_samples(self, plan: Plan) -> bool:
         """Scores are sums."""
         return True
 

@@ -6,6 +6,8 @@ Its constant part folds: the read-out takes a number behind the norms. What vari
 by scaling the rows that stay against each other: scaling b[n] by s and undoing it behind the norm (by its weights, or
 by 1/s in c[n], as only the product of B and C counts) changes nothing but the root mean square. So s is fitted to let
 the sum of squares that is left follow the one of all states. The rest is measured.
+
+Several processes each run the layer on their own samples; the squares, few numbers a token, are brought together.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of, samples
 from ssmc.compressor.methods.descent import Pace, descend
+from ssmc.runtime.collectives import gathered, share_of, summed
 from ssmc.runtime.models.architectures.interface import NormedReaders
 from ssmc.runtime.models.families import Architecture
 
@@ -41,8 +44,8 @@ class NormFit:
 class _Seen:
     """What a layer computes for some tokens."""
 
-    y: torch.Tensor  # (T, D): the gated read-out, without the skip
-    b: torch.Tensor  # (T, N): squares of what the norm of B reads
+    y: torch.Tensor  # (T, D): the gated read-out, without the skip, of the tokens of this process
+    b: torch.Tensor  # (T, N): squares of what the norm of B reads, of the tokens of all
     c: torch.Tensor  # (T, N)
 
 
@@ -73,7 +76,7 @@ def remove_states(
         mixing: (K, N) of the C rows that stay, which knows nothing of the norms' change; None: not mixed.
         repair: whether rows may be scaled, and mixed.
     """
-    layer = _Layer(architecture, block, hidden[: max(1, TOKENS // hidden.shape[1])], kept)
+    layer = _Layer(architecture, block, hidden[: share_of(max(1, TOKENS // hidden.shape[1]))], kept)
     plain = layer.candidate(None, scale=False)
     found = [plain]
     if repair:
@@ -109,7 +112,7 @@ class _Layer:
             self._norms.scale_readers(mixer, kept, b, c, 1.0)
         seen = self._see(mixer)
         cross, square, energy = (
-            float((p * q).sum()) for p, q in ((seen.y, dense.y), (seen.y, seen.y), (dense.y, dense.y))
+            summed(float((p * q).sum())) for p, q in ((seen.y, dense.y), (seen.y, seen.y), (dense.y, dense.y))
         )
         if scale and cross > 0:
             factor = cross / square  # least squares
@@ -120,13 +123,15 @@ class _Layer:
 
     def _see(self, mixer: nn.Module) -> _Seen:
         """Run a mixer in the place of the block's own over the samples."""
-        architecture, block, parts = self._architecture, self._block, []
+        architecture, block = self._architecture, self._block
+        nothing, width = mixer.D.new_zeros(1, 0, len(mixer.D)), architecture.rates(mixer)[0].shape[1]
+        parts = [(nothing, nothing[..., :width], nothing[..., :width])]
         for _, sample in samples(self._hidden, device_of(block)):
             inputs = architecture.scan_inputs(mixer, *architecture.expand(mixer, architecture.normed(block, sample)))
             y, _ = architecture.scan(mixer, replace(inputs, D=torch.zeros_like(inputs.D)))
             parts.append((y, *self._norms.before_norm(mixer, inputs.u)))
         y, b, c = (torch.cat(part, dim=1)[0].double() for part in zip(*parts, strict=True))
-        return _Seen(y, b.square(), c.square())
+        return _Seen(y, torch.cat(gathered(b.square())), torch.cat(gathered(c.square())))
 
 
 def fit_scales(

@@ -18,6 +18,7 @@ from ssmc.compressor.methods.states.score import ScoredGroup, StateScore
 from ssmc.compressor.methods.states.statistics import Statistic
 from ssmc.compressor.methods.states.sums import STATISTICS, Request
 from ssmc.compressor.options.patterns import COLUMN
+from ssmc.runtime.collectives import of_all
 from ssmc.runtime.models.architectures.interface import HeadReaders
 
 # A_log of a state without memory. A = -e^12 = -162755: exp(dt A) is 0 in float32 from dt = 6e-4 on and below 1e-7 from
@@ -134,7 +135,7 @@ def scored_group(job: Job, number: int, part: str, keep: int) -> ScoredGroup:
     config, rates = job.config, job.architecture.rates(job.mixer)
     heads = len(job.mixer.A_log) // len(rates) if job.plan.has_heads else None
     count, length = job.hidden.shape[:2] if isinstance(job.hidden, torch.Tensor) else (0, 0)
-    request = Request(config, rates[number], keep, length, count, heads)
+    request = Request(config, rates[number], keep, length, of_all(count), heads)
     sums = state_score(job, part).statistics(request)
     if part == COLUMN and config.repair:
         sums = _repair_statistics(request) | sums

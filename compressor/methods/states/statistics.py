@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ssmc.compressor.calibration.shared import summed
 from ssmc.compressor.methods.weights.second_moments import StateMoment
 from ssmc.compressor.options.config import Weighting
+from ssmc.runtime.collectives import summed
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.ranks import ranks
 from ssmc.runtime.scan import Moments, ScanInputs, SsdMoments, quartic_moment, sum_of_squares
@@ -80,7 +80,7 @@ class Statistic:
         """Every sample of this stretch of time has been added."""
 
     def pool(self) -> None:
-        """All samples of this process have been added: add what the others have, see `calibration.shared`.
+        """All samples of this process have been added: add what the others have, see `runtime.collectives`.
 
         Raises:
             UsageError: this is no sum that several processes can add up.

@@ -36,7 +36,7 @@ class Request:
         A_log: (D, N).
         keep: how many states will stay, for the pattern `column`.
         length: tokens of a calibration sample; 0 where samples come in pieces of any length.
-        samples: how many there are.
+        samples: how many there are, those of other processes among them.
         heads: of a group of a Mamba-2, whose C rows cannot be mixed; None for a Mamba-1.
     """
 

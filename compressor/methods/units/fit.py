@@ -21,6 +21,7 @@ from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.units.inputs import correct
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
+from ssmc.runtime.collectives import gathered, summed
 from ssmc.runtime.models.architectures.experts import Mixture
 from ssmc.runtime.models.architectures.units import Writer, find_module
 
@@ -82,7 +83,8 @@ def _fit_stage(job: Job, stage: int, writers: Sequence[Writer]) -> StageFit:
         cross += missing.t() @ x
         wrong += float(missing.double().square().sum())
         energy += float((target - before)[0, :, : len(cross)].double().square().sum())
-    total = moment.total
+    moment.pool()
+    cross, wrong, energy, total = summed(cross), summed(wrong), summed(energy), moment.total
     change = fit(cross, total)
     for weight, index, part in zip(weights, alive, change.split([len(a) for a in alive], dim=1), strict=True):
         weight[:, index] = (weight[:, index].double() + part).to(weight)
@@ -93,16 +95,19 @@ def _fit_stage(job: Job, stage: int, writers: Sequence[Writer]) -> StageFit:
 
 def _fit_mixture(job: Job, stage: int, part: Mixture, writer: Writer) -> StageFit:
     """Fit the last maps of all experts, one after the other."""
-    module, found = part.inside(job.work), []
+    module, read, lacks = part.inside(job.work), [], []
     assert module is not None
     wrong = energy = 0.0
     for i, (before, target, after, reads) in enumerate(_missing(job, stage, [part.name])):
         job.report("fitting experts to the dense model", i, len(job.samples))
         missing = (target - after)[0].float()  # (L, d_model)
-        found.append((reads[part.name].flatten(0, -2).float(), missing))
+        read.append(reads[part.name].flatten(0, -2).float())
+        lacks.append(missing)
         wrong += float(missing.double().square().sum())
         energy += float((target - before)[0].double().square().sum())
-    left = fit_experts(part, module, writer.scale_in(job.work), found)
+    wrong, energy = summed(wrong), summed(energy)
+    pieces = zip(gathered(torch.cat(read)), gathered(torch.cat(lacks)), strict=True)  # of all processes
+    left = fit_experts(part, module, writer.scale_in(job.work), pieces)
     return StageFit((writer.name,), *(e / energy if energy > 0 else 0.0 for e in (left, wrong)))
 
 

@@ -17,6 +17,7 @@ from ssmc.compressor.calibration.watched import watched
 from ssmc.compressor.methods.method import Job
 from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
+from ssmc.runtime.collectives import summed
 from ssmc.runtime.models.architectures.units import find_module
 
 
@@ -68,4 +69,5 @@ def _estimate(
         cross += (target - x).t() @ x
     assert moment is not None
     assert cross is not None
-    return fit(cross, moment.total)
+    moment.pool()
+    return fit(summed(cross), moment.total)

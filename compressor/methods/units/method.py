@@ -22,6 +22,10 @@ class Units(Method):
     in_every_block = True
     leaves: ClassVar[tuple[str, ...]] = ("units",)
 
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
+        return True
+
     def needs_text(self, plan: Plan) -> bool:
         """For the repair, and for most scores."""
         kind = self.pattern.name
@@ -81,6 +85,10 @@ class Inputs(Method):
         """With the fit of the stream, but for blocks that layers share: there the norm reads more than the stream."""
         return plan.config.repair and plan.fits_stream and not plan.architecture.capabilities.shared_blocks
 
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
+        return True
+
     def arrive(self, job: Job, dense: torch.Tensor) -> None:
         """What the first stage reads is compared before the dense stream goes on."""
         from ssmc.compressor.methods.units.inputs import estimate_first
@@ -117,6 +125,10 @@ class Stream(Method):
     def asked_for(self, plan: Plan) -> bool:
         """With the repair, where a hybrid loses more than states."""
         return plan.config.repair and plan.fits_stream
+
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
+        return True
 
     def prune(self, job: Job) -> None:
         """Every layer that stays."""

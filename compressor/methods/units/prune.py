@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,13 +10,14 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import device_of, samples
 from ssmc.compressor.calibration.watched import watched
-from ssmc.compressor.methods.channels.prune import TOKENS, TOKENS_PER_CHANNEL
+from ssmc.compressor.methods.channels.prune import enough
 from ssmc.compressor.methods.channels.score import ChannelScore, ScoredChannels
 from ssmc.compressor.methods.method import Job, Record
 from ssmc.compressor.methods.registry import score
 from ssmc.compressor.methods.ridge import refit
 from ssmc.compressor.methods.units.counts import units_to_keep
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
+from ssmc.runtime.collectives import share_of, summed
 from ssmc.runtime.models.architectures.units import Part, find_module
 
 
@@ -105,13 +105,14 @@ def _read(job: Job, name: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What a linear map reads: second moments (in, in), and by column the norm over samples of the mean |x| (in,)."""
     device = device_of(job.work)
     moment, squares = SecondMoment(width, device), torch.zeros(width, dtype=torch.float64, device=device)
-    hidden = job.samples[: math.ceil(max(TOKENS, TOKENS_PER_CHANNEL * width) / job.samples.shape[1])]
+    hidden = job.samples[: share_of(enough(job.samples.shape[1], width))]
     for i, sample in samples(hidden, device):
         job.report("units", i, len(hidden))
         x = watched(job.architecture, job.work, sample, [name])[1][name][0].float()  # (L, in)
         moment.add(x)
         squares += x.abs().mean(0).double().square()
-    return moment.total, squares.sqrt()
+    moment.pool()
+    return moment.total, summed(squares).sqrt()
 
 
 def _linear(module: nn.Module, name: str) -> Any:

@@ -12,8 +12,9 @@ from itertools import product
 
 import torch
 
+from ssmc.compressor.calibration.placement import computing
 from ssmc.compressor.methods.weights.masks import lowest_mask, pruned_count
-from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.methods.weights.second_moments import check_finite
 from ssmc.compressor.methods.weights.sparsegpt import SparseGPTResult
 from ssmc.compressor.options.sparsity import NM, Sparsity, check_groups
 from ssmc.runtime.errors import UsageError

@@ -42,8 +42,8 @@ class Weights(Method):
 
         return sparsities_of_modules(survey)
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Second moments do."""
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
         return True
 
     def prune(self, job: Job) -> None:
@@ -111,8 +111,8 @@ class OtherMaps(Method):
         """As the score says."""
         return looks_at_text(WEIGHTS, plan.config.ffn_score)
 
-    def adds_up(self, plan: Plan) -> bool:
-        """Second moments do."""
+    def shares_samples(self, plan: Plan) -> bool:
+        """Second moments add up."""
         return True
 
     def prune(self, job: Job) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from ssmc.compressor.calibration.shared import summed
+from ssmc.compressor.calibration.placement import computing
+from ssmc.runtime.collectives import summed
 from ssmc.runtime.errors import CalibrationError
 
 PANELS = 4  # bands of rows that H is summed in; 4 leave 5/8 of the whole product
@@ -150,11 +151,6 @@ class StateMoment:
     def pool(self) -> None:
         """Add what the other processes saw."""
         self.total, self.tokens = summed(self.total), round(summed(self.tokens))
-
-
-def computing(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the type to compute with: float64 stays, everything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_finite(hessian: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ssmc.compressor.calibration.placement import computing
 from ssmc.compressor.methods.weights.masks import lowest_mask, nm_mask, pruned_count
-from ssmc.compressor.methods.weights.second_moments import check_finite, computing
+from ssmc.compressor.methods.weights.second_moments import check_finite
 from ssmc.compressor.methods.weights.sweep import BLOCK, DAMPING, inverse_factor, sweep, without_dead_inputs
 from ssmc.compressor.options.sparsity import NM, Sparsity, check_groups
 
