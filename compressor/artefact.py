@@ -14,7 +14,7 @@ from ssmc.compressor.calibration.draw import Calibration
 from ssmc.compressor.methods.method import LayerResult, Outcome
 from ssmc.compressor.methods.quantize.summary import packed, summary
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import LAYER
+from ssmc.compressor.options.patterns import LAYER, WIDTH
 from ssmc.compressor.options.recipe import RECIPE, write_recipe
 from ssmc.runtime.files import new_directory, require_space
 from ssmc.runtime.manifest import (
@@ -100,6 +100,7 @@ class Artefact:
             goal=self.goal,
             distilled=self.outcome.distilled,
             quantized=summary(self.outcome, self.checkpoint.tensors()),
+            width=next((r.as_manifest() for r in self.outcome.outside if r.name == WIDTH), None),
         )
 
     def _source(self, out: Path) -> Origin:

@@ -21,18 +21,20 @@ from ssmc.compressor.options.patterns import (
     MLP,
     SSM_MODULE,
     UNSTRUCTURED,
+    WIDTH,
     combinable,
     scores_of,
 )
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
+from ssmc.runtime.models.architectures.plan import MODEL
 from ssmc.runtime.models.families import BLOCK, STATE, Architecture, Dimensions
 from ssmc.runtime.models.outline import Outline
 
 UNITS = (MLP, ATTENTION, EXPERT, EXPERT_WIDTH)
 HEADS = (HEAD, HEAD_DIM)
-PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, UNSTRUCTURED, SSM_MODULE)
+PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, WIDTH, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
 
 _GOALS = "--target-latency, --target-params, --max-ppl-increase"
@@ -42,6 +44,7 @@ _NO_EXPERTS, _OF_EXPERTS = "its blocks have no experts", (EXPERT, EXPERT_WIDTH)
 _NO_HEADS = "its mixers have no heads; --pattern channel removes channels"
 _ALIKE = "it is there to compare with, for models with one kind of block"
 _OF_PARTS = {COLUMN: STATE, CHANNEL: families.CHANNEL, HEAD: families.HEAD, HEAD_DIM: families.HEAD, LAYER: BLOCK}
+_OF_PARTS |= {WIDTH: MODEL}
 """Part of a pattern -> what it makes smaller, as `Capabilities.fixed` names it."""
 _WHAT = {
     COLUMN: "whole states",
@@ -55,6 +58,7 @@ _WHAT = {
     ATTENTION: "query heads of attention",
     EXPERT: "whole experts",
     EXPERT_WIDTH: "neurons of every expert",
+    WIDTH: "directions of the residual stream",
 }
 
 
@@ -65,6 +69,7 @@ _GAINS = {
     ATTENTION: "fewer parameters; where whole groups go, fewer keys and values",
     EXPERT: "fewer parameters; a token is sent to as many as before",
     EXPERT_WIDTH: "fewer parameters, faster prefill and decode",
+    WIDTH: "fewer parameters in every linear map, in embedding and head",
 }
 """What patterns bring whose share of the parameters depends on the configuration."""
 
@@ -76,7 +81,7 @@ def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
 
 def searched_parts(architecture: Architecture) -> list[str]:
     """Those parts that a search tries for a family: of a hybrid the states alone."""
-    never = (CHANNEL, HEAD, HEAD_DIM) if architecture.capabilities.heads else ()
+    never = (WIDTH, *((CHANNEL, HEAD, HEAD_DIM) if architecture.capabilities.heads else ()))
     able = [part for part in combinable() if part in parts_of(architecture) and part not in never]
     return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
@@ -121,6 +126,11 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
         UsageError: naming what can be used.
     """
     able, refused, name = parts_of(architecture), limits(architecture), architecture.model_type
+    if goal is not None and WIDTH in config.parts:
+        raise UsageError(
+            "No goal is looked for by removing width, which has no curve of losses yet. Leave width out of --pattern, "
+            "or give --sparsity in place of a goal."
+        )
     if goal is not None and not architecture.capabilities.uniform:
         _check_goal_of_hybrid(config, goal, architecture)
     known = [part for part in config.parts if part in PATTERNS or config.nm]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, WIDTH
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.consumers import (
     TWICE,
@@ -34,10 +34,10 @@ def fitted(config: CompressConfig, checkpoint: Checkpoint) -> CompressConfig:
     sizes = checkpoint.dimensions
     refuse_family(config.runtime, checkpoint.architecture)
     rule = consumer_named(config.runtime).rule(sizes)
-    if CHANNEL in config.parts and rule.width == TWICE:
+    if CHANNEL in config.parts and WIDTH not in config.parts and rule.width == TWICE:
         raise UsageError(
-            f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go: leave {CHANNEL} out of "
-            "--pattern."
+            f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go by themselves: use "
+            f"--pattern {CHANNEL}+{WIDTH}, which removes as large a part of both, or leave {CHANNEL} out of --pattern."
         )
     wrong = computes_otherwise(config.runtime, checkpoint.architecture, checkpoint.config, wrong=True)
     reason = lasting_misfit(config.runtime, sizes, getattr(checkpoint.config, "layer_norm_epsilon", None))

@@ -80,10 +80,10 @@ def prune(run: Run) -> Pruned:
             for removal in removals:
                 remover.remove(run.plan.architecture, run.plan.architecture.blocks(run.model)[removal.layer])
         run.model.cpu()
-    if not run.plan.works_inside:
-        return Pruned((), tuple(removals))
     found = [step.prepare_outside(run.survey()) for step in run.plan.steps]
     outside = tuple(record for record in found if record is not None)
+    if not run.plan.works_inside:
+        return Pruned((), tuple(removals), outside)
     layers = prune_layers(run, {removal.layer for removal in removals})
     for step in run.plan.steps:
         step.finish_outside(run.survey())

@@ -265,8 +265,8 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
     """Prune a model in memory, then write it: what looks at all of it at once."""
     if order.resume and state is None:
         raise UsageError(
-            "A run that looks at the whole model at once (a goal, --quantize, --pattern layer or ssm-module, --score "
-            "fisher) cannot be resumed. Leave --resume out."
+            "A run that looks at the whole model at once (a goal, --quantize, --pattern layer, width or ssm-module, "
+            "--score fisher) cannot be resumed. Leave --resume out."
         )
     if goal is not None and ranks() > 1:
         raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")

@@ -12,7 +12,9 @@ from torch import nn
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.manifest import BLOCK, MaskedManifest
 from ssmc.runtime.models.architectures.experts import Experts
+from ssmc.runtime.models.architectures.residual import cut_width, silent_places
 from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.checkpoints.deferred import real
 from ssmc.runtime.models.families import CHANNEL, STATE, Architecture, Cut
 
 
@@ -57,6 +59,9 @@ def shrink(masked: Checkpoint, manifest: MaskedManifest, *, uneven: bool = False
         if any(len(numbers) < total for numbers in kept):
             shrunk = _then(shrunk, *architecture.cut(shrunk.tensors, shrunk.config, dimension, kept))
     shrunk = _without_units(masked, manifest, shrunk, set(removed))
+    if manifest.width is not None:
+        kept_width = int(manifest.width["kept"])
+        shrunk = _then(shrunk, *cut_width(architecture, masked.model, shrunk.tensors, shrunk.config, kept_width))
     if blocks:  # a block without an SSM stays: no loader has one
         shrunk = _then(shrunk, *architecture.cut_blocks(shrunk.tensors, shrunk.config, blocks))
     return shrunk
@@ -103,6 +108,7 @@ def _check(masked: Checkpoint, manifest: MaskedManifest) -> None:
                     f"Layer {index} of the model in {where} still uses {what} the manifest calls pruned; {changed}"
                 )
     _check_units(masked, manifest, removed)
+    _check_width(masked, manifest)
     for removal in manifest.removed:
         index, whole = removal.layer, removal.part == BLOCK
         if index < len(blocks):
@@ -135,6 +141,23 @@ def _check_units(masked: Checkpoint, manifest: MaskedManifest, removed: set[int]
                     f"Layer {index} of the model in {masked.source} still uses {part.kind} the manifest calls pruned; "
                     "its weights were changed after compressing. Compress again."
                 )
+
+
+def _check_width(masked: Checkpoint, manifest: MaskedManifest) -> None:
+    """Ask the weights whether nothing is written to the coordinates of the stream that the manifest calls pruned."""
+    if manifest.width is None:
+        return
+    kept, d_model, tensors = manifest.width.get("kept"), masked.dimensions.d_model, masked.tensors()
+    if not isinstance(kept, int) or not 0 < kept <= d_model:
+        raise CheckpointError(
+            f"The manifest in {masked.source} keeps {kept} of a d_model of {d_model}. Compress again."
+        )
+    for place in silent_places(masked.architecture, masked.model, kept, d_model):
+        if bool(real(tensors[place.name]).index_select(place.axis, place.index).any()):
+            raise CheckpointError(
+                f"{place.name} of the model in {masked.source} still writes to coordinates of the residual stream that "
+                "the manifest calls pruned; its weights were changed after compressing. Compress again."
+            )
 
 
 def _is_silent(architecture: Architecture, block: nn.Module, whole: bool) -> bool:

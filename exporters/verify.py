@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ssmc.runtime.errors import VerificationError
+from ssmc.runtime.models.architectures.residual import with_epsilons_of_width
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
@@ -57,11 +58,15 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
     Returns:
         How far a logit moves by it; None where there is no such norm.
     """
-    d_inner = masked.architecture.dimensions(config).d_inner
-    if not masked.architecture.capabilities.heads or d_inner == masked.dimensions.d_inner:
+    architecture, left, whole = masked.architecture, masked.architecture.dimensions(config), masked.dimensions
+    gated = architecture.capabilities.heads and left.d_inner != whole.d_inner
+    if not gated and left.d_model == whole.d_model:
         return None
     before = use_fast_scan(masked.model)(tokens).logits
-    masked.architecture.with_epsilons_of(masked.model, config)
+    if gated:
+        architecture.with_epsilons_of(masked.model, config)
+    if left.d_model != whole.d_model:
+        with_epsilons_of_width(architecture, masked.model, left.d_model)
     return float((masked.model(tokens).logits - before).abs().max())
 
 

@@ -159,6 +159,8 @@ class MaskedManifest:
         goal: what a search aimed at in place of a sparsity, and how it was met; None where there was none.
         distilled: what gradient steps towards the dense model's predictions achieved; None where there were none.
         quantized: bits, method, and the size of the weights when they are packed; None where none are in few bits.
+        width: coordinates of the residual stream that stay, the first ones of its basis, and how many there were; None:
+            all stay.
         parameters: how many numbers the model has.
         files: size and SHA-256 by name.
     """
@@ -174,12 +176,13 @@ class MaskedManifest:
     goal: Mapping[str, Any] | None = None
     distilled: Mapping[str, Any] | None = None
     quantized: Mapping[str, Any] | None = None
+    width: Mapping[str, Any] | None = None
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def left(self) -> dict[str, int]:
-        """The sizes of the smaller model as stock loaders have it, n_layer, d_inner and d_state: all layers alike."""
+        """The sizes of the smaller model as stock loaders have it, all layers alike; d_model only where it changes."""
         whole, gone = self.dimensions, {removal.layer for removal in self.removed if removal.part == BLOCK}
         every = len(self.layers) == whole["n_layer"]
         layers = [layer for number, layer in enumerate(self.layers) if not (every and number in gone)]
@@ -189,6 +192,7 @@ class MaskedManifest:
             "n_layer": whole["n_layer"] - len(gone),
             "d_inner": max(widths, default=whole["d_inner"]),
             "d_state": states or whole["d_state"],
+            **({} if self.width is None else {"d_model": int(self.width["kept"])}),
         }
 
     KIND = "masked"
@@ -210,6 +214,7 @@ class MaskedManifest:
             **({} if self.goal is None else {"goal": self.goal}),
             **({} if self.distilled is None else {"distilled": dict(self.distilled)}),
             **({} if self.quantized is None else {"quantized": dict(self.quantized)}),
+            **({} if self.width is None else {"width": dict(self.width)}),
             "parameters": self.parameters,
             "files": dict(self.files),
         }
@@ -233,6 +238,7 @@ class MaskedManifest:
             goal=content.get("goal", content.get("target")),  # 0.1 called it target
             distilled=content.get("distilled"),
             quantized=content.get("quantized"),
+            width=content.get("width"),
             parameters=content.get("parameters"),
             files=content.get("files") or {},
         )

@@ -33,6 +33,7 @@ from ssmc.compressor.options.patterns import (
     NOTHING,
     UNSTRUCTURED,
     WEIGHTS,
+    WIDTH,
     combinable,
     described_scores,
     pattern_of,
@@ -182,7 +183,8 @@ def _kept(terminal: Terminal) -> Iterator[None]:
 
 def _scores_text() -> str:
     """The scores of every kind of thing that is removed, for the help text."""
-    kinds = {COLUMN: "of states", CHANNEL: "of channels", LAYER: "of layers", WEIGHTS: "of weights (`--ffn-score`)"}
+    kinds = {COLUMN: "of states", CHANNEL: "of channels", LAYER: "of layers"}
+    kinds |= {WIDTH: "of width", WEIGHTS: "of weights (`--ffn-score`)"}
     lines = []
     for kind, heading in kinds.items():
         lines.append(f"**Importance scores {heading}**, the first is the default:")
@@ -190,9 +192,8 @@ def _scores_text() -> str:
     channels = described_scores(CHANNEL)
     more = [f"`{name}`: {help}" for name, help in described_scores(MLP).items() if name not in channels]
     same = [f"`{name}`" for name in described_scores(MLP) if name in channels]
-    lines.append(
-        f"Heads, their channels, neurons, those of experts and query heads go by {', '.join(same)}, or by {'; '.join(more)}."
-    )
+    others = "Heads, their channels, neurons, those of experts and query heads"
+    lines.append(f"{others} go by {', '.join(same)}, or by {'; '.join(more)}.")
     lines.append("**Importance scores of experts**, the first is the default:")
     lines += [f"* `{name}`: {help}" for name, help in described_scores(EXPERT).items()]
     entries, states = described_scores(UNSTRUCTURED), described_scores(COLUMN)

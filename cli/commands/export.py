@@ -193,17 +193,24 @@ def _cuts(terminal: Terminal, result: ExportResult) -> None:
         terminal.note("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.")
         return
     layers: dict[str, list[str]] = {}
+    outside: list[str] = []
     for cut in result.cuts:
+        if ".layers." not in cut.name:  # embedding, head, the last norm
+            outside.append(_change(cut.name, cut.before, cut.after))
+            continue
         if not cut.after:  # a whole block went
             layers[cut.name.split(".")[2]] = ["removed"]
             continue
-        layer, tensor = cut.name.split(".", 4)[2::2]  # "backbone.layers.0.mixer.x_proj.weight"
+        _, _, layer, *rest = cut.name.split(".", 4)  # "backbone.layers.0.mixer.x_proj.weight", or "...0.norm.weight"
+        tensor = rest[1] if len(rest) > 1 and "." in rest[1] else ".".join(rest)
         layers.setdefault(layer, []).append(_change(tensor, cut.before, cut.after))
     cuts = table("Cuts", "layer", "what got smaller")
     cuts.columns[1].justify = "left"
     for group in _alike(layers):
         name = group[0] if len(group) == 1 else f"{group[0]}-{group[-1]}"
         cuts.add_row(name, "\n".join(layers[group[0]]))
+    if outside:
+        cuts.add_row("outside", "\n".join(outside))
     terminal.show(cuts)
 
 

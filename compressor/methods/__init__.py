@@ -11,4 +11,5 @@ import ssmc.compressor.methods.quantize.method
 import ssmc.compressor.methods.refine.method
 import ssmc.compressor.methods.states.method
 import ssmc.compressor.methods.units.method
-import ssmc.compressor.methods.weights.method  # noqa: F401
+import ssmc.compressor.methods.weights.method
+import ssmc.compressor.methods.width.method  # noqa: F401

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from ssmc.runtime.errors import UsageError
 
+MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first
+STEPS = 8  # widths to choose between, at least, for a multiple to be the default
+
 
 def nearest(allowed: Sequence[int], wanted: float) -> int:
     """The allowed number that is nearest to the wanted one, ties to the smaller."""
@@ -23,3 +26,8 @@ def listed(name: str, counts: tuple[int, ...], most: int, layers: int) -> tuple[
     if max(counts) > most:
         raise UsageError(f"{name} keeps {max(counts)} in a layer that has {most}. Use at most {most}.")
     return counts
+
+
+def default_multiple(width: int) -> int:
+    """64 channels, what matrix products on all hardware like, or the largest smaller power of two with enough steps."""
+    return next((m for m in MULTIPLES if width >= STEPS * m), 1)

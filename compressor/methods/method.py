@@ -124,7 +124,7 @@ class Plan:
     @property
     def works_inside(self) -> bool:
         """Whether anything is done inside the layers that stay."""
-        return len(self.steps) > len(self.removers)
+        return any(step.inside for step in self.steps)
 
 
 class Record:
@@ -349,6 +349,7 @@ class Method:
     follows_dense: ClassVar[bool] = False  # whether it needs `Job.dense_output`
     follows_stream: ClassVar[bool] = False  # whether it needs `Job.targets`
     whole_model: ClassVar[bool] = False  # whether it looks at more than a layer at once, see `Survey`
+    inside: ClassVar[bool] = True  # whether it does anything inside the layers that stay
 
     def asked_for(self, plan: Plan) -> bool:
         """Whether a run has this method; `plan` has its options and sizes, not yet its steps."""
@@ -429,6 +430,7 @@ class BlockMethod(Method):
     """A method that takes whole blocks, or all that is in them of a kind, before the layers that stay are pruned."""
 
     whole_model = True
+    inside = False
 
     def choose(self, survey: Survey) -> list[Any]:
         """Which blocks go, as `methods.layers.Removal`, in the order they go."""

@@ -79,7 +79,7 @@ class CompressConfig(BaseModel):
         str,
         Flag(
             _what_is_removed,
-            metavar="column|channel|head|head-dim|layer|mlp|attention|expert|expert-width|unstructured|N:M|ssm-module",
+            metavar="column|channel|head|head-dim|layer|mlp|attention|expert|expert-width|width|unstructured|N:M|...",
             completes="pattern",
         ),
     ] = COLUMN

@@ -15,7 +15,7 @@ from ssmc.compressor.options.sparsity import NM
 
 COLUMN, CHANNEL, UNSTRUCTURED, LAYER, SSM_MODULE = "column", "channel", "unstructured", "layer", "ssm-module"
 HEAD, HEAD_DIM, MLP, ATTENTION = "head", "head-dim", "mlp", "attention"
-EXPERT, EXPERT_WIDTH = "expert", "expert-width"
+EXPERT, EXPERT_WIDTH, WIDTH = "expert", "expert-width", "width"
 NOTHING = "none"  # to quantise alone
 WEIGHTS = "weights"  # not a pattern: what the scores of projections and of conv1d decide about
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ssmc.compressor.families import searched_parts
-from ssmc.compressor.methods.channels.counts import default_multiple
+from ssmc.compressor.methods.counts import default_multiple
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER

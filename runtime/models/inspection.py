@@ -89,7 +89,7 @@ def footprint(outline: Outline, length: int, state_dtype: str = "float32", **lef
         outline: of the model.
         length: tokens of a sequence.
         state_dtype: how SSM states are kept.
-        left: n_layer, d_inner or d_state of a smaller model of the same family; of a hybrid, d_state alone.
+        left: n_layer, d_inner, d_state or d_model of a smaller model of the same family; of a hybrid, the last two.
     """
     dense, architecture = outline.dimensions, outline.architecture
     own = {"n_layer": dense.n_layer, "d_inner": dense.d_inner, "d_state": dense.d_state} | left

@@ -78,11 +78,15 @@ class Outline:
             return {}
         return {name: self.shapes[prefix + name] for name in architecture.plan.tensors if prefix + name in self.shapes}
 
-    def count(self, n_layer: int, d_inner: int, d_state: int) -> int:
+    def count(self, n_layer: int, d_inner: int, d_state: int, d_model: int | None = None) -> int:
         """How many parameters a model of the same family with these sizes has; layers of a hybrid stay."""
         sizes = self.dimensions
         share = {CHANNEL: d_inner, HEAD: d_inner * (sizes.heads or 0) // sizes.d_inner, STATE: d_state * sizes.groups}
-        saved = 0
+        saved = outside = 0
+        if d_model is not None and d_model < sizes.d_model:
+            share[MODEL] = d_model
+            inside, outside = self._narrower(1 - d_model / sizes.d_model)
+            saved += inside
         for layer in range(sizes.n_layer):
             shapes = self.mixer_shapes(layer)
             new = self.architecture.plan.sizes(shapes) | share if shapes else {}
@@ -90,7 +94,19 @@ class Outline:
                 axes = zip(self.architecture.plan.tensors[name], shape, strict=True)
                 saved += prod(shape) - prod(sum(new[part] for part in parts) if parts else size for parts, size in axes)
         blocks = sum(prod(shape) for name, shape in self.shapes.items() if self._is_of_block(name)) - saved
-        return self.parameters - saved - round(blocks * (sizes.n_layer - n_layer) / sizes.n_layer)
+        return self.parameters - saved - outside - round(blocks * (sizes.n_layer - n_layer) / sizes.n_layer)
+
+    def _narrower(self, share: float) -> tuple[int, int]:
+        """What tensors beside the mixers lose with a share of d_model: those of blocks, and those outside."""
+        mixers = {
+            self.architecture.mixer_prefix(layer) + name
+            for layer in range(self.dimensions.n_layer)
+            for name in self.mixer_shapes(layer)
+        }
+        wide = [name for name, shape in self.shapes.items() if self.dimensions.d_model in shape and name not in mixers]
+        lost = {name: round(prod(self.shapes[name]) * share) for name in wide}
+        inside = sum(count for name, count in lost.items() if self._is_of_block(name))
+        return inside, sum(lost.values()) - inside
 
     def _is_of_block(self, name: str) -> bool:
         return name.startswith(self.architecture.block_prefix(0).removesuffix("0."))

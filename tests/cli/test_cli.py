@@ -28,7 +28,7 @@ from tests.support.commandline import SSMC, run
 HEAVY = {"torch", "transformers", "numba", "matplotlib", "pydantic_settings", "datasets"}
 
 
-AXES = ("attention", "channel", "head", "head-dim", "layer", "mlp")  # what goes beside states
+AXES = ("attention", "channel", "expert", "expert-width", "head", "head-dim", "layer", "mlp", "width")  # beside states
 
 
 @pytest.fixture(autouse=True)

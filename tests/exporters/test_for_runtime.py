@@ -67,7 +67,7 @@ def test_heads_by_any_number_for_llama_cpp_and_for_nobody_else(tmp_path):
 
 
 def test_what_a_runtime_does_not_run_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="no channels can go: leave channel out"):
+    with pytest.raises(UsageError, match="no channels can go by themselves"):
         compress("tiny", out=tmp_path / "out", pattern="channel", runtime="llama.cpp")
     with pytest.raises(UsageError, match="multiples of 32 only"):
         compress("tiny-mamba2", out=tmp_path / "out", runtime="mlx-lm", round_to=8, **QUICK)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from ssmc.compressor.methods.counts import listed, nearest
+from ssmc.compressor.methods.counts import MULTIPLES, default_multiple, listed, nearest
 from ssmc.compressor.methods.method import Plan
+from ssmc.compressor.methods.width.counts import shape_to_keep
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM
+from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM, WIDTH
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.consumers import HEADS, consumer_named
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
     from ssmc.runtime.models.families import Architecture, Dimensions
-
-MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # of channels, the most hardware-friendly first
-STEPS = 8  # widths to choose between, at least, for a multiple to be the default
 
 
 def channels_of_layers(plan: Plan) -> tuple[int, ...]:
@@ -27,6 +25,8 @@ def channels_of_layers(plan: Plan) -> tuple[int, ...]:
         UsageError: nothing would be removed, or the numbers do not fit the model or its stock loaders.
     """
     config, sizes = plan.config, plan.sizes
+    if WIDTH in config.parts and (shape := shape_to_keep(plan)) is not None:
+        return (shape.heads * (1 if sizes.heads is None else sizes.d_inner // sizes.heads),) * sizes.n_layer
     if HEAD in config.parts:
         return (_heads_to_keep(plan) * cast("Mamba2Dimensions", sizes).head_dim,) * sizes.n_layer
     if config.widths is not None:
@@ -105,6 +105,8 @@ def head_dim_to_keep(plan: Plan) -> int:
     Raises:
         UsageError: none can go, or none would.
     """
+    if WIDTH in plan.config.parts and (shape := shape_to_keep(plan)) is not None:
+        return shape.head_dim
     sizes, sparsity = cast("Mamba2Dimensions", plan.sizes), plan.config.sparsity_of(HEAD_DIM)
     heads, able = plan.keep.channels[0] // sizes.head_dim, list(range(1, sizes.head_dim))
     if not plan.architecture.capabilities.free_width and not _takes_any_heads(sizes, plan.config.runtime):
@@ -159,8 +161,3 @@ def _check_heads(config: CompressConfig, sizes: Dimensions, widths: Sequence[int
             f"The {what} of {sizes.d_inner} channels ({sizes.heads} heads) cannot be exported: {why}. "
             f"What can be: {choices}."
         )
-
-
-def default_multiple(d_inner: int) -> int:
-    """64 channels, what matrix products on all hardware like, or the largest smaller power of two with enough steps."""
-    return next((m for m in MULTIPLES if d_inner >= STEPS * m), 1)

@@ -40,7 +40,7 @@ def stream_roots(survey: Survey) -> list[torch.Tensor]:
     with only_these_move((), model), _watched(survey) as outputs:
         for done, rows in enumerate(parts := tokens.split(max(1, AT_ONCE // tokens.shape[1]))):
             survey.progress("what errors cost the predictions", done, len(parts))
-            _backward(survey, rows.to(device), generator)
+            backward_of_drawn(survey, rows.to(device), generator)
             for total, output in zip(sums, outputs, strict=True):
                 g = output.grad.flatten(0, 1).double()  # (T, d_model)
                 total += g.t() @ g
@@ -69,7 +69,7 @@ def _watched(survey: Survey) -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _backward(survey: Survey, rows: torch.Tensor, generator: torch.Generator) -> None:
+def backward_of_drawn(survey: Survey, rows: torch.Tensor, generator: torch.Generator) -> None:
     """Gradients of the log-likelihood of one drawn token behind each token of (B, L) rows, added up."""
     architecture, model = survey.plan.architecture, survey.model
     hidden = model.base_model(rows, use_cache=False)[0]  # (B, L, d_model)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ssmc.compressor.methods.channels import scores as scores  # registers them
-from ssmc.compressor.methods.channels.counts import channels_of_layers, default_multiple, head_dim_to_keep
+from ssmc.compressor.methods.channels.counts import channels_of_layers, head_dim_to_keep
 from ssmc.compressor.methods.channels.score import ChannelScore
+from ssmc.compressor.methods.counts import default_multiple
 from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Survey, Table
 from ssmc.compressor.methods.registry import register_method, score
 from ssmc.compressor.methods.tables import error_text

@@ -37,6 +37,7 @@ class Layout(Protocol):
 
     mixer_name: str  # attribute of a block
     embedding: str  # name of the embedding's weight, which a tied head shares
+    last_norm: str  # name in the model of the norm before the head
     units: Sequence[Part]  # modules beside the mixer whose units can go
     middle: str  # attribute of a block: the norm that reads what the first of two stages put out; empty: there is one
 
@@ -45,6 +46,13 @@ class Layout(Protocol):
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration of the same family with other sizes, as a model cut to them would have."""
+
+    def with_d_model(self, config: Any, count: int) -> Any:
+        """A configuration whose residual stream has `count` coordinates, and all else the same.
+
+        Raises:
+            ValueError: transformers has no such model.
+        """
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The residual blocks in the order they run; each takes and returns (B, L, d_model), see `Flow.run`."""
@@ -69,6 +77,9 @@ class Layout(Protocol):
 
     def reading(self, block: nn.Module, stage: int) -> list[str]:
         """The weights of a block that read what the norm of a stage puts out, by name within it."""
+
+    def norms_in(self, block: nn.Module) -> list[str]:
+        """The norms of a block that read the residual stream, one for each stage, by name within it."""
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""

@@ -69,6 +69,15 @@ class Mamba1(Convolution, PlannedSurgery):
         other.num_hidden_layers, other.intermediate_size, other.state_size = n_layer, d_inner, d_state
         return other
 
+    def with_d_model(self, config: Any, count: int) -> Any:
+        """A configuration whose residual stream has `count` coordinates; `expand` follows where it can."""
+        other = copy.deepcopy(config)
+        other.hidden_size = count
+        whole, rest = divmod(config.intermediate_size, count)
+        if not rest:
+            other.expand = whole
+        return other
+
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply in_proj: the convolution's input x and the gate z, each (B, L, D)."""
         x, z = mixer.in_proj(hidden).chunk(2, dim=-1)

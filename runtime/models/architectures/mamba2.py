@@ -101,6 +101,12 @@ class Mamba2(Convolution, PlannedSurgery):
         other.num_hidden_layers, other.state_size = n_layer, d_state
         return other
 
+    def with_d_model(self, config: Any, count: int) -> Any:
+        """A configuration whose residual stream has `count` coordinates and whose mixers are as wide as they are."""
+        sizes, other = self.dimensions(config), copy.deepcopy(config)
+        other.hidden_size = count
+        return self.with_heads(other, sizes.dt_rank, sizes.head_dim)
+
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Apply in_proj: the convolution's input (B, L, D + 2 G N), and the gate (B, L, D) with dt (B, L, H)."""
         sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]

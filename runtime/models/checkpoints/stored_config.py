@@ -92,6 +92,8 @@ def in_own_words(stored: Mapping[str, Any], config: PretrainedConfig, dtype: tor
         architecture.dimensions(config),
         not architecture.capabilities.uniform,
     )
+    if config.hidden_size != before.hidden_size:
+        _say_what_followed(out, config)
     if dtype != config.dtype:
         keys = [key for key in DTYPE_KEYS if key in stored] or [DTYPE_KEYS[0]]
         out |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
@@ -130,6 +132,15 @@ def _change_sizes(
         for content, place in ((stored, out), (stored.get(_NESTED), out.get(_NESTED))):
             if isinstance(content, Mapping) and isinstance(place, dict):
                 place |= {key: now[size] for key in keys if content.get(key) == then[size]}
+
+
+def _say_what_followed(out: dict[str, Any], config: PretrainedConfig) -> None:
+    """Say the sizes that are worked out of d_model where nothing says them, and that have not changed with it."""
+    worked_out = read_config(out, Path("config.json")).to_dict()
+    for key, value in config.to_dict().items():
+        if key not in NOT_PASSED_ON and worked_out.get(key) != value:
+            words = [word for word in (key, *_aliases(config, key)) if word in out] or [key]
+            out |= dict.fromkeys(words, _plain(value))
 
 
 def _change_kinds(out: dict[str, Any], stored: Mapping[str, Any], then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ which take a factor on the read-out of the states.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from ssmc.runtime.models.architectures.experts import (
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
-from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer, head_dim_of
 
 _EXPERTS: dict[str, Any] = {"name": "feed_forward", "plan": experts_plan(GATED_MAPS, "router")}
 
@@ -111,6 +112,15 @@ class JambaFamily(Hybrid, NormedMamba1):
             vocab_size=config.vocab_size,
             mamba_layers=config.layers_block_type.count("mamba"),
         )
+
+    def with_d_model(self, config: Any, count: int) -> Any:
+        """d_inner is a whole multiple of d_model."""
+        whole, rest = divmod(self.dimensions(config).d_inner, count)
+        if rest:
+            raise ValueError("d_inner is a whole multiple of hidden_size in a Jamba")
+        other = copy.deepcopy(config)
+        other.hidden_size, other.mamba_expand, other.head_dim = count, whole, head_dim_of(config)
+        return other
 
     def otherwise(self, config: Any) -> Sequence[Otherwise]:
         """mlx-lm makes the weights of the chosen experts sum to 1, transformers those of all experts."""

@@ -16,7 +16,7 @@ from typing import Any
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.capabilities import BLOCK, Otherwise
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
-from ssmc.runtime.models.architectures.plan import Cut
+from ssmc.runtime.models.architectures.plan import MODEL, Cut
 from ssmc.runtime.models.architectures.units import ATTENTION, MLP, Writer
 
 _INNER, _OUTER = ".mamba_decoder.mamba.", ".mamba."  # where a layer with a shared block has its mixer, and the others
@@ -32,6 +32,7 @@ class Zamba2Family(Mamba2Hybrid):
         fixed={
             **CAPABILITIES.fixed,
             **dict.fromkeys((MLP, ATTENTION, BLOCK), "its transformer blocks belong to many layers"),
+            MODEL: "its shared blocks read the embedding beside the residual stream",
         },
         unknown_to=CAPABILITIES.unknown_to | {"llama.cpp", "mlx-lm"},
     )

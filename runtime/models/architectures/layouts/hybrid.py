@@ -17,7 +17,7 @@ from ssmc.runtime.models.architectures.experts import EXPERT, Mixture
 from ssmc.runtime.models.architectures.layouts.blocks import without_blocks
 from ssmc.runtime.models.architectures.layouts.experts import join_experts, split_experts
 from ssmc.runtime.models.architectures.plan import STATE, Cut
-from ssmc.runtime.models.architectures.units import Part, Writer, find_module
+from ssmc.runtime.models.architectures.units import Part, Writer, find_module, head_dim_of
 
 _OF_EXPERTS = "experts.down_proj"  # the last map of all experts of a block, one tensor
 _ARGUMENTS = "_ssmc_arguments"  # attribute of a block that holds what it was called with
@@ -81,6 +81,21 @@ class Hybrid:
                 names += [f"{part.name}.{name}" for name in part.reading(module)]
         own = dict(block.named_parameters())
         return [name for name in dict.fromkeys(names) if name in own]
+
+    def norms_in(self, block: nn.Module) -> list[str]:
+        """The norms of a block that read the residual stream, one for each stage, by name within it."""
+        return [name for name in (self.norm_name, self.middle) if name and find_module(block, name) is not None]
+
+    @property
+    def last_norm(self) -> str:
+        """The norm before the head, by its name in the model."""
+        return f"model.{self.final_norm}"
+
+    def with_d_model(self, config: Any, count: int) -> Any:
+        """As that of the mixers' own; what an attention head has is a fixed number from now on."""
+        before = copy.deepcopy(config)
+        before.head_dim = head_dim_of(config)
+        return super().with_d_model(before, count)  # type: ignore[misc]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
         """A configuration with another number of states; layers and widths of a hybrid stay.

@@ -18,6 +18,7 @@ class Stack:
 
     embedding = "backbone.embeddings.weight"
     mixer_name = "mixer"
+    last_norm = "backbone.norm_f"
     units: Sequence[Part] = ()
     middle = ""
 
@@ -52,6 +53,10 @@ class Stack:
     def reading(self, block: nn.Module, stage: int) -> list[str]:
         """in_proj of the mixer."""
         return [f"{self.mixer_name}.in_proj.weight"]
+
+    def norms_in(self, block: nn.Module) -> list[str]:
+        """The norm before the mixer."""
+        return ["norm"]
 
     def uses(self, name: str, config: Any) -> float:
         """How often a token goes through a matrix of the model, on average."""

@@ -1,0 +1,135 @@
+"""How narrow the residual stream becomes: a sparsity becomes a number that hardware and stock loaders take.
+
+Where a loader has no d_inner of its own but an `expand`, d_inner must stay a whole multiple of d_model, or twice that:
+then d_model and d_inner are chosen together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from ssmc.compressor.methods.counts import MULTIPLES, default_multiple, nearest
+from ssmc.compressor.methods.method import Plan
+from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM, WIDTH
+from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models import families
+from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
+from ssmc.runtime.models.consumers import TWICE, consumer_named
+
+TOLERANCE = 0.05  # of d_model: more or less than was asked for is refused where loaders leave few numbers
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """d_model and d_inner of a narrower model; d_inner is channels, or heads of so many channels."""
+
+    d_model: int
+    heads: int
+    head_dim: int
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a mixer."""
+        return self.heads * self.head_dim
+
+
+def width_to_keep(plan: Plan) -> int:
+    """How many coordinates of the residual stream stay.
+
+    Raises:
+        UsageError: none would go, or none can.
+    """
+    bound = shape_to_keep(plan)
+    if bound is not None:
+        return bound.d_model
+    d_model, sparsity = plan.sizes.d_model, plan.config.sparsity_of(WIDTH)
+    multiple = plan.config.round_channels or default_multiple(d_model)
+    kept = nearest([*range(multiple, d_model, multiple), d_model], d_model * (1 - sparsity))
+    if kept == d_model:
+        smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
+        raise UsageError(
+            f"sparsity {sparsity:g} of a d_model of {d_model}, rounded to a multiple of {multiple}, removes nothing; "
+            f"the least that can go is {multiple}, a sparsity of {multiple / d_model:.3g}"
+            f"{f', or use a smaller round_channels ({smaller})' if smaller else ''}."
+        )
+    return kept
+
+
+def shape_to_keep(plan: Plan) -> Shape | None:
+    """d_model and d_inner together, the shape nearest to what the sparsities leave; None where each is free.
+
+    Raises:
+        UsageError: nothing that loaders take is near.
+    """
+    if WIDTH not in plan.config.parts or (not (twice := _twice(plan)) and _is_free(plan)):
+        return None
+    dense, shapes = _dense(plan), [*_shapes(plan, twice)]
+    found = min(shapes, key=lambda shape: (_distance(plan, shape), shape)) if shapes else dense
+    parts = plan.config.parts
+    stays = [found.d_model == dense.d_model, HEAD in parts and found.heads == dense.heads]
+    stays += [CHANNEL in parts and found.heads == dense.heads, HEAD_DIM in parts and found.head_dim == dense.head_dim]
+    far = abs(found.d_model / dense.d_model - 1 + plan.config.sparsity_of(WIDTH)) > TOLERANCE
+    if far or any(stays):
+        raise UsageError(_refusal(plan, twice, [s for s in shapes if s.d_model < dense.d_model]))
+    return found
+
+
+def _dense(plan: Plan) -> Shape:
+    sizes = plan.sizes
+    if sizes.heads is None:
+        return Shape(sizes.d_model, sizes.d_inner, 1)
+    return Shape(sizes.d_model, sizes.heads, cast(Mamba2Dimensions, sizes).head_dim)
+
+
+def _is_free(plan: Plan) -> bool:
+    """Whether loaders have a d_inner of its own."""
+    able = plan.architecture.capabilities
+    return able.free_width or (not able.heads and families.CHANNEL not in able.fixed)
+
+
+def _twice(plan: Plan) -> bool:
+    """Whether d_inner must be twice d_model for the runtime that the result is for."""
+    runtime = plan.config.runtime
+    return runtime is not None and consumer_named(runtime).rule(plan.sizes).width == TWICE
+
+
+def _shapes(plan: Plan, twice: bool) -> Iterator[Shape]:
+    """All that loaders take and the pattern can lead to, the dense one among them."""
+    dense, parts, groups = _dense(plan), plan.config.parts, plan.sizes.groups
+    multiple = plan.config.round_channels or default_multiple(plan.sizes.d_inner)
+    step = groups if plan.has_heads else multiple
+    heads = [*range(step, dense.heads, step), dense.heads] if HEAD in parts or CHANNEL in parts else [dense.heads]
+    dims = range(1, dense.head_dim + 1) if HEAD_DIM in parts else [dense.head_dim]
+    for count in heads:
+        for dim in dims:
+            d_inner = count * dim
+            for d_model in [d_inner // 2] if twice else range(1, dense.d_model + 1):
+                if d_inner % d_model == 0 and d_model <= dense.d_model:
+                    yield Shape(d_model, count, dim)
+
+
+def _distance(plan: Plan, shape: Shape) -> float:
+    """How far a shape is from what was asked for: the sum of the squared differences of what stays."""
+    dense, config = _dense(plan), plan.config
+    part = HEAD if HEAD in config.parts else CHANNEL
+    pairs = [(WIDTH, shape.d_model / dense.d_model), (part, shape.heads / dense.heads)]
+    pairs.append((HEAD_DIM, shape.head_dim / dense.head_dim))
+    return sum((left - (1 - config.sparsity_of(name))) ** 2 for name, left in pairs if name in config.parts)
+
+
+def _refusal(plan: Plan, twice: bool, able: list[Shape]) -> str:
+    dense, parts = _dense(plan), "+".join(plan.config.parts)
+    who = plan.config.runtime or "transformers"
+    why = f"{who} wants a d_inner that is {'twice' if twice else 'a whole multiple of'} d_model"
+    other = HEAD if plan.has_heads else CHANNEL
+    advice = f"Remove {other}s by the same part, --pattern {other}+{WIDTH}."
+    if plan.has_heads is False and families.CHANNEL in plan.architecture.capabilities.fixed:
+        advice = "Leave width out of --pattern."
+    if able:
+        near = min(able, key=lambda shape: (_distance(plan, shape), shape))
+        one = f"d_model {near.d_model} (width={1 - near.d_model / dense.d_model:.3g}"
+        one += f", {other}={1 - near.heads / dense.heads:.3g})" if near.heads < dense.heads else ")"
+        advice = f"The nearest that works is {one}." + ("" if near.heads < dense.heads else f" {advice}")
+    return f"A d_model of {dense.d_model} cannot be cut so with --pattern {parts}: {why}. {advice}"

@@ -1,0 +1,150 @@
+"""The residual stream: all that reads it and adds to it, in any basis, and a model whose stream is narrower.
+
+An RMSNorm without weights commutes with rotations. So where the weights of the norms are folded into the maps behind
+them, a model computes the same in any orthonormal basis of its stream (SliceGPT, 2401.15024). In a masked model only
+the first coordinates of the basis are in use: the embedding and all that adds to the stream leave the others at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.plan import Cut, Place, cut_tensors
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.architectures.interface import Architecture
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm that reads the residual stream, by names in the model.
+
+    Attributes:
+        norm: the module.
+        readers: the weights (out, d_model) that read what it puts out.
+        writers: the linear maps, as modules, that have added to the stream since the norm before; before the first there
+            is the embedding.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    writers: tuple[str, ...] = ()
+
+
+def sites(architecture: Architecture, model: nn.Module) -> list[Site]:
+    """The norms of the residual stream in the order they run; the last is the one before the head."""
+    found: list[Site] = []
+    since: tuple[str, ...] = ()
+    for index, block in enumerate(architecture.blocks(model)):
+        prefix, norms = architecture.block_prefix(index), architecture.norms_in(block)
+        for stage, norm in enumerate(norms):
+            readers = tuple(prefix + name for name in architecture.reading(block, stage))
+            found.append(Site(prefix + norm, readers, since))
+            own = [writer for writer in architecture.writers_in(block) if min(writer.stage, len(norms) - 1) == stage]
+            since = tuple(prefix + writer.name for writer in own)
+    return [*found, Site(architecture.last_norm, (HEAD,), since)]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A new basis of a residual stream of D coordinates, of which the first K are in use.
+
+    Attributes:
+        read: (D, K) orthonormal columns: what stands behind a norm is `read` times what it is in the new basis.
+        write: (K, D) for each site, what its writers put out in the new basis, and for the first what the embedding
+            does; `read` transposed where nothing makes up for what is lost.
+        last: (K,) weight of the last norm; None: the head takes it, which is a matrix of its own then.
+    """
+
+    read: torch.Tensor
+    write: tuple[torch.Tensor, ...]
+    last: torch.Tensor | None = None
+
+
+def change_basis(architecture: Architecture, model: nn.Module, basis: Basis) -> None:
+    """Write a model in a new basis of its residual stream, in place and without changing a shape.
+
+    The coordinates of the basis that are not in use are zero wherever the stream is written and read.
+    """
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        places = sites(architecture, model)
+        for number, (site, write) in enumerate(zip(places, basis.write, strict=True)):
+            norm: Any = model.get_submodule(site.norm)
+            last = number + 1 == len(places)
+            if not (last and basis.last is not None):  # a tied head is written with the embedding
+                for reader in site.readers:
+                    weight = model.get_parameter(reader).detach()
+                    weight.copy_(_padded((weight.double() * norm.weight.double()) @ basis.read, 1, weight.shape[1]))
+            norm.weight.fill_(1)
+            if last and basis.last is not None:
+                norm.weight[: len(basis.last)] = basis.last.to(norm.weight)
+            for writer in site.writers:
+                for tensor in _tensors(model, writer):
+                    tensor.copy_(_padded(write @ tensor.double(), 0, len(tensor)))
+        rows = embedding.weight
+        rows.copy_(_padded(rows.double() @ basis.write[0].t(), 1, rows.shape[1]))
+
+
+def silent_places(architecture: Architecture, model: nn.Module, kept: int, d_model: int) -> Iterator[Place]:
+    """Where the stream of a masked model is written in coordinates that are not in use: zeros, by the model's names."""
+    beyond = torch.arange(kept, d_model)
+    yield Place(architecture.embedding, 1, beyond)
+    for site in sites(architecture, model):
+        for writer in site.writers:
+            yield from _places(model, writer, 0, beyond)
+
+
+def cut_width(
+    architecture: Architecture, model: nn.Module, tensors: Mapping[str, torch.Tensor], config: Any, kept: int
+) -> tuple[dict[str, torch.Tensor], Any, list[Cut]]:
+    """Remove all but the first `kept` coordinates of the stream from a whole state dict and its configuration.
+
+    Norms take the mean over fewer coordinates then, for which their weights make up, in float32 whatever they were.
+    """
+    out, cuts, stay = dict(tensors), [], torch.arange(kept)
+    places, whole = [Place(architecture.embedding, 1, stay)], architecture.dimensions(config).d_model
+    for site in sites(architecture, model):
+        norm = f"{site.norm}.weight"
+        out[norm] = out[norm].float() * (whole / kept) ** 0.5
+        places.append(Place(norm, 0, stay))
+        places += [Place(reader, 1, stay) for reader in site.readers if reader in tensors]  # but for a tied head
+        for writer in site.writers:
+            places += _places(model, writer, 0, stay)
+    cut_tensors(out, cuts, places)
+    return out, architecture.with_d_model(config, kept), cuts
+
+
+def with_epsilons_of_width(architecture: Architecture, model: nn.Module, kept: int) -> None:
+    """Make the norms of a masked stream compute what those over its first `kept` coordinates do.
+
+    w f x / sqrt(S / K + eps) with f = sqrt(D / K) is w x / sqrt(S / D + eps K / D), S the sum of squares.
+    """
+    whole = architecture.dimensions(model.config).d_model
+    for site in sites(architecture, model):
+        norm: Any = model.get_submodule(site.norm)
+        norm.variance_epsilon *= kept / whole
+
+
+def _tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
+    """Weight and, where there is one, bias of a linear map."""
+    linear: Any = model.get_submodule(name)
+    return [tensor.detach() for tensor in (linear.weight, linear.bias) if tensor is not None]
+
+
+def _places(model: nn.Module, name: str, axis: int, index: torch.Tensor) -> list[Place]:
+    """Entries along the output axis of a linear map, bias included."""
+    linear: Any = model.get_submodule(name)
+    return [Place(f"{name}.{own}", axis, index) for own in ("weight", "bias") if getattr(linear, own) is not None]
+
+
+def _padded(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """A tensor with zeros up to a size along an axis."""
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
