@@ -167,7 +167,8 @@ def test_without_a_goal_options_are_left_alone():
 def test_a_goal_is_taken_out_and_allows_everything_by_default():
     goal, rest = split_goal({"model": "m", "target_latency": 0.6, "phase": "decode", "batch": 4, "seed": 1})
     assert (goal.target_latency, goal.phase, goal.batch) == (0.6, "decode", 4)
-    assert rest == {"model": "m", "seed": 1, "pattern": "layer+column+channel+mlp+attention+head+expert+head-dim+expert-width+width"}
+    everything = "layer+column+channel+mlp+attention+head+expert+head-dim+expert-width+width"
+    assert rest == {"model": "m", "seed": 1, "pattern": everything}
 
 
 def test_a_bound_of_perplexity_is_one_of_loss():

@@ -37,8 +37,8 @@ def stream_moments(survey: Survey, text: bool, gradients: bool) -> StreamMoments
     """
     architecture, model, device = survey.plan.architecture, survey.model, survey.stage.device
     places, d_model = sites(architecture, model), survey.plan.sizes.d_model
-    zeros = [torch.zeros(len(places), d_model, d_model, dtype=torch.float64, device=device) for _ in range(3)]
-    sums = _Sums(*zeros, torch.zeros(len(places), d_model, dtype=torch.float64, device=device))
+    zeros = torch.zeros(3, len(places), d_model, d_model, dtype=torch.float64, device=device)
+    sums = _Sums(zeros[0], zeros[1], zeros[2], torch.zeros(len(places), d_model, dtype=torch.float64, device=device))
     tokens = survey.text[: -(-TOKENS // survey.text.shape[1])] if text else torch.empty(0, 1, dtype=torch.long)
     model.to(device)
     generator = torch.Generator().manual_seed(survey.plan.config.seed)

@@ -27,8 +27,8 @@ class Site:
     Attributes:
         norm: the module.
         readers: the weights (out, d_model) that read what it puts out.
-        writers: the linear maps, as modules, that have added to the stream since the norm before; before the first there
-            is the embedding.
+        writers: the linear maps, as modules, that have added to the stream since the norm before; before the first
+            there is the embedding.
     """
 
     norm: str
