@@ -20,14 +20,16 @@ from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
-from ssmc.compressor.families import able_parts, axes_of_hybrid, check_family
+from ssmc.compressor.families import able_parts, axes_of_hybrid, check_family, searches_width
 from ssmc.compressor.fit import fitted
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
+from ssmc.compressor.methods.width.counts import has_experts
 from ssmc.compressor.notes import notes_for
 from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.goal import Goal, split_goal
+from ssmc.compressor.options.patterns import WIDTH
 from ssmc.compressor.options.renamed import renamed
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
@@ -170,10 +172,11 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
     by_axes = axes_of_hybrid(architecture) if goal is not None and goal.target_memory is None else []
-    if by_axes and "pattern" not in options:
-        config = fitted(configure(**{**ordinary, "pattern": "+".join(by_axes)}), checkpoint)
-    elif goal is not None and "pattern" not in options:
-        config = fitted(configure(**{**ordinary, "pattern": "+".join(able_parts(config, architecture))}), checkpoint)
+    if goal is not None and "pattern" not in options:
+        able = by_axes or able_parts(config, architecture)
+        if not searches_width(architecture, goal) or has_experts(checkpoint.config):
+            able = [part for part in able if part != WIDTH]
+        config = fitted(configure(**{**ordinary, "pattern": "+".join(able)}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
     if goal is not None and goal.candidate is not None and not by_axes:

@@ -1,35 +1,35 @@
-"""A hybrid made smaller along all of its axes, beside Minitron's score without repair at the same sizes.
+"""Models made smaller along several axes, beside Minitron's score without repair at the same sizes.
 
-    python -m benchmarks.loss.axes                       # tiny-hybrid, on the embedded texts
+    python -m benchmarks.loss.axes                                     # tiny-hybrid, a quarter of its parameters gone
+    python -m benchmarks.loss.axes tiny --out benchmarks/results/axes_tiny.json
     python -m benchmarks.loss.axes MODEL --calib train.jsonl --text valid.jsonl --sizes head=0.5,mlp=0.5
 
-For each line of sizes the model is pruned as by default (chosen by the loss after repair, then fitted to the dense
-model's residual stream), with half of its states gone besides, and by `--score minitron --no-repair`. No weight is
-trained. "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of
-held-out text; parameters are counted for the export. Minitron's score knows no states: where some go, they are those
-of the score `exact`.
+Each line of sizes is compressed as by default, with half of the states gone besides where they are whole, by
+`--score minitron --no-repair`, and exported. A line that is one number is a goal, `--target-params`, with those
+patterns that follow it ("0.75:layer+column"). No weight is trained. "Excess" is the mean negative log-likelihood of the
+export above the dense model's, in nats a token, over windows of held-out text; parameters are those of the export.
+Minitron's score knows no states: where some go, they are those of the score `exact`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pruning import pruned
 from benchmarks.reporting import print_conditions
-from ssmc.compressor import configure
-from ssmc.compressor.calibration.draw import draw_samples
+from ssmc.compressor import compress
 from ssmc.compressor.options.patterns import parse_values
-from ssmc.compressor.search.hybrid_sizes import AXES, HybridSizes, Removed
+from ssmc.exporters import export
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
@@ -37,11 +37,17 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 
-SIZES = (
-    "head=0.333333,mlp=0.72,attention=0.666667",
-    "column=0.5,head=0.166667,mlp=0.74,attention=0.833333",
-)
-"""A quarter of the parameters of tiny-hybrid, of which embedding and head, 41 %, stay; without and with states."""
+SIZES = {
+    "tiny-hybrid": (
+        "head=0.333333,mlp=0.72,attention=0.666667",
+        "column=0.5,head=0.166667,mlp=0.74,attention=0.833333",
+        "mlp=0.02,width=0.25",
+    ),
+    "tiny": ("0.75:layer+column+channel", "column=0.5,width=0.25"),
+    "tiny-mamba2": ("0.75:layer+column", "head=0.25,width=0.25"),
+}
+"""A quarter of the parameters, with and without width. Embedding and head are 41 % of tiny-hybrid; width alone takes
+anything from them."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "ssmc": {},
@@ -53,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny-hybrid")
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="axis=share that goes, with commas between")
+    parser.add_argument("--sizes", nargs="+", help="axis=share that goes, with commas between; or a goal")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="those to measure")
     parser.add_argument("--merge", nargs="+", type=Path, help="do not run: put these JSON files of parts together")
     parser.add_argument("--calib", default=calibration_path(), help="calibration text")
@@ -64,6 +70,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=16 * 1024, help="of held-out text")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/axes.json"))
     return parser.parse_args()
+
+
+def runs(line: str, ways: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The ways to carry out a line of sizes, each with its options."""
+    if "=" not in line:
+        share, _, pattern = line.partition(":")
+        yield "ssmc, goal", {"target_params": float(share), **({"pattern": pattern} if pattern else {})}
+        return
+    removed = {axis: float(share) for axis, share in parse_values(line).items()}
+    for way in ways:
+        options, gone = dict(WAYS[way]), dict(removed)
+        if states := options.pop("states", None):
+            if "column" in gone:
+                continue
+            gone["column"] = states
+        yield way, {"pattern": "+".join(gone), "sparsity": gone, **options}
 
 
 def main() -> None:
@@ -77,32 +99,29 @@ def main() -> None:
         return
     now = print_conditions()
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
-    tokenizer = load_tokenizer(checkpoint)
-    tokens = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, 0).tokens
-    text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
+    text = tokenize(read_texts(args.text), load_tokenizer(checkpoint))[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
-    sizes, rows = HybridSizes(checkpoint, AXES), []
-    for line in args.sizes:
-        removed = {axis: float(share) for axis, share in parse_values(line).items()}
-        for way in args.ways:
-            how = WAYS[way]
-            options, gone = dict(how), dict(removed)
-            if states := options.pop("states", None):
-                if "column" in gone:
-                    continue
-                gone["column"] = states
-            config = configure(model=args.model, pattern="+".join(gone), sparsity=gone, **options)
-            begun, model = time.process_time(), copy.deepcopy(checkpoint.model)
-            pruned(model, checkpoint.architecture, tokens, config, checkpoint.dtypes)
-            seconds, excess = time.process_time() - begun, excess_loss(perplexity(model, text, args.window), dense)
-            left = sizes.share_of_parameters(Removed(tuple((axis, gone[axis]) for axis in AXES if axis in gone)))
-            rows.append({"removed": gone, "way": way, "parameters": left, "excess_nats": excess.nats})
-            rows[-1] |= {"stderr": excess.stderr, "cpu_seconds": seconds}
+    calibration = {"calib": str(args.calib), "nsamples": args.nsamples, "seqlen": args.seqlen}
+    rows = []
+    for line in args.sizes or SIZES[args.model]:
+        for way, options in runs(line, args.ways):
+            begun = time.process_time()
+            with TemporaryDirectory() as folder:
+                result = compress(args.model, out=f"{folder}/masked", **calibration, **options)
+                done = export(result.directory, format="safetensors")
+                smaller = load_checkpoint(done.directory, dtype=torch.float32)
+            seconds = time.process_time() - begun
+            excess = excess_loss(perplexity(use_fast_scan(smaller.model), text, args.window), dense)
+            gone = result.config.sparsity if isinstance(result.config.sparsity, dict) else {}
+            gone = gone or {result.config.pattern: result.config.sparsity}
+            before, after = done.parameters
+            rows.append({"line": line, "removed": gone, "way": way, "parameters": after / before})
+            rows[-1] |= {"excess_nats": excess.nats, "stderr": excess.stderr, "cpu_seconds": seconds}
             Console().print(rows[-1])
     report = {
         "model": str(args.model),
         "dense_perplexity": dense.ppl,
-        "calibration": {"nsamples": len(tokens), "seqlen": args.seqlen, "seed": 0},
+        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": 0},
         "heldout_tokens": dense.tokens,
         "window": args.window,
         "rows": rows,

@@ -6,12 +6,13 @@ power law is assumed, and the losses of several parts are taken to add up. That 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
 from ssmc.runtime.models.families import Dimensions
 
 SMALLEST = 1e-6  # nats a token: what a loss of zero, or below it by chance, is taken for
@@ -24,16 +25,21 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, order=True)
 class Sizes:
-    """A model of the same family: how many layers, channels and states stay."""
+    """A model of the same family: how many layers, channels and states stay, and of how wide a stream."""
 
     n_layer: int
     d_inner: int
     d_state: int
+    d_model: int = 0  # 0: that of the dense model
 
     @classmethod
     def of(cls, dense: Dimensions) -> Sizes:
         """The sizes of the dense model."""
         return cls(dense.n_layer, dense.d_inner, dense.d_state)
+
+    def as_record(self) -> dict[str, int]:
+        """For a manifest: d_model only where it changes."""
+        return {name: size for name, size in asdict(self).items() if size}
 
     def blocks(self) -> list[tuple[int, int]]:
         """(d_inner, d_state) of every block, as a latency table takes them."""
@@ -45,6 +51,7 @@ class Sizes:
             LAYER: 1 - self.n_layer / dense.n_layer,
             COLUMN: 1 - self.d_state / dense.d_state,
             CHANNEL: 1 - self.d_inner / dense.d_inner,
+            WIDTH: 1 - self.d_model / dense.d_model if self.d_model else 0.0,
         }
         return {part: share for part, share in shares.items() if share > 0}
 
@@ -133,9 +140,11 @@ def removable_layers(n_layer: int) -> range:
     return range(n_layer - n_layer // 2, n_layer + 1)
 
 
-def enumerate_sizes(layers: Iterable[int], widths: Iterable[int], states: Sequence[int]) -> list[Sizes]:
+def enumerate_sizes(
+    layers: Iterable[int], widths: Sequence[int], states: Sequence[int], d_models: Sequence[int] = (0,)
+) -> list[Sizes]:
     """Every combination."""
-    return [Sizes(n_layer, width, count) for n_layer in layers for width in widths for count in states]
+    return [Sizes(*sizes) for sizes in itertools.product(layers, widths, states, d_models)]
 
 
 def shortlist(
@@ -150,10 +159,10 @@ def shortlist(
     Of those that differ only in their states the best one is listed, so that the list shows really different ways; with
     `by_layers` one of those with as many layers: what the losses at once say between them holds least after steps.
     """
-    best: dict[tuple[int, int], Sizes] = {}
+    best: dict[tuple[int, int, int], Sizes] = {}
     for sizes in sorted(candidates):
         if all(limit.allows(sizes) for limit in limits):
-            key = (sizes.n_layer, 0 if by_layers else sizes.d_inner)
+            key = (sizes.n_layer, 0 if by_layers else sizes.d_inner, sizes.d_model)
             if key not in best or loss(sizes) <= loss(best[key]):  # at equal loss more states
                 best[key] = sizes
     return sorted(best.values(), key=lambda sizes: (loss(sizes), sizes))[:count]

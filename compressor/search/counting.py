@@ -8,9 +8,10 @@ from typing import Any
 
 from ssmc.compressor.families import searched_parts
 from ssmc.compressor.methods.counts import default_multiple
+from ssmc.compressor.methods.width.counts import able_d_models
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
 from ssmc.compressor.search.allocation import Limit, Sizes, enumerate_sizes, removable_layers
 from ssmc.compressor.search.layer_sizes import Layerwise
 from ssmc.runtime.errors import UsageError
@@ -48,7 +49,7 @@ class Counting:
 
     def share_of_parameters(self, sizes: Sizes | Layerwise) -> float:
         """Parameters over the dense model's, exactly."""
-        if isinstance(sizes, Sizes) and not self.uniform:
+        if isinstance(sizes, Sizes) and (sizes.d_model or not self.uniform):
             return self._count(*asdict(sizes).values()) / self.parameters
         return (self.parameters_outside + sum(self.parameters_of(*block) for block in sizes.blocks())) / self.parameters
 
@@ -65,8 +66,8 @@ class Counting:
             sequence = self.sequence_bytes(*asdict(sizes).values())
         return round(weights + self.goal.batch * sequence)
 
-    def sequence_bytes(self, n_layer: int, d_inner: int, d_state: int) -> int:
-        """Of one sequence of the goal's length in a model of these sizes."""
+    def sequence_bytes(self, n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
+        """Of one sequence of the goal's length in a model of these sizes; d_model is no part of it."""
         sizes = replace(self.dense, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
         kept = self.checkpoint.architecture.kept_per_token(self.checkpoint.config)
         return sequence_memory(sizes, kept, self.goal.length, self.outline.stored_dtype).total
@@ -118,7 +119,11 @@ class Counting:
         dense = self.dense
         widths, states = self.allowed()
         layers = removable_layers(dense.n_layer) if LAYER in self.config.parts else [dense.n_layer]
-        return [sizes for sizes in enumerate_sizes(layers, widths, states) if sizes != Sizes.of(dense)]
+        d_models = [0]
+        if WIDTH in self.config.parts:  # as of layers, at least half of it stays
+            able = able_d_models(dense.d_model, self.config.round_channels)
+            d_models += [count for count in able if 2 * count >= dense.d_model]
+        return [sizes for sizes in enumerate_sizes(layers, widths, states, d_models) if sizes != Sizes.of(dense)]
 
 
 def require_reachable(counting: Counting) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
 from ssmc.compressor.search.allocation import (
     ROUNDS,
     Curve,
@@ -29,7 +29,11 @@ from ssmc.compressor.search.trials import Trials
 from ssmc.runtime.errors import UsageError, VerificationError
 
 TRIED = 3  # combinations that are tried for real
-SWEEP = {COLUMN: (0.5, 0.75, 0.875), CHANNEL: (0.25, 0.5)}  # where the parts' curves are measured, roughly
+SWEEP = {
+    COLUMN: (0.5, 0.75, 0.875),
+    CHANNEL: (0.25, 0.5),
+    WIDTH: (0.125, 0.25),
+}  # where the parts' curves are measured, roughly
 LAYERS = 2  # and up to how many layers
 
 
@@ -161,15 +165,15 @@ def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: L
 
     record: dict[str, Any] = {
         "asked": trials.goal.model_dump(mode="json", exclude={"latency_table"}),
-        "sizes": asdict(sizes),
+        "sizes": _record(sizes),
         "expected": expected,
         "curves": {part: asdict(curve) for part, curve in model.curves.items()},
         "trials": [
-            {**asdict(tried), "added_up_nats": added_up(tried), "excess_nats": loss}
+            {**_record(tried), "added_up_nats": added_up(tried), "excess_nats": loss}
             for tried, loss in trials.losses.items()
         ],
         **_taught(trials),
-        "clocked": [{**asdict(tried), "time": asdict(ratio)} for tried, ratio in trials.clocked.items()],
+        "clocked": [{**_record(tried), "time": asdict(ratio)} for tried, ratio in trials.clocked.items()],
         "correction": trials.correction,
         "held_out_seen": trials.samples.seen,
         "latency_table": trials.table.to_json() if trials.goal.needs_time else None,
@@ -179,8 +183,12 @@ def _found(trials: Trials, sizes: Sizes | Layerwise, model: LossModel, losses: L
     return Found(sizes, trials.configured(sizes), expected, record)
 
 
+def _record(sizes: Sizes | Layerwise) -> dict[str, Any]:
+    return sizes.as_record() if isinstance(sizes, Sizes) else asdict(sizes)
+
+
 def _taught(trials: Trials) -> dict[str, Any]:
     """The trials with a short distillation, where there were any."""
     if not trials.taught:
         return {}
-    return {"taught": [{**asdict(tried), "excess_nats": loss} for tried, loss in trials.taught.items()]}
+    return {"taught": [{**_record(tried), "excess_nats": loss} for tried, loss in trials.taught.items()]}

@@ -11,8 +11,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 from ssmc.compressor.methods.channels.counts import able_widths
-from ssmc.compressor.options.patterns import ATTENTION, COLUMN, HEAD, HEAD_DIM, MLP
-from ssmc.runtime.models.architectures.plan import CHANNEL, STATE
+from ssmc.compressor.methods.width.counts import able_d_models, has_experts, has_own_d_inner
+from ssmc.compressor.options.patterns import ATTENTION, COLUMN, HEAD, HEAD_DIM, MLP, WIDTH
+from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, STATE
 from ssmc.runtime.models.architectures.plan import HEAD as HEADS
 from ssmc.runtime.models.architectures.units import Part
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
     from ssmc.runtime.models.checkpoints import Checkpoint
 
-AXES = (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION)
+AXES = (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION, WIDTH)
 """What a search over a hybrid removes. Layers are not among them: which go decides what that saves."""
 
 LEVELS = 8  # shares of an axis that are tried at most: eighths
@@ -73,14 +74,14 @@ class HybridSizes:
 
     def share_of_parameters(self, removed: Removed) -> float:
         """Parameters over the dense model's, exactly."""
-        mixer = self.mixer(removed)
-        if mixer not in self._known:
-            self._known[mixer] = self._saved_in_mixers(*mixer)
-        saved = self._known[mixer]
+        mixer, d_model = self.mixer(removed), self.d_model(removed)
+        if (mixer, d_model) not in self._known:
+            self._known[mixer, d_model] = self._saved_in_mixers(*mixer, d_model) + self._saved_elsewhere(d_model)
+        saved = self._known[mixer, d_model]
         for part in self.architecture.units:
-            key = (part.name, part.kind, removed.by_axis.get(part.kind, 0))
+            key = (part.name, part.kind, removed.by_axis.get(part.kind, 0), d_model)
             if key not in self._known:
-                self._known[key] = self._saved_in_units(part, self.units(part, removed))
+                self._known[key] = self._saved_in_units(part, self.units(part, removed), d_model)
             saved += self._known[key]
         return 1 - saved / self.parameters
 
@@ -90,6 +91,10 @@ class HybridSizes:
         totals = ((HEAD, sizes.heads), (HEAD_DIM, sizes.head_dim), (COLUMN, sizes.d_state))
         heads, head_dim, states = (round(total * (1 - gone.get(axis, 0))) for axis, total in totals)
         return heads, head_dim, states
+
+    def d_model(self, removed: Removed) -> int:
+        """Coordinates of the residual stream that stay."""
+        return round(self.sizes.d_model * (1 - removed.by_axis.get(WIDTH, 0)))
 
     def units(self, part: Part, removed: Removed) -> int:
         """How many units of a part stay, as the run counts them."""
@@ -109,7 +114,8 @@ class HybridSizes:
             kept = self.units(part, removed)
             if kept < part.total(self.config):
                 part.resize(config, part.some(self.config, kept))
-        return config
+        d_model = self.d_model(removed)
+        return config if d_model == self.sizes.d_model else self.architecture.with_d_model(config, d_model)
 
     def _counts(self, axis: str) -> tuple[int, list[int]]:
         """How many there are of an axis, and how many may stay."""
@@ -119,6 +125,9 @@ class HybridSizes:
         if axis == HEAD:
             widths = able_widths(self.architecture, sizes, self.runtime)
             return sizes.heads, [width // sizes.head_dim for width in widths]
+        if axis == WIDTH:
+            able = has_own_d_inner(self.architecture) and not has_experts(self.config)
+            return sizes.d_model, able_d_models(sizes.d_model) if able else []
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
         parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
@@ -133,17 +142,35 @@ class HybridSizes:
         free = self.architecture.capabilities.free_width
         return free or heads * head_dim % self.sizes.d_model == 0
 
-    def _saved_in_mixers(self, heads: int, head_dim: int, states: int) -> int:
-        left = {HEADS: heads, CHANNEL: heads * head_dim, STATE: states * self.sizes.groups}
+    def _saved_in_mixers(self, heads: int, head_dim: int, states: int, d_model: int) -> int:
+        left = {MODEL: d_model, HEADS: heads, CHANNEL: heads * head_dim, STATE: states * self.sizes.groups}
         return sum(count * _saved(shapes, self.architecture.plan, left) for shapes, count in self._mixers.items())
 
-    def _saved_in_units(self, part: Part, kept: int) -> int:
-        if kept == part.total(self.config):
+    def _saved_elsewhere(self, d_model: int) -> int:
+        """Of norms, embedding and head, which have one axis of d_model."""
+        others = [shape for name, shape in self.shapes.items() if not name.startswith(self._tabled)]
+        wide = sum(prod(shape) for shape in others if self.sizes.d_model in shape)
+        return wide * (self.sizes.d_model - d_model) // self.sizes.d_model
+
+    @cached_property
+    def _tabled(self) -> tuple[str, ...]:
+        """How the names of all tensors start that tables of mixers and of units have."""
+        layers = range(self.sizes.n_layer)
+        mixers = [self.architecture.mixer_prefix(layer) for layer in layers]
+        units = [
+            f"{self.architecture.block_prefix(layer)}{part.name}."
+            for layer in layers
+            for part in self.architecture.units
+        ]
+        return (*mixers, *units)
+
+    def _saved_in_units(self, part: Part, kept: int, d_model: int) -> int:
+        if kept == part.total(self.config) and d_model == self.sizes.d_model:
             return 0
         left, found = {}, self._parts[part.name, part.kind]
         for shapes in found:
             chosen = part.selection(part.some(self.config, kept), part.plan.sizes(dict(shapes)), self.config)
-            left = {dimension: len(index) for dimension, index in chosen.items()}
+            left = {MODEL: d_model, **{dimension: len(index) for dimension, index in chosen.items()}}
         return sum(count * _saved(shapes, part.plan, left) for shapes, count in found.items())
 
     @cached_property

@@ -1,10 +1,12 @@
 """The search for sizes, against enumeration by brute force on made-up figures; and the goals it is given."""
 
+import copy
 import itertools
 import math
 import random
 
 import pytest
+from transformers import MambaForCausalLM
 
 from ssmc.compressor import configure, make_plan, split_goal
 from ssmc.compressor.search.allocation import (
@@ -130,6 +132,17 @@ def test_parameters_are_counted_exactly():
                 tie_word_embeddings=tied, num_hidden_layers=n_layer, intermediate_size=d_inner, state_size=d_state
             )
             assert count(n_layer, d_inner, d_state) == sum(p.numel() for p in other.parameters())
+
+
+@pytest.mark.parametrize("d_model", [0, 16, 20])
+def test_models_of_another_width_are_counted_exactly(d_model):
+    """The oracle is transformers' own model of that width."""
+    config = random_model().config
+    counted = parameter_counter(config)(3, 48, 4, d_model)
+    other = copy.deepcopy(config)
+    other.num_hidden_layers, other.intermediate_size, other.state_size = 3, 48, 4
+    other.hidden_size = d_model or config.hidden_size
+    assert counted == MambaForCausalLM(other).num_parameters()
 
 
 @pytest.mark.parametrize("sizes", [Sizes(6, 512, 1), Sizes(3, 512, 16), Sizes(5, 192, 11), Sizes(6, 448, 16)])

@@ -71,6 +71,19 @@ def test_a_target_of_parameters_is_met_exactly_as_counted(dense, tmp_path):
     assert "time" not in target["outcome"]
 
 
+def test_width_is_searched_where_nothing_is_timed(dense, tmp_path):
+    """By default; the counted share is that of the export, and the run that was found is an ordinary one."""
+    result, target = run(dense, tmp_path / "out", target_params=0.6)
+    assert "width" in result.config.parts
+    assert target["curves"]["width"]["shares"]
+    smaller = load_checkpoint(export(tmp_path / "out").directory)
+    total = sum(p.numel() for p in load_checkpoint(dense).model.parameters())
+    assert sum(p.numel() for p in smaller.model.parameters()) == pytest.approx(target["outcome"]["parameters"] * total)
+    assert smaller.dimensions.d_model == target["sizes"]["d_model"] < SIZES.d_model
+    with pytest.raises(UsageError, match="tables of times are of one d_model"):
+        compress(dense, out=tmp_path / "no", target_latency=0.8, pattern="column+width", **SMALL)
+
+
 def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):
     """tiny's first layer matters most for its channels; the ONNX export, which pads nothing, has what was counted."""
     options = {"target_params": 0.85, "pattern": "channel", "nsamples": 4, "seqlen": 256}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ssmc.compressor.methods.counts import MULTIPLES, default_multiple, nearest
 from ssmc.compressor.methods.method import Plan
@@ -17,6 +17,9 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.consumers import TWICE, consumer_named
+
+if TYPE_CHECKING:
+    from ssmc.runtime.models.families import Architecture
 
 TOLERANCE = 0.05  # of d_model: more or less than was asked for is refused where loaders leave few numbers
 
@@ -46,7 +49,7 @@ def width_to_keep(plan: Plan) -> int:
         return bound.d_model
     d_model, sparsity = plan.sizes.d_model, plan.config.sparsity_of(WIDTH)
     multiple = plan.config.round_channels or default_multiple(d_model)
-    kept = nearest([*range(multiple, d_model, multiple), d_model], d_model * (1 - sparsity))
+    kept = nearest([*able_d_models(d_model, plan.config.round_channels), d_model], d_model * (1 - sparsity))
     if kept == d_model:
         smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
         raise UsageError(
@@ -57,13 +60,19 @@ def width_to_keep(plan: Plan) -> int:
     return kept
 
 
+def able_d_models(d_model: int, multiple: int | None = None) -> list[int]:
+    """The sizes below its own that a free d_model may be cut to, rising: multiples of `multiple`, or of what fits."""
+    multiple = multiple or default_multiple(d_model)
+    return list(range(multiple, d_model, multiple))
+
+
 def shape_to_keep(plan: Plan) -> Shape | None:
     """d_model and d_inner together, the shape nearest to what the sparsities leave; None where each is free.
 
     Raises:
         UsageError: nothing that loaders take is near.
     """
-    if WIDTH not in plan.config.parts or (not (twice := _twice(plan)) and _is_free(plan)):
+    if WIDTH not in plan.config.parts or (not (twice := _twice(plan)) and has_own_d_inner(plan.architecture)):
         return None
     dense, shapes = _dense(plan), [*_shapes(plan, twice)]
     found = min(shapes, key=lambda shape: (_distance(plan, shape), shape)) if shapes else dense
@@ -83,10 +92,18 @@ def _dense(plan: Plan) -> Shape:
     return Shape(sizes.d_model, sizes.heads, cast(Mamba2Dimensions, sizes).head_dim)
 
 
-def _is_free(plan: Plan) -> bool:
-    """Whether loaders have a d_inner of its own."""
-    able = plan.architecture.capabilities
+def has_own_d_inner(architecture: Architecture) -> bool:
+    """Whether loaders of a family have a d_inner of its own, so that d_model is free."""
+    able = architecture.capabilities
     return able.free_width or (not able.heads and families.CHANNEL not in able.fixed)
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model of this configuration routes tokens to experts, which are not turned yet."""
+    kinds = getattr(config, "layers_block_type", None) or ()
+    if {"mlp", "moe"} & set(kinds):  # a list that tells them apart
+        return "moe" in kinds
+    return max(getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts")) > 1
 
 
 def _twice(plan: Plan) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ssmc.compressor.methods.method import Method, Outcome, Plan, Record, Survey, Table
 from ssmc.compressor.methods.registry import register_method
 from ssmc.compressor.methods.width import scores as scores  # registers them
-from ssmc.compressor.methods.width.counts import width_to_keep
+from ssmc.compressor.methods.width.counts import has_experts, width_to_keep
 from ssmc.compressor.options.patterns import CHANNEL, HEAD, WIDTH, Pattern, looks_at_text
 from ssmc.runtime.errors import UsageError
 
@@ -38,7 +38,7 @@ class Width(Method):
                 "The residual stream of a torch module is not known, its mixers are pruned by themselves. Leave width "
                 "out of --pattern."
             )
-        if _has_experts(plan.model_config):
+        if has_experts(plan.model_config):
             raise UsageError(
                 "width does not go with a mixture of experts: its router and its experts, which read the residual "
                 "stream, are not turned yet. Leave width out of --pattern."
@@ -80,14 +80,6 @@ class Width(Method):
 
 def _record(outcome: Outcome) -> WidthRecord | None:
     return next((record for record in outcome.outside if record.name == WIDTH), None)  # type: ignore[return-value]
-
-
-def _has_experts(config: Any) -> bool:
-    """Whether a model of this configuration routes tokens to experts."""
-    kinds = getattr(config, "layers_block_type", None) or ()
-    if {"mlp", "moe"} & set(kinds):  # a list that tells them apart
-        return "moe" in kinds
-    return max(getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts")) > 1
 
 
 register_method(Width())

@@ -30,8 +30,10 @@ def expected_shapes(config: PretrainedConfig, where: str) -> dict[str, torch.Siz
     return {name: t.shape for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
-def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int]:
+def parameter_counter(config: PretrainedConfig) -> Callable[..., int]:
     """How many parameters a model of the same family has, as a function of (n_layer, d_inner, d_state), exactly.
+
+    A fourth number, not 0, is another d_model.
 
     Models of one and of two blocks are laid out without memory and counted; a tied head counts once.
     """
@@ -39,14 +41,23 @@ def parameter_counter(config: PretrainedConfig) -> Callable[[int, int, int], int
     sizes = architecture.dimensions(config)
 
     @cache
-    def count(n_layer: int, d_inner: int, d_state: int) -> int:
+    def count(n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
         other = architecture.resized(config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
+        other = architecture.with_d_model(other, d_model) if d_model else other
         return sum(shape.numel() for shape in expected_shapes(other, "the model").values())
 
     if not architecture.capabilities.uniform:
         return count
-    outside = 2 * count(1, sizes.d_inner, sizes.d_state) - count(2, sizes.d_inner, sizes.d_state)
-    return lambda n_layer, d_inner, d_state: outside + n_layer * (count(1, d_inner, d_state) - outside)
+
+    @cache
+    def outside(d_model: int) -> int:
+        sized = (sizes.d_inner, sizes.d_state, d_model)
+        return 2 * count(1, *sized) - count(2, *sized)
+
+    def of_all(n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
+        return outside(d_model) + n_layer * (count(1, d_inner, d_state, d_model) - outside(d_model))
+
+    return of_all
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig, where: str) -> dict[str, torch.Tensor]:
