@@ -170,12 +170,6 @@ class _Walk:
         progress, architecture = self.run.progress, self.architecture
         if self.hidden is not None and architecture.capabilities.shared_blocks:
             propagate(block, self.hidden, progress, f"{label}: shared block", architecture.enter)
-        if self.stream is not None and self.hidden is not None:
-            if architecture.capabilities.uniform:
-                propagate(block, self.stream, progress, f"{label}: dense outputs")
-            elif architecture.mixer(block) is not None:
-                copy_samples(self.stream, self.hidden)
-                propagate(block, self.stream, progress, f"{label}: dense outputs", architecture.mixed)
         job = Job(
             plan=self.run.plan,
             block=block if work is None else work,
@@ -187,6 +181,15 @@ class _Walk:
             label=label,
             progress=progress,
         )
+        if self.stream is not None and self.hidden is not None:
+            if architecture.capabilities.uniform:
+                for method in self.run.plan.steps:
+                    if method.follows_dense:
+                        method.arrive(job, self.stream)
+                propagate(block, self.stream, progress, f"{label}: dense outputs")
+            elif architecture.mixer(block) is not None:
+                copy_samples(self.stream, self.hidden)
+                propagate(block, self.stream, progress, f"{label}: dense outputs", architecture.mixed)
         if self.dense is not None:
             if architecture.capabilities.shared_blocks:
                 propagate(block, self.dense, progress, f"{label}: shared block", architecture.enter)

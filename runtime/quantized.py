@@ -56,7 +56,8 @@ class Quantized:
     Attributes:
         shape: what its numbers may be.
         codes: (out, in), int8 where it is symmetric, uint8 else.
-        scale: (out, groups) float32, of so few digits that scale times code is exact in the type that is stored.
+        scale: (out, groups) float32, of so few digits that scale times code is exact in the type that is stored; not
+            always positive.
         zero: (out, groups) uint8; None where it is symmetric.
     """
 

@@ -404,10 +404,11 @@ class Method:
         """Do what concerns the model outside its layers, in place, when all of them are done."""
 
     def arrive(self, job: Job, dense: torch.Tensor) -> None:
-        """Called when a layer is reached, of methods that follow the stream.
+        """Called when a layer is reached: of methods that follow the stream in a hybrid, the dense outputs elsewhere.
 
         Args:
-            job: of the layer, whose targets are not known yet; `job.worked_out` takes what the method must keep.
+            job: of the layer, whose dense output and targets are not known yet; `job.worked_out` takes what the method
+                must keep.
             dense: (nsamples, L, d_model) what the layer reads in the dense model, not to be modified.
         """
 

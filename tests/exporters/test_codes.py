@@ -15,7 +15,7 @@ from ssmc.exporters.gguf.codes import blocks
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.quantized import FILE, GridShape, Quantized, read_quantized
 from tests.pipeline.test_quantized import WIDE, saved
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, short
 from tests.support.models import random_model
 
 RTN = {"quantize": "w4", "quantize_method": "rtn", "group_size": 32}
@@ -32,7 +32,8 @@ def artefact(tmp_path_factory):
         key = str(options)
         if key not in made:
             made[key] = folder / f"out{len(made)}"
-            compress(source, out=made[key], **{**RTN, **options})
+            text = short(source) if options.get("quantize_method") == "gptq" else {}
+            compress(source, out=made[key], **{**RTN, **options, **text})
         return made[key]
 
     return make
@@ -43,7 +44,11 @@ def logits(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": False, "quantize": "w8"}], ids=["w4", "w8 with zero points"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quantize_method": "gptq"}, {"symmetric": False, "quantize": "w8"}],
+    ids=["w4", "w4 with scales below zero", "w8 with zero points"],
+)
 def test_transformers_unpacks_the_very_numbers(artefact, options):
     out = artefact(**options)
     result = export(out, format="compressed-tensors")
@@ -52,7 +57,9 @@ def test_transformers_unpacks_the_very_numbers(artefact, options):
     stored = load_file(result.directory / "model.safetensors")
     packed = stored["backbone.layers.0.mixer.in_proj.weight_packed"]
     assert packed.dtype == torch.int32
-    assert packed.shape[1] * 32 == 32 * (8 if options else 4)
+    assert packed.shape[1] * 32 == 32 * (8 if "symmetric" in options else 4)
+    scales = stored["backbone.layers.0.mixer.in_proj.weight_scale"]
+    assert bool((scales < 0).any()) == ("quantize_method" in options)
     assert "backbone.layers.0.mixer.in_proj.weight" not in stored
     assert not (result.directory / FILE).exists()
 
@@ -64,7 +71,13 @@ def test_maps_of_a_hybrid_are_unpacked_too(tmp_path):
     assert any("self_attn.q_proj.weight_packed" in name for name in load_file(directory / "model.safetensors"))
 
 
-@pytest.mark.parametrize("options", [{"quantize_embedding": "w8"}, {"symmetric": False, "quantize_embedding": "w4"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize_embedding": "w8", "quantize_method": "gptq"},
+        {"symmetric": False, "quantize_embedding": "w4"},
+    ],
+)
 def test_onnxruntime_multiplies_with_the_codes(artefact, options):
     out = artefact(**options)
     result = export(out, format="onnx", quantize="codes")  # proven by running it, in every way
@@ -76,7 +89,7 @@ def test_onnxruntime_multiplies_with_the_codes(artefact, options):
 
 
 def test_llama_cpp_holds_the_same_numbers(artefact):
-    out = artefact(quantize_embedding="w8")
+    out = artefact(quantize_embedding="w8", quantize_method="gptq")
     codes = read_quantized(out)
     result = export(out, format="gguf", quantize="codes")
     file = {tensor.name: tensor for tensor in gguf.GGUFReader(result.directory / "model.gguf").tensors}

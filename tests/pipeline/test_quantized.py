@@ -1,5 +1,8 @@
 """`--quantize` from options to artefact: alone, after pruning, for every family, from a recipe; what is refused."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,10 +13,13 @@ from ssmc.compressor.options.config import configure
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.families import architecture_for
+from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.quantized import FILE, read_quantized
 from tests.pipeline.test_compress import contents
 from tests.support.families import FAMILIES, short, with_tokenizer
 from tests.support.models import random_mamba2, random_model
+from tests.support.pruning import prune_layers
 
 WIDE = {"hidden_size": 32, "vocab_size": 4096, "tie_word_embeddings": False}
 MAKERS = {
@@ -118,3 +124,27 @@ def test_a_quantised_artefact_is_not_distilled(small, tmp_path):
     compress(small, out=tmp_path / "out", quantize_method="rtn", quantize="w4")
     with pytest.raises(UsageError, match="codes of 4 bits"):
         distil_artefact(tmp_path / "out", Lesson(1))
+
+
+@torch.no_grad()
+def test_in_proj_makes_up_for_what_the_stream_lost():
+    """W (I + M) on what the quantised model reads, M by numpy's least squares, is what is quantised."""
+    model = random_model(**WIDE)
+    dense = copy.deepcopy(model)
+    architecture = architecture_for("mamba")
+    tokens = torch.randint(0, 60, (24, 48), generator=torch.Generator().manual_seed(1))
+    config = configure(model="x", pattern="channel", sparsity=0.5, quantize="w8", group_size=32, round_channels=32)
+    layers = prune_layers(use_fast_scan(model), architecture, tokens, config, {})
+
+    def read(network):
+        block = network.backbone.layers[0]
+        hidden = torch.cat([architecture.run(block, network.backbone.embeddings(sample[None])) for sample in tokens])
+        return network.backbone.layers[1].norm(hidden).flatten(0, 1).double().numpy()
+
+    x, wanted = read(model), read(use_fast_scan(dense))
+    change = np.linalg.lstsq(x, wanted - x, rcond=None)[0].T  # M
+    before, after = (network.backbone.layers[1].mixer.in_proj.weight.double().numpy() for network in (dense, model))
+    kept = [*layers[1].channels_kept, *(64 + j for j in layers[1].channels_kept)]
+    corrected = before @ (np.eye(len(change)) + change)
+    assert np.linalg.norm((corrected - before)[kept]) > 0.05 * np.linalg.norm(before[kept])
+    assert np.linalg.norm((corrected - after)[kept]) < 0.02 * np.linalg.norm(before[kept])

@@ -24,7 +24,8 @@ class Grid:
 
     Attributes:
         shape: what kind.
-        scale: (out, groups), positive.
+        scale: (out, groups), not zero. Negative where that gives the group's larger end the lowest code, which lies
+            further out than the highest: formats without zero points take it, since all they do is to multiply.
         zero: (out, groups), whole numbers; zeros where it is symmetric.
     """
 
@@ -36,13 +37,27 @@ class Grid:
         """The nearest numbers of a column (out,) whose input is of this group."""
         return _nearest(column, self.scale[:, group], self.zero[:, group], self.shape)
 
-    def quantized(self, weight: torch.Tensor) -> Quantized:
-        """A weight (out, in) by its nearest codes."""
-        grouped = _grouped(weight, self.shape)
-        codes = _codes(grouped, self.scale[..., None], self.zero[..., None], self.shape).flatten(1)
+    def codes_of(self, column: torch.Tensor, group: int) -> torch.Tensor:
+        """The codes of those, whole numbers in the type of the column."""
+        return _codes(column, self.scale[:, group], self.zero[:, group], self.shape)
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest codes of a weight (out, in), whole numbers in its type."""
+        return _codes(_grouped(weight, self.shape), self.scale[..., None], self.zero[..., None], self.shape).flatten(1)
+
+    def numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes (out, in) stand for."""
+        return (self.scale[..., None] * (_grouped(codes, self.shape) - self.zero[..., None])).flatten(1)
+
+    def stored(self, codes: torch.Tensor) -> Quantized:
+        """Codes (out, in) of this grid, as they are kept."""
         whole = torch.int8 if self.shape.symmetric else torch.uint8
         zero = None if self.shape.symmetric else self.zero.to("cpu", torch.uint8)
         return Quantized(self.shape, codes.to("cpu", whole), self.scale.to("cpu", torch.float32), zero)
+
+    def quantized(self, weight: torch.Tensor) -> Quantized:
+        """A weight (out, in) by its nearest codes."""
+        return self.stored(self.codes(weight))
 
 
 def spanning_grid(weight: torch.Tensor, shape: GridShape, digits: int = DIGITS) -> Grid:
@@ -57,7 +72,7 @@ def spanning_grid(weight: torch.Tensor, shape: GridShape, digits: int = DIGITS) 
 
 
 def fit_grid(weight: torch.Tensor, shape: GridShape, importance: torch.Tensor, digits: int = DIGITS) -> Grid:
-    """The grid with the smallest squared error of rounding to nearest, among those with a smaller range.
+    """The grid with the smallest squared error of rounding to nearest, among those with a smaller range, of both signs.
 
     Args:
         weight: (out, in).
@@ -69,13 +84,14 @@ def fit_grid(weight: torch.Tensor, shape: GridShape, importance: torch.Tensor, d
     counts = _grouped(importance.to(weight)[None], shape)
     best, errors = _spanning(grouped, shape, digits), torch.full_like(grouped[..., 0], torch.inf)
     for part in SHRINK:
-        grid = _spanning(grouped * part, shape, digits)
-        found = _nearest(grouped, grid.scale[..., None], grid.zero[..., None], shape)
-        error = ((found - grouped).square() * counts).sum(-1)
-        better = error < errors
-        errors = torch.where(better, error, errors)
-        scale, zero = torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
-        best = replace(best, scale=scale, zero=zero)
+        span = _spanning(grouped * part, shape, digits)
+        for grid in (span, replace(span, scale=-span.scale)) if shape.symmetric else (span,):
+            found = _nearest(grouped, grid.scale[..., None], grid.zero[..., None], shape)
+            error = ((found - grouped).square() * counts).sum(-1)
+            better = error < errors
+            errors = torch.where(better, error, errors)
+            scale, zero = torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
+            best = replace(best, scale=scale, zero=zero)
     return best
 
 
@@ -92,6 +108,12 @@ def digits_for(stored: torch.dtype | None, shape: GridShape) -> int:
     """How many digits scales may have so that scale times code is exact in the type a weight is stored in."""
     of_codes = shape.bits - 1 if shape.symmetric else shape.bits
     return max(1, min(DIGITS, _DIGITS.get(stored, 24) - of_codes))  # type: ignore[arg-type]
+
+
+def nearest_scale(scale: torch.Tensor, digits: int) -> torch.Tensor:
+    """Scales rounded to so many binary digits, with their signs; none becomes zero."""
+    fraction, exponent = torch.frexp(scale.abs().clamp(min=SMALLEST))
+    return torch.ldexp((fraction * 2**digits).round() / 2**digits, exponent).copysign(scale)
 
 
 def _rounded(scale: torch.Tensor, digits: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from ssmc.compressor.options.patterns import NOTHING, Pattern
 from ssmc.compressor.options.quantization import BITS, RTN, W8
 
 if TYPE_CHECKING:
+    import torch
+
     from ssmc.compressor.methods.quantize.modules import QuantizedModule
 
 EXPERTS = "Experts of a mixture are one tensor for all of them, and their routers decide between them: both stay."
@@ -25,7 +27,7 @@ class Quantize(Method):
     place = 90
     in_every_block = True
     whole_model = True  # its codes are written together, at the end
-    follows_dense = True  # out_proj is fitted to the dense model's residual stream before its turn
+    follows_dense = True  # in_proj and out_proj are fitted to the dense model's residual stream before their turns
     pattern = Pattern(NOTHING, "weights", "`none` (nothing, to quantise alone)", "")
 
     def asked_for(self, plan: Plan) -> bool:
@@ -47,6 +49,14 @@ class Quantize(Method):
         from ssmc.compressor.methods.quantize.outside import quantize_embedding
 
         return quantize_embedding(survey)
+
+    def arrive(self, job: Job, dense: torch.Tensor) -> None:
+        """What in_proj reads is compared before the dense stream goes on."""
+        from ssmc.compressor.methods.quantize.modules import may_fit
+        from ssmc.compressor.methods.units.inputs import estimate_first
+
+        if may_fit(job, "in_proj"):
+            job.worked_out[self.name] = estimate_first(job, dense)
 
     def prune(self, job: Job) -> None:
         """Module after module, each on what the quantised ones before it put out."""

@@ -85,22 +85,26 @@ def quantize_layer(job: Job) -> None:
         job.note(QuantizedRecord(tuple(done)))
 
 
-def _may_fit(job: Job) -> bool:
-    """Whether out_proj is fitted to what the dense layer puts out, which makes up for the projections before it.
+def may_fit(job: Job, name: str) -> bool:
+    """Whether a projection is fitted to the dense model before it is quantised, to make up for what was so far.
 
-    Not where single weights of it are zero, which a fit would wake, nor where all that adds to the stream was fitted
-    together, nor on a text too short to know it by.
+    in_proj for what the residual stream lost on its way here, out_proj for the projections before it. Not where single
+    weights of it are zero, which a fit would wake, nor where all that adds to the stream was fitted together, nor on a
+    text too short to know it by.
     """
-    if job.stream is None or job.config.quantize_method != GPTQ or "out_proj" in job.config.modules:
+    config = job.config
+    if job.stream is None or config.quantize_method != GPTQ or name not in config.quantized_modules:
         return False
-    if job.plan.fits_stream:
+    if job.plan.fits_stream or name in config.modules:
         return False
-    return of_all(job.samples.shape[:2].numel()) >= FIT_TOKENS_PER_CHANNEL * job.weights["out_proj"].shape[1]
+    return of_all(job.samples.shape[:2].numel()) >= FIT_TOKENS_PER_CHANNEL * job.weights[name].shape[1]
 
 
 def _quantize_projection(job: Job, name: str) -> QuantizedModule:
     weight, moment = job.weights[name], None
-    if name == "out_proj" and _may_fit(job):
+    if name == "in_proj" and (change := job.worked_out.get("quantize")) is not None:
+        weight += (weight.double() @ change).to(weight)
+    if name == "out_proj" and may_fit(job, name):
         _, moment = fit_with_moment(job)
     elif job.config.quantize_method != RTN:
         moment = SecondMoment(weight.shape[1], weight.device)
