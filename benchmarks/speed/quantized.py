@@ -4,8 +4,9 @@
     python -m benchmarks.speed.quantized tiny --time-budget 60
 
 Every model is an ONNX graph that onnxruntime runs on the CPU; the first is the dense one in float32. The models are
-timed in turns by `ssmc.benchmark`. "States" are removed and repaired; weights in int8 are onnxruntime's own dynamic
-quantisation. Graphs with int8 states are scored token by token, so that states are rounded after every one.
+timed in turns by `ssmc.benchmark`. "Pruned" has a quarter of the states, repaired; "int8" is onnxruntime's own dynamic
+quantisation; "w4" are the codes of `ssmc compress --quantize w4 --quantize-embedding w8`. Graphs with int8 states are
+scored token by token, so that states are rounded after every one.
 """
 
 from __future__ import annotations
@@ -24,26 +25,36 @@ from ssmc.runtime.bench import summary_rows
 from ssmc.runtime.files import finite
 
 PRUNED = {"pattern": "column", "sparsity": 0.75}
-GRAPHS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "dense": (False, {}),
-    "dense, w8": (False, {"quantize": "int8"}),
-    "dense, int8 states": (False, {"state_dtype": "int8"}),
-    "pruned": (True, {}),
-    "pruned, w8": (True, {"quantize": "int8"}),
-    "pruned, w8, int8 states": (True, {"quantize": "int8", "state_dtype": "int8"}),
+CODES = {"quantize": "w4", "quantize_embedding": "w8"}
+ARTEFACTS: dict[str, dict[str, Any]] = {
+    "pruned": PRUNED,
+    "w4": CODES,
+    "pruned-w4": PRUNED | CODES,
 }
-"""Name -> whether it is pruned, and the options of its export."""
+"""Name -> options of `compress`."""
+GRAPHS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "dense": (None, {}),
+    "dense, int8": (None, {"quantize": "int8"}),
+    "dense, w4": ("w4", {"quantize": "codes"}),
+    "dense, int8 states": (None, {"state_dtype": "int8"}),
+    "pruned": ("pruned", {}),
+    "pruned, int8": ("pruned", {"quantize": "int8"}),
+    "pruned, w4": ("pruned-w4", {"quantize": "codes"}),
+    "pruned, w4, int8 states": ("pruned-w4", {"quantize": "codes", "state_dtype": "int8"}),
+}
+"""Name -> the artefact that is exported, None for the model itself, and the options of its export."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny-mamba2")
-    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--time-budget", type=float, default=90.0, help="seconds of timing")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--batch", type=int, default=8, help="the larger of the batches, beside 1")
     parser.add_argument("--max-windows", type=int, default=8, help="windows of 1024 tokens of held-out text")
     parser.add_argument("--work", type=Path, help="folder for the graphs, which stay there and are used again")
+    parser.add_argument("--only-graphs", action="store_true", help="write them and time nothing")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/quantized_MODEL.json")
     return parser.parse_args()
 
@@ -53,6 +64,8 @@ def main() -> None:
     name = Path(args.model).name.replace("-", "_")
     with tempfile.TemporaryDirectory() as scratch:
         folders = graphs(args, args.work or Path(scratch))
+        if args.only_graphs:
+            return
         report = benchmark(
             models=list(folders.values()),
             lengths=(args.length,),
@@ -64,20 +77,22 @@ def main() -> None:
         )
     show(report, list(folders))
     out = args.out or Path(f"benchmarks/results/quantized_{name}.json")
-    settings = {"pruned": PRUNED, "nsamples": args.nsamples, "graphs": list(GRAPHS)}
+    settings = {"artefacts": ARTEFACTS, "nsamples": args.nsamples, "graphs": list(GRAPHS)}
     out.write_text(json.dumps(finite({"model": args.model, **settings, **report.to_json()}), indent=1) + "\n")
 
 
 def graphs(args: argparse.Namespace, work: Path) -> dict[str, Path]:
     """The folders of all graphs, those that are missing made now."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "pruned").exists():
-        compress(args.model, out=work / "pruned", nsamples=args.nsamples, **PRUNED)
+    for name, options in ARTEFACTS.items():
+        if not (work / name).exists():
+            compress(args.model, out=work / name, nsamples=args.nsamples, **options)
     folders = {}
-    for name, (is_pruned, options) in GRAPHS.items():
-        folders[name] = work / name.replace(", ", "-").replace(" ", "-").replace("pruned", "quarter")
+    for name, (artefact, options) in GRAPHS.items():
+        folders[name] = work / "graphs" / name.replace(", ", "-").replace(" ", "-")
         if not folders[name].exists():
-            export(work / "pruned" if is_pruned else args.model, format="onnx", out=folders[name], **options)
+            source = args.model if artefact is None else work / artefact
+            export(source, format="onnx", out=folders[name], **options)
             print(f"exported {name}", flush=True)
     return folders
 
