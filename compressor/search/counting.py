@@ -167,6 +167,6 @@ def require_one(
     ]
     more = [part for part in able if part not in config.parts]
     raise UsageError(
-        f"The pattern {config.pattern} cannot reach {' and '.join(reach)} of this model here. Ask for less"
-        + (f", or allow more with --pattern {'+'.join((*config.parts, *more))}." if more else ".")
+        f"The pattern {config.pattern} cannot reach {' and '.join(reach)} of this model here. Allow that much"
+        + (f", or let more go with --pattern {'+'.join((*config.parts, *more))}." if more else ".")
     )
