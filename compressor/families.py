@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from ssmc.compressor.methods.channels.counts import widths_of_heads
-from ssmc.compressor.methods.width.counts import has_own_d_inner
 from ssmc.compressor.options.config import PROJECTIONS, CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import (
@@ -81,14 +80,13 @@ def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
 
 
 def searches_width(architecture: Architecture, goal: Goal) -> bool:
-    """Whether a search for a goal cuts d_model: where it is free, and nothing is timed or decided by layer."""
-    free = has_own_d_inner(architecture) and MODEL not in architecture.capabilities.fixed
-    return free and not (goal.needs_time or goal.per_layer)
+    """Whether a search for a goal cuts d_model: where nothing is timed or decided by layer."""
+    return MODEL not in architecture.capabilities.fixed and not (goal.needs_time or goal.per_layer)
 
 
 def searched_parts(architecture: Architecture) -> list[str]:
     """Those parts that a search tries for a family: of a hybrid the states alone."""
-    never = (CHANNEL, HEAD, HEAD_DIM, WIDTH) if architecture.capabilities.heads else ()
+    never = (CHANNEL, HEAD, HEAD_DIM) if architecture.capabilities.heads else ()
     able = [part for part in combinable() if part in parts_of(architecture) and part not in never]
     return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
@@ -98,8 +96,7 @@ def axes_of_hybrid(architecture: Architecture) -> list[str]:
     able = architecture.capabilities
     if able.uniform or not able.heads or able.shared_blocks:
         return []
-    axes = (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION, *((WIDTH,) if has_own_d_inner(architecture) else ()))
-    return [axis for axis in axes if axis in parts_of(architecture)]
+    return [axis for axis in (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION, WIDTH) if axis in parts_of(architecture)]
 
 
 def parts_of(architecture: Architecture) -> tuple[str, ...]:
@@ -135,9 +132,7 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
     """
     able, refused, name = parts_of(architecture), limits(architecture), architecture.model_type
     if goal is not None and WIDTH in config.parts and not searches_width(architecture, goal):
-        why = "tables of times are of one d_model" if goal.needs_time else "of this family few numbers are loaded"
-        if goal.per_layer:
-            why = "all layers have one d_model"
+        why = "all layers have one d_model" if goal.per_layer else "tables of times are of one d_model"
         raise UsageError(
             f"A search does not cut width here: {why}. Leave width out of --pattern, or give --sparsity in place of "
             "a goal."

@@ -8,7 +8,7 @@ from typing import Any
 
 from ssmc.compressor.families import searched_parts
 from ssmc.compressor.methods.counts import default_multiple
-from ssmc.compressor.methods.width.counts import able_d_models
+from ssmc.compressor.methods.width.counts import able_d_models, wants_twice
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
@@ -121,9 +121,18 @@ class Counting:
         layers = removable_layers(dense.n_layer) if LAYER in self.config.parts else [dense.n_layer]
         d_models = [0]
         if WIDTH in self.config.parts:  # as of layers, at least half of it stays
-            able = able_d_models(dense.d_model, self.config.round_channels)
+            able = able_d_models(self.checkpoint.architecture, dense, self.config.round_channels)
             d_models += [count for count in able if 2 * count >= dense.d_model]
-        return [sizes for sizes in enumerate_sizes(layers, widths, states, d_models) if sizes != Sizes.of(dense)]
+        every = enumerate_sizes(layers, widths, states, d_models)
+        return [sizes for sizes in every if sizes != Sizes.of(dense) and self._fits(sizes)]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether channels and width go by one ratio, for a runtime that wants twice d_model."""
+        return {CHANNEL, WIDTH} <= {*self.config.parts} and wants_twice(self.dense, self.config.runtime)
+
+    def _fits(self, sizes: Sizes) -> bool:
+        return not self.coupled or sizes.d_inner == 2 * (sizes.d_model or self.dense.d_model)
 
 
 def require_reachable(counting: Counting) -> None:

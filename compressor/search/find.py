@@ -14,6 +14,7 @@ from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
 from ssmc.compressor.search.allocation import (
     ROUNDS,
+    SMALLEST,
     Curve,
     Limit,
     LossModel,
@@ -78,7 +79,13 @@ def _limits(trials: Trials) -> list[Limit]:
 
 
 def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
-    """The loss of removing one part alone, measured at two or three shares."""
+    """The loss of removing one part alone, measured at two or three shares.
+
+    Where channels and width go by one ratio, that of both stands for width, and channels have cost nothing more.
+    """
+    if trials.coupled and part == CHANNEL:
+        return Curve((0.5,), (SMALLEST,))
+    together = {CHANNEL, WIDTH} if trials.coupled and part == WIDTH else {part}
     dense, full = trials.dense, Sizes.of(trials.dense)
     if part == LAYER:
         most = min(LAYERS, dense.n_layer // 2)
@@ -86,17 +93,12 @@ def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
             Sizes(dense.n_layer - gone, full.d_inner, full.d_state) for gone in range(most, 0, -1)
         ]  # the fewer are then known
     else:
-        alone = {sizes: share for sizes in candidates if (share := _share_alone(sizes, part, dense)) is not None}
+        shares = {sizes: sizes.removed(dense) for sizes in candidates}
+        alone = {sizes: gone[part] for sizes, gone in shares.items() if gone.keys() == together}
         points = [min(alone, key=lambda s: (abs(alone[s] - share), s)) for share in SWEEP[part] if alone]
     if not points:
         return Curve((0.5,), (math.inf,))
     return Curve.through({sizes.removed(dense)[part]: trials.try_out(sizes) for sizes in dict.fromkeys(points)})
-
-
-def _share_alone(sizes: Sizes, part: str, dense: Any) -> float | None:
-    """How much of a part is gone, where nothing else is."""
-    removed = sizes.removed(dense)
-    return removed[part] if removed.keys() == {part} else None
 
 
 def _least_loss(trials: Trials, candidates: Sequence[Sizes], limits: Sequence[Limit], model: LossModel) -> Sizes:

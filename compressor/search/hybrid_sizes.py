@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 from ssmc.compressor.methods.channels.counts import able_widths
-from ssmc.compressor.methods.width.counts import able_d_models, has_experts, has_own_d_inner
+from ssmc.compressor.methods.width.counts import able_d_models, has_experts
 from ssmc.compressor.options.patterns import ATTENTION, COLUMN, HEAD, HEAD_DIM, MLP, WIDTH
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, STATE
 from ssmc.runtime.models.architectures.plan import HEAD as HEADS
@@ -126,8 +126,7 @@ class HybridSizes:
             widths = able_widths(self.architecture, sizes, self.runtime)
             return sizes.heads, [width // sizes.head_dim for width in widths]
         if axis == WIDTH:
-            able = has_own_d_inner(self.architecture) and not has_experts(self.config)
-            return sizes.d_model, able_d_models(sizes.d_model) if able else []
+            return sizes.d_model, [] if has_experts(self.config) else able_d_models(self.architecture, sizes)
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
         parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
@@ -137,10 +136,10 @@ class HybridSizes:
         return largest.total(self.config), largest.allowed(self.config)
 
     def _fits(self, removed: Removed) -> bool:
-        """Whether a loader takes heads and channels of heads together."""
+        """Whether a loader takes heads, channels of heads and d_model together."""
         heads, head_dim, _ = self.mixer(removed)
         free = self.architecture.capabilities.free_width
-        return free or heads * head_dim % self.sizes.d_model == 0
+        return free or heads * head_dim % self.d_model(removed) == 0
 
     def _saved_in_mixers(self, heads: int, head_dim: int, states: int, d_model: int) -> int:
         left = {MODEL: d_model, HEADS: heads, CHANNEL: heads * head_dim, STATE: states * self.sizes.groups}

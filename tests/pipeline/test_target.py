@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from ssmc.compressor import compress, read_recipe
+from ssmc.compressor import Goal, compress, configure, read_recipe
 from ssmc.compressor.calibration.split import Samples
 from ssmc.compressor.options.patterns import combinable
 from ssmc.compressor.search import counting, trials
@@ -82,6 +82,16 @@ def test_width_is_searched_where_nothing_is_timed(dense, tmp_path):
     assert smaller.dimensions.d_model == target["sizes"]["d_model"] < SIZES.d_model
     with pytest.raises(UsageError, match="tables of times are of one d_model"):
         compress(dense, out=tmp_path / "no", target_latency=0.8, pattern="column+width", **SMALL)
+
+
+def test_for_llama_cpp_width_and_channels_are_cut_by_one_ratio(dense, tmp_path):
+    checkpoint, goal = load_checkpoint(dense), Goal(target_params=0.6)
+    config = configure(model=str(dense), pattern="column+channel+width", runtime="llama.cpp")
+    found = counting.Counting(checkpoint, config, goal).candidates()
+    assert found
+    assert all(sizes.d_inner == 2 * (sizes.d_model or 16) for sizes in found)
+    _, target = run(dense, tmp_path / "out", target_params=0.6, runtime="llama.cpp", pattern=config.pattern)
+    assert target["sizes"]["d_inner"] == 2 * target["sizes"]["d_model"] < 32
 
 
 def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):

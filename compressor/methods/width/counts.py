@@ -19,7 +19,7 @@ from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.consumers import TWICE, consumer_named
 
 if TYPE_CHECKING:
-    from ssmc.runtime.models.families import Architecture
+    from ssmc.runtime.models.families import Architecture, Dimensions
 
 TOLERANCE = 0.05  # of d_model: more or less than was asked for is refused where loaders leave few numbers
 
@@ -49,7 +49,8 @@ def width_to_keep(plan: Plan) -> int:
         return bound.d_model
     d_model, sparsity = plan.sizes.d_model, plan.config.sparsity_of(WIDTH)
     multiple = plan.config.round_channels or default_multiple(d_model)
-    kept = nearest([*able_d_models(d_model, plan.config.round_channels), d_model], d_model * (1 - sparsity))
+    able = able_d_models(plan.architecture, plan.sizes, plan.config.round_channels)
+    kept = nearest([*able, d_model], d_model * (1 - sparsity))
     if kept == d_model:
         smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
         raise UsageError(
@@ -60,8 +61,17 @@ def width_to_keep(plan: Plan) -> int:
     return kept
 
 
-def able_d_models(d_model: int, multiple: int | None = None) -> list[int]:
-    """The sizes below its own that a free d_model may be cut to, rising: multiples of `multiple`, or of what fits."""
+def able_d_models(architecture: Architecture, sizes: Dimensions, multiple: int | None = None) -> list[int]:
+    """The sizes below its own that d_model may be cut to while d_inner stays, rising.
+
+    Args:
+        architecture: of the model.
+        sizes: of the model.
+        multiple: what a free d_model must be a multiple of; None: a number that hardware likes.
+    """
+    d_model = sizes.d_model
+    if not has_own_d_inner(architecture):
+        return [count for count in range(1, d_model) if sizes.d_inner % count == 0]
     multiple = multiple or default_multiple(d_model)
     return list(range(multiple, d_model, multiple))
 
@@ -72,7 +82,8 @@ def shape_to_keep(plan: Plan) -> Shape | None:
     Raises:
         UsageError: nothing that loaders take is near.
     """
-    if WIDTH not in plan.config.parts or (not (twice := _twice(plan)) and has_own_d_inner(plan.architecture)):
+    twice = wants_twice(plan.sizes, plan.config.runtime)
+    if WIDTH not in plan.config.parts or (not twice and has_own_d_inner(plan.architecture)):
         return None
     dense, shapes = _dense(plan), [*_shapes(plan, twice)]
     found = min(shapes, key=lambda shape: (_distance(plan, shape), shape)) if shapes else dense
@@ -106,10 +117,9 @@ def has_experts(config: Any) -> bool:
     return max(getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts")) > 1
 
 
-def _twice(plan: Plan) -> bool:
+def wants_twice(sizes: Dimensions, runtime: str | None) -> bool:
     """Whether d_inner must be twice d_model for the runtime that the result is for."""
-    runtime = plan.config.runtime
-    return runtime is not None and consumer_named(runtime).rule(plan.sizes).width == TWICE
+    return runtime is not None and consumer_named(runtime).rule(sizes).width == TWICE
 
 
 def _shapes(plan: Plan, twice: bool) -> Iterator[Shape]:
