@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 RAN, DIFFERS, WRONG, FAILED, REFUSED = "ran", "differs", "wrong", "failed", "no export"
 BY_HAND = (
     ("mamba_ssm", "mamba-ssm", "", "by source; by hand with consumers/by_hand/run_mamba_ssm.py", "", ""),
-    ("vLLM", "vllm", "", "by source; by hand with consumers/by_hand/run_vllm.py", "", ""),
+    ("vLLM, GPU", "vllm", "", "by source; by hand with consumers/by_hand/run_vllm.py", "", ""),
 )
 """Consumers that need a GPU or gigabytes: title, page, version, how it is known, what ran, largest difference."""
 

@@ -6,12 +6,13 @@
     python -m benchmarks.speed.consumers --show --plot --json benchmarks/results/consumers_speed.json
 
 Each runtime runs in the environment that `make consumers` made for it, one process for each model, all loaded before
-the first is timed; within a runtime the models take turns, so what else the machine does falls on all alike. Figures
-are medians of the rounds with their quartiles, and the ratio to the dense model round by round with the interval of
-its median. llama.cpp tells its own clock; of the others the calls are timed. With --cpu-time the processor time of a
-runtime's process counts, which other work on the machine disturbs less. Prefill ends with the logits of the last
-token. Loss is nats a token above the dense model's, on held-out text: of the pruned model in float32, and what
-quantisation adds to that, which the export measures.
+the first is timed; within a runtime the models take turns, so what else the machine does falls on all alike. The
+processes are started several times: how a process lies in memory can change its speed by a fifth, and stays with it.
+Figures are medians of the rounds with their quartiles, and the ratio to the dense model round by round with the
+interval of its median. llama.cpp tells its own clock; of the others the calls are timed. With --cpu-time the
+processor time of a runtime's process counts, which other work on the machine disturbs less. Prefill ends with the
+logits of the last token. Loss is nats a token above the dense model's, on held-out text: of the pruned model in
+float32, and what quantisation adds to that, which the export measures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kept", nargs="+", default=KEPT, help='"PATTERN SPARSITY", "quantised" or both')
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens decoded behind it")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="in all")
+    parser.add_argument("--starts", type=int, default=3, help="of the processes; the rounds are spread over them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time of the runtime's process")
     parser.add_argument("--nsamples", type=int, default=16)
@@ -146,26 +148,41 @@ def time_runtime(kind: Kind, models: Models, tokens: list[int], args: argparse.N
         ConsumerError: there is no such environment, or a model ended while it was timed.
     """
     python = Path(sys.executable) if kind is OURS else python_of(kind.name)
-    missing, rounding, versions = {}, {}, {}
-    with ExitStack() as stack:
-        running: dict[str, Consumer] = {}
-        for kept in args.kept:
-            try:
-                folder = models.exported(kept, kind)
-                if folder is None:
-                    continue
-                rounding[kept] = _rounding(folder, kind) if "quantised" in kept else 0.0
-                consumer = stack.enter_context(Consumer(python, kind.script, folder, threads=args.threads))
-                consumer.time(tokens, args.new, processor=args.cpu_time)  # warms up
-                running[kept], versions = consumer, consumer.versions
-            except SsmcError as error:
-                missing[kept] = str(error)
-        samples = {phase: {kept: [] for kept in running} for phase in PHASES}
-        for number in range(args.rounds):
-            for kept in list(running) if number % 2 else reversed(running):
-                for phase, seconds in running[kept].time(tokens, args.new, processor=args.cpu_time).items():
-                    samples[phase][kept].append(seconds)
-    return {"versions": versions, "missing": missing, "rows": as_rows(samples, models, rounding)}
+    folders, missing = exports(kind, models, args.kept)
+    rounding = {kept: _rounding(folder, kind) if "quantised" in kept else 0.0 for kept, folder in folders.items()}
+    samples: dict[str, dict[str, list[float]]] = {phase: {kept: [] for kept in folders} for phase in PHASES}
+    versions: dict[str, str] = {}
+    for start in range(args.starts):
+        with ExitStack() as stack:
+            running: dict[str, Consumer] = {}
+            for kept, folder in list(folders.items()):
+                try:
+                    consumer = stack.enter_context(Consumer(python, kind.script, folder, threads=args.threads))
+                    consumer.time(tokens, args.new, processor=args.cpu_time)  # warms up
+                    running[kept], versions = consumer, consumer.versions
+                except SsmcError as error:
+                    missing[kept] = str(error)
+                    del folders[kept]
+            for number in range(start, args.rounds, args.starts):
+                for kept in list(running) if number % 2 else reversed(running):
+                    for phase, seconds in running[kept].time(tokens, args.new, processor=args.cpu_time).items():
+                        samples[phase][kept].append(seconds)
+    ran = {phase: {kept: found[kept] for kept in folders} for phase, found in samples.items()}
+    return {"versions": versions, "missing": missing, "rows": as_rows(ran, models, rounding)}
+
+
+def exports(kind: Kind, models: Models, names: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folders of a runtime's exports, without those its format has no quantisation for, and why others are none."""
+    folders, missing = {}, {}
+    for kept in names:
+        try:
+            folder = models.exported(kept, kind)
+        except SsmcError as error:
+            missing[kept] = str(error)
+            continue
+        if folder is not None:
+            folders[kept] = folder
+    return folders, missing
 
 
 def _rounding(folder: Path, kind: Kind) -> float:
@@ -197,8 +214,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = load_checkpoint(args.model).config.vocab_size
     tokens = torch.randint(1, vocabulary - 1, (args.length,), generator=generator).tolist()
-    settings = {name: getattr(args, name) for name in ("length", "new", "rounds", "threads", "cpu_time", "nsamples")}
-    settings |= {"seqlen": args.seqlen, "max_tokens": args.max_tokens}
+    settings = {name: getattr(args, name) for name in ("length", "new", "rounds", "starts", "threads", "cpu_time")}
+    settings |= {name: getattr(args, name) for name in ("nsamples", "seqlen", "max_tokens")}
     for name in args.runtime or RUNTIMES:
         kind = RUNTIMES[name]
         try:

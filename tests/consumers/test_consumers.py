@@ -16,6 +16,7 @@ from benchmarks.speed.consumers_report import merged as merged_records
 from benchmarks.speed.consumers_report import plot, show
 from consumers.artefacts import LIMITED, LIMITED_AT_FIRST, UNLIMITED, reference
 from consumers.asking import Consumer, ConsumerError
+from consumers.by_hand.compare import main as compare
 from consumers.environments import KINDS, REQUIREMENTS
 from consumers.results import DIFFERS, FAILED, RAN, REFUSED, WRONG, Row, markdown, merged, read_rows, write_rows
 from consumers.run import FIRST, LENGTHS, differences, explained, judge
@@ -111,6 +112,25 @@ def test_keys_and_values_grow_where_a_graph_has_attention(tmp_path):
         whole, stepped = consumer.logits(tokens, (1, 12), 7)
     np.testing.assert_allclose(whole, wanted[[0, 11]], atol=1e-4)
     np.testing.assert_allclose(stepped, wanted[7:], atol=1e-4)
+
+
+def test_what_was_told_by_hand_becomes_a_row(tmp_path):
+    """Of each token the likeliest log probabilities only, and those behind the prompt are of single tokens."""
+    model = FAMILIES["bamba"]()
+    model.save_pretrained(tmp_path / "model")
+    tokens = random_ids(1, 9)
+    with torch.inference_mode():
+        logs = model(tokens).logits[0, :-1].double().log_softmax(-1)
+    told, ids = logs.topk(5)
+    told[6, 2] += 0.25  # what follows the seventh token, the second behind the prompt
+    parts = {"ids": ids.numpy(), "told": told.numpy(), "version": "1.2", "device": "CPU"}
+    np.savez(tmp_path / "told.npz", tokens=tokens[0].numpy(), prompt=6, **parts)
+    path = tmp_path / "rows.json"
+    compare([str(tmp_path / "told.npz"), str(tmp_path / "model"), "--model", "bamba", "--json", str(path)])
+    (found,) = read_rows(path)
+    assert (found.consumer, found.version, found.outcome) == ("vLLM, CPU", "1.2", DIFFERS)
+    assert found.whole < 1e-5
+    assert found.stepped == pytest.approx(0.25, abs=1e-5)
 
 
 def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_path):
