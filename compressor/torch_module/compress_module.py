@@ -22,9 +22,11 @@ from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
+from ssmc.compressor.torch_module.mamba3 import check_options, prune_mamba3
 from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, left_as_it_is, touched
 from ssmc.compressor.torch_module.restore import Restorer, keep_attributes
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
+from ssmc.runtime.models.mamba3 import find_mamba3
 from ssmc.runtime.models.mixers import Mixer, find_mixers, tell_configurations
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -68,7 +70,7 @@ def compress_module(
     progress: Progress = NO_PROGRESS,
     **options: Any,
 ) -> CompressedModule:
-    """Prune the Mamba and Mamba-2 mixers of a module, whatever it is for, and cut them to their new size.
+    """Prune the Mamba, Mamba-2 and Mamba-3 mixers of a module, whatever it is for, and cut them to their new size.
 
     A mixer is known by the names and shapes of its parameters (those of transformers, mamba_ssm and mamba-minimal) and
     by its own forward, which must put out on the first batch what this structure says. Each is pruned on what it reads
@@ -103,13 +105,20 @@ def compress_module(
     own = getattr(module, "_orig_mod", module)  # of a module that torch.compile wrapped
     remarks = () if own is module else (COMPILED,)
     before = _parameters(own)
-    found = find_mixers(guard_kernels(own))  # before a copy of something big
+    if find_mamba3(own):  # before a copy of something big
+        check_options(config)
+    else:
+        find_mixers(guard_kernels(own))
     work = own if in_place else _copy(own)
-    mixers = found if in_place else find_mixers(work)
-    restorer = Restorer(mixers) if in_place else None
+    third = find_mamba3(work)
+    mixers = find_mixers(guard_kernels(work), beside=len(third))
+    restorer = Restorer([*mixers, *third]) if in_place else None
     try:
         with evaluating(work), torch.compiler.set_stance("force_eager"):
-            results = _prune(WatchedModule(work, batches, forward, progress), mixers, config, restorer)
+            watched = WatchedModule(work, batches, forward, progress)
+            results = _prune(watched, mixers, config, restorer) if mixers else []
+            results += prune_mamba3(watched, third, config, restorer) if third else []
+        _require_one(work, results)
         if all(result.layer is not None for result in results):
             undo = _tell(work, results)
             if undo is not None and restorer is not None:
@@ -133,11 +142,22 @@ def _prune(
     reasons |= _ties(watched.module, [mixer for mixer in order if mixer.name in plans], plans)
     able = [mixer for mixer in order if mixer.name not in reasons]
     if not able:
-        listed = "; ".join(f"{m.name or type(m.module).__name__} {reasons[m.name]}" for m in order)
-        raise CheckpointError(f"No mixer of this {type(watched.module).__name__} can be pruned: {listed}.")
+        return [left_as_it_is(mixer, reasons[mixer.name]) for mixer in order]
     pruner = MixerPruner(watched, _together([plans[mixer.name] for mixer in able]), restorer)
     done = {mixer.name: pruner.prune(mixer, index, uses[mixer.name].calls) for index, mixer in enumerate(able)}
     return [done.get(mixer.name) or left_as_it_is(mixer, reasons[mixer.name]) for mixer in order]
+
+
+def _require_one(module: nn.Module, results: Sequence[MixerResult]) -> None:
+    """Make sure that some mixer was pruned.
+
+    Raises:
+        CheckpointError: saying of each why it was not.
+    """
+    if all(result.layer is None for result in results):
+        kind = type(module).__name__
+        listed = "; ".join(f"{result.name or kind} {result.note}" for result in results)
+        raise CheckpointError(f"No mixer of this {kind} can be pruned: {listed}.")
 
 
 def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -72,6 +72,22 @@ class Use:
     finite: bool = True
 
 
+class Watchable(Protocol):
+    """A mixer, as far as it is watched."""
+
+    @property
+    def name(self) -> str:
+        """Where it is in the module."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The mixer itself."""
+
+
+Agreement = Callable[[Any], Callable[[Call, torch.Tensor], bool]]
+"""Of a mixer: whether what it put out for a call is what its structure says."""
+
+
 @dataclass
 class WatchedModule:
     """A module and the batches it is calibrated on."""
@@ -95,12 +111,17 @@ class WatchedModule:
                 "DataLoader."
             ) from None
 
-    def look(self, mixers: Sequence[Mixer]) -> dict[str, Use]:
-        """What the mixers do on the first batch, by name, in the order they are first called."""
+    def look(self, mixers: Sequence[Watchable], agreement: Agreement | None = None) -> dict[str, Use]:
+        """What the mixers do on the first batch, by name, in the order they are first called.
+
+        Args:
+            mixers: of the module.
+            agreement: whether a call of a mixer put out what its structure says; by default that of its family.
+        """
         seen: dict[str, Use] = {}
 
-        def hook(mixer: Mixer) -> Callable[..., None]:
-            block = mixer.block()
+        def hook(mixer: Watchable) -> Callable[..., None]:
+            agrees = structural_agreement(mixer) if agreement is None else agreement(mixer)
 
             def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 entry = seen.setdefault(mixer.name, Use())
@@ -111,7 +132,7 @@ class WatchedModule:
                     return
                 own = _tensor(output)
                 entry.finite &= bool(own.isfinite().all())
-                entry.agrees &= _close(own, _structural(mixer, block, call))
+                entry.agrees &= agrees(call, own)
 
             return watch
 
@@ -119,7 +140,7 @@ class WatchedModule:
             self._run(self._first, 0)
         return seen
 
-    def inputs(self, mixer: Mixer, calls: int, label: str) -> Iterator[torch.Tensor]:
+    def inputs(self, mixer: Watchable, calls: int, label: str) -> Iterator[torch.Tensor]:
         """What a mixer reads, batch after batch: sequences (n, L, d_model) without padding.
 
         Args:
@@ -130,9 +151,9 @@ class WatchedModule:
         total = len(self.batches) if isinstance(self.batches, Sized) else 0
         for number, batch in enumerate(self.batches):
             self.progress(label, number, max(total, number + 1))
-            read: list[torch.Tensor] = []
+            read: list[Call | None] = []
 
-            def watch(_: nn.Module, args: Any, kwargs: Any, read: list[torch.Tensor] = read) -> None:
+            def watch(_: nn.Module, args: Any, kwargs: Any, read: list[Call | None] = read) -> None:
                 read.append(Call.of(args, kwargs))
                 if len(read) >= calls:
                     raise _Enough
@@ -140,6 +161,11 @@ class WatchedModule:
             with self._hooked([mixer.module.register_forward_pre_hook(watch, with_kwargs=True)]):
                 self._run(batch, number)
             for call in read:
+                if call is None:
+                    raise CalibrationError(
+                        f"{mixer.name or 'The mixer'} reads no (B, L, d_model) tensor in batch {number}, as it does in "
+                        "the first. Give batches of one kind."
+                    )
                 for piece in call.pieces():
                     if not bool(piece.isfinite().all()):
                         raise CalibrationError(
@@ -148,7 +174,7 @@ class WatchedModule:
                         )
                     yield piece
 
-    def outputs(self, mixer: Mixer, calls: int) -> list[torch.Tensor]:
+    def outputs(self, mixer: Watchable, calls: int) -> list[torch.Tensor]:
         """What a mixer puts out on the first batch, call after call."""
         put_out: list[torch.Tensor] = []
 
@@ -199,15 +225,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def same(outputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
     """Whether a mixer put out the same twice, but for rounding."""
-    return len(outputs) == len(others) and all(_close(a, b) for a, b in zip(outputs, others, strict=True))
+    return len(outputs) == len(others) and all(close(a, b) for a, b in zip(outputs, others, strict=True))
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
     if a.shape != b.shape:
         return False
     largest = float(b.float().abs().max()) if b.numel() else 0.0
     allowed = AGREES.get(a.dtype, AGREES_HALF) * largest
     return bool(((a.float() - b.float()).abs() <= allowed + 1e-30).all())
+
+
+def structural_agreement(mixer: Mixer) -> Callable[[Call, torch.Tensor], bool]:
+    """Whether a mixer puts out what its family does."""
+    block = mixer.block()
+    return lambda call, own: close(own, _structural(mixer, block, call))
 
 
 def _structural(mixer: Mixer, block: nn.Module, call: Call) -> torch.Tensor:

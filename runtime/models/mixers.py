@@ -57,11 +57,15 @@ class Mixer:
         return block
 
 
-def find_mixers(module: nn.Module) -> list[Mixer]:
+def find_mixers(module: nn.Module, beside: int = 0) -> list[Mixer]:
     """All Mamba and Mamba-2 mixers in a module, each once, in the order they are registered.
 
+    Args:
+        module: that may hold some.
+        beside: how many mixers of other kinds were found in it.
+
     Raises:
-        CheckpointError: there is none; the message says what was looked for and what came near.
+        CheckpointError: there is none at all; the message says what was looked for and what came near.
     """
     found, near, known = [], [], lone_mixers()
     for name, candidate in module.named_modules():
@@ -81,7 +85,7 @@ def find_mixers(module: nn.Module) -> list[Mixer]:
             reason = f"with {other}: {OTHER_LAYOUTS[other]}"
         if reason is not None:
             near.append(f"{type(candidate).__name__} {reason}")
-    if not found:
+    if not found and not beside:
         raise CheckpointError(_nothing(module, near))
     return found
 
@@ -139,11 +143,11 @@ class Undo:
     """What a mixer was before it was cut."""
 
     cuts: tuple[Cut, ...]
-    _was: tuple[tuple[Any, str, Any], ...]  # object, attribute, value
+    was: tuple[tuple[Any, str, Any], ...]  # object, attribute, value
 
     def __call__(self) -> None:
         """Give the mixer its parameters and sizes back."""
-        for holder, name, value in reversed(self._was):
+        for holder, name, value in reversed(self.was):
             setattr(holder, name, value)
 
 
@@ -173,43 +177,43 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
         for name in cuts:
             path, _, leaf = name.rpartition(".")
             holder = own.get_submodule(path)
-            _tell(was, holder, leaf, _smaller(own.get_parameter(name), tensors[name]))
-            for attribute, size in _module_sizes(holder):
+            tell(was, holder, leaf, in_place_of(own.get_parameter(name), tensors[name]))
+            for attribute, size in module_sizes(holder):
                 if getattr(holder, attribute) != size:
-                    _tell(was, holder, attribute, size)
+                    tell(was, holder, attribute, size)
         for old, new, names in _renamed(mixer, before, sizes):
             if old != new:
-                _tell_sizes(was, own, old, new, names)
+                tell_sizes(was, own, old, new, names)
                 for attribute in CONFIGURATIONS:
-                    _tell_configuration(was, own, attribute, dict.fromkeys(names, new), old)
+                    tell_configuration(was, own, attribute, dict.fromkeys(names, new), old)
     except BaseException:
         Undo((), tuple(was))()
         raise
     return Undo(tuple(cuts.values()), tuple(was))
 
 
-def _smaller(old: nn.Parameter, tensor: torch.Tensor) -> nn.Parameter:
+def in_place_of(old: nn.Parameter, tensor: torch.Tensor) -> nn.Parameter:
     """A parameter in the place of a larger one, with its attributes, such as `_no_weight_decay`."""
     new = nn.Parameter(tensor.detach().to(old.device), requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     return new
 
 
-def _tell(was: list[tuple[Any, str, Any]], holder: Any, name: str, value: Any) -> None:
+def tell(was: list[tuple[Any, str, Any]], holder: Any, name: str, value: Any) -> None:
     """Set an attribute and note what it was."""
     before = getattr(holder, name)
     setattr(holder, name, value)
     was.append((holder, name, before))
 
 
-def _tell_sizes(was: list[tuple[Any, str, Any]], own: nn.Module, old: int, new: int, names: Sequence[str]) -> None:
+def tell_sizes(was: list[tuple[Any, str, Any]], own: nn.Module, old: int, new: int, names: Sequence[str]) -> None:
     """Tell a mixer a size by each name that has the old one; a read-only property says what it says."""
     for name in names:
         if getattr(own, name, None) == old and not isinstance(getattr(type(own), name, None), property):
-            _tell(was, own, name, new)
+            tell(was, own, name, new)
 
 
-def _tell_configuration(
+def tell_configuration(
     was: list[tuple[Any, str, Any]], holder: Any, attribute: str, sizes: Mapping[str, int], old: int
 ) -> None:
     """Give a holder another configuration in which all of these names that had the old size have the new one.
@@ -221,7 +225,7 @@ def _tell_configuration(
     if configuration is None or not changed:
         return
     with contextlib.suppress(AttributeError, TypeError, ValueError):  # one that cannot be told keeps what it says
-        _tell(was, holder, attribute, _with_sizes(configuration, changed))
+        tell(was, holder, attribute, _with_sizes(configuration, changed))
 
 
 def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
@@ -236,7 +240,7 @@ def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
     return changed
 
 
-def _module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+def module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
     """What a linear map or a depthwise convolution says about its weight."""
     if isinstance(module, nn.Linear):
         yield from zip(("out_features", "in_features"), module.weight.shape, strict=True)
@@ -276,9 +280,9 @@ def tell_configurations(module: nn.Module, states: tuple[int, int], channels: tu
             continue
         try:
             for name, size in sizes.items():
-                _tell(was, configuration, name, size)
+                tell(was, configuration, name, size)
         except (AttributeError, TypeError):  # frozen
             with contextlib.suppress(AttributeError, TypeError, ValueError):
                 changed = made.setdefault(id(configuration), _with_sizes(configuration, sizes))
-                _tell(was, part, "config", changed)
+                tell(was, part, "config", changed)
     return Undo((), tuple(was))
