@@ -21,12 +21,14 @@ from ssmc.compressor.methods.registry import score
 from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.compressor.plan import make_plan
+from ssmc.compressor.torch_module.directions import check_directions, prune_directions
 from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
 from ssmc.compressor.torch_module.mamba3 import check_options, prune_mamba3
 from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, left_as_it_is, touched
 from ssmc.compressor.torch_module.restore import Restorer, keep_attributes
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
-from ssmc.runtime.models.mamba3 import find_mamba3
+from ssmc.runtime.models.directions import DirectionalMixer, find_directional
+from ssmc.runtime.models.mamba3 import Mamba3Mixer, find_mamba3
 from ssmc.runtime.models.mixers import Mixer, find_mixers, tell_configurations
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -105,19 +107,16 @@ def compress_module(
     own = getattr(module, "_orig_mod", module)  # of a module that torch.compile wrapped
     remarks = () if own is module else (COMPILED,)
     before = _parameters(own)
-    if find_mamba3(own):  # before a copy of something big
-        check_options(config)
-    else:
-        find_mixers(guard_kernels(own))
+    _Found.inside(own).check(config)  # before a copy of something big
     work = own if in_place else _copy(own)
-    third = find_mamba3(work)
-    mixers = find_mixers(guard_kernels(work), beside=len(third))
-    restorer = Restorer([*mixers, *third]) if in_place else None
+    found = _Found.inside(work)
+    restorer = Restorer([*found.ordinary, *found.third, *found.directional]) if in_place else None
     try:
         with evaluating(work), torch.compiler.set_stance("force_eager"):
             watched = WatchedModule(work, batches, forward, progress)
-            results = _prune(watched, mixers, config, restorer) if mixers else []
-            results += prune_mamba3(watched, third, config, restorer) if third else []
+            results = _prune(watched, found.ordinary, config, restorer) if found.ordinary else []
+            results += prune_mamba3(watched, found.third, config, restorer) if found.third else []
+            results += prune_directions(watched, found.directional, config, restorer) if found.directional else []
         _require_one(work, results)
         if all(result.layer is not None for result in results):
             undo = _tell(work, results)
@@ -128,6 +127,38 @@ def compress_module(
             restorer.restore()
         raise
     return CompressedModule(work, config, tuple(results), (before, _parameters(work)), remarks)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The mixers of a module, by what is known of them."""
+
+    ordinary: list[Mixer]  # of families that language models have
+    third: list[Mamba3Mixer]
+    directional: list[DirectionalMixer]
+
+    @classmethod
+    def inside(cls, module: nn.Module) -> _Found:
+        """Those of a module.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        third, directional = find_mamba3(module), find_directional(module)
+        several = {id(mixer.module) for mixer in directional}  # which look like a Mamba-1 with something more
+        mixers = find_mixers(guard_kernels(module), beside=len(third) + len(directional))
+        return cls([mixer for mixer in mixers if id(mixer.module) not in several], third, directional)
+
+    def check(self, config: CompressConfig) -> None:
+        """Refuse what does not go with any of them.
+
+        Raises:
+            UsageError: naming what can be used.
+        """
+        if self.third:
+            check_options(config)
+        if self.directional:
+            check_directions(config)
 
 
 def _prune(

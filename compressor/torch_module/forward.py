@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -36,14 +36,15 @@ class _Enough(BaseException):
 class Call:
     """What a mixer was called with."""
 
-    hidden: torch.Tensor  # (B, L, d_model)
+    hidden: torch.Tensor  # (B, L, d_model), or (B, H, W, d_model) of an image
     mask: torch.Tensor | None  # (B, L), 0 at padding
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    def of(cls, mixer: Watchable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         """The first floating-point (B, L, d_model) among the arguments, and transformers' mask; None without any."""
         sequences = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        hidden = next((a for a in sequences if a.dim() == 3 and a.is_floating_point()), None)
+        axes = getattr(mixer, "axes", 3)
+        hidden = next((a for a in sequences if a.dim() == axes and a.is_floating_point()), None)
         if hidden is None:
             return None
         mask = kwargs.get("attention_mask")
@@ -121,12 +122,12 @@ class WatchedModule:
         seen: dict[str, Use] = {}
 
         def hook(mixer: Watchable) -> Callable[..., None]:
-            agrees = structural_agreement(mixer) if agreement is None else agreement(mixer)
+            agrees = structural_agreement(cast(Mixer, mixer)) if agreement is None else agreement(mixer)
 
             def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 entry = seen.setdefault(mixer.name, Use())
                 entry.calls += 1
-                call = Call.of(args, kwargs)
+                call = Call.of(mixer, args, kwargs)
                 if call is None:
                     entry.reads_sequences = False
                     return
@@ -154,7 +155,7 @@ class WatchedModule:
             read: list[Call | None] = []
 
             def watch(_: nn.Module, args: Any, kwargs: Any, read: list[Call | None] = read) -> None:
-                read.append(Call.of(args, kwargs))
+                read.append(Call.of(mixer, args, kwargs))
                 if len(read) >= calls:
                     raise _Enough
 

@@ -177,7 +177,8 @@ def choose(units: Units, quota: tuple[int, int], Q: torch.Tensor, scaled: bool) 
         Q: (units, units) as `states.elimination.eliminate_scaled` has it.
         scaled: whether the units that stay are scaled to make up for the others.
     """
-    left, gone = list(range(len(Q))), []
+    left: list[int] = list(range(len(Q)))
+    gone: list[int] = []
     H, a = torch.linalg.inv(ridged(Q, SCALED_RIDGE)), torch.ones(len(Q), dtype=Q.dtype)
     while True:
         of_pairs = [unit for unit in left if unit < units.pairs]

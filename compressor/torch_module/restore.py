@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ssmc.runtime.models.mixers import Mixer
+from ssmc.compressor.torch_module.forward import Watchable
 
 
 class Restorer:
@@ -17,7 +17,7 @@ class Restorer:
         mixers: those that may be changed; only their own tensors are copied.
     """
 
-    def __init__(self, mixers: Sequence[Mixer]):
+    def __init__(self, mixers: Sequence[Watchable]):
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._undo: list[Callable[[], None]] = []
         for mixer in mixers:

@@ -24,8 +24,8 @@ from ssmc.runtime.models.architectures.plan import CHANNEL, STATE, Cut
 from ssmc.runtime.models.families import lone_mixers
 
 OTHER_LAYOUTS = {
-    "A_logs": "scans of several directions with their parameters stacked in one tensor, as SS2D of VMamba has them; "
-    "these are not read",
+    "A_logs": "scans of several directions with their parameters stacked in one tensor, as SS2D of VMamba has them, "
+    "but without all that stands beside them there, or in other shapes",
     "A_log_fwd": "two directions with parameters of their own in one module; give each direction a mixer of its own",
 }
 """Parameters by which mixers are known whose layout is not read -> what they are."""
