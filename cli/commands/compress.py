@@ -143,7 +143,8 @@ def compress(
         from ssmc.exporters.foresight import refuse_unfit
 
         terminal.hush_libraries()
-        refuse_unfit(config.model, config.runtime, config.tokenizer)
+        removed = {} if goal is not None else {part: config.sparsity_of(part) for part in config.parts}
+        refuse_unfit(config.model, config.runtime, config.tokenizer, removed)
     from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()

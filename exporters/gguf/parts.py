@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ssmc.runtime.models.architectures.units import head_dim_of
+
 CONTEXT = 2**20  # of a model without positions: the most llama.cpp offers
 
 
@@ -160,6 +162,22 @@ def general(sizes: Any, epsilon: float, feed_forward: int | Sequence[int] = 0, c
         "attention.layer_norm_rms_epsilon": float(epsilon),
         "vocab_size": sizes.vocab_size,
     }
+
+
+def head_width(config: Any) -> Keys:
+    """Channels of an attention head, which pruned heads leave as they are; llama.cpp would take d_model over heads."""
+    width = head_dim_of(config)
+    return {"attention.key_length": width, "attention.value_length": width}
+
+
+def refused_width(sizes: Any) -> str | None:
+    """Why a d_inner cannot be expressed where llama.cpp asserts that it is twice d_model."""
+    if sizes.d_inner == 2 * sizes.d_model:
+        return None
+    return (
+        f"llama.cpp takes a d_inner of 2 x d_model only, that is {2 * sizes.d_model}, here it is {sizes.d_inner}: "
+        "heads can go together with d_model alone (--pattern head+width)"
+    )
 
 
 def refused_activation(

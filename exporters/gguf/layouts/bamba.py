@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmc.exporters.gguf import parts
+from ssmc.runtime.models.architectures.units import head_dim_of
 
 NAME = "granitehybrid"  # of which it is a case without multipliers
 
@@ -17,7 +18,7 @@ def refusal(config: Any, sizes: Any) -> str | None:
         return f"positions of the kind {config.rope_parameters['rope_type']} are not written yet"
     if _turned(config) % 2:
         return f"llama.cpp's rotary positions turn pairs, this model's the first {_turned(config)} numbers of a head"
-    return parts.refused_time_steps(config) or parts.refused_activation(config)
+    return parts.refused_width(sizes) or parts.refused_time_steps(config) or parts.refused_activation(config)
 
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
@@ -26,6 +27,7 @@ def keys(config: Any, sizes: Any) -> parts.Keys:
     own = {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [config.num_key_value_heads if here else 0 for here in attends],
+        **parts.head_width(config),
         "rope.scaling.finetuned": True,
         "rope.dimension_count": _turned(config),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
@@ -55,5 +57,4 @@ def entries(config: Any, sizes: Any, tensors: parts.Tensors) -> parts.Entries:
 
 def _turned(config: Any) -> int:
     """How many numbers of a head rotary positions turn."""
-    length = config.hidden_size // config.num_attention_heads
-    return int(length * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))

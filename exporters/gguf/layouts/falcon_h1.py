@@ -24,13 +24,11 @@ def refusal(config: Any, sizes: Any) -> str | None:
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
     """Sizes and constants."""
-    length = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     general = parts.general(sizes, config.rms_norm_eps, config.intermediate_size, config.max_position_embeddings)
     own = {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": length,
-        "attention.value_length": length,
+        **parts.head_width(config),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
     return general | parts.mamba2_keys(sizes) | own

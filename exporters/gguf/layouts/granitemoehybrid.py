@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmc.exporters.gguf import parts
+from ssmc.runtime.models.architectures.units import head_dim_of
 
 NAME = "granitehybrid"
 
@@ -15,7 +16,7 @@ def refusal(config: Any, sizes: Any) -> str | None:
         return "llama.cpp has no biases in in_proj, out_proj and attention"
     if not config.mamba_n_heads or config.rope_parameters.get("rope_type", "default") != "default":
         return f"positions of the kind {config.rope_parameters.get('rope_type')} are not written yet"
-    return parts.refused_time_steps(config) or parts.refused_activation(config)
+    return parts.refused_width(sizes) or parts.refused_time_steps(config) or parts.refused_activation(config)
 
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
@@ -32,7 +33,8 @@ def keys(config: Any, sizes: Any) -> parts.Keys:
         "residual_scale": float(config.residual_multiplier),
         "logit_scale": float(config.logits_scaling),
         "rope.scaling.finetuned": turns,
-        "rope.dimension_count": config.hidden_size // config.num_attention_heads,
+        "rope.dimension_count": head_dim_of(config),
+        **parts.head_width(config),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
     if experts:

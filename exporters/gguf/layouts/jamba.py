@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ssmc.exporters.gguf import parts
+from ssmc.runtime.models.architectures.units import head_dim_of
 
 
 def refusal(config: Any, sizes: Any) -> str | None:
     """d_inner is twice d_model, the activation silu."""
     if sizes.d_inner != 2 * sizes.d_model:
         return f"llama.cpp takes a d_inner of 2 x d_model only, that is {2 * sizes.d_model}, here it is {sizes.d_inner}"
+    if config.num_attention_heads * head_dim_of(config) != config.hidden_size:
+        return (
+            "llama.cpp takes attention of Jamba only as wide as d_model: its query heads have to stay (leave attention "
+            "out of --pattern; expert and expert-width can go)"
+        )
     if config.mamba_proj_bias:
         return "llama.cpp has no biases in in_proj and out_proj"
     return parts.refused_activation(config)
@@ -22,6 +28,7 @@ def keys(config: Any, sizes: Any) -> parts.Keys:
     own = {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [config.num_key_value_heads if here else 0 for here in attends],
+        **parts.head_width(config),
     }
     if config.num_experts > 1:
         own |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}

@@ -45,8 +45,7 @@ def keys(config: Any, sizes: Any) -> parts.Keys:
     own = {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [config.num_key_value_heads if kind == "full_attention" else 0 for kind in kinds],
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
+        **parts.head_width(config),
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),  # asked for, beside that of RMS norms
     }
     if "moe" in kinds:
