@@ -29,6 +29,8 @@ def channels_of_layers(plan: Plan) -> tuple[int, ...]:
         return (shape.heads * (1 if sizes.heads is None else sizes.d_inner // sizes.heads),) * sizes.n_layer
     if HEAD in config.parts:
         return (_heads_to_keep(plan) * cast("Mamba2Dimensions", sizes).head_dim,) * sizes.n_layer
+    if plan.architecture.capabilities.whole_expand and CHANNEL in config.parts:
+        return _whole_widths(plan)
     if config.widths is not None:
         channels = listed("widths", config.widths, sizes.d_inner, sizes.n_layer)
     else:
@@ -36,6 +38,33 @@ def channels_of_layers(plan: Plan) -> tuple[int, ...]:
     if plan.has_heads and CHANNEL in config.parts:
         _check_heads(config, sizes, channels)
     return channels
+
+
+def _whole_widths(plan: Plan) -> tuple[int, ...]:
+    """How many channels stay in each layer where the widest must be a whole multiple of d_model.
+
+    Raises:
+        UsageError: naming what can be.
+    """
+    config, sizes = plan.config, plan.sizes
+    able = list(range(sizes.d_model, sizes.d_inner, sizes.d_model))
+    why = f"the configuration of {plan.architecture.model_type} has d_inner as a multiple of d_model {sizes.d_model}"
+    choices = ", ".join(f"{width} (sparsity {1 - width / sizes.d_inner:.3g})" for width in able) or "no other width"
+    if config.widths is not None:
+        channels = listed("widths", config.widths, sizes.d_inner, sizes.n_layer)
+        if max(channels) in able:
+            return channels
+        raise UsageError(
+            f"The widths of {sizes.d_inner} channels cannot be exported: {why}. The widest can be {choices}."
+        )
+    kept = nearest([*able, sizes.d_inner], sizes.d_inner * (1 - config.sparsity_of(CHANNEL)))
+    if kept == sizes.d_inner or (config.round_channels and kept % config.round_channels):
+        asked = "" if config.round_channels is None else f", rounded to {config.round_channels},"
+        raise UsageError(
+            f"sparsity {config.sparsity_of(CHANNEL):g} of {sizes.d_inner} channels{asked} cannot be had: {why}. "
+            f"What can be: {choices}."
+        )
+    return (kept,) * sizes.n_layer
 
 
 def channels_to_keep(d_inner: int, sparsity: float, multiple: int | None = None) -> int:

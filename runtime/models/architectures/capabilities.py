@@ -61,6 +61,7 @@ class Capabilities:
         fixed: dimension of `plan`, or BLOCK, that cannot get smaller -> why.
         heads: channels form heads, and a head has one decay rate for all of its channels and states; in_proj makes B,
             C and dt itself. Such a family is a `HeadReaders`.
+        whole_expand: its configuration has d_inner as a whole number of times d_model.
         free_width: transformers takes any d_inner of whole heads, whatever d_model is.
         normed_readers: B and C pass a norm over the states. Such a family is a `NormedReaders`.
         uniform: all blocks are alike and hold a mixer and nothing else; false for hybrids.
@@ -74,6 +75,7 @@ class Capabilities:
 
     fixed: Mapping[str, str] = field(default_factory=dict)
     heads: bool = False
+    whole_expand: bool = False
     free_width: bool = False
     normed_readers: bool = False
     uniform: bool = True

@@ -59,8 +59,8 @@ class JambaFamily(Hybrid, NormedMamba1):
     capabilities = Capabilities(
         fixed={
             BLOCK: "which blocks are of which kind follows from their number, so none can go",
-            CHANNEL: "d_inner is a whole multiple of hidden_size in its configuration",
         },
+        whole_expand=True,
         normed_readers=True,
         uniform=False,
         gpu_scan=True,
@@ -120,6 +120,14 @@ class JambaFamily(Hybrid, NormedMamba1):
             raise ValueError("d_inner is a whole multiple of hidden_size in a Jamba")
         other = copy.deepcopy(config)
         other.hidden_size, other.mamba_expand, other.head_dim = count, whole, head_dim_of(config)
+        return other
+
+    def with_size(self, config: Any, dimension: str, count: int) -> Any:
+        """A configuration with so many states, or with that d_inner, a whole multiple of hidden_size."""
+        if dimension != CHANNEL:
+            return super().with_size(config, dimension, count)
+        other = copy.deepcopy(config)
+        other.mamba_expand = count // config.hidden_size
         return other
 
     def otherwise(self, config: Any) -> Sequence[Otherwise]:
