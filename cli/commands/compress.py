@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,11 +141,12 @@ def compress(
     if is_first():
         refuse_existing(out, force=force, marker=MANIFEST)
     if config.runtime is not None:
+        from ssmc.compressor.methods.units.foreseen import without_units
         from ssmc.exporters.foresight import refuse_unfit
 
         terminal.hush_libraries()
         removed = {} if goal is not None else {part: config.sparsity_of(part) for part in config.parts}
-        refuse_unfit(config.model, config.runtime, config.tokenizer, removed)
+        refuse_unfit(config.model, config.runtime, config.tokenizer, partial(without_units, removed=removed))
     from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from ssmc.compressor import compress
 from ssmc.compressor.families import UNITS, parts_of
+from ssmc.compressor.methods.units.foreseen import without_units
 from ssmc.compressor.options.patterns import HEAD, HEAD_DIM
 from ssmc.exporters import export
 from ssmc.exporters.foresight import refuse_unfit
@@ -53,11 +56,11 @@ def test_what_was_cut_runs_in_gguf_and_onnx_or_is_refused_by_name(family, axis, 
     if (family, axis) in NOT_IN_GGUF:
         for refuse in (
             lambda: export(result.directory, format="gguf"),
-            lambda: refuse_unfit(folder, "llama.cpp", removed={axis: 0.5}),
+            lambda: refuse_unfit(folder, "llama.cpp", left=partial(without_units, removed={axis: 0.5})),
         ):
             with pytest.raises(SsmcError, match=NOT_IN_GGUF[family, axis]):
                 refuse()
         return
-    refuse_unfit(folder, "llama.cpp", removed={axis: 0.5})
+    refuse_unfit(folder, "llama.cpp", left=partial(without_units, removed={axis: 0.5}))
     file = export(result.directory, format="gguf")
     assert file.comparison.max_difference < 1e-3

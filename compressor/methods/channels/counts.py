@@ -25,6 +25,11 @@ def channels_of_layers(plan: Plan) -> tuple[int, ...]:
         UsageError: nothing would be removed, or the numbers do not fit the model or its stock loaders.
     """
     config, sizes = plan.config, plan.sizes
+    if plan.architecture.capabilities.whole_expand and {CHANNEL, WIDTH} <= set(config.parts):
+        raise UsageError(
+            f"channel and width of {plan.architecture.model_type} do not go together: d_inner is a multiple of "
+            "d_model. Use one of them."
+        )
     if WIDTH in config.parts and (shape := shape_to_keep(plan)) is not None:
         return (shape.heads * (1 if sizes.heads is None else sizes.d_inner // sizes.heads),) * sizes.n_layer
     if HEAD in config.parts:
