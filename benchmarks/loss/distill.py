@@ -69,11 +69,11 @@ def measured(cell: str, args: argparse.Namespace) -> dict[str, object]:
         options = {"pattern": pattern, "sparsity": float(sparsity), "calib": args.calib, "device": args.device}
         layers = [Left(layer.states_kept, layer.channels_kept) for layer in compress(source, out=out, **options).layers]
         student = load_checkpoint(out, dtype=torch.float32)
-    before = excess_loss(perplexity(use_fast_scan(student.model), text, args.window), wanted)
-    start = time.perf_counter()
-    done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device), layers=layers)
-    seconds = time.perf_counter() - start
-    after = excess_loss(perplexity(student.model, text, args.window), wanted)
+        before = excess_loss(perplexity(use_fast_scan(student.model), text, args.window), wanted)
+        start = time.perf_counter()
+        done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device), layers=layers)
+        seconds = time.perf_counter() - start
+        after = excess_loss(perplexity(student.model, text, args.window), wanted)
     row = {"cell": cell, "excess_before": before.nats, "excess": after.nats, "stderr": after.stderr, "seconds": seconds}
     return row | {"divergence_before": done.divergence_before, "divergence": done.divergence, "steps": done.best_step}
 
