@@ -237,8 +237,8 @@ def gradients(bench: Bench) -> Iterator[Row]:
             with torch.no_grad():
                 forward = peaks(bench, {"forward alone": lambda i=inputs: gpu.selective_scan(i)})
             read = sum(t.nbytes for t in vars(inputs).values() if t is not None)
-            note = f"errors of {wrong:.2f} of the bound; inputs {read / 2**20:.0f} MiB; {forward}; {peaks(bench, ways)}"
-            note += f"; {kernels_alone(bench, ways)}"
+            parts = (f"errors of {wrong:.2f} of the bound", f"inputs {read / 2**20:.0f} MiB", forward)
+            note = "; ".join(filter(None, (*parts, peaks(bench, ways), kernels_alone(bench, ways))))
             what = f"gradients, {name}, N = {d_state}, {batch} x {bench.sizes.length} tokens"
             yield Row("gradients", what, timings["ours"].median, None, against, note)
 
