@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 
 from ssmc.compressor import compress, configure
 from ssmc.compressor.methods.registry import score
+from ssmc.compressor.methods.ridge import RIDGE as SMALL
 from ssmc.compressor.methods.ridge import ridged
 from ssmc.compressor.methods.width.counts import shape_to_keep, width_to_keep
 from ssmc.compressor.methods.width.directions import cost_of_cutting, least_cost_directions
-from ssmc.compressor.methods.width.moments import stream_moments
+from ssmc.compressor.methods.width.moments import best_reads, stream_moments
 from ssmc.compressor.methods.width.narrow import RIDGE, _of_tied_head, _write
 from ssmc.compressor.options.patterns import WIDTH, scores_of
 from ssmc.compressor.plan import make_plan
@@ -83,7 +84,8 @@ def turned(model, architecture, keep, last=None):
     read = orthogonal(model.config.hidden_size)[:, :keep]
     if last is not None:
         read, last = _of_tied_head(read, last)
-    change_basis(architecture, other, Basis(read, (read.t(),) * len(sites(architecture, model)), last))
+    count = len(sites(architecture, model))
+    change_basis(architecture, other, Basis((read,) * count, (read.t(),) * count, last))
     return other
 
 
@@ -199,6 +201,25 @@ def test_moments_are_those_of_the_stock_model(family):
     for ours, vectors in pairs:
         naive = (vectors.double().t() @ vectors.double()) / tokens.numel()
         assert difference(ours, naive) < 1e-4
+
+
+@torch.no_grad()
+def test_what_reads_the_narrow_stream_is_fitted_as_least_squares_says():
+    """The oracle is a direct solver, on hidden states that stock transformers hands out."""
+    model, architecture, tokens = model_of("mamba", vocab_size=61), architecture_for("mamba"), random_ids(3, 20)
+    run = run_of(use_fast_scan(copy.deepcopy(model)), architecture, tokens, configure(model="m", pattern=WIDTH), {})
+    write = [orthogonal(24, seed)[:6] for seed in range(len(sites(architecture, model)))]
+    found = best_reads(run.survey(), write)
+    first = model.get_input_embeddings()(tokens).flatten(0, 1).double()
+    second = model(tokens, output_hidden_states=True).hidden_states[0].flatten(0, 1).double()
+    narrow = first @ write[0].t()
+    for read, x, z in ((found[0], first, narrow), (found[1], second, narrow + (second - first) @ write[1].t())):
+        y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+        z = z * torch.rsqrt(z.square().sum(1, keepdim=True) / 24 + 1e-5)
+        stiff = (SMALL * float(z.square().sum(0).mean())) ** 0.5
+        stacked = np.vstack([z.numpy(), stiff * np.eye(6)])
+        direct = np.linalg.lstsq(stacked, np.vstack([y.numpy(), np.zeros((6, 24))]), rcond=None)[0].T
+        np.testing.assert_allclose(read, direct, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -55,13 +55,14 @@ class Basis:
     """A new basis of a residual stream of D coordinates, of which the first K are in use.
 
     Attributes:
-        read: (D, K) orthonormal columns: what stands behind a norm is `read` times what it is in the new basis.
+        read: (D, K) for each site: what its norm puts out is this times what it is in the new basis, or nearly so;
+            orthonormal columns, the same for all, where nothing makes up for what is lost.
         write: (K, D) for each site, what its writers put out in the new basis, and for the first what the embedding
-            does; `read` transposed where nothing makes up for what is lost.
+            does; `read` transposed likewise.
         last: (K,) weight of the last norm; None: the head takes it, which is a matrix of its own then.
     """
 
-    read: torch.Tensor
+    read: tuple[torch.Tensor, ...]
     write: tuple[torch.Tensor, ...]
     last: torch.Tensor | None = None
 
@@ -74,13 +75,13 @@ def change_basis(architecture: Architecture, model: nn.Module, basis: Basis) -> 
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     with torch.no_grad():
         places = sites(architecture, model)
-        for number, (site, write) in enumerate(zip(places, basis.write, strict=True)):
+        for number, (site, read, write) in enumerate(zip(places, basis.read, basis.write, strict=True)):
             norm: Any = model.get_submodule(site.norm)
             last = number + 1 == len(places)
             if not (last and basis.last is not None):  # a tied head is written with the embedding
                 for reader in site.readers:
                     weight = model.get_parameter(reader).detach()
-                    weight.copy_(_padded((weight.double() * norm.weight.double()) @ basis.read, 1, weight.shape[1]))
+                    weight.copy_(_padded((weight.double() * norm.weight.double()) @ read, 1, weight.shape[1]))
             norm.weight.fill_(1)
             if last and basis.last is not None:
                 norm.weight[: len(basis.last)] = basis.last.to(norm.weight)
