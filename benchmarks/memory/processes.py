@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seqlen", default="2048")
     parser.add_argument("--pattern", default="column")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; results of other sizes in it stay")
     asked = parser.parse_args()
     now = print_conditions(torch.float32)
     options = [asked.model, "--pattern", asked.pattern]
@@ -92,7 +92,9 @@ def main() -> None:
         record = {"conditions": asdict(now), "load_after": load_average(), "options": [*options, *size]}
         record |= {"seconds": seconds, "seconds_of_the_start": starts, "times_as_fast": ratios}
         record |= {"times_as_fast_without_the_start": of_work, "same_masks": same, "errors_apart": apart}
-        asked.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        known = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+        known |= {f"{asked.nsamples} x {asked.seqlen}": record}
+        asked.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
