@@ -8,6 +8,8 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 # As in: make fuzz FUZZ_ARGS='--examples 500 --seed 7 config text'
 FUZZ_ARGS ?=
+# As in: make faults FAULTS_ARGS='--part 2/3'
+FAULTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,8 +51,8 @@ quick: $(READY) ## Run the tests that are not marked slow
 fuzz: $(READY) ## Read 10,000 damaged files of every kind, an hour; results and log in build/fuzz
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 
-faults: $(READY) ## Kill runs, fill the disk and change the model at every step, ten minutes
-	$(TEST_ENV) $(BIN)/python -m tests.faults.run
+faults: $(READY) ## Kill runs, fill the disk and change the model at every step, half an hour
+	$(TEST_ENV) $(BIN)/python -m tests.faults.run $(FAULTS_ARGS)
 
 check: $(READY) types ## Look for mistakes, formatting that differs and types that do not fit
 	$(BIN)/ruff check .

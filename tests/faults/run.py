@@ -1,6 +1,7 @@
 """Disturb runs at every step that touches the disk: kill them, fill the disk, change the model under their hands.
 
     python -m tests.faults.run                    every step of compress and export, half an hour
+    python -m tests.faults.run --part 2/3         every third of them, from the second on
     python -m tests.faults.run --few 4            some steps, evenly spread: what `make test` runs
 
 A step is: to open a file for writing, the middle of writing a tensor, to make, rename or remove a file or folder. After
@@ -152,20 +153,27 @@ def steps_to_try(count: int, few: int | None) -> list[int]:
     return [round((i + 0.5) * count / few) for i in range(few)]
 
 
-def disturb(few: int | None, kinds: list[str]) -> dict[str, list[str]]:
-    """Try it; what went wrong, by command and kind, with how many steps were tried."""
+def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[str, list[str]]:
+    """Try it; what went wrong, by command and kind.
+
+    Args:
+        few: steps of each command; None: all.
+        kinds: of disturbances.
+        part: which of them, and out of how many: (2, 3) takes the second, the fifth and so on.
+    """
     acts = {"kill": kill, "full": fill_disk}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects(Path(folder)):
             wanted, count = subject.undisturbed()
             for kind in kinds:
-                wrong = []
-                for step in steps_to_try(count, few if subject.keep else few and 1):
+                wrong, steps = [], steps_to_try(count, few if subject.keep else few and 1)[part[0] - 1 :: part[1]]
+                for step in steps:
                     if problem := subject.disturbed(step, acts[kind], wanted):
                         wrong.append(f"step {step} of {count}: {problem}")
                 found[f"{subject.name}, {kind}"] = wrong
-                print(f"{subject.name}, {kind}: {count} steps, {len(wrong)} wrong", file=sys.stderr, flush=True)
+                tried = f"{len(steps)} of {count} steps"
+                print(f"{subject.name}, {kind}: {tried}, {len(wrong)} wrong", file=sys.stderr, flush=True)
     return found
 
 
@@ -224,13 +232,15 @@ def main() -> None:
     """Try all or some, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few", type=int, help="so many steps of each command only, and one change of the model")
+    parser.add_argument("--part", default="1/1", help="which steps of all that would be tried: 2/3 is every third")
     parser.add_argument("--kinds", nargs="+", choices=("kill", "full"), default=["kill", "full"])
     asked = parser.parse_args()
     torch.set_num_threads(1)  # children of a process with threads that computed would wait for those threads
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load_checkpoint("tiny", lazy=True)  # imports what children need
-    found = disturb(asked.few, asked.kinds)
+    number, parts = map(int, asked.part.split("/"))
+    found = disturb(asked.few, asked.kinds, (number, parts))
     for name, how in list(CHANGES.items())[: 1 if asked.few else None]:
         code, said, there = change_model(how)
         fine = code == REFUSED and not there and "model.safetensors" in said
