@@ -6,16 +6,21 @@
 
 A step is: to open a file for writing, the middle of writing a tensor, to make, rename or remove a file or folder. After
 each disturbance nothing may look finished, and the next run ends in the bytes of a run that was not disturbed.
+
+`full` lets the step itself fail as on a full disk, `tmpfs` fills a small one, so that what is written next fails; for
+that the run goes to a namespace of its own, where it may mount one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +38,8 @@ from tests.support.families import roughen, with_tokenizer
 from tests.support.ranks import BROKEN, REFUSED, child, in_ranks
 
 OPTIONS = {"pattern": "column+channel", "sparsity": 0.5, "nsamples": 2, "seqlen": 32, "round_channels": 8}
+KINDS = ("kill", "full", "tmpfs")
+FILLER, DISK = "filler", 16 << 20  # the file that fills a disk of so many bytes
 ON_FOLDERS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -70,6 +77,12 @@ def kill() -> None:
 
 def fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_tmpfs(root: Path) -> None:
+    with contextlib.suppress(OSError), (root / FILLER).open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -116,8 +129,9 @@ class Subject:
             return said
         if self.out.exists() and content(self.out) != wanted:
             return "something half done looks finished"
-        if act is fill_disk and code == REFUSED and "space" not in said:
+        if act is not kill and code == REFUSED and "space" not in said:
             return f"it does not say what was wrong: {said}"
+        (self.out.parent.parent / FILLER).unlink(missing_ok=True)
         if not self.out.exists():
             code, said = child(lambda: self.work(True))
             if code != 0:
@@ -161,9 +175,9 @@ def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[st
         kinds: of disturbances.
         part: which of them, and out of how many: (2, 3) takes the second, the fifth and so on.
     """
-    acts = {"kill": kill, "full": fill_disk}
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder), "tmpfs" in kinds):
+        acts = {"kill": kill, "full": fill_disk, "tmpfs": partial(fill_tmpfs, Path(folder))}
         for subject in subjects(Path(folder)):
             wanted, count = subject.undisturbed()
             for kind in kinds:
@@ -175,6 +189,19 @@ def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[st
                 tried = f"{len(steps)} of {count} steps"
                 print(f"{subject.name}, {kind}: {tried}, {len(wrong)} wrong", file=sys.stderr, flush=True)
     return found
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
+    """Inside the block a folder is a disk of its own with room for what is written there, and little more."""
+    if not wanted:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def change_model(how: Callable[[Path], None]) -> tuple[int, str, bool]:
@@ -233,8 +260,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few", type=int, help="so many steps of each command only, and one change of the model")
     parser.add_argument("--part", default="1/1", help="which steps of all that would be tried: 2/3 is every third")
-    parser.add_argument("--kinds", nargs="+", choices=("kill", "full"), default=["kill", "full"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--may-mount", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if "tmpfs" in asked.kinds and not asked.may_mount:
+        command = [sys.executable, "-m", "tests.faults.run", *sys.argv[1:], "--may-mount"]
+        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", *command])
     torch.set_num_threads(1)  # children of a process with threads that computed would wait for those threads
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
