@@ -7,6 +7,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -210,13 +211,21 @@ def disk_errors(path: Path, only_inside: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise OutputError(
-                f"There is no space left for {path}: {error.strerror}. Free some or choose another disk with --out."
-            ) from error
+            raise OutputError(_no_space(path, error.errno)) from error
         if only_inside is not None and not _is_inside(error.filename, only_inside):
             raise
         reason = error.strerror or str(error)
         raise OutputError(f"{path} cannot be written: {reason}. Choose another place with --out.") from error
+    except Exception as error:
+        # libraries in Rust, safetensors among them, have errors of their own and name the system's at their end
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said is None or int(said[1]) not in DISK_FULL:
+            raise
+        raise OutputError(_no_space(path, int(said[1]))) from error
+
+
+def _no_space(path: Path, number: int) -> str:
+    return f"There is no space left for {path}: {os.strerror(number)}. Free some or choose another disk with --out."
 
 
 def _is_inside(name: str | bytes | int | None, directory: Path) -> bool:

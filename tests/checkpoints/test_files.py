@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ssmc.runtime import files
@@ -240,6 +241,16 @@ def test_a_full_disk_wherever_it_shows(tmp_path):
 
     with pytest.raises(OutputError, match=r"no space left.*--out"):
         full()
+
+
+def test_a_full_disk_that_safetensors_meets(tmp_path):
+    def fill():
+        with new_directory(tmp_path / "out"):
+            raise SafetensorError(f"Error while serializing: I/O error: x (os error {errno.ENOSPC})")
+
+    with pytest.raises(OutputError, match=r"no space left.*--out"):
+        fill()
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_about_other_files_are_not_called_errors_of_the_output(tmp_path):
