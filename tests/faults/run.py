@@ -185,6 +185,7 @@ def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[st
                 for step in steps:
                     if problem := subject.disturbed(step, acts[kind], wanted):
                         wrong.append(f"step {step} of {count}: {problem}")
+                        print(wrong[-1], file=sys.stderr, flush=True)
                 found[f"{subject.name}, {kind}"] = wrong
                 tried = f"{len(steps)} of {count} steps"
                 print(f"{subject.name}, {kind}: {tried}, {len(wrong)} wrong", file=sys.stderr, flush=True)
@@ -201,7 +202,7 @@ def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def change_model(how: Callable[[Path], None]) -> tuple[int, str, bool]:
