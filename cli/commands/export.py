@@ -202,7 +202,8 @@ def _cuts(terminal: Terminal, result: ExportResult) -> None:
             layers[cut.name.split(".")[2]] = ["removed"]
             continue
         _, _, layer, *rest = cut.name.split(".", 4)  # "backbone.layers.0.mixer.x_proj.weight", or "...0.norm.weight"
-        tensor = rest[1] if len(rest) > 1 and "." in rest[1] else ".".join(rest)
+        of_block = len(rest) == 1 or rest[1] in ("weight", "bias")
+        tensor = ".".join(rest) if of_block else rest[1]
         layers.setdefault(layer, []).append(_change(tensor, cut.before, cut.after))
     cuts = table("Cuts", "layer", "what got smaller")
     cuts.columns[1].justify = "left"
