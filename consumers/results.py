@@ -109,7 +109,9 @@ def _models(rows: Sequence[Row]) -> str:
     consumers = list(dict.fromkeys(row.consumer for row in rows))
     found = {row.key: row for row in rows}
     lines = []
-    for model, cut in dict.fromkeys((row.model, row.cut) for row in rows):
+    models = list(dict.fromkeys(row.model for row in rows))
+    cuts = dict.fromkeys((row.model, row.cut) for row in rows)
+    for model, cut in sorted(cuts, key=lambda each: models.index(each[0])):
         cells = [_cell(found.get((consumer, model, cut))) for consumer in consumers]
         lines.append((model, cut, *cells))
     return table(("model", "kept", *consumers), lines)

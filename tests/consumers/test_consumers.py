@@ -177,6 +177,8 @@ def test_the_table_says_what_ran_when_and_why_not():
     assert "| [another](vllm.md) |  | did not run, 2026-11-01 | 0 of 1 |  |" in text
     assert "| tiny | dense | 3e-06 | no |" in text
     assert "| zamba2 | dense | **differs**, 3e-01 |  |" in text
+    rows.append(row(cut="half", whole=2e-6))
+    assert "| tiny | dense | 3e-06 | no |\n| tiny | half | 3e-06 |  |\n| jamba" in markdown(rows)
     assert "| software | jamba (dense) | no graph |" in text
     assert "by source" in text
 
