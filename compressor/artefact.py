@@ -81,6 +81,8 @@ class Artefact:
         Returns:
             The manifest.
         """
+        for left in set(folder.iterdir()) - set(files):  # by a run that ended here, and which goes on
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         about = (self._manifest(out), self.outcome.plan.config)
         return _complete(folder, files, self.checkpoint, self.tokenizer_directory, *about)
 

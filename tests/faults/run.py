@@ -161,10 +161,10 @@ def subjects(root: Path) -> Iterator[Subject]:
 
 
 def steps_to_try(count: int, few: int | None) -> list[int]:
-    """All of them, or some, evenly spread."""
+    """All of them, or some, evenly spread, and the one where all is written and has not its name yet."""
     if few is None or few >= count:
         return list(range(1, count + 1))
-    return [round((i + 0.5) * count / few) for i in range(few)]
+    return [*(round((i + 0.5) * count / few) for i in range(few)), count - 2]
 
 
 def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[str, list[str]]:
