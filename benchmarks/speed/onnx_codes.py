@@ -82,7 +82,7 @@ def main() -> None:
             timings = take_turns(args, calls, repeats, steps=steps)
             for baseline in ("onnx", "int8"):
                 print_timings(title, timings, baseline)
-            results[title.split()[0].lower()] = as_json(timings, "int8")
+            results[title.split()[0].strip(",").lower()] = as_json(timings, "int8")
     for name, nbytes in sizes.items():
         print(f"weights of {name}: {nbytes / 1e6:.0f} MB, 1/{sizes['onnx'] / nbytes:.1f} of float32")
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "graphs")}
