@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.reporting import print_conditions
+from ssmc.runtime.measure.conditions import Conditions
 from ssmc.compressor import configure, make_plan, prune
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.compressor.methods.method import Outcome
@@ -104,13 +105,22 @@ def compressed(
     }
 
 
-def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, args: argparse.Namespace, now: Conditions) -> None:
+    """Measure a model; what is found is on disk after every row."""
     checkpoint = load_checkpoint(model, dtype=torch.float32)
     tokenizer = load_tokenizer(checkpoint, args.tokenizer)
     text = tokenize(read_texts(args.text), tokenizer)[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
     whole, drawn = 4 * checkpoint.parameters, {}
-    rows = []
+    report: dict[str, Any] = {
+        "model": Path(model).name,
+        "conditions": asdict(now),
+        "dense_perplexity": dense.ppl,
+        "dense_float32_bytes": whole,
+        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed},
+        "heldout_tokens": dense.tokens,
+        "rows": [],
+    }
     wanted = [case for case in cases(checkpoint.architecture.model_type) if not args.only or case[0] in args.only]
     for name, options in track(wanted, model):
         seed = options.get("seed", args.seed)
@@ -121,25 +131,16 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         excess = excess_loss(result, dense)
         written = size["codes_bytes"] + size["other_bytes"]
         found = {"perplexity": result.ppl, "excess_nats": excess.nats, "excess_stderr": excess.stderr}
-        rows.append({"name": name, **found, **size, "share_of_float32": written / whole, "options": options})
-        print(json.dumps(rows[-1]), flush=True)
-    return {
-        "model": Path(model).name,
-        "dense_perplexity": dense.ppl,
-        "dense_float32_bytes": whole,
-        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed},
-        "heldout_tokens": dense.tokens,
-        "rows": rows,
-    }
+        report["rows"].append({"name": name, **found, **size, "share_of_float32": written / whole, "options": options})
+        write(report, args.out)
+    print_table(report)
 
 
 def main() -> None:
     args = arguments()
     now = print_conditions()
     for model in args.model or ("tiny", "tiny-mamba2"):
-        report = measure(model, args) | {"conditions": asdict(now)}
-        write(report, args.out)
-        print_table(report)
+        measure(model, args, now)
 
 
 def write(report: dict[str, Any], out: Path) -> None:
