@@ -25,7 +25,6 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.reporting import print_conditions
-from ssmc.runtime.measure.conditions import Conditions
 from ssmc.compressor import configure, make_plan, prune
 from ssmc.compressor.calibration.draw import draw_samples
 from ssmc.compressor.methods.method import Outcome
@@ -33,6 +32,7 @@ from ssmc.compressor.methods.quantize.summary import packed
 from ssmc.compressor.pipeline import Run
 from ssmc.exporters.cutting import shrink
 from ssmc.runtime.manifest import LayerRecord, MaskedManifest, Origin
+from ssmc.runtime.measure.conditions import Conditions
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
