@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 W8, W4 = "w8", "w4"
 BITS = {W8: 8, W4: 4}
 GPTQ, RTN, AWQ = "gptq", "rtn", "awq"
@@ -45,7 +47,8 @@ def parse_modules(value: object) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such module, or none.
     """
-    words = [str(word).strip() for word in (value.split(",") if isinstance(value, str) else value)]  # type: ignore[attr-defined]
+    listed = value.split(",") if isinstance(value, str) else value
+    words = [str(word).strip() for word in listed] if isinstance(listed, Sequence) else []
     if not words or any(word not in MODULES for word in words):
         raise ValueError(f"it is some of {', '.join(MODULES)} with commas between")
     return tuple(name for name in MODULES if name in words)
