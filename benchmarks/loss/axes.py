@@ -44,7 +44,7 @@ SIZES = {
         "width=0.25",
     ),
     "tiny": ("0.75:layer+column+channel", "column=0.5,width=0.25"),
-    "tiny-mamba2": ("0.75:layer+column", "head=0.25,width=0.25", "width=0.333"),
+    "tiny-mamba2": ("0.75:layer+column", "head=0.25,width=0.25", "width=0.333", "head-dim=0.1875,width=0.1875"),
 }
 """A quarter of the parameters, without width and with it: embedding and head, 41 % of tiny-hybrid, only width cuts."""
 
