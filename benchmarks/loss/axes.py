@@ -43,8 +43,8 @@ SIZES = {
         "column=0.5,head=0.166667,mlp=0.74,attention=0.833333",
         "width=0.25",
     ),
-    "tiny": ("0.75:layer+column+channel", "column=0.5,width=0.25"),
-    "tiny-mamba2": ("0.75:layer+column", "head=0.25,width=0.25", "width=0.333", "head-dim=0.1875,width=0.1875"),
+    "tiny": ("0.75", "0.75:layer+column+channel", "column=0.5,width=0.25"),
+    "tiny-mamba2": ("0.75:layer+column", "head-dim=0.1875,width=0.1875"),
 }
 """A quarter of the parameters, without width and with it: embedding and head, 41 % of tiny-hybrid, only width cuts."""
 
