@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.models.architectures.alone import STATE_NAMES
+from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone
 from ssmc.runtime.models.architectures.plan import Cut
-from ssmc.runtime.models.families import lone_mixers
+from ssmc.runtime.models.families.mamba import MambaFamily
 from ssmc.runtime.models.mixers import Undo, in_place_of, module_sizes, tell, tell_sizes
 from ssmc.runtime.scan import ScanInputs, selective_scan
 from ssmc.runtime.scan.inputs import decay_rates
@@ -185,10 +185,7 @@ def _view(
     return view
 
 
-_Mamba1: Any = type(next(family for family in lone_mixers() if family.model_type == "mamba"))
-
-
-class Direction(_Mamba1):
+class Direction(Alone, MambaFamily):
     """A Mamba-1 that reads, in the order of a direction, what its convolution put out: (B, L, 2 D + 1).
 
     The last column says which of the directions of a reader it is; before it are u and the gate z.
@@ -220,7 +217,7 @@ class Direction(_Mamba1):
         return ScanInputs(u=u, dt=dt, A=decay_rates(rates, fused), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
 
 
-DIRECTION = Direction()
+DIRECTION: Any = Direction()  # an Architecture: `Alone` gives what a family has besides
 
 
 def read_by(mixer: DirectionalMixer, reader: Reader, hidden: torch.Tensor) -> list[torch.Tensor]:

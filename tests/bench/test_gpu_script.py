@@ -44,7 +44,7 @@ def test_what_takes_too_long_is_ended(monkeypatch):
 
 def test_sections_are_chosen_by_name_with_limits_of_their_own():
     assert [(s.name, s.seconds) for s in gpu.chosen("scan, tests=7")] == [
-        ("scan", gpu.SECTIONS[1].seconds),
+        ("scan", SCAN),
         ("tests", 7),
     ]
     with pytest.raises(SystemExit, match="no section 'scans'"):
