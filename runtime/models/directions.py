@@ -25,7 +25,7 @@ from torch import nn
 from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.families.mamba import MambaFamily
-from ssmc.runtime.models.mixers import Undo, in_place_of, module_sizes, tell, tell_sizes
+from ssmc.runtime.models.mixers import Undo, tell_sizes, tell_tensor
 from ssmc.runtime.scan import ScanInputs, selective_scan
 from ssmc.runtime.scan.inputs import decay_rates
 
@@ -200,6 +200,12 @@ class Direction(Alone, MambaFamily):
         width = mixer.intermediate_size
         return torch.cat([hidden[..., :width], hidden[..., 2 * width :]], -1), hidden[..., width : 2 * width]
 
+    def convolve(
+        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
+    ) -> torch.Tensor:
+        """u alone: it is convolved already."""
+        return x[..., :-1]
+
     def scan_inputs(
         self,
         mixer: nn.Module,
@@ -209,12 +215,9 @@ class Direction(Alone, MambaFamily):
         attention_mask: torch.Tensor | None = None,
         fused: bool = False,
     ) -> ScanInputs:
-        """Everything between the convolution and the scan."""
-        u, rates = x[..., :-1], mixer.rates[int(x[0, 0, -1])]
-        n, r = mixer.ssm_state_size, mixer.time_step_rank
-        low_rank, B, C = mixer.x_proj(u).split([r, n, n], dim=-1)
-        dt, bias = self.time_step(mixer, low_rank, fused)
-        return ScanInputs(u=u, dt=dt, A=decay_rates(rates, fused), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
+        """Everything between the convolution and the scan, with the decay rates of this direction."""
+        inputs = super().scan_inputs(mixer, x, z, history, attention_mask, fused)
+        return replace(inputs, A=decay_rates(mixer.rates[int(x[0, 0, -1])], fused))
 
 
 DIRECTION: Any = Direction()  # an Architecture: `Alone` gives what a family has besides
@@ -294,13 +297,8 @@ def cut_directions(mixer: DirectionalMixer, kept: Sequence[Sequence[int]]) -> Un
     cuts = []
     try:
         for name, tensor in smaller.items():
-            path, _, leaf = name.rpartition(".")
-            holder, old = own.get_submodule(path), own.get_parameter(name)
-            tell(was, holder, leaf, in_place_of(old, tensor.contiguous()))
-            cuts.append(Cut(name, tuple(old.shape), tuple(tensor.shape)))
-            for attribute, size in module_sizes(holder) if path else ():
-                if getattr(holder, attribute) != size:
-                    tell(was, holder, attribute, size)
+            cuts.append(Cut(name, tuple(own.get_parameter(name).shape), tuple(tensor.shape)))
+            tell_tensor(was, own, name, tensor.contiguous())
         tell_sizes(was, own, N, len(kept[0]), STATE_NAMES)
     except BaseException:
         Undo((), tuple(was))()

@@ -23,7 +23,7 @@ from torch import nn
 
 from ssmc.runtime.models.architectures.alone import STATE_NAMES
 from ssmc.runtime.models.architectures.plan import Cut
-from ssmc.runtime.models.mixers import Undo, in_place_of, module_sizes, tell, tell_sizes
+from ssmc.runtime.models.mixers import Undo, tell, tell_sizes, tell_tensor
 
 FAMILY = "mamba3"
 PARTS = ("in_proj", "out_proj", "B_norm", "C_norm", "B_bias", "C_bias", "dt_bias", "D")
@@ -277,13 +277,8 @@ def cut_states(mixer: Mamba3Mixer, rules: Rules, kept: Sequence[int]) -> Undo:
     cuts = []
     try:
         for name, tensor in smaller.items():
-            path, _, leaf = name.rpartition(".")
-            holder, old = own.get_submodule(path), own.get_parameter(name)
-            tell(was, holder, leaf, in_place_of(old, tensor.contiguous()))
-            cuts.append(Cut(name, tuple(old.shape), tuple(tensor.shape)))
-            for attribute, size in module_sizes(holder):
-                if getattr(holder, attribute) != size:
-                    tell(was, holder, attribute, size)
+            cuts.append(Cut(name, tuple(own.get_parameter(name).shape), tuple(tensor.shape)))
+            tell_tensor(was, own, name, tensor.contiguous())
         tell_sizes(was, own, sizes.states, len(kept), STATE_NAMES)
         for attribute, size in ((_ANGLES, len(turning)), (_ROTATED, 2 * len(turning))):
             if getattr(own, attribute, size) != size:

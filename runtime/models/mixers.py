@@ -175,12 +175,7 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
     was: list[tuple[Any, str, Any]] = []
     try:
         for name in cuts:
-            path, _, leaf = name.rpartition(".")
-            holder = own.get_submodule(path)
-            tell(was, holder, leaf, in_place_of(own.get_parameter(name), tensors[name]))
-            for attribute, size in module_sizes(holder):
-                if getattr(holder, attribute) != size:
-                    tell(was, holder, attribute, size)
+            tell_tensor(was, own, name, tensors[name])
         for old, new, names in _renamed(mixer, before, sizes):
             if old != new:
                 tell_sizes(was, own, old, new, names)
@@ -204,6 +199,16 @@ def tell(was: list[tuple[Any, str, Any]], holder: Any, name: str, value: Any) ->
     before = getattr(holder, name)
     setattr(holder, name, value)
     was.append((holder, name, before))
+
+
+def tell_tensor(was: list[tuple[Any, str, Any]], own: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a smaller tensor in the place of a parameter, and tell the module that holds it the sizes it has now."""
+    path, _, leaf = name.rpartition(".")
+    holder = own.get_submodule(path)
+    tell(was, holder, leaf, in_place_of(own.get_parameter(name), tensor))
+    for attribute, size in _module_sizes(holder):
+        if getattr(holder, attribute) != size:
+            tell(was, holder, attribute, size)
 
 
 def tell_sizes(was: list[tuple[Any, str, Any]], own: nn.Module, old: int, new: int, names: Sequence[str]) -> None:
@@ -240,7 +245,7 @@ def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
     return changed
 
 
-def module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _module_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
     """What a linear map or a depthwise convolution says about its weight."""
     if isinstance(module, nn.Linear):
         yield from zip(("out_features", "in_features"), module.weight.shape, strict=True)
