@@ -24,7 +24,7 @@ from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.directions import check_directions, prune_directions
 from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
 from ssmc.compressor.torch_module.mamba3 import check_options, prune_mamba3
-from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, left_as_it_is, touched
+from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, in_order, left_as_it_is, touched
 from ssmc.compressor.torch_module.restore import Restorer, keep_attributes
 from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 from ssmc.runtime.models.directions import DirectionalMixer, find_directional
@@ -167,7 +167,7 @@ def _prune(
     """Prune the mixers that can be, in the order they are first called."""
     watched.progress("looking at the mixers", 0, 1)
     uses = watched.look(mixers)
-    order = sorted(mixers, key=lambda m: [*uses, m.name].index(m.name))
+    order = in_order(mixers, uses)
     reasons = {mixer.name: reason for mixer in order if (reason := _reason(uses.get(mixer.name))) is not None}
     plans = _plans(config, [mixer for mixer in order if mixer.name not in reasons], reasons)
     reasons |= _ties(watched.module, [mixer for mixer in order if mixer.name in plans], plans)

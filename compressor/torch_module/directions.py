@@ -15,7 +15,7 @@ from ssmc.compressor.options.patterns import COLUMN
 from ssmc.compressor.pipeline import prune_layer
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.forward import Call, Use, WatchedModule, close, same
-from ssmc.compressor.torch_module.mixer import MixerResult, streaming_scores
+from ssmc.compressor.torch_module.mixer import SHARES, MixerResult, in_order, sharing, streaming_scores
 from ssmc.compressor.torch_module.restore import Restorer
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.models.directions import (
@@ -65,17 +65,13 @@ def prune_directions(
         restorer: told how to take changes of shape back.
     """
     uses = watched.look(mixers, _agreement)
-    order = sorted(mixers, key=lambda mixer: [*uses, mixer.name].index(mixer.name))
-    owners: dict[int, int] = {}
-    for mixer in order:
-        for parameter in mixer.module.parameters():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    order, shared = in_order(mixers, uses), sharing(mixers)
     done = []
     for index, mixer in enumerate(order):
         result = MixerResult(mixer.name, mixer.kind, (mixer.states,) * 2, (mixer.d_inner,) * 2)
         note = _reason(uses.get(mixer.name))
-        if note is None and any(owners[id(parameter)] > 1 for parameter in mixer.module.parameters()):
-            note = "shares parameters with another mixer, so it is left as it is"
+        if note is None and mixer.name in shared:
+            note = SHARES
         if note is not None:
             done.append(replace(result, note=note))
             continue

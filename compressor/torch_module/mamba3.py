@@ -30,7 +30,7 @@ from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import COLUMN
 from ssmc.compressor.torch_module.forward import Call, WatchedModule, close, same
-from ssmc.compressor.torch_module.mixer import MixerResult
+from ssmc.compressor.torch_module.mixer import SHARES, MixerResult, in_order, sharing
 from ssmc.compressor.torch_module.restore import Restorer
 from ssmc.runtime.errors import CalibrationError, UsageError
 from ssmc.runtime.models.mamba3 import (
@@ -93,11 +93,7 @@ def prune_mamba3(
     """
     agreed: dict[str, list[Rules]] = {mixer.name: list(RULES) for mixer in mixers}
     uses = watched.look(mixers, lambda mixer: _agreement(mixer, agreed[mixer.name]))
-    order = sorted(mixers, key=lambda mixer: [*uses, mixer.name].index(mixer.name))
-    owners: dict[int, list[str]] = {}
-    for mixer in order:
-        for parameter in mixer.module.parameters():
-            owners.setdefault(id(parameter), []).append(mixer.name)
+    order, shared = in_order(mixers, uses), sharing(mixers)
     done = []
     for index, mixer in enumerate(order):
         use, note = uses.get(mixer.name), None
@@ -107,8 +103,8 @@ def prune_mamba3(
             note = "was called without a (B, L, d_model) tensor"
         elif not agreed[mixer.name]:
             note = _OTHERWISE
-        elif any(len(owners[id(parameter)]) > 1 for parameter in mixer.module.parameters()):
-            note = "shares parameters with another mixer, so it is left as it is"
+        elif mixer.name in shared:
+            note = SHARES
         if note is not None or use is None:
             size = (mixer.sizes.states,) * 2
             done.append(MixerResult(mixer.name, FAMILY, size, (mixer.sizes.d_inner,) * 2, note=note))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -38,6 +39,38 @@ class MixerResult:
     layer: LayerResult | None = None  # which states and channels stayed, and at what error; None: it was not pruned
     cuts: tuple[Cut, ...] = ()  # tensors that got smaller
     note: str | None = None  # why it was left as it is, or why what was removed is silent in place of gone
+
+
+SHARES = "shares parameters with another mixer, so it is left as it is"
+"""Why a mixer is left alone whose parameters are all taken to change."""
+
+
+class _Found(Protocol):
+    """A mixer of any kind, as it was found in a module."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+AnyMixer = TypeVar("AnyMixer", bound=_Found)
+
+
+def in_order(mixers: Sequence[AnyMixer], called: Iterable[str]) -> list[AnyMixer]:
+    """Mixers in the order of the names that were called; those that never were come last."""
+    places = {name: place for place, name in enumerate(called)}
+    return sorted(mixers, key=lambda mixer: places.get(mixer.name, len(places)))
+
+
+def sharing(mixers: Sequence[_Found]) -> set[str]:
+    """The names of mixers that have a parameter which another of them has, too."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for mixer in mixers:
+        for parameter in mixer.module.parameters():
+            owners[id(parameter)].add(mixer.name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def left_as_it_is(mixer: Mixer, reason: str | None) -> MixerResult:
