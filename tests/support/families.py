@@ -145,3 +145,21 @@ def with_tokenizer(directory: Path) -> Path:
 def short(directory: Path) -> dict[str, object]:
     """Options of a small run on such a folder."""
     return {"nsamples": 4, "seqlen": 48, "calib": directory.parent / "text.jsonl"}
+
+
+def assert_cut_equals_masked(model, masked, tensors, config, moved: float) -> None:
+    """Stock transformers gives the logits of the masked model from the cut tensors, and not those of the dense model.
+
+    Args:
+        model: the dense model.
+        masked: the same, masked.
+        tensors: of the masked model, cut.
+        config: of the cut model.
+        moved: the least difference that the mask makes to the logits.
+    """
+    smaller = type(model)(config).eval()
+    smaller.load_state_dict(tensors)
+    tokens = random_ids(1, 20)
+    wanted = masked(tokens).logits
+    assert difference(model(tokens).logits, wanted) > moved
+    assert difference(smaller(tokens).logits, wanted) < 1e-5
