@@ -2,7 +2,8 @@
 
     python -m benchmarks.methods            # tiny, tiny-mamba2, tiny-hybrid and a torch module
     python -m benchmarks.methods --quick    # fewer methods, one seed, less text
-    python -m benchmarks.methods --models tiny --groups states channels
+    python -m benchmarks.methods --models tiny --groups states parameters
+    python -m benchmarks.methods --jobs 16  # processes of one thread each
 
 Groups of a table remove the same: as many states; as many parameters (channels or heads, layers, and what the search
 takes of everything), to the next channel, head or layer; as much of the time of a prefill; or as many single weights,
@@ -15,12 +16,16 @@ seeds added in squares.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +48,7 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
 
+RESULTS = Path("benchmarks/results")
 MODELS = ("tiny", "tiny-mamba2", "tiny-hybrid", "module")
 GROUPS = ("states", "parameters", "time", "weights")
 SHARE = 0.85  # of the parameters, and of the time, that is left where they are equal
@@ -61,8 +67,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16, help="of held-out text")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the runs, one thread each")
     parser.add_argument("--quick", action="store_true", help="one seed, 4 windows, three methods of a group")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
+    parser.add_argument("--tables", action="store_true", help="no runs: tables and plot from --out as it is")
+    parser.add_argument("--out", type=Path, default=RESULTS / "methods.json")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.windows = args.seeds[:1], 4
@@ -178,7 +186,7 @@ class DigitsModule:
     def __init__(self, args: argparse.Namespace):
         self.split = Split.drawn(0)
         self.model = train(self.split, 0, 4 if args.quick else 8)
-        self.dense, self.methods = judged(self.model, self.split), methods(None)
+        self.dense, self.methods = judged(self.model, self.split), list(methods(None))
 
     def run(self, method: Method, seed: int) -> dict[str, Any]:
         """Compress once and judge."""
@@ -192,26 +200,84 @@ class DigitsModule:
         return found | spent | {"accuracy_stderr": error, "parameters_left": left}
 
 
-def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All methods on one model."""
-    subject = DigitsModule(args) if name == "module" else TextModel(name, args)
-    rows: list[dict[str, Any]] = []
-    chosen = [method for method in subject.methods if method.group in args.groups]
-    if args.quick:
-        chosen = [method for group in args.groups for method in [m for m in chosen if m.group == group][:3]]
-    for method in chosen:
-        runs = []
-        for seed in args.seeds[:1] if method.once else args.seeds:
-            try:
-                runs.append({"seed": seed, **subject.run(method, seed)})
-            except SsmcError as error:
-                rows.append({**asdict(method), "refused": str(error)})
-                print(f"{name}: {method.name}: {error}", flush=True)
-                break
-        else:
-            rows.append({**asdict(method), "runs": runs, **mean_of(runs)})
-            print(f"{name}: {method.group}: {method.name}: {rows[-1]['excess_nats']:+.4f}", flush=True)
-    return {"dense": subject.dense, "rows": rows}
+Subject = TextModel | DigitsModule
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one method, which any process can do."""
+
+    model: str
+    place: int  # of the method in `chosen`
+    seed: int
+
+
+@functools.cache
+def subject(name: str) -> Subject:
+    """The dense model and what it is judged on, read once in each process."""
+    assert _ARGS is not None
+    return DigitsModule(_ARGS) if name == "module" else TextModel(name, _ARGS)
+
+
+@functools.cache
+def chosen(name: str) -> tuple[Method, ...]:
+    """The methods that were asked for, in the order of the table."""
+    assert _ARGS is not None
+    every = list(subject(name).methods)
+    groups = [[method for method in every if method.group == group] for group in _ARGS.groups]
+    return tuple(method for group in groups for method in group[: 3 if _ARGS.quick else None])
+
+
+_ARGS: argparse.Namespace | None = None  # of the command line, the same in every process
+
+
+def begin(args: argparse.Namespace) -> None:
+    """What a process does first."""
+    global _ARGS
+    _ARGS = args
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+
+
+def carry_out(task: Task) -> dict[str, Any]:
+    """What came of one run."""
+    method = chosen(task.model)[task.place]
+    try:
+        return {"seed": task.seed, **subject(task.model).run(method, task.seed)}
+    except SsmcError as error:
+        return {"seed": task.seed, "refused": str(error)}
+    except Exception as error:  # the others' runs are not lost to it
+        traceback.print_exc()
+        return {"seed": task.seed, "refused": f"failed: {type(error).__name__}: {error}"}
+
+
+def runs_of(tasks: list[Task], args: argparse.Namespace) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Every run as it ends; several at a time with --jobs."""
+    if args.jobs == 1:
+        yield from ((task, carry_out(task)) for task in tasks)
+        return
+    spawn = get_context("spawn")  # a forked process would inherit the threads of numba and torch
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=begin, initargs=(args,)) as pool:
+        started = {pool.submit(carry_out, task): task for task in tasks}
+        for run in as_completed(started):
+            yield started[run], run.result()
+
+
+def summary(name: str, runs: dict[Task, dict[str, Any]]) -> dict[str, Any]:
+    """The rows of a model: what is done so far, in the order of its methods."""
+    rows = []
+    for place, method in enumerate(chosen(name)):
+        own = [
+            run
+            for task, run in sorted(runs.items(), key=lambda item: item[0].seed)
+            if (task.model, task.place) == (name, place)
+        ]
+        refused = [run["refused"] for run in own if "refused" in run]
+        if refused:
+            rows.append({**asdict(method), "refused": refused[0]})
+        elif own:
+            rows.append({**asdict(method), "runs": own, **mean_of(own)})
+    return {"dense": subject(name).dense, "rows": rows}
 
 
 def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -233,19 +299,37 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    names = ("seeds", "nsamples", "seqlen", "window", "windows", "quick", "groups")
-    settings = {name: getattr(args, name) for name in names} | {"share": SHARE, "steps": STEPS, "states": STATES}
-    report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings, "models": {}}
-    start = time.process_time()
-    for name in args.models:
-        report["models"][name] = measured(name, args)
-        report["cpu_seconds"] = time.process_time() - start
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    begin(args)
+    if not args.tables:
+        measure(args)
+    report = json.loads(args.out.read_text(encoding="utf-8"))
     for name, found in report["models"].items():
         print_table(name, found)
-    plot(report, FIGURES / f"{args.out.stem}.svg")
+    here = args.out.parent == RESULTS  # what is measured elsewhere is no figure of the documentation
+    plot(report, FIGURES / f"{args.out.stem}.svg" if here else args.out.with_suffix(".svg"))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run everything. What is done is written whenever a run ends, for those that are cut short."""
+    names = ("seeds", "nsamples", "seqlen", "window", "windows", "quick", "groups", "jobs")
+    settings = {name: getattr(args, name) for name in names} | {"share": SHARE, "steps": STEPS, "states": STATES}
+    report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings, "models": {}}
+    tasks = [
+        (method.once, Task(name, place, seed))
+        for name in args.models
+        for place, method in enumerate(chosen(name))
+        for seed in (args.seeds[:1] if method.once else args.seeds)
+    ]
+    if args.jobs > 1:
+        tasks.sort(key=lambda item: not item[0])  # those that take longest first
+    runs: dict[Task, dict[str, Any]] = {}
+    for task, run in runs_of([task for _, task in tasks], args):
+        runs[task] = run
+        told = run["refused"] if "refused" in run else f"{run['excess_nats']:+.4f}"
+        print(f"{task.model}: {chosen(task.model)[task.place].name}, seed {task.seed}: {told}", flush=True)
+        report["models"][task.model] = summary(task.model, runs)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(name: str, found: dict[str, Any]) -> None:
