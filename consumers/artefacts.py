@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,17 @@ CALM = {"zamba2": ("in_proj", 0.5)}
 OTHER_CUTS = (Cut("half of the states", "column", 0.5),)
 
 
-def models(folder: Path) -> dict[str, str]:
-    """Every model by name, and what it is loaded from; the random ones are written into a folder."""
-    found = {name: name for name in TRAINED}
+def models(folder: Path, wanted: Collection[str] = ()) -> dict[str, str]:
+    """Every model by name, and what it is loaded from; the random ones are written into a folder.
+
+    Args:
+        folder: to write to.
+        wanted: their first words; none: all.
+    """
+    found = {name: name for name in TRAINED if not wanted or name in wanted}
     for name, (family, changes) in ({family: (family, {}) for family in FAMILIES} | VARIANTS).items():
+        if wanted and name not in wanted:
+            continue
         directory = folder / name / "model"
         if not directory.is_dir():
             stored = WORDED[family] | {"vocab_size": TINY_VOCAB} | CHANGED.get(family, {}) | changes

@@ -38,6 +38,7 @@ class Kind:
         page: of the documentation, in docs/deploy.
         dense: whether it reads a model that was not exported, too.
         software: its name in `ssmc.runtime.models.consumers`.
+        by_hand: it has no environment: the one that runs this has it, and it is asked only when it is named.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind:
     options: tuple[tuple[str, str], ...] = ()
     dense: bool = False
     software: str = ""
+    by_hand: bool = False
 
 
 _READS = {"format": "safetensors", "dense": True}
@@ -67,15 +69,19 @@ KINDS = (
     Kind("mlx-lm", "mlx-lm, CPU", "mlx-lm", **_MLX),
     Kind("openvino", "OpenVINO", "openvino", "ask_openvino.py", **_INTEL),
     Kind("genai", "onnxruntime-genai", "onnxruntime-genai", "ask_genai.py", **_GENAI),
+    Kind("mamba-ssm", "mamba_ssm, GPU", "mamba-ssm", "ask_mamba_ssm.py", "mamba-ssm", "mamba-ssm", by_hand=True),
 )
 
 
-def python_of(name: str) -> Path:
-    """The interpreter of an environment, which is made first where it is missing or its file has changed.
+def python_of(kind: Kind) -> Path:
+    """The interpreter of a consumer; its environment is made first where it is missing or its file has changed.
 
     Raises:
         ConsumerError: it cannot be made.
     """
+    if kind.by_hand:
+        return Path(sys.executable)
+    name = kind.name
     folder, wanted = ENVIRONMENTS / name, REQUIREMENTS / f"{name}.txt"
     python, mark = folder / "bin" / "python", folder / ".ready"
     state = hashlib.sha256(wanted.read_bytes() + str(_beside_torch()).encode()).hexdigest()

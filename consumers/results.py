@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 
 RAN, DIFFERS, WRONG, FAILED, REFUSED = "ran", "differs", "wrong", "failed", "no export"
 BY_HAND = (
-    ("mamba_ssm", "mamba-ssm", "", "by source; by hand with consumers/by_hand/run_mamba_ssm.py", "", ""),
+    ("mamba_ssm, GPU", "mamba-ssm", "", "by source; by hand: consumers/run.py --consumer mamba-ssm", "", ""),
     ("vLLM, GPU", "vllm", "", "by source; by hand with consumers/by_hand/run_vllm.py", "", ""),
 )
 """Consumers that need a GPU or gigabytes: title, page, version, how it is known, what ran, largest difference."""
@@ -91,8 +91,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _consumers(rows: Sequence[Row]) -> str:
-    lines = []
-    for consumer in dict.fromkeys(row.consumer for row in rows):
+    lines, asked = [], list(dict.fromkeys(row.consumer for row in rows))
+    for consumer in asked:
         own = [row for row in rows if row.consumer == consumer]
         ran = [row for row in own if row.outcome == RAN]
         versions = ", ".join(sorted({row.version for row in own if row.version}))
@@ -101,7 +101,7 @@ def _consumers(rows: Sequence[Row]) -> str:
         worst = f"{max(max(row.whole, row.stepped) for row in ran):.1e}" if ran else ""
         known = f"ran, {when}" if ran else f"did not run, {when}"
         lines.append((f"[{consumer}]({own[0].page}.md)", versions, known, f"{len(ran)} of {len(own)}", worst))
-    lines += [(f"[{title}]({page}.md)", *others) for title, page, *others in BY_HAND]
+    lines += [(f"[{title}]({page}.md)", *others) for title, page, *others in BY_HAND if title not in asked]
     return table(("consumer", "version", "known", "models that ran", "largest difference"), lines)
 
 

@@ -2,11 +2,14 @@
 
     python -m consumers.run
     python -m consumers.run --consumer mlx-lm --consumer openvino --model tiny --keep
+    python -m consumers.run --consumer mamba-ssm --model tiny --model tiny-mamba2 --json mamba_ssm.json
+    python -m consumers.run --take mamba_ssm.json
 
 Every consumer has an environment of its own in .consumers and runs in a process of its own. What it computes, for whole
 prompts and token by token, is compared with stock transformers on the masked model. The result goes to
 benchmarks/results/consumers.json, of which the documentation makes its table; rows that were not run again stay.
-What fails is a row with the reason.
+What fails is a row with the reason. mamba_ssm, which takes a GPU and CUDA's compiler to build, is asked by hand, by the
+Python that has it, from a checkout as it is; --take puts what was found elsewhere into the table.
 """
 
 from __future__ import annotations
@@ -150,7 +153,7 @@ def environments(kinds: Sequence[Kind]) -> dict[str, Path | ConsumerError]:
     for kind in kinds:
         print(f"environment of {kind.title}", flush=True)
         try:
-            found[kind.name] = python_of(kind.name)
+            found[kind.name] = python_of(kind)
         except ConsumerError as error:
             found[kind.name] = error
     return found
@@ -163,15 +166,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", action="append", help="tiny, tiny-mamba2, jamba ...; all unless given")
     parser.add_argument("--keep", action="store_true", help="take exports of an earlier run as they are")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--take", type=Path, help="run nothing: take the rows of a run on another machine")
     args = parser.parse_args(arguments)
+    if args.take:
+        write_rows(merged(read_rows(args.json), read_rows(args.take)), args.json)
+        return 0
     logging.set_verbosity_error()  # transformers recommends CUDA kernels
-    kinds = [kind for kind in KINDS if not args.consumer or kind.name in args.consumer]
+    kinds = [kind for kind in KINDS if kind.name in (args.consumer or ()) or not (args.consumer or kind.by_hand)]
     if not args.keep:
         shutil.rmtree(FOLDER, ignore_errors=True)
     pythons, rows = environments(kinds), []
-    for name, source in models(FOLDER).items():
-        if args.model and name.split(",")[0] not in args.model:
-            continue
+    for name, source in models(FOLDER, args.model or ()).items():
         for row in rows_of(name, source, kinds, pythons):
             said = row.reason or f"whole prompts {row.whole:.1e}, token by token {row.stepped:.1e}"
             print(f"{row.consumer}: {row.model}, {row.cut}: {row.outcome}: {said}", flush=True)

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ def serve(load: Callable[[Path, int], Model], packages: Sequence[str], values: s
     answers: dict[str, Callable[..., Any]] = {"logits": logits, "time": take_time}
     try:
         model = load(Path(sys.argv[1]), int(sys.argv[2]))
-        reply = {"values": values, "versions": {name: version(name) for name in packages}}
+        reply = {"values": values, "versions": {name: version_of(name) for name in packages}}
     except Exception as error:  # whatever a consumer raises is what the driver wants to know
         reply = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(reply), file=out, flush=True)
@@ -54,6 +55,14 @@ def serve(load: Callable[[Path, int], Model], packages: Sequence[str], values: s
         except Exception as error:  # as above
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=out, flush=True)
+
+
+def version_of(package: str) -> str:
+    """Of a package; what was built by hand may have no metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return import_module(package.replace("-", "_")).__version__
 
 
 def logits(model: Model, tokens: list[int], lengths: list[int], first: int, path: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class MambaSsm(Safetensors):
     name = "mamba-ssm"
     help = "what mamba_ssm reads"
     layout = "mamba-ssm"
+    takes_dense = True  # a change of layout alone
     at_once = 4  # one pickle, written at once
 
     def missing(self, architecture: Architecture) -> str | None:

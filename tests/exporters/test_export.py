@@ -64,6 +64,15 @@ def test_the_mamba_ssm_layout_is_what_its_loader_expects(artefact):
         assert torch.equal(state[name.replace("embeddings", "embedding")], tensor), name
 
 
+def test_a_dense_model_changes_to_the_mamba_ssm_layout(tmp_path):
+    export("tiny", format="mamba-ssm", out=tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    dense = load_checkpoint("tiny").model.state_dict()
+    assert {name.replace("embeddings", "embedding") for name in dense} == state.keys()
+    for name, tensor in dense.items():
+        assert torch.equal(state[name.replace("embeddings", "embedding")], tensor), name
+
+
 def test_cuts_and_sizes_are_those_of_the_files(copy):
     result = export(copy)
     assert {c.name.rpartition("mixer.")[2]: (c.before, c.after) for c in result.cuts} == {
