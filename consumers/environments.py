@@ -104,6 +104,14 @@ def python_of(kind: Kind) -> Path:
     return python
 
 
+def pinned(kind: Kind) -> str:
+    """The release of a consumer that its environment holds; empty where that is made by hand."""
+    if kind.by_hand:
+        return ""
+    lines = (REQUIREMENTS / f"{kind.name}.txt").read_text(encoding="utf-8").splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{kind.package}=="))
+
+
 def _beside_torch() -> Path:
     """The folder of packages that holds torch."""
     return Path(find_spec("torch").origin).parents[1]

@@ -37,7 +37,7 @@ from consumers.artefacts import (
     reference,
 )
 from consumers.asking import Consumer, ConsumerError
-from consumers.environments import KINDS, ROOT, Kind, python_of
+from consumers.environments import KINDS, ROOT, Kind, pinned, python_of
 from consumers.results import (
     DIFFERS,
     FAILED,
@@ -55,7 +55,7 @@ from consumers.results import (
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.models.checkpoints import read_description
 from ssmc.runtime.models.checkpoints.sources import find_directory
-from ssmc.runtime.models.consumers import computes_otherwise
+from ssmc.runtime.models.consumers import computes_otherwise, refuses
 
 FOLDER = ROOT / "build" / "consumers"
 Logits = Mapping[str, torch.Tensor]
@@ -131,18 +131,26 @@ def rows_of(name: str, source: str, kinds: Sequence[Kind], pythons: dict[str, Pa
             if isinstance(python, ConsumerError):
                 yield replace(row, outcome=FAILED, reason=str(python))
                 continue
+            row = replace(row, version=pinned(kind))
             try:
                 export = exported(masked, cut, kind.format, dict(kind.options), kind.dense, place)
             except SsmcError as error:
                 yield replace(row, outcome=REFUSED, reason=str(error))
                 continue
-            row = ask(row, kind, python, export, tokens, wanted)
-            yield explained(row, kind, source) if row.outcome == DIFFERS else row
+            yield explained(ask(row, kind, python, export, tokens, wanted), kind, source)
 
 
 def explained(row: Row, kind: Kind, source: str) -> Row:
-    """A row that differs, as wrong where the consumer is known to compute something else of such a model."""
+    """A row that differs, as wrong where the consumer is known to compute something else of such a model.
+
+    One that failed gets what is known of why.
+    """
+    if row.outcome not in (DIFFERS, FAILED):
+        return row
     described = read_description(find_directory(source), row.model)
+    if row.outcome == FAILED:
+        known = refuses(kind.software, *described, row.version) if kind.software else None
+        return replace(row, reason=known) if known else row
     known = computes_otherwise(kind.software, *described, wrong=True, version=row.version)
     return replace(row, outcome=WRONG, reason=f"{row.reason}: {known}") if known else row
 

@@ -15,6 +15,7 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 
 if TYPE_CHECKING:
+    from ssmc.runtime.models.architectures.capabilities import Otherwise
     from ssmc.runtime.models.families import Architecture
 
 POWER = "power-of-two"
@@ -130,9 +131,19 @@ def computes_otherwise(
         wrong: look for what makes results useless, or for what hardly changes them.
         version: of the consumer; without, what only some releases do is left out.
     """
-    found = [other for other in architecture.otherwise(config) if version.startswith(other.release)]
-    said = [other.what for other in found if other.consumer == name and other.wrong == wrong]
-    return "; ".join(said) or None
+    found = _known(name, architecture, config, version)
+    return "; ".join(other.what for other in found if other.wrong == wrong and not other.refused) or None
+
+
+def refuses(name: str, architecture: Architecture, config: Any, version: str) -> str | None:
+    """Why a release of a consumer loads no model of a family; None where that is not known of it."""
+    return "; ".join(other.what for other in _known(name, architecture, config, version) if other.refused) or None
+
+
+def _known(name: str, architecture: Architecture, config: Any, version: str) -> list[Otherwise]:
+    """What is known of a release of a consumer."""
+    found = architecture.otherwise(config)
+    return [other for other in found if other.consumer == name and version.startswith(other.release)]
 
 
 def misfit(name: str, sizes: Dimensions, epsilon: float | None = None) -> str | None:

@@ -18,7 +18,7 @@ from benchmarks.speed.consumers_report import plot, show
 from consumers.artefacts import LIMITED, LIMITED_AT_FIRST, UNLIMITED, reference
 from consumers.asking import SCRIPTS, Consumer, ConsumerError
 from consumers.by_hand.compare import main as compare
-from consumers.environments import KINDS, REQUIREMENTS
+from consumers.environments import KINDS, REQUIREMENTS, pinned
 from consumers.results import DIFFERS, FAILED, RAN, REFUSED, WRONG, Row, markdown, merged, read_rows, write_rows
 from consumers.run import FIRST, LENGTHS, differences, explained, judge
 from consumers.run import main as run
@@ -102,6 +102,16 @@ def test_a_known_fault_of_a_consumer_is_told_from_one_of_ours(tmp_path):
     assert found.reason.startswith("whole prompts 1.5e+00: its release 4.57, without mamba_ssm's kernels, is wrong")
     newer = replace(differs, version="5.24.0")
     assert explained(newer, stock, str(tmp_path)) == newer
+
+
+def test_a_release_without_a_family_is_said_to_have_none(tmp_path):
+    FAMILIES["nemotron_h"]().save_pretrained(tmp_path)
+    stock = next(kind for kind in KINDS if kind.name == "transformers-4.57")
+    assert pinned(stock).startswith("4.57.")
+    failed = row(outcome=FAILED, reason="ValueError: ...", version=pinned(stock))
+    assert explained(failed, stock, str(tmp_path)).reason.startswith("its release 4.57 has no models of this family")
+    for other in (replace(failed, version="5.24.0"), replace(failed, outcome=RAN)):
+        assert explained(other, stock, str(tmp_path)) == other
 
 
 def test_keys_and_values_grow_where_a_graph_has_attention(tmp_path):

@@ -38,19 +38,21 @@ class MambaSsmLayer:
 
 @dataclass(frozen=True)
 class Otherwise:
-    """What software computes otherwise than transformers does of a prompt, without a word.
+    """What software computes otherwise than transformers does of a prompt, without a word, or what it does not load.
 
     Attributes:
         consumer: its name in `runtime/models/consumers.py`.
         what: half a sentence, about "it".
         wrong: whether its results are useless.
         release: the beginning of the version that does so; empty: all that were tried.
+        refused: whether it loads none of these models, with an error of its own.
     """
 
     consumer: str
     what: str
     wrong: bool = False
     release: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)

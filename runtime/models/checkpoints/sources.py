@@ -27,8 +27,9 @@ _DESCRIPTIONS: tuple[str, ...] = (
     "special_tokens_map.json",
 )
 _DESCRIPTIONS += ("added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template.jinja")
-# What goes wherever the model goes: templates, processors, licence, README; see runtime/models/companions.py.
-_COMPANIONS = ("*.json", "*.jinja", "*.md", "*.txt", "*.model", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+# What goes wherever the model goes: templates, processors, licence, README, and code, which is not run here and which
+# a configuration may name for releases of transformers without the family; see runtime/models/companions.py.
+_COMPANIONS = ("*.json", "*.jinja", "*.md", "*.txt", "*.model", "*.py", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 _NAME_THE_FOLDER = "Name the folder that holds the model's config.json and weights."
@@ -111,7 +112,7 @@ def at_revision(source: str, revision: str | None) -> str:
 
 
 def download(hub_id: str) -> Path:
-    """Bring a model of the hub into the hub's cache: what describes it, and one set of weights, never code.
+    """Bring a model of the hub into the hub's cache: what describes it, and one set of weights.
 
     Of the weights that may lie there those are fetched that `reading.read_tensors` takes: model.safetensors, else its
     shards, else the same of pytorch_model.bin.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.experts import PLAIN_MAPS, ExpertNeurons, Experts, experts_plan
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
@@ -51,6 +52,14 @@ class NemotronHFamily(Mamba2Hybrid):
     def time_step_limits(self, config: Any) -> tuple[float, float]:
         """transformers takes `time_step_min` for the least time step, whatever `time_step_limit` says."""
         return config.time_step_min, math.inf
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """transformers has the family since release 5; before, a checkpoint's own code had it."""
+        what = (
+            "its release 4.57 has no models of this family and runs one only by the code that lies beside it "
+            "(trust_remote_code), which needs mamba_ssm; release 5 has them"
+        )
+        return [*super().otherwise(config), Otherwise("transformers", what, release="4.57", refused=True)]
 
     def width(self, config: Any) -> int:
         """d_inner of the mixers."""
