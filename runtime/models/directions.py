@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone
+from ssmc.runtime.models.architectures.convolution import Window
 from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.families.mamba import MambaFamily
 from ssmc.runtime.models.mixers import Undo, tell_sizes, tell_tensor
@@ -201,7 +202,7 @@ class Direction(Alone, MambaFamily):
         return torch.cat([hidden[..., :width], hidden[..., 2 * width :]], -1), hidden[..., width : 2 * width]
 
     def convolve(
-        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
+        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | Window | None = None, fused: bool = False
     ) -> torch.Tensor:
         """u alone: it is convolved already."""
         return x[..., :-1]
@@ -211,7 +212,7 @@ class Direction(Alone, MambaFamily):
         mixer: nn.Module,
         x: torch.Tensor,
         z: torch.Tensor,
-        history: torch.Tensor | None = None,
+        history: torch.Tensor | Window | None = None,
         attention_mask: torch.Tensor | None = None,
         fused: bool = False,
     ) -> ScanInputs:

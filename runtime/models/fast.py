@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.models.architectures.convolution import Window, takes_window
 from ssmc.runtime.models.families import Architecture, architecture_for
+from ssmc.runtime.models.fast_blocks import use_fast_blocks, use_stock_blocks
 from ssmc.runtime.models.fast_norms import use_fast_norms, use_stock_norms
 from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.scan import accelerator, check_backend
@@ -76,6 +78,7 @@ def use_fast_scan(
         mixer.forward = partial(_forward, mixer)  # which copies and pickles with the mixer, as no bound method does
         setattr(mixer, _MARK, _Fast(architecture, backend, form, each_token))
     use_fast_norms(model, backend)
+    use_fast_blocks(architecture, model, backend)
     return model
 
 
@@ -89,6 +92,7 @@ def use_stock_scan(model: nn.Module) -> nn.Module:
         if _MARK in vars(mixer):
             delattr(mixer, _MARK)
             del mixer.forward
+    use_stock_blocks(model)
     use_stock_norms(model)
     return model
 
@@ -146,16 +150,18 @@ def _forward(
         attention_mask = attention_mask[:, -length:]
         hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
     x, z = fast.architecture.expand(mixer, hidden_states)
-    width = mixer.conv_kernel_size
-    history = None if conv_state is None else _history(conv_state, width - 1)
+    one_more = on_gpu and _moves_on(_layer(mixer, cache_params), mixer, x)
+    history: torch.Tensor | Window | None = None
+    if conv_state is not None:
+        history = Window(conv_state) if one_more else _history(conv_state, mixer.conv_kernel_size - 1)
     inputs = fast.architecture.scan_inputs(mixer, x, z, history, attention_mask, fused=on_gpu)
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # autograd keeps it for the backward pass, and the cache overwrites its own below
     rounding = fast.form if fast.each_token and length > 1 else None
     y, state = fast.architecture.scan(mixer, inputs, state, fast.backend, in_place=on_gpu, rounding=rounding)
     if cache_params is not None:
-        # Only now: the update overwrites the tensor that `history` looks into.
-        _keep_window(_layer(mixer, cache_params), cache_params, mixer, x, on_gpu)
+        if not one_more:  # only now: the update overwrites the tensor that `history` looks into
+            _keep_window(_layer(mixer, cache_params), cache_params, mixer, x)
         if fast.form is None:
             cache_params.update_recurrent_state(state, mixer.layer_idx)
         else:
@@ -204,15 +210,18 @@ def _layer(mixer: nn.Module, cache: Any) -> Any:
     return layer if isinstance(getattr(layer, "has_previous_state", None), dict) else None
 
 
-def _keep_window(layer: Any, cache: Any, mixer: nn.Module, x: torch.Tensor, on_gpu: bool) -> None:
-    """Let the cache hold the last inputs x (B, L, D) of the convolution; on a GPU one more token is one kernel."""
-    width, window = mixer.conv_kernel_size, layer.conv_states[0]
-    one_more = x.shape[1] == 1 and layer.has_previous_state[0] and not layer.record_past
-    if on_gpu and one_more and window.shape[-1] == width and window.is_contiguous() and not needs_gradients([x]):
-        from ssmc.runtime.scan.gpu.step import shift_window  # imports triton, which is there
+def _moves_on(layer: Any, mixer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a GPU's kernel convolves x (B, L, D) behind the cached window, and moves that on by it, in one."""
+    if layer is None or x.shape[1] != 1 or not layer.has_previous_state[0] or layer.record_past:
+        return False
+    window = layer.conv_states[0]
+    fits = window.shape[-1] == mixer.conv_kernel_size and window.is_contiguous()
+    return fits and takes_window(mixer) and not needs_gradients([x])
 
-        shift_window(window, x)
-        return
+
+def _keep_window(layer: Any, cache: Any, mixer: nn.Module, x: torch.Tensor) -> None:
+    """Let the cache hold the last inputs x (B, L, D) of the convolution."""
+    width = mixer.conv_kernel_size
     last = x if layer.record_past else x[:, -width:]
     cache.update_conv_state(last.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ssmc.runtime.later import F, torch
@@ -24,6 +24,12 @@ class _Sequences:
     C: torch.Tensor
     D: torch.Tensor
     z: torch.Tensor | None = None
+
+    A_log: torch.Tensor | None = field(default=None, kw_only=True)
+
+    def with_rates(self: _Inputs) -> _Inputs:
+        """The same inputs with A where there was A_log."""
+        return self if self.A_log is None else replace(self, A=decay_rates(self.A_log), A_log=None)
 
     @property
     def batch(self) -> int:
@@ -66,12 +72,15 @@ class ScanInputs(_Sequences):
         D: (D,) skip connection.
         z: (B, L, D) gate before silu; None: the output is not gated.
         dt_bias: (D,); if given, dt is before bias and softplus, which kernels for a GPU fuse.
+        A_log: (D, N) of any dtype; if given, A is only of that shape, and a GPU's kernel of one token computes it.
     """
 
     dt_bias: torch.Tensor | None = None
 
     def with_time_steps(self) -> ScanInputs:
-        """The same inputs with bias and softplus applied to dt, in float32, as the models do it."""
+        """The same inputs with bias and softplus applied to dt, in float32, as the models do it, and A."""
+        if self.A_log is not None:
+            return self.with_rates().with_time_steps()
         if self.dt_bias is None:
             return self
         return replace(self, dt=F.softplus(self.dt.float() + self.dt_bias.float()), dt_bias=None)
@@ -111,13 +120,16 @@ class SsdInputs(_Sequences):
         z: (B, L, D) gate before silu. The scan does not apply it: it acts inside the gated norm that follows.
         dt_bias: (H,); if given, dt is before bias, softplus and limits, which kernels for a GPU fuse.
         dt_limit: between which numbers time steps are clamped, if `dt_bias` is given.
+        A_log: (H,), see `ScanInputs`.
     """
 
     dt_bias: torch.Tensor | None = None
     dt_limit: tuple[float, float] = (0.0, math.inf)
 
     def with_time_steps(self) -> SsdInputs:
-        """The same inputs with bias, softplus and limits applied to dt, in float32, as the models do it."""
+        """The same inputs with bias, softplus and limits applied to dt, in float32, as the models do it, and A."""
+        if self.A_log is not None:
+            return self.with_rates().with_time_steps()
         if self.dt_bias is None:
             return self
         dt = F.softplus(self.dt.float() + self.dt_bias.float())

@@ -49,6 +49,7 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the recurrence and read it out; as `gpu.selective_scan`."""
     scan, update = kernels()
+    inputs = inputs.with_rates()
     fused = inputs.dt_bias is not None
     bias = inputs.dt_bias.float() if fused else None
     dtype = inputs.u.dtype if fused else torch.promote_types(inputs.u.dtype, inputs.dt.dtype)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import ScanInputs, selective_scan
-from ssmc.runtime.scan.gpu import chunks, kernels, lanes
+from ssmc.runtime.scan.gpu import chunks, kernels, lanes, step
 x = torch.ones(1, 2, 4)
 inputs = ScanInputs(x, x, -torch.ones(4, 4), x, x, torch.ones(4))
 assert selective_scan(inputs)[0].shape == x.shape
@@ -24,7 +24,7 @@ try:
     selective_scan(inputs, backend="triton")
 except UsageError as error:
     print(error)
-HALF = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr")
+HALF = ("u_ptr", "dt_ptr", "z_ptr", "B_ptr", "C_ptr", "y_ptr", "x_ptr", "added_ptr", "window_ptr", "out_ptr")
 UNKNOWN = ("B_ptr", "C_ptr", "B_token", "C_token")  # slices of wider rows: no alignment but what the launcher finds
 def compiled(kernel, warps=1, **constants):
     names = kernel.arg_names
@@ -71,8 +71,10 @@ for ptx in (
 ones = dict(B_state=1, C_state=1)
 compiled(lanes.pack_kernel, 4, **runs, STATES=16, POSITIONS=128, **ones)
 whole = dict(BLOCK=64, SOFTPLUS=False)
-compiled(kernels.token_kernel, PARTS=(8, 4), STATES=12, WHOLE=False, GATED=False, **whole)
+compiled(kernels.token_kernel, PARTS=(8, 4), STATES=12, WHOLE=False, GATED=False, LOG_RATES=True, **whole)
 compiled(kernels.moments_kernel, PART=16, GATED=True, STARTED=True, **whole)
+compiled(step.conv_token_kernel, 4, WIDTH=4, BIASED=True, BLOCK=256)
+compiled(step.rms_norm_kernel, 2, ADDED=True, AS_WEIGHT=True, BLOCK=512)
 compiled(kernels.conv_kernel, WIDTH=4, TOKENS=16, BLOCK=128, BIASED=True, CONTINUES=True)
 """
 

@@ -42,14 +42,30 @@ def test_decay_rates_are_minus_the_exponential(dtype):
     torch.testing.assert_close(got.double(), -a_log.double().exp(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "sum_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize("as_weight", [True, False])
+def test_a_sum_and_its_norm_are_what_one_after_the_other_gives(dtype, sum_dtype, as_weight):
+    x, added, weight = normal(2, 3, 24).to(sum_dtype), normal(2, 3, 24, seed=1).to(dtype), normal(24, seed=2).to(dtype)
+    wanted = x + added
+    read = wanted.to(dtype) if as_weight else wanted
+    total, normed = step.add_and_norm(*(t.to(DEVICE) for t in (x, added, weight)), 1e-3, sum_dtype, as_weight)
+    assert torch.equal(total.cpu(), wanted)
+    after = step.rms_norm(read.to(DEVICE), weight.to(DEVICE), 1e-3)
+    torch.testing.assert_close(normed, after, rtol=2 * torch.finfo(dtype).eps, atol=0)  # the interpreter cuts bits off
+
+
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("batch", "channels", "width"), [(1, 5, 2), (3, 300, 4)])
-def test_a_window_moves_on_in_place(batch, channels, width):
+def test_one_more_input_is_convolved_and_its_window_moves_on(batch, channels, width, biased):
     window, wide = normal(batch, channels, width), normal(batch, 1, 2 * channels, seed=1)
+    taps, bias = normal(channels, 1, width, seed=2), normal(channels, seed=3) if biased else None
     x = wide[..., channels:]  # as in_proj puts it out
-    wanted = torch.cat([window[..., 1:], x.transpose(1, 2)], dim=-1)
-    given = window.to(DEVICE)
-    step.shift_window(given, wide.to(DEVICE)[..., channels:])
-    assert torch.equal(given.cpu(), wanted)
+    moved = torch.cat([window[..., 1:], x.transpose(1, 2)], dim=-1)
+    exact = (moved.double() * taps.squeeze(1).double()).sum(-1, keepdim=True) + (0 if bias is None else bias[:, None])
+    given, weights = window.to(DEVICE), (taps.to(DEVICE), None if bias is None else bias.to(DEVICE))
+    got = step.conv_token(wide.to(DEVICE)[..., channels:], given, *weights).cpu()
+    torch.testing.assert_close(got.double(), nn.functional.silu(exact).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    assert torch.equal(given.cpu(), moved)
 
 
 @torch.no_grad()
@@ -78,3 +94,22 @@ def test_a_norm_that_needs_gradients_has_them():
     assert x.grad.abs().sum() > 0
     assert isinstance(norm.weight.grad, torch.Tensor)
     assert isinstance(norm, nn.Module)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_token_more_takes_one_kernel_for_a_sum_and_its_norm(family, monkeypatch):
+    """Every block ends in it, so that of all norms the first alone is computed by itself."""
+    model = {"mamba": random_model, "mamba2": random_mamba2, **FAMILIES}[family]()
+    tokens, fast = random_tokens((2, 7)), use_fast_scan(copy.deepcopy(model).to(DEVICE), "triton")
+    ran = []
+    for name in ("add_and_norm", "rms_norm", "conv_token"):
+        own = getattr(step, name)
+        monkeypatch.setattr(step, name, lambda *given, name=name, own=own: ran.append(name) or own(*given))
+    wanted = model(tokens).logits
+    read = fast(tokens[:, :6].to(DEVICE), use_cache=True)
+    assert (ran.count("add_and_norm"), ran.count("rms_norm")) == (model.config.num_hidden_layers, 1)
+    got = fast(tokens[:, 6:].to(DEVICE), use_cache=True, cache_params=read.cache_params)
+    torch.testing.assert_close(got.logits.cpu(), wanted[:, 6:], rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    assert (ran.count("add_and_norm"), ran.count("rms_norm")) == (2 * model.config.num_hidden_layers, 2)
+    assert ran.count("conv_token") == model.config.num_hidden_layers

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ssmc.runtime.later import F, nn, torch
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last inputs of a convolution where a cache keeps them; whoever convolves one more moves them on by it.
+
+    Attributes:
+        kept: (B, D, d_conv) contiguous, overwritten.
+    """
+
+    kept: torch.Tensor
 
 
 class Convolution:
     """The part of a mixer before its scan."""
 
     def convolve(
-        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
+        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | Window | None = None, fused: bool = False
     ) -> torch.Tensor:
-        """The activated convolution of (B, L, D) behind `history` (B, d_conv - 1, D), in one kernel if `fused`."""
+        """The activated convolution of x (B, L, D), in one kernel if `fused`.
+
+        Args:
+            mixer: whose conv1d it is.
+            x: (B, L, D).
+            history: (B, d_conv - 1, D) the inputs before x; or a window, where `takes_window` and x is one token.
+            fused: use a GPU's kernels.
+        """
+        weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+        if isinstance(history, Window):
+            from ssmc.runtime.scan.gpu.step import conv_token  # imports triton, which a scan on a GPU has
+
+            return conv_token(x, history.kept, weight, bias)
         if is_wrapped(mixer.conv1d):  # an adapter: its weight alone is not what it computes
             return mixer.act(_by_module(mixer.conv1d, x, history))
-        weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
-        if fused and mixer.activation in ("silu", "swish"):
+        if fused and _has_kernel(mixer):
             from ssmc.runtime.scan.gpu import causal_conv_silu  # imports triton, which a scan on a GPU has
 
             return causal_conv_silu(x, weight, bias, history)
         return mixer.act(causal_conv(x, weight, bias, history))
+
+
+def takes_window(mixer: nn.Module) -> bool:
+    """Whether a GPU's kernels convolve one token of this mixer behind a window, and move that on."""
+    return _has_kernel(mixer) and not is_wrapped(mixer.conv1d)
+
+
+def _has_kernel(mixer: nn.Module) -> bool:
+    return mixer.activation in ("silu", "swish")
 
 
 def is_wrapped(module: nn.Module) -> bool:

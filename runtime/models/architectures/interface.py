@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ssmc.runtime.later import nn, torch
 from ssmc.runtime.models.architectures.capabilities import Capabilities, Otherwise
+from ssmc.runtime.models.architectures.convolution import Window
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.experts import Mixture
 from ssmc.runtime.models.architectures.plan import Cut, Plan
@@ -137,16 +138,16 @@ class Mixing(Protocol):
         """Apply in_proj: the convolution's input x, (B, L, ...), and what else `scan_inputs` needs of it."""
 
     def convolve(
-        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | None = None, fused: bool = False
+        self, mixer: nn.Module, x: torch.Tensor, history: torch.Tensor | Window | None = None, fused: bool = False
     ) -> torch.Tensor:
-        """The activated convolution of x; `history` holds the d_conv - 1 inputs before it."""
+        """The activated convolution of x; `history` holds the d_conv - 1 inputs before it, see `convolution`."""
 
     def scan_inputs(
         self,
         mixer: nn.Module,
         x: torch.Tensor,
         z: Any,
-        history: torch.Tensor | None = None,
+        history: torch.Tensor | Window | None = None,
         attention_mask: torch.Tensor | None = None,
         fused: bool = False,
     ) -> ScanInputs | SsdInputs:

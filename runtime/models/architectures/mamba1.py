@@ -9,7 +9,7 @@ from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.capabilities import Otherwise
-from ssmc.runtime.models.architectures.convolution import Convolution, is_wrapped
+from ssmc.runtime.models.architectures.convolution import Convolution, Window, is_wrapped
 from ssmc.runtime.models.architectures.dimensions import Dimensions
 from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, RANK, STATE, Plan
 from ssmc.runtime.models.architectures.surgery import PlannedSurgery, Sizes
@@ -88,7 +88,7 @@ class Mamba1(Convolution, PlannedSurgery):
         mixer: nn.Module,
         x: torch.Tensor,
         z: torch.Tensor,
-        history: torch.Tensor | None = None,
+        history: torch.Tensor | Window | None = None,
         attention_mask: torch.Tensor | None = None,
         fused: bool = False,
     ) -> ScanInputs:
@@ -98,9 +98,10 @@ class Mamba1(Convolution, PlannedSurgery):
             mixer: a MambaMixer.
             x: (B, L, D) the convolution's input.
             z: (B, L, D) the gate before silu.
-            history: (B, d_conv - 1, D) the inputs that came before x; None stands for zeros.
+            history: (B, d_conv - 1, D) the inputs that came before x, or see `convolve`; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
-            fused: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan.
+            fused: use a GPU's kernels: convolution and silu in one, bias and softplus of dt left to the scan, and
+                behind a window -exp(A_log) too.
         """
         u = self.convolve(mixer, x, history, fused)
         if attention_mask is not None:
@@ -108,7 +109,11 @@ class Mamba1(Convolution, PlannedSurgery):
         n, r = mixer.ssm_state_size, mixer.time_step_rank
         low_rank, B, C = self.after_x_proj(mixer, *mixer.x_proj(u).split([r, n, n], dim=-1))
         dt, bias = self.time_step(mixer, low_rank, fused)
-        return ScanInputs(u=u, dt=dt, A=decay_rates(mixer.A_log, fused), B=B, C=C, D=mixer.D, z=z, dt_bias=bias)
+        one_more = isinstance(history, Window)  # for which a kernel of its own is longer than all it does
+        A = mixer.A_log if one_more else decay_rates(mixer.A_log, fused)
+        return ScanInputs(
+            u=u, dt=dt, A=A, B=B, C=C, D=mixer.D, z=z, dt_bias=bias, A_log=mixer.A_log if one_more else None
+        )
 
     def time_step(
         self, mixer: nn.Module, low_rank: torch.Tensor, fused: bool

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.capabilities import Otherwise
-from ssmc.runtime.models.architectures.convolution import Convolution
+from ssmc.runtime.models.architectures.convolution import Convolution, Window
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
 from ssmc.runtime.models.architectures.interface import Readers
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE, Plan, Selection
@@ -118,7 +118,7 @@ class Mamba2(Convolution, PlannedSurgery):
         mixer: nn.Module,
         x: torch.Tensor,
         z: tuple[torch.Tensor, torch.Tensor],
-        history: torch.Tensor | None = None,
+        history: torch.Tensor | Window | None = None,
         attention_mask: torch.Tensor | None = None,
         fused: bool = False,
     ) -> SsdInputs:
@@ -128,9 +128,10 @@ class Mamba2(Convolution, PlannedSurgery):
             mixer: a Mamba2Mixer.
             x: (B, L, D + 2 G N) the convolution's input.
             z: the gate before silu and dt before its bias, as `expand` returns them.
-            history: (B, d_conv - 1, D + 2 G N) the inputs that came before x; None stands for zeros.
+            history: (B, d_conv - 1, D + 2 G N) the inputs that came before x, or see `convolve`; None stands for zeros.
             attention_mask: (B, L), 0 at padding: padded positions drive no state (as in transformers).
-            fused: use a GPU's kernels: convolution and silu in one, bias, softplus and limits of dt left to the scan.
+            fused: use a GPU's kernels: convolution and silu in one, bias, softplus and limits of dt left to the scan,
+                and behind a window -exp(A_log) too.
         """
         gate, dt = z
         u = self.convolve(mixer, x, history, fused)
@@ -138,16 +139,18 @@ class Mamba2(Convolution, PlannedSurgery):
             u = u * attention_mask[:, :, None].to(u.dtype)
         n, g = mixer.ssm_state_size, mixer.n_groups
         u, B, C = u.split([mixer.intermediate_size, g * n, g * n], dim=-1)
+        one_more = isinstance(history, Window)
         inputs = SsdInputs(
             u=u,
             dt=dt,
-            A=decay_rates(mixer.A_log, fused),
+            A=mixer.A_log if one_more else decay_rates(mixer.A_log, fused),
             B=B.unflatten(2, (g, n)),
             C=C.unflatten(2, (g, n)),
             D=mixer.D,
             z=gate,
             dt_bias=mixer.dt_bias,
             dt_limit=mixer.time_step_limit,
+            A_log=mixer.A_log if one_more else None,
         )
         return inputs if fused else inputs.with_time_steps()
 

@@ -57,6 +57,7 @@ def selective_scan(
     with torch.cuda.device_of(inputs.u):
         if state is not None and inputs.length == 1 and plan is None and not grad:
             return scan_token(inputs, state, in_place)
+        inputs = inputs.with_rates()
         if grad:
             return backward.selective_scan(inputs, state)
         return run(inputs, state, plan)
@@ -66,6 +67,7 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Chu
     """All hidden states; as `reference.scan_states`, without gradients, for tensors of a GPU."""
     if not inputs.u.numel():
         return reference.scan_states(inputs.with_time_steps(), state)
+    inputs = inputs.with_rates()
     with torch.cuda.device_of(inputs.u):
         if plan is None:
             channels = inputs.batch * inputs.d_inner
@@ -76,4 +78,4 @@ def scan_states(inputs: ScanInputs, state: torch.Tensor | None = None, plan: Chu
 def scan_moments(inputs: ScanInputs, state: torch.Tensor | None = None) -> Moments:
     """Sums over all states; as `moments_of_states`, without gradients, for tensors of a GPU."""
     with torch.cuda.device_of(inputs.u):
-        return moments.scan_moments(inputs, state)
+        return moments.scan_moments(inputs.with_rates(), state)

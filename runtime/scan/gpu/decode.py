@@ -32,7 +32,7 @@ def scan_token(inputs: ScanInputs, state: torch.Tensor, in_place: bool = False) 
     z = u if inputs.z is None else rows(inputs.z)
     kernels.token_kernel[triton.cdiv(inputs.d_inner, BLOCK), inputs.batch](
         *(u, u.stride(0), dt, dt.stride(0), z, z.stride(0), B, B.stride(0), C, C.stride(0)),
-        inputs.A.contiguous(),
+        (inputs.A if inputs.A_log is None else inputs.A_log).contiguous(),
         dt if inputs.dt_bias is None else inputs.dt_bias.contiguous(),
         inputs.D.contiguous(),
         *(before, after, y, inputs.d_inner),
@@ -42,6 +42,7 @@ def scan_token(inputs: ScanInputs, state: torch.Tensor, in_place: bool = False) 
         WHOLE=inputs.d_inner % BLOCK == 0,
         SOFTPLUS=inputs.dt_bias is not None,
         GATED=inputs.z is not None,
+        LOG_RATES=inputs.A_log is not None,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

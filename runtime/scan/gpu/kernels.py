@@ -135,6 +135,15 @@ def time_step(raw, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def rates_of(logs, PARTS: tl.constexpr):
+    """A = -e^A_log of a tuple of tiles."""
+    rates = ()
+    for i in tl.static_range(len(PARTS)):
+        rates = rates + (-tl.exp(logs[i].to(tl.float32)),)
+    return rates
+
+
+@triton.jit
 def advance(h, rates, step, drive, B, PARTS: tl.constexpr):
     """The states one token later: h_t = 2^(dt rate) h_{t-1} + dt u B_t, with rate = A log2(e)."""
     after = ()
@@ -178,11 +187,12 @@ def token_kernel(
     WHOLE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
+    LOG_RATES: tl.constexpr,
 ):
     """One token: `after` (B, D, N) from `before`, which may be the same memory, and the output `y` (B, D).
 
     Grid (blocks of channels, sequences). The states of a channel lie together, so lanes run over both: moving the state
-    is all the time this takes, and no lane moves padding.
+    is all the time this takes, and no lane moves padding. With LOG_RATES `A` is A_log.
     """
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
@@ -191,6 +201,8 @@ def token_kernel(
     step = time_step(load_row(dt_ptr + row * dt_batch, d, channels, WHOLE), bias, SOFTPLUS)
     B, C = load_vectors(B_ptr + row * B_batch, PARTS), load_vectors(C_ptr + row * C_batch, PARTS)
     rates = load_tiles(A_ptr, d, channels, 1, STATES, PARTS, WHOLE)
+    if LOG_RATES:
+        rates = rates_of(rates, PARTS)
     h = load_tiles(before_ptr + row * channels * STATES, d, channels, 1, STATES, PARTS, WHOLE)
     h = advance(h, rates, step * LOG2_E, step * u, B, PARTS)
     store_tiles(after_ptr + row * channels * STATES, d, channels, 1, STATES, h, PARTS, WHOLE)

@@ -30,14 +30,14 @@ def ssd_scan(
     if not inputs.u.numel() or not inputs.d_state:  # an empty grid cannot be launched
         return plain.ssd_scan(inputs.with_time_steps(), state)
     if needs_gradients([t for t in (*vars(inputs).values(), state) if isinstance(t, torch.Tensor)]):
-        return backward.ssd_scan(inputs, state)
+        return backward.ssd_scan(inputs.with_rates(), state)
     with torch.cuda.device_of(inputs.u):
         if state is not None and inputs.length == 1 and plan is None:
             return scan_token(inputs, state, in_place)
-        return prefill.scan(inputs, state, plan)
+        return prefill.scan(inputs.with_rates(), state, plan)
 
 
 def ssd_moments(inputs: SsdInputs, gain: torch.Tensor, state: torch.Tensor | None = None) -> SsdMoments:
     """Sums over all states of one group of heads, without gradients, for tensors of a GPU; see `scan.ssd_moments`."""
     with torch.cuda.device_of(inputs.u):
-        return moments.ssd_moments(inputs, gain, state)
+        return moments.ssd_moments(inputs.with_rates(), gain, state)

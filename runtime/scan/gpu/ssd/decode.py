@@ -31,7 +31,7 @@ def scan_token(inputs: SsdInputs, state: torch.Tensor, in_place: bool = False) -
     part = triton.next_power_of_2(inputs.d_state)
     warps = 1 if before.numel() <= SMALL else 4
     block = max(1, min(triton.next_power_of_2(inputs.head_dim), 32 * warps * LOADS // part))
-    A = inputs.A.float().contiguous()
+    A = inputs.A.float().contiguous() if inputs.A_log is None else inputs.A_log.contiguous()
     low, high = inputs.dt_limit
     kernels.token_kernel[triton.cdiv(inputs.head_dim, block), inputs.heads, inputs.batch](
         *(u, u.stride(0), dt, dt.stride(0), B, B.stride(0), B.stride(2), C, C.stride(0), C.stride(2)),
@@ -42,6 +42,7 @@ def scan_token(inputs: SsdInputs, state: torch.Tensor, in_place: bool = False) -
         BLOCK=block,
         SOFTPLUS=inputs.dt_bias is not None,
         LIMITED=inputs.is_limited,
+        LOG_RATES=inputs.A_log is not None,
         num_warps=warps,
     )
     return y, after

@@ -430,10 +430,11 @@ def token_kernel(
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr,
+    LOG_RATES: tl.constexpr,
 ):
     """One token: h = exp(dt A) h + dt u B', y = h C + D u. Grid (blocks of P, H, sequences); PART holds all of N.
 
-    `before` and `after` (B, H, P, N) float32 lie together and may be the same; `y` (B, D).
+    `before` and `after` (B, H, P, N) float32 lie together and may be the same; `y` (B, D). With LOG_RATES `A` is A_log.
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -449,7 +450,10 @@ def token_kernel(
         step = softplus(step + tl.load(bias_ptr + head).to(tl.float32))
     if LIMITED:
         step = tl.minimum(tl.maximum(step, low), high)
-    h = tl.exp2(step * tl.load(A_ptr + head) * LOG2_E) * h + (step * u)[:, None] * B[None, :]
+    rate = tl.load(A_ptr + head).to(tl.float32)
+    if LOG_RATES:
+        rate = -tl.exp(rate)
+    h = tl.exp2(step * rate * LOG2_E) * h + (step * u)[:, None] * B[None, :]
     y = tl.sum(h * C[None, :], axis=1) + tl.load(D_ptr + head).to(tl.float32) * u
     store_state(after_ptr + at, p, head_dim, 0, states, h, PART)
     y_at = (row * heads + head) * head_dim + p
