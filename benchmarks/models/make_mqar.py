@@ -43,8 +43,8 @@ def new_model(kind: str, seed: int) -> nn.Module:
     query finds the place behind its key more alike than others. From transformers' own initial weights it answered a
     third of the questions after 1,160 steps; from these, most after 420. In the Mamba-1 the two halves of the channels
     start with the same features, one half of the token, the other of the token before; C reads from the first as B
-    writes from the second. Without these halves it did not solve the task within 3,000 steps; with them, most within 200.
-    Linear maps are drawn by their fan-in.
+    writes from the second. Without these halves it did not solve the task within 3,000 steps; with them, most within
+    200. Linear maps are drawn by their fan-in.
 
     Args:
         kind: "mamba" (16 states) or "mamba2" (32 states, 8 heads).
