@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ssmc.runtime.models.fast import use_fast_scan
-from ssmc.runtime.models.generation import TorchSession
+from ssmc.runtime.models.generation import TorchSession, stream_tokens
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, capture, record
+from ssmc.runtime.models.generation.sampling import Sampling
 from tests.support.gpu import HAS_CUDA, needs_cuda
 from tests.support.models import random_model, random_tokens
 
@@ -39,6 +40,42 @@ def test_recorded_steps_go_on_from_whatever_was_read(where):
                 got, wanted = session.step(tokens[:, position]), launched.step(tokens[:, position])
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert [len(step.states()[0]) for step in recorded] == [2, 3]  # each number of sequences once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)])
+def test_tokens_chosen_in_a_recorded_step_are_those_chosen_after_it(where, sampling):
+    """Whole sequences, others and longer ones behind them, and steps of a session in between."""
+    recorded = []
+
+    def recorder(step, device):
+        recorded.append(step)
+        return record(step, device) if where == "cuda" else step.run
+
+    model = use_fast_scan(random_model()).to(where)
+    session, launched = TorchSession(model, recorder), TorchSession(model, refuse)
+    for prompts in ([[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 1]], [[1, 2, 3]]):
+        got, wanted = (list(stream_tokens(each, prompts, sampling, 70)) for each in (session, launched))
+        assert got == wanted
+        tokens = torch.tensor(prompts)
+        for both in (session, launched):
+            both.reset()
+            both.prefill(tokens)
+        got, wanted = session.step(tokens[:, 0]), launched.step(tokens[:, 0])
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert len(recorded) == 4  # two numbers of sequences, with a choice and without
+
+
+def test_a_recorded_step_reads_what_it_chose_without_being_told():
+    recorded = []
+    session = TorchSession(use_fast_scan(random_model()), lambda step, device: recorded.append(step) or step.run)
+    rows = stream_tokens(session, [[1, 2, 3]], max_new_tokens=5)
+    first = [next(rows) for _ in range(3)]
+    (step,) = recorded
+    ahead = step._tokens.item()
+    assert next(rows) == [ahead]  # launched before it was asked for
+    assert len(first) == 3
 
 
 def test_a_step_that_cannot_be_recorded_leaves_the_states_as_they_were():

@@ -1,12 +1,17 @@
-"""One step of decoding as a CUDA graph: at small batches, launching its kernels takes longer than running them."""
+"""One step of decoding as a CUDA graph: at small batches, launching its kernels takes longer than running them.
+
+The choice of the token is part of the step, so that the next one need not wait for the host to know it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from ssmc.runtime.models.generation.sampling import Chooser, Sampling
 
 WARM_UPS = 3
 TOLERANCE = 1e-2  # of the largest logit: a recorded step runs the same kernels
@@ -40,12 +45,14 @@ def states_of(cache: Any) -> list[torch.Tensor]:
 class RecordedStep:
     """A decoding step of one number of sequences, for any of them: its states are overwritten with theirs.
 
+    With a way to choose, the tokens it chooses are those that the next one reads, without going through the host.
+
     Attributes:
         cache: transformers' cache that the step reads and changes.
         overtaken: whether something else may have changed the cache since the last step; whoever does must say so.
     """
 
-    def __init__(self, model: nn.Module, cache: Any, batch: int, record: Recorder):
+    def __init__(self, model: nn.Module, cache: Any, batch: int, record: Recorder, sampling: Sampling | None = None):
         """Record it.
 
         Args:
@@ -53,6 +60,7 @@ class RecordedStep:
             cache: after a prompt; it belongs to the step from now on, with the states it has.
             batch: sequences in the cache.
             record: makes the replay.
+            sampling: how it chooses; None: it does not. The seed does not matter.
 
         Raises:
             NotRecordable: as `record` says.
@@ -62,17 +70,22 @@ class RecordedStep:
         self.overtaken = False
         self._model = model
         self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._sampling = sampling
+        self._numbers = None if sampling is None or sampling.greedy else torch.zeros(batch, device=device)
         self._states = states_of(cache)
         self._replay = record(self, device)
 
     def states(self) -> list[torch.Tensor]:
         """The tensors that a step changes."""
-        return states_of(self.cache)
+        return [*states_of(self.cache), *([self._tokens] if self._sampling is not None else [])]
 
     def run(self) -> torch.Tensor:
         """One step as it is recorded, (B, V) float32."""
         output = self._model(self._tokens, cache_params=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].float()
+        logits = output.logits[:, -1].float()
+        if self._sampling is not None:
+            self._tokens.copy_(self._sampling.choose(logits, self._numbers)[:, None])
+        return logits
 
     def __call__(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         """Read tokens (B, 1) after what `cache` holds; from then on `self.cache` is what holds it.
@@ -80,10 +93,44 @@ class RecordedStep:
         Returns:
             Logits (B, V) in a buffer that the next call overwrites.
         """
+        self._begin(tokens, cache)
+        return self._replay()
+
+    @torch.inference_mode()
+    def write(self, tokens: torch.Tensor, cache: Any, chooser: Chooser, count: int) -> Iterator[torch.Tensor]:
+        """The `count` tokens that follow after tokens (B, 1), (B,) each on the CPU, chosen as was recorded.
+
+        A step is launched before the tokens of the one before it are waited for. So where nobody asks for the rest, the
+        cache is one token further than what was given.
+        """
+        self._begin(tokens, cache)
+        on_gpu = self._tokens.is_cuda
+        kept = [torch.empty(len(tokens), dtype=torch.long, pin_memory=on_gpu) for _ in range(2)]
+        arrived = [torch.cuda.Event() if on_gpu else None for _ in range(2)]
+
+        def launch(number: int) -> None:
+            numbers = chooser.numbers(self._tokens.device)
+            if self._numbers is not None and numbers is not None:
+                self._numbers.copy_(numbers)
+            self._replay()
+            kept[number % 2].copy_(self._tokens[:, 0], non_blocking=True)
+            if (event := arrived[number % 2]) is not None:
+                event.record()
+
+        for number in range(count):
+            if not number:
+                launch(0)
+            if number + 1 < count:
+                launch(number + 1)
+            if (event := arrived[number % 2]) is not None:
+                event.synchronize()
+            yield kept[number % 2].clone()
+
+    def _begin(self, tokens: torch.Tensor, cache: Any) -> None:
+        """Put what a step reads where it reads it."""
         if cache is not self.cache or self.overtaken:
             self._take(cache)
         self._tokens.copy_(tokens)
-        return self._replay()
 
     def _take(self, cache: Any) -> None:
         """Copy the states of a cache to where the graph reads them, and let the step's own cache hold them there."""

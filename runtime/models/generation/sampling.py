@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ssmc.runtime.errors import UsageError
 
-Choose = Callable[[torch.Tensor], torch.Tensor]
-"""From logits (B, V), wherever they are, to tokens (B,) on the CPU."""
+DRAWN_TOGETHER = 64
+"""Random numbers of a sequence that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,23 @@ class Sampling:
         """Whether the likeliest token is taken."""
         return self.temperature == 0 or (self.temperature, self.top_k, self.top_p) == (None, None, None)
 
-    def chooser(self, batch: int) -> Choose:
-        """A function that chooses the next tokens of `batch` sequences, with generators of its own."""
-        if self.greedy:
-            return lambda logits: logits.argmax(dim=-1).cpu()
-        warpers = self._warpers()
-        generators = [torch.Generator().manual_seed(self.seed + row) for row in range(batch)]
+    def chooser(self, batch: int) -> Chooser:
+        """What chooses the next tokens of `batch` sequences, with generators of its own."""
+        return Chooser(self, batch)
 
-        def draw(logits: torch.Tensor) -> torch.Tensor:
-            probabilities = warpers(None, logits.float()).softmax(dim=-1).cpu()  # (B, V)
-            rows = zip(probabilities, generators, strict=True)
-            return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    def choose(self, logits: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
+        """Tokens (B,) of logits (B, V), where these are and without waiting for them, so that a GPU can record it.
 
-        return draw
+        Args:
+            logits: of the next tokens.
+            numbers: (B,) from 0 to below 1, for each sequence; None where nothing is drawn. A token is drawn by the
+                inverse of the distribution function.
+        """
+        if numbers is None:
+            return logits.argmax(dim=-1)
+        probabilities = self._warpers()(None, logits.float()).softmax(dim=-1)
+        upto = probabilities.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
+        return torch.searchsorted(upto, numbers.double()[:, None] * upto[:, -1:], right=True)[:, 0]
 
     def _warpers(self) -> LogitsProcessorList:
         """transformers' own, in the order in which `model.generate` applies them."""
@@ -70,3 +73,34 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers
+
+
+class Chooser:
+    """Chooses the next tokens of B sequences, one after the other.
+
+    Attributes:
+        sampling: how.
+    """
+
+    def __init__(self, sampling: Sampling, batch: int):
+        self.sampling = sampling
+        self._generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(batch)]
+        self._drawn, self._left = torch.empty(batch, 0), 0
+
+    def numbers(self, device: torch.device) -> torch.Tensor | None:
+        """What the next choice takes, (B,) float32; None if that is greedy.
+
+        The generators are the CPU's, so that a seed draws the same numbers everywhere.
+        """
+        if self.sampling.greedy:
+            return None
+        if not self._left:
+            self._left = DRAWN_TOGETHER
+            rows = [torch.rand(self._left, generator=generator) for generator in self._generators]
+            self._drawn = torch.stack(rows).to(device)
+        self._left -= 1
+        return self._drawn[:, -1 - self._left]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """From logits (B, V), wherever they are, to tokens (B,) on the CPU."""
+        return self.sampling.choose(logits, self.numbers(logits.device)).cpu()

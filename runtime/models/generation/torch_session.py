@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, RecordedStep, Recorder, record
+from ssmc.runtime.models.generation.sampling import Chooser, Sampling
 from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask
 
 ATTENDED = "past_key_values"
@@ -23,7 +25,10 @@ def cache_name(model: nn.Module) -> str:
 
 
 MOST_RECORDED = 4
-"""Numbers of sequences whose recorded steps are kept, each with states of its own."""
+"""Numbers of sequences and ways to choose whose recorded steps are kept, each with states of its own."""
+
+
+_Kind: TypeAlias = tuple[int, Sampling | None]  # the number of sequences, and how a step chooses, if it does
 
 
 class TorchSession:
@@ -47,7 +52,7 @@ class TorchSession:
         self._cache: Any = None
         self._batch: int | None = None
         self._recorder = recorder
-        self._recorded: dict[int, RecordedStep | None] = {}  # by the number of sequences; None: it cannot be
+        self._recorded: dict[_Kind, RecordedStep | None] = {}  # None: it cannot be
 
     @property
     def device(self) -> torch.device:
@@ -74,22 +79,48 @@ class TorchSession:
         step = self._recorded_step(len(tokens))
         if step is None:
             return self._run(tokens, None)
-        logits, self._cache = step(tokens, self._cache), step.cache
+        logits = step(tokens, self._cache)
+        self._hold(step)
         return logits
 
-    def _recorded_step(self, batch: int) -> RecordedStep | None:
+    def write(self, tokens: torch.Tensor, chooser: Chooser, count: int) -> Iterator[torch.Tensor]:
+        """The next `count` tokens of every sequence behind tokens (B,), (B,) each, as steps and choices give them.
+
+        Where steps are recorded, the choice is made in them. Then the session has read one token more than was given
+        if the rest is not asked for.
+        """
+        tokens = as_tokens(tokens.view(-1, 1), self.vocab_size)
+        check_batch(tokens, self._batch)
+        step = self._recorded_step(len(tokens), replace(chooser.sampling, seed=0)) if count else None
+        if step is not None:
+            written = step.write(tokens, self._cache, chooser, count)
+            self._hold(step)
+            yield from written
+            return
+        for _ in range(count):
+            tokens = chooser(self.step(tokens))
+            yield tokens
+
+    def _hold(self, step: RecordedStep) -> None:
+        """Go on with the states of a step; those of all others are behind from now on."""
+        self._cache = step.cache
+        for other in filter(None, self._recorded.values()):
+            other.overtaken |= other is not step
+
+    def _recorded_step(self, batch: int, sampling: Sampling | None = None) -> RecordedStep | None:
         """What replays a step of so many sequences, recorded now if it was not before; None where that cannot be."""
         recorder = self._recorder or (record if self.device.type == "cuda" else None)
         if recorder is None or self._cache is None or self._cache_name == ATTENDED:
             return None
-        if batch not in self._recorded:
+        kind = (batch, sampling)
+        if kind not in self._recorded:
             if len(self._recorded) == MOST_RECORDED:
                 del self._recorded[next(iter(self._recorded))]
             try:
-                self._recorded[batch] = RecordedStep(self.model, self._cache, batch, recorder)
+                self._recorded[kind] = RecordedStep(self.model, self._cache, batch, recorder, sampling)
             except NotRecordable:
-                self._recorded[batch] = None
-        return self._recorded[batch]
+                self._recorded[kind] = None
+        return self._recorded[kind]
 
     @torch.inference_mode()
     def _run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.generation.detokenise import StopFilter, TextStream
 from ssmc.runtime.models.generation.opening import LoadedSession, open_session, require_tokenizer
-from ssmc.runtime.models.generation.sampling import Sampling
+from ssmc.runtime.models.generation.sampling import Chooser, Sampling
 from ssmc.runtime.models.generation.session import Session, as_tokens, pad_left
+from ssmc.runtime.models.generation.torch_session import TorchSession
 
 MAX_NEW_TOKENS = 128
 
@@ -56,17 +57,26 @@ def _stream(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
 ) -> Iterator[list[int | None]]:
-    choose = sampling.chooser(len(prompts))
     stops = torch.tensor(list(stop_tokens), dtype=torch.long)
     session.reset()
-    ended, tokens = torch.zeros(len(prompts), dtype=torch.bool), None
-    for _ in range(max_new_tokens):
-        logits = session.prefill(*pad_left(prompts)) if tokens is None else session.step(tokens)  # (B, V)
-        tokens = choose(logits)  # (B,)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for tokens in _chosen(session, prompts, sampling.chooser(len(prompts)), max_new_tokens):  # (B,)
         ended |= torch.isin(tokens, stops)
         if ended.all():
             return
         yield [None if over else token for token, over in zip(tokens.tolist(), ended.tolist(), strict=True)]
+
+
+def _chosen(session: Session, prompts: Sequence[Sequence[int]], choose: Chooser, most: int) -> Iterator[torch.Tensor]:
+    """The next tokens of every sequence, (B,) each."""
+    tokens = choose(session.prefill(*pad_left(prompts)))
+    yield tokens
+    if isinstance(session, TorchSession):  # a GPU need not wait for a choice of its own
+        yield from session.write(tokens, choose, most - 1)
+        return
+    for _ in range(most - 1):
+        tokens = choose(session.step(tokens))
+        yield tokens
 
 
 class Generation:
