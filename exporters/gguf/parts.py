@@ -66,11 +66,11 @@ def convolution(tensors: Tensors, prefix: str, block: str) -> Entries:
     yield Entry(f"{block}.ssm_conv1d.bias", torch.zeros(len(weight)) if bias is None else bias)
 
 
-def mamba1_mixer(tensors: Tensors, prefix: str, block: str) -> Entries:
-    """A Mamba-1 mixer, with norms on dt, B and C where there are some."""
+def mamba1_mixer(tensors: Tensors, prefix: str, block: str, selection: float = 1.0) -> Entries:
+    """A Mamba-1 mixer, with norms on dt, B and C where there are some; `selection` is a factor of x_proj."""
     yield from linear(tensors, prefix + "in_proj", f"{block}.ssm_in")
     yield from convolution(tensors, prefix, block)
-    yield from linear(tensors, prefix + "x_proj", f"{block}.ssm_x")
+    yield from linear(tensors, prefix + "x_proj", f"{block}.ssm_x", selection)
     for name in ("dt", "b", "c"):
         yield from plain(tensors, f"{prefix}{name}_layernorm.weight", f"{block}.ssm_{name}_norm.weight")
     yield Entry(f"{block}.ssm_dt.weight", tensors[prefix + "dt_proj.weight"])

@@ -27,7 +27,7 @@ MODELS = {
     "mamba": lambda: random_model(**SIZES),
     "mamba, head of its own": lambda: random_model(tie_word_embeddings=False, use_conv_bias=False, **SIZES),
     "mamba2": lambda: random_mamba2(**SIZES),
-    "falcon_mamba": lambda: falcon_mamba(mixer_rms_eps=1e-5, **SIZES),
+    "falcon_mamba": lambda: falcon_mamba(layer_norm_epsilon=1e-2, mixer_rms_eps=1e-3, **SIZES),
     "jamba": lambda: jamba(**SIZES),
     "granite": lambda: granite(**SIZES),
     "granite, no positions, no experts": lambda: granite(

@@ -1,4 +1,4 @@
-"""Hybrids as ONNX graphs beside stock transformers: Mamba-2 mixers, attention with a growing cache, MLPs."""
+"""Hybrids and Falcon-Mamba as ONNX graphs beside stock transformers: mixers, attention with a growing cache, MLPs."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation import TorchSession, generate_batch, load_onnx_export, open_session
 from ssmc.runtime.text import read_texts
 from ssmc.runtime.tiny import heldout_path
-from tests.support.families import bamba, falcon_h1, granite, jamba, nemotron_h, zamba2
+from tests.support.families import bamba, falcon_h1, falcon_mamba, granite, jamba, nemotron_h, zamba2
 
 KINDS = ["linear_attention", "mlp", "full_attention", "linear_attention"]
 LENGTH = 25
@@ -27,6 +27,7 @@ MODELS = {
     "nemotron_h-experts": lambda: nemotron_h(time_step_min=1e-9),
     "zamba2": lambda: zamba2(time_step_min=1e-9),
     "jamba": jamba,
+    "falcon_mamba": lambda: falcon_mamba(layer_norm_epsilon=1e-2, mixer_rms_eps=1e-3),
     "granite-experts": granite,
     "bamba": bamba,
     "granite": lambda: granite(num_local_experts=0),
@@ -76,13 +77,15 @@ def test_any_pieces_are_what_stock_transformers_computes(case, pieces):
 def test_what_stock_transformers_reads_token_by_token(case):
     """Its own cache, not only its own whole prompt."""
     model, tokens, _, session = case
+    hybrid = model.config.model_type != "falcon_mamba"
     states, cache = fresh_states(session, len(tokens)), None
     for at in range(5):
+        # as its own generate does: by itself it asks the first layer how far it is, which may have no cache
+        where = {"position_ids": torch.full((3, 1), at), "attention_mask": torch.ones(3, at + 1, dtype=torch.long)}
+        where = {"past_key_values": cache, **where} if hybrid else {"cache_params": cache}
         with torch.no_grad():
-            # as its own generate does: by itself it asks the first layer how far it is, which may have no cache
-            where = {"position_ids": torch.full((3, 1), at), "attention_mask": torch.ones(3, at + 1, dtype=torch.long)}
-            out = model(torch.from_numpy(tokens[:, at : at + 1]), past_key_values=cache, use_cache=True, **where)
-        cache = out.past_key_values
+            out = model(torch.from_numpy(tokens[:, at : at + 1]), use_cache=True, **where)
+        cache = out.past_key_values if hybrid else out.cache_params
         logits, states = run(session, tokens[:, at : at + 1], states)
         close(logits, out.logits.numpy())
 

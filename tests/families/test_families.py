@@ -218,8 +218,7 @@ def test_inspect_says_what_a_family_is_not_for(family, folder, capsys, tmp_path)
     lacks = json.loads(file.read_text())["not_for_this_family"]
     assert ("--format gguf" in lacks) == (family == "zamba2")  # llama.cpp has no layout of it
     expected = {"--format mamba-ssm", *limits(architecture_for(family))}
-    assert expected == {*lacks} - {"--format sparse24", "--format gguf", "--format onnx"}
-    assert ("--format onnx" in lacks) == (family == "falcon_mamba")
+    assert expected == {*lacks} - {"--format sparse24", "--format gguf"}
     assert f"Not for {family}" in done.words
     for option in limits(architecture_for(family)):
         assert option.split(",")[0] in done.words

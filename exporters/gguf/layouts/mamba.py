@@ -23,10 +23,10 @@ def keys(config: Any, sizes: Any) -> parts.Keys:
     return parts.general(sizes, config.layer_norm_epsilon) | mixer | own
 
 
-def entries(config: Any, sizes: Any, tensors: parts.Tensors) -> parts.Entries:
-    """All tensors."""
+def entries(config: Any, sizes: Any, tensors: parts.Tensors, selection: float = 1.0) -> parts.Entries:
+    """All tensors; `selection` is a factor of x_proj."""
     yield from parts.outside(tensors, "backbone.embeddings.weight", "backbone.norm_f.weight")
     for layer in range(sizes.n_layer):
         name, block = f"backbone.layers.{layer}.", f"blk.{layer}"
         yield parts.Entry(f"{block}.attn_norm.weight", tensors[name + "norm.weight"])
-        yield from parts.mamba1_mixer(tensors, name + "mixer.", block)
+        yield from parts.mamba1_mixer(tensors, name + "mixer.", block, selection)

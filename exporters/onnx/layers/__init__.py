@@ -24,7 +24,7 @@ class GraphLayer(Protocol):
     def sizes(self, config: Any, tensors: Mapping[str, Any], layer: int) -> dict[str, int]:
         """The sizes of a layer, read from its own tensors."""
 
-    def states(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    def states(self, sizes: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
         """The states of a layer of these sizes, without the batch, by name."""
 
     def mixer(self, op: Any, layer: Any, hidden: Any) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ from ssmc.exporters.onnx.ops.padding import Tokens
 from ssmc.exporters.onnx.ops.parts import Layer, convolve, convolve_one, one_or_many, silu, softplus, subgraph, typed
 from ssmc.exporters.onnx.ops.weights import Weights
 
-TARGETS = (PORTABLE, GENAI)
+TARGETS: tuple[str, ...] = (PORTABLE, GENAI)
 
 
 def sizes(config: Any, tensors: Mapping[str, torch.Tensor], layer: int) -> dict[str, int]:

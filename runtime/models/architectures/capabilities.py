@@ -11,8 +11,6 @@ BLOCK = "block"
 
 WITHOUT_HYBRIDS = frozenset({"mamba-ssm", "genai"})
 """Names of `runtime/models/consumers.py` whose exports know Mamba and Mamba-2 alone."""
-WITHOUT_GRAPHS = WITHOUT_HYBRIDS | {"onnxruntime", "openvino"}
-"""Those that a family without an ONNX graph has no export for."""
 
 
 @dataclass(frozen=True)
