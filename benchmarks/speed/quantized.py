@@ -6,7 +6,7 @@
 
 Every model is an ONNX graph that onnxruntime runs on the CPU; the first is the dense one in float32. The models are
 timed in turns by `ssmc.benchmark`. "Pruned" has a quarter of the states, repaired; "int8" is onnxruntime's own dynamic
-quantisation; "w4" are the codes of `ssmc compress --quantize w4 --quantize-embedding w8`, read with activations in int8.
+quantisation; "w4" are the codes of `ssmc compress --quantize w4 --quantize-embedding w8`, activations in int8.
 Graphs with int8 states are scored token by token, so that states are rounded after every one.
 """
 
