@@ -41,9 +41,10 @@ def footprints_of(model: str | Path, outline: Outline, length: int) -> dict[str,
         return found
     manifest = read_manifest(folder)
     if isinstance(manifest, MaskedManifest):
-        left = manifest.left
-        smaller = {name: footprint(outline, length, name, **left) for name in ("float32", INT8)}
-        return {"dense": whole, "compressed": smaller["float32"], "with int8 states": smaller[INT8]}
+        left, stored = manifest.left, manifest.packed_bytes
+        smaller = {name: footprint(outline, length, name, stored, **left) for name in ("float32", INT8)}
+        name = "compressed" if stored is None else "in codes"
+        return {"dense": whole, name: smaller["float32"], "with int8 states": smaller[INT8]}
     beside = folder.parent / (manifest.source.relative or "")
     named = manifest.source.model or ""
     origin = str(beside) if manifest.source.relative and beside.is_dir() else named

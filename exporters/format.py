@@ -153,6 +153,10 @@ class Format:
         """
         return job
 
+    def holds_codes(self, job: Job) -> bool:
+        """Whether the codes of a quantised model are written as they are, and not the numbers they stand for."""
+        return False
+
     def space(self, job: Job) -> int:
         """Bytes needed on disk while it is written."""
         raise NotImplementedError

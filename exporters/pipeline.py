@@ -39,6 +39,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 from ssmc.runtime.versions import versions
 
 DEFAULT = "safetensors"
+CODE_FORMATS = "--format compressed-tensors, --format onnx --quantize codes and --format gguf --quantize codes"
 STEPS = 4
 
 
@@ -151,7 +152,7 @@ def export(
         runs_where=tuple(chosen.runs_where(job)),
         parameters=(parameter_count(before), parameter_count(job.shrunk.tensors)),
         weight_bytes=(tensor_bytes(before), weight_bytes),
-        remarks=(*leftovers, *proof.remarks, *_gains(consumer, job)),
+        remarks=(*leftovers, *_kept(chosen, job, proof), *proof.remarks, *_gains(consumer, job)),
         tables=proof.tables,
         details=proof.details,
     )
@@ -186,6 +187,21 @@ def _refuse_misfit(consumer: Consumer, job: Job) -> None:
             f"{consumer.name} does not run this model: {reason}. Compress with --for {consumer.name}, or export "
             "without."
         )
+
+
+def _kept(chosen: Format, job: Job, proof: Proof) -> tuple[str, ...]:
+    """Why an export of a compressed model is no smaller, where it is not."""
+    manifest = job.source.manifest
+    if manifest is None or chosen.holds_codes(job):
+        return ()
+    if manifest.quantized is not None:
+        return (
+            f"--format {chosen.name} writes the values of the {manifest.config['quantize']} codes as ordinary numbers. "
+            f"The codes themselves are in {CODE_FORMATS}.",
+        )
+    if job.shrunk.cuts or proof.tables:  # a table of the format says what is special
+        return ()
+    return ("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.",)
 
 
 def _gains(consumer: Consumer | None, job: Job) -> tuple[str, ...]:

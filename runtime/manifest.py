@@ -21,7 +21,11 @@ MANIFEST = "ssmc.json"
 SCHEMA = 2
 READ = (1, 2)  # ssmc 0.1 wrote 1
 BLOCK, SSM = "block", "ssm"
-EXPORTS = {"torch": ("safetensors", "mamba-ssm", "sparse24"), "onnx": ("onnx",), "llama.cpp": ("gguf",)}
+EXPORTS = {
+    "torch": ("safetensors", "mamba-ssm", "sparse24", "compressed-tensors"),
+    "onnx": ("onnx",),
+    "llama.cpp": ("gguf",),
+}
 """Runtime -> folders of an artefact that hold exports for it, the first choice first."""
 
 RUNTIMES = tuple(EXPORTS)
@@ -179,6 +183,11 @@ class MaskedManifest:
     width: Mapping[str, Any] | None = None
     parameters: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """Of all weights with codes in the place of those that are quantised, before cutting; None without codes."""
+        return None if self.quantized is None else self.quantized["packed_bytes"] + self.quantized["other_bytes"]
 
     @property
     def left(self) -> dict[str, int]:

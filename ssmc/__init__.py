@@ -65,7 +65,7 @@ def load(
     from ssmc.runtime.models.fast import use_fast_scan
     from ssmc.runtime.models.tokenizers import load_tokenizer
 
-    checkpoint = load_checkpoint(at_revision(str(source), revision), dtype=dtype)
+    checkpoint = load_checkpoint(at_revision(str(source), revision), dtype=dtype, codes=True)
     model = use_fast_scan(checkpoint.model) if fast else checkpoint.model
     return model, load_tokenizer(checkpoint)
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ssmc import benchmark, compress, export
 from ssmc.runtime.bench import summary_rows
+from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.evaluation import evaluate_models
 from ssmc.runtime.files import finite
 
@@ -69,7 +70,7 @@ def main() -> None:
     args = arguments()
     name = Path(args.model).name.replace("-", "_")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = graphs(args, args.work or Path(scratch))
+        folders, refused = graphs(args, args.work or Path(scratch))
         if args.only_graphs:
             return
         report = benchmark(
@@ -85,24 +86,29 @@ def main() -> None:
     show(report, list(folders), scores)
     out = args.out or Path(f"benchmarks/results/quantized_{name}.json")
     settings = {"artefacts": ARTEFACTS, "nsamples": args.nsamples, "graphs": list(GRAPHS), "limit": args.limit}
+    settings["refused"] = refused
     found = {"model": name, **settings, "tasks": scores, **report.to_json()}
     out.write_text(json.dumps(finite(found), indent=1) + "\n")
 
 
-def graphs(args: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """The folders of all graphs, those that are missing made now."""
+def graphs(args: argparse.Namespace, work: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folders of all graphs, those that are missing made now, and why export refused the others."""
     work.mkdir(parents=True, exist_ok=True)
     for name, options in ARTEFACTS.items():
         if not (work / name).exists():
             compress(args.model, out=work / name, nsamples=args.nsamples, **options)
-    folders = {}
+    folders, refused = {}, {}
     for name, (artefact, options) in GRAPHS.items():
-        folders[name] = work / "graphs" / name.replace(", ", "-").replace(" ", "-")
-        if not folders[name].exists():
-            source = args.model if artefact is None else work / artefact
-            export(source, format="onnx", out=folders[name], **options)
-            print(f"exported {name}", flush=True)
-    return folders
+        folder = work / "graphs" / name.replace(", ", "-").replace(" ", "-")
+        try:
+            if not folder.exists():
+                export(args.model if artefact is None else work / artefact, format="onnx", out=folder, **options)
+                print(f"exported {name}", flush=True)
+            folders[name] = folder
+        except VerificationError as error:
+            refused[name] = str(error)
+            print(f"{name}: {error}", flush=True)
+    return folders, refused
 
 
 def accuracies(args: argparse.Namespace, folders: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:

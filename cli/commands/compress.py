@@ -294,11 +294,16 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
     written = sum(file["bytes"] for file in manifest["files"].values())
     terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
     where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
-    runtime = manifest["config"].get("runtime")
-    how = "--format safetensors" if runtime is None else f"--for {runtime}"
-    terminal.say(f"Next: ssmc export{where} {how}")
+    terminal.say(f"Next: ssmc export{where} {_how(plan.config)}")
     if (lost := _lost(manifest)) is not None and lost > TOO_MUCH:
         terminal.note(_too_much(lost, bool(manifest.get("distilled"))))
+
+
+def _how(config: CompressConfig) -> str:
+    """What to export for."""
+    if config.runtime is not None:
+        return f"--for {config.runtime}"
+    return "--format safetensors" if config.quantize is None else "--format compressed-tensors"
 
 
 def _lost(manifest: dict[str, Any]) -> float | None:

@@ -187,10 +187,7 @@ def _shown(extra: ReportTable) -> Table:
 
 def _cuts(terminal: Terminal, result: ExportResult) -> None:
     """Print layer by layer what got smaller, as `x_proj 1536 -> 80 => 1536 -> 64`."""
-    if not result.cuts and (result.dense or result.tables):
-        return  # there was nothing to cut, or the format's own table says what is special
     if not result.cuts:
-        terminal.note("Nothing got smaller: this pattern sets numbers to zero and keeps every shape.")
         return
     layers: dict[str, list[str]] = {}
     outside: list[str] = []

@@ -30,6 +30,10 @@ class CompressedTensors(Safetensors):
         job = super().prepare(job)
         return replace(job, extra=pack(job))
 
+    def holds_codes(self, job: Job) -> bool:
+        """Always."""
+        return True
+
     def space(self, job: Job) -> int:
         """The tensors as they are written."""
         from ssmc.runtime.models.checkpoints import tensor_bytes

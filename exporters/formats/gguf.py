@@ -72,6 +72,10 @@ class Gguf(Format):
 
         return prepare(job)
 
+    def holds_codes(self, job: Job) -> bool:
+        """Where the user says so."""
+        return job.options.quantize == CODES
+
     def space(self, job: Job) -> int:
         """The weights; a quantised file comes after a float32 one."""
         from ssmc.runtime.models.checkpoints import parameter_count

@@ -98,6 +98,10 @@ class Onnx(Format):
         codes = require_codes(job.source, job.shrunk, "MatMulNBits") if job.options.quantize == CODES else {}
         return replace(job, extra=codes)
 
+    def holds_codes(self, job: Job) -> bool:
+        """Where the user says so."""
+        return job.options.quantize == CODES
+
     def space(self, job: Job) -> int:
         """The weights; a lossy graph comes after a float32 one."""
         from ssmc.runtime.models.checkpoints import parameter_count

@@ -106,9 +106,8 @@ def run_task(task: MemoryTask) -> Memory:
     cuda = device.type == "cuda"
     high_water = torch.cuda.max_memory_allocated if cuda else _resident_peak
     libraries, available = high_water(), psutil.virtual_memory().available
-    model = use_fast_scan(
-        load_checkpoint(task.source, dtype=getattr(torch, task.dtype)).model.to(device), task.backend, task.state_dtype
-    )
+    checkpoint = load_checkpoint(task.source, dtype=getattr(torch, task.dtype), codes=True)
+    model = use_fast_scan(checkpoint.model.to(device), task.backend, task.state_dtype)
     loaded, weights = high_water(), sum(parameter.nbytes for parameter in model.parameters())
     prefill(model, task.prefill_batch, task.length)()
     step = decoding(model, task.decode_batch)

@@ -11,7 +11,7 @@ import torch
 
 from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.manifest import EXPORTS, MANIFEST, RUNTIMES, ExportManifest, Manifest, read_manifest
-from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.checkpoints import Checkpoint, codes_format, load_checkpoint
 from ssmc.runtime.models.checkpoints.packed_format import FILE as PACKED_FILE
 from ssmc.runtime.models.checkpoints.reading import SINGLE_FILES, read_json
 from ssmc.runtime.models.generation import OnnxExport, check_runtime, is_onnx_export, load_onnx_export
@@ -157,7 +157,12 @@ def runnable(sources: Sequence[Source], device: torch.device) -> tuple[list[Sour
         UsageError: one that cannot is the dense model, or nothing is left beside it.
     """
     left, notes = list(sources), []
-    for is_export, check in ((is_onnx_export, check_runtime), (is_gguf_export, check_llama_cpp)):
+    needs = (
+        (is_onnx_export, check_runtime),
+        (is_gguf_export, check_llama_cpp),
+        (codes_format.is_packed, codes_format.check_package),
+    )
+    for is_export, check in needs:
         exports = [source for source in left if is_export(source.where)]
         try:
             if exports:
@@ -203,9 +208,11 @@ def footprint(subject: Subject, length: int, state_dtype: str = "float32") -> Fo
 
 
 def stored_dtype(checkpoint: Measured) -> str:
-    """Of the weights on disk; "mixed" if they have several."""
+    """Of the weights on disk; "mixed" if they have several, "codes" where they are packed."""
     if not isinstance(checkpoint, Checkpoint):
         return checkpoint.stored_dtype
+    if checkpoint.format == codes_format.NAME:
+        return "codes"
     names = {str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
     return names.pop() if len(names) == 1 else "mixed"
 
@@ -270,7 +277,7 @@ def dense_source(directory: Path, manifest: Manifest) -> Source:
 
 def _load(source: Source, dtype: torch.dtype | None) -> Checkpoint:
     try:
-        return load_checkpoint(source.where, dtype=dtype)
+        return load_checkpoint(source.where, dtype=dtype, codes=True)
     except CheckpointError as error:
         if not source.dense:
             raise

@@ -82,18 +82,21 @@ def inspect(outline: Outline) -> Inspection:
     )
 
 
-def footprint(outline: Outline, length: int, state_dtype: str = "float32", **left: int) -> Footprint:
+def footprint(
+    outline: Outline, length: int, state_dtype: str = "float32", stored: int | None = None, **left: int
+) -> Footprint:
     """A model in memory, its weights and what attention and convolutions keep in the type its weights are stored in.
 
     Args:
         outline: of the model.
         length: tokens of a sequence.
         state_dtype: how SSM states are kept.
+        stored: bytes of the weights; None where they are those of the files.
         left: n_layer, d_inner, d_state or d_model of a smaller model of the same family; of a hybrid, the last two.
     """
     dense, architecture = outline.dimensions, outline.architecture
     own = {"n_layer": dense.n_layer, "d_inner": dense.d_inner, "d_state": dense.d_state} | left
-    weights = outline.weight_bytes
+    weights = outline.weight_bytes if stored is None else stored
     if left:
         weights = round(weights * outline.count(**own) / outline.parameters)
     kept = architecture.kept_per_token(outline.config)

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ssmc.cli.memory import footprints_of
 from ssmc.compressor import compress
 from ssmc.exporters import export
 from ssmc.exporters.gguf.codes import blocks
 from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from ssmc.runtime.models.outline import read_outline
 from ssmc.runtime.quantized import FILE, GridShape, Quantized, read_quantized
 from tests.pipeline.test_quantized import WIDE, saved
 from tests.support.families import FAMILIES, short
@@ -62,6 +65,49 @@ def test_transformers_unpacks_the_very_numbers(artefact, options):
     assert bool((scales < 0).any()) == ("quantize_method" in options)
     assert "backbone.layers.0.mixer.in_proj.weight" not in stored
     assert not (result.directory / FILE).exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False, "quantize": "w8"}], ids=["w4", "w8 with zero points"])
+def test_packed_codes_run_with_the_very_numbers(artefact, options):
+    out = artefact(**options)
+    packed = export(out, format="compressed-tensors", out=out / "packed").directory
+    ours, masked = load_checkpoint(packed, codes=True).tensors(), load_checkpoint(out).tensors()
+    assert ours.keys() == masked.keys()
+    assert all(
+        torch.equal(tensor, masked[name]) and tensor.dtype == masked[name].dtype for name, tensor in ours.items()
+    )
+    with pytest.raises(CheckpointError, match="hold codes, not weights that could be pruned"):
+        load_checkpoint(packed)
+
+
+def test_packed_codes_that_lost_a_part_are_refused(artefact, tmp_path):
+    packed = export(artefact(), format="compressed-tensors", out=tmp_path / "packed").directory
+    stored = load_file(packed / "model.safetensors")
+    name = next(name for name in stored if name.endswith("weight_scale"))
+    save_file({k: v for k, v in stored.items() if k != name}, packed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"no {name}"):
+        load_checkpoint(packed, codes=True)
+    save_file(stored | {name: stored[name][:-1].contiguous()}, packed / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        load_checkpoint(packed, codes=True)
+
+
+def test_a_format_without_codes_says_where_they_are(artefact):
+    out = artefact()
+    (remark,) = (r for r in export(out, format="safetensors", out=out / "plain").remarks if "codes" in r)
+    assert "ordinary numbers" in remark
+    assert "--format compressed-tensors" in remark
+    written = export(out, format="onnx", quantize="codes", out=out / "graph")
+    assert not any("ordinary numbers" in remark for remark in written.remarks)
+
+
+def test_memory_counts_the_codes(artefact):
+    out = artefact()
+    packed = export(out, format="compressed-tensors", out=out / "counted")
+    found = footprints_of(out, read_outline(out), 64)
+    assert found["in codes"].weights == found["with int8 states"].weights < found["dense"].weights
+    scales = sum(t.nbytes for n, t in load_file(packed.directory / "model.safetensors").items() if "_shape" in n)
+    assert found["in codes"].weights == packed.weight_bytes[1] - scales
 
 
 def test_maps_of_a_hybrid_are_unpacked_too(tmp_path):

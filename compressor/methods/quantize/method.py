@@ -70,7 +70,8 @@ class Quantize(Method):
         bits = BITS[config.quantize or W8]
         notes = [
             f"The masked model holds the values of its {bits}-bit codes as ordinary numbers, so its file is no "
-            "smaller. Exports hold the codes."
+            "smaller. The codes are in exports of --format compressed-tensors, and of --format onnx or gguf with "
+            "--quantize codes."
         ]
         if not able.uniform:
             notes.append(SHARED if able.shared_blocks else EXPERTS)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ssmc.runtime.errors import CheckpointError, UsageError
-from ssmc.runtime.models.checkpoints import mamba_ssm_format, packed_format, transformers_format
+from ssmc.runtime.models.checkpoints import codes_format, mamba_ssm_format, packed_format, transformers_format
 from ssmc.runtime.models.checkpoints.deferred import Deferred, real
 from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_finite, check_tensors, outline_model
 from ssmc.runtime.models.checkpoints.names import model_names
@@ -39,7 +39,8 @@ class Checkpoint:
         model: transformers' own model, in eval mode.
         architecture: what ssmc knows of its family.
         dtypes: stored dtype of every tensor by transformers' names, a tied head left out.
-        format: of the directory it was read from: "transformers", "mamba-ssm" or "sparse24-packed".
+        format: of the directory it was read from: "transformers", "mamba-ssm", "sparse24-packed" or
+            "compressed-tensors".
         source: as the user named it.
         directory: where it was read from.
         stored_config: the content of its config.json, in transformers' layout; None where it is in another one.
@@ -100,6 +101,7 @@ def load_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     lazy: bool = False,
+    codes: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Checkpoint:
     """Read a model, with every tensor accounted for; nothing in its files is ever executed.
@@ -109,6 +111,8 @@ def load_checkpoint(
         dtype: of the weights in memory: float32, float16 or bfloat16; None keeps what is stored, tensor by tensor.
         lazy: leave the weights in their files; the parts of the model get them, in float32, while they run, see
             `Streamed`. A family whose layers share blocks is read as a whole.
+        codes: take a model whose files hold codes in the place of weights as well, to run it with the numbers they
+            stand for; what is to be pruned should come from the model it was made from.
         progress: told about every file of weights.
 
     Raises:
@@ -119,7 +123,7 @@ def load_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype} is no dtype to compute in. Use float32, float16 or bfloat16.")
     directory = find_directory(source)
-    layout, config, raw = _read_config(directory, str(source))
+    layout, config, raw = _read_config(directory, str(source), codes)
     architecture = architecture_for(config.model_type, str(source))
     lazy = lazy and not architecture.capabilities.shared_blocks
     named, note = model_names(layout.read(directory, progress, lazy), architecture, config)
@@ -251,12 +255,14 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _read_config(directory: Path, where: str) -> tuple[Any, PretrainedConfig, dict[str, Any]]:
+def _read_config(directory: Path, where: str, codes: bool = False) -> tuple[Any, PretrainedConfig, dict[str, Any]]:
     path = directory / "config.json"
     if not path.is_file():
         refuse_adapter(directory, where)
         raise CheckpointError(f"{where} holds no config.json, so it is not a model. Name the folder that holds both.")
     raw = read_json(path)
+    if codes and codes_format.recognises(raw):
+        return codes_format, codes_format.read_config(raw, path), raw
     refuse_quantised(raw, where)
     for layout in FORMATS.values():
         if layout.recognises(raw):

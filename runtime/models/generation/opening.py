@@ -83,7 +83,7 @@ def open_session(
     if is_gguf_export(source):
         return _open_gguf(Path(source).expanduser(), tokenizer, device, dtype)
     where = choose_device(device)
-    checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), progress=progress)
+    checkpoint = load_checkpoint(source, dtype=choose_dtype(dtype, where), codes=True, progress=progress)
     model = use_fast_scan(checkpoint.model.to(where), backend, state_dtype or "float32")
     found = None
     if tokenizer is not None or tokenizer_directory(checkpoint) is not None:
