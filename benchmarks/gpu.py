@@ -14,8 +14,9 @@ Sections, most worth first:
 - `tests`: pytest of every test file that runs kernels, by name, one process for files that compile the same kernels.
 - `tune`: every way to run the Mamba-1 scan; the best are kept.   - `scan`: against its bytes and mamba-ssm, by what
   tune chose.   - `gradients`: forward and backward (all three: gpu_scan.py).   - `ssd`: the Mamba-2 scan (gpu_ssd.py).
-- `decode`: a token of a 22 M Mamba, launched from Python, from a CUDA graph, as `ssmc generate` runs it, by mamba-ssm.
-- `compress`: 130M shapes, 64 x 2048 tokens, as a command; and the start-up alone.
+- `decode`: a token of a 22 M Mamba, launched from Python, from a CUDA graph, as `ssmc generate` runs it, by mamba-ssm;
+  with states in half precision and int8.
+- `compress`: 130M shapes, 64 x 2048 tokens, as a command.   - `start-up`: imports, and a compress of next to nothing.
 - `commands`: every command on the embedded models, beside mamba_ssm and causal_conv1d where they are installed.
 - `2:4`: modules on sparse tensor cores.   - `2:4 model`: a model of them.   - `refine`: steps a second.
 - `bench`: the report of `ssmc bench` of 16 and of 8 states.
@@ -83,6 +84,7 @@ SECTIONS = (
     Section("ssd", 90, "gpu_ssd"),
     Section("decode", 45),
     Section("compress", 75),
+    Section("start-up", 60),
     Section("commands", 90),
     Section("2:4", 30),
     Section("2:4 model", 30),

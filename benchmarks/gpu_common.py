@@ -49,7 +49,7 @@ class Sizes:
     decode_vocab: int = 4096
     decode_batches: tuple[int, ...] = (1, 64, 256)
     decode_tokens: int = 100
-    refine_steps: int = 10
+    refine_steps: int = 3
 
 
 TOY = Sizes(64, 2, 64, (1, 8), 64, 2, 4096, 2, 64, (16,), (1,), 2, 6, 0.5, 32, 2, 64, (1, 8), 4, 2)

@@ -37,6 +37,7 @@ from ssmc.runtime.measure.timing import Timing, interleave
 from ssmc.runtime.models.checkpoints import write_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, record
+from ssmc.runtime.models.generation.sampling import Sampling
 from ssmc.runtime.models.generation.torch_session import TorchSession
 from ssmc.runtime.models.generation.writing import stream_tokens
 from ssmc.runtime.models.memory import format_bytes
@@ -64,12 +65,18 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield _row(f"{shapes}, batch {batch}: Python, graph", launched, replayed[0], note)
         else:
             yield Row(f"{shapes}, batch {batch}: Python", summary.format_timing(launched), note=note)
-        with_session = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens)
-        yield Row(f"{shapes}, batch {batch}: a session, choosing included", after=f"{1e3 * with_session:.3f} ms")
+        for how, sampling in {"greedy": Sampling(), "drawn": Sampling(temperature=0.8, top_p=0.95)}.items():
+            with_session = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens, sampling)
+            yield Row(f"{shapes}, batch {batch}: a session, {how}", after=f"{1e3 * with_session:.3f} ms")
         if device.type == "cuda" and batch == min(sizes.decode_batches):
             yield from launched_kernels(model, batch)
-    for batch in sizes.decode_batches:  # last: its kernels take long to compile
+    for batch in sizes.decode_batches:  # its kernels take long to compile
         yield from mamba_ssm_decode(sizes, device, dtype, batch)
+    for state_dtype in ("float16", "int8"):
+        use_fast_scan(model, state_dtype=state_dtype)
+        for batch in sizes.decode_batches:
+            seconds = seconds_a_token(TorchSession(model), batch, sizes.decode_tokens)
+            yield Row(f"{shapes}, batch {batch}: a session, states in {state_dtype}", after=f"{1e3 * seconds:.3f} ms")
 
 
 def _row(what: str, before: Timing, after: Timing, note: str = "") -> Row:
@@ -77,12 +84,12 @@ def _row(what: str, before: Timing, after: Timing, note: str = "") -> Row:
     return Row(what, summary.format_timing(before), summary.format_timing(after), ratio, note)
 
 
-def seconds_a_token(session: TorchSession, batch: int, tokens: int) -> float:
-    """Seconds a token of greedy decoding, as `ssmc generate` does it: the median of those after the first ten."""
+def seconds_a_token(session: TorchSession, batch: int, tokens: int, sampling: Sampling | None = None) -> float:
+    """Seconds a token of decoding, greedily by default, as `ssmc generate` does it: the median after the first ten."""
     prompts = [[1 + row % 7] * 8 for row in range(batch)]
     found = []
     for _ in range(2):  # the first run records the graph
-        rows = stream_tokens(session, prompts, max_new_tokens=tokens)
+        rows = stream_tokens(session, prompts, sampling, max_new_tokens=tokens)
         next(rows)
         found = []
         while True:
@@ -169,15 +176,25 @@ def compress_command(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(sizes, folder, {"dense": 16}, device)
-        yield _compressed("the same with 1 x 16 tokens: start-up", folder, device, ("--nsamples", 1, "--seqlen", 16))
         for number in ("first run", "second run"):
             options = ("--nsamples", sizes.nsamples, "--seqlen", sizes.seqlen)
             yield _compressed(f"{what}, {number}", folder, device, options)
-        for what, statement in IMPORTS.items():
+
+
+def start_up(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """How long a command takes before it has anything to do: what it imports, and a compress of next to nothing."""
+    for what, statement in IMPORTS.items():
+        for number in ("first", "second"):
             begin = time.perf_counter()
             code = subprocess.run([sys.executable, "-c", statement], check=False).returncode
             note = f"exit code {code}" if code else ""
-            yield Row(f"start-up: {what}", after=f"{time.perf_counter() - begin:.1f} s", note=note)
+            yield Row(f"{what}, {number} process", after=f"{time.perf_counter() - begin:.1f} s", note=note)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(sizes, folder, {"dense": 16}, device)
+        for number in ("first", "second", "third"):
+            options = ("--nsamples", 1, "--seqlen", 16)
+            yield _compressed(f"compress, 1 x 16 tokens, {number} command", folder, device, options)
 
 
 def _compress(folder: Path, device: torch.device, options: tuple[object, ...]) -> list[str]:
@@ -253,7 +270,7 @@ def refine(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     tokens = ("--nsamples", max(2, sizes.nsamples // 8), "--seqlen", sizes.seqlen)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        few = replace(sizes, small_layers=min(sizes.small_layers, 6))
+        few = replace(sizes, small_layers=min(sizes.small_layers, 3))
         write_models(few, folder, {"dense": 16}, device)
         shapes = f"{few.small_layers} layers of d_model {few.small_d_model}, {tokens[1]} x {tokens[3]} tokens"
         for steps in (0, sizes.refine_steps):
@@ -261,25 +278,28 @@ def refine(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def bench(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """The report of `ssmc bench`, of which the overview becomes rows."""
+    """The report of `ssmc bench`, of which the overview becomes rows: first of little, then of more."""
+    small, all_of_it = (sizes.lengths[:1], sizes.batch_sizes[:1]), (sizes.lengths, sizes.batch_sizes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(sizes, folder, {"dense": 16, "pruned": 8}, device)
-        report = benchmark(
-            models=[folder / "dense", folder / "pruned"],
-            lengths=sizes.lengths,
-            batch_sizes=sizes.batch_sizes,
-            repeats=sizes.repeats,
-            time_budget=sizes.budget / 3,
-            device=device.type,
-            dtype=torch.float16 if device.type == "cuda" else None,
-            max_windows=4,
-            max_batch=sizes.max_batch,
-        )
-    shown = [*summary.summary_rows(report), *summary.sequence_rows(report), *summary.part_rows(report)]
-    for r in shown:
-        yield Row(f"16 and 8 states: {r.metric}", r.values[0], r.values[1], r.changes[0])
-    yield from (Row("note", note=note) for note in report.notes)
+        for (lengths, batch_sizes), max_batch in ((small, 0), (all_of_it, 0), (small, sizes.max_batch)):
+            report = benchmark(
+                models=[folder / "dense", folder / "pruned"],
+                lengths=lengths,
+                batch_sizes=batch_sizes,
+                repeats=sizes.repeats,
+                time_budget=sizes.budget / 8,
+                device=device.type,
+                dtype=torch.float16 if device.type == "cuda" else None,
+                max_windows=2,
+                max_batch=max_batch,
+                progress=lambda what, done, total: print(f"{what}: {done} of {total}", file=sys.stderr, flush=True),
+            )
+            shown = [*summary.summary_rows(report), *summary.sequence_rows(report), *summary.part_rows(report)]
+            for r in shown:
+                yield Row(f"16 and 8 states: {r.metric}", r.values[0], r.values[1], r.changes[0])
+            yield from (Row("note", note=note) for note in report.notes)
 
 
 def write_models(sizes: Sizes, folder: Path, states: dict[str, int], device: torch.device) -> None:
@@ -300,6 +320,7 @@ def write_models(sizes: Sizes, folder: Path, states: dict[str, int], device: tor
 SECTIONS: dict[str, Callable[[Sizes, torch.device], Iterator[Row]]] = {
     "decode": decode,
     "compress": compress_command,
+    "start-up": start_up,
     "commands": every_command,
     "2:4": sparse_modules,
     "2:4 model": sparse_model,

@@ -397,12 +397,11 @@ KINDS = (
     {},
     {"stages": 3},
     {"registers": 168},
-    {"block": 32},
-    {"widest": 64},
-    {"stages": 1},
-    {"tokens": 128, "warps": 8, "stages": 1},
+    {"stages": 3, "registers": 168},
+    {"stages": 2, "registers": None},
+    {"widest": 32},
 )
-TUNED = (128, 16)  # numbers of states
+TUNED = (128, 64, 32, 16)  # numbers of states
 
 
 def compile_kind(bench: Bench, number: int) -> None:

@@ -46,7 +46,10 @@ from ssmc.runtime.scan.inputs import ScanInputs
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 32  # channels of a program
 CHUNK = 32  # tokens of a program, of which it recomputes (1 + 2 + ... ) / n times as many as it has
-STRETCH_BYTES = 16 << 20  # of the states that chunks of a stretch start from, at least
+# What is held in between, as shares of u's bytes; y, the gradients of three sequences and all this are together no more
+# than twice the forward's memory. Little tensors get more, so that one stretch fills the GPU.
+STATES_SHARE, STATES_BYTES = 0.2, 8 << 20  # of the states that chunks of a stretch start from; those around them again
+READERS_SHARE, READERS_BYTES = 0.4, 4 << 20  # of what blocks of channels add to the gradients of B and C
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def carry_back_kernel(
         r = last_of(state, GROUP)
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks", "zero"])
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "first_block", "zero"])
 def chunk_gradients_kernel(
     u_ptr,
     u_batch,
@@ -209,6 +212,7 @@ def chunk_gradients_kernel(
     dB_ptr,
     dC_ptr,
     sums_ptr,
+    first_block,
     length,
     chunk,
     chunks,
@@ -225,12 +229,12 @@ def chunk_gradients_kernel(
 ):
     """The gradients of one chunk of tokens of a block of channels, TOKENS of them at a time.
 
-    Grid (blocks of channels, chunks, sequences). `starts` (B, chunks, N, D), the states before the chunks, is
-    overwritten with each chunk's share of dA'; `ends` (B, chunks + 1, N, D) holds the gradients of the states around
-    them. `du`, `ddt`, `dz` (B, any, D) lie together but for `d_batch`; `dB`, `dC` (blocks, B, L, N) are sums over the
-    block's channels; `sums` (2, B, chunks, D) becomes each chunk's share of dD and of the bias of dt.
+    Grid (blocks of channels from `first_block` on, chunks, sequences). `starts` (B, chunks, N, D), the states before
+    the chunks, is overwritten with each chunk's share of dA'; `ends` (B, chunks + 1, N, D) holds the gradients of the
+    states around them. `du`, `ddt`, `dz` (B, any, D) lie together but for `d_batch`; `dB`, `dC` (blocks, B, L, N) are
+    sums over the block's channels; `sums` (2, B, chunks, D) becomes each chunk's share of dD and of the bias of dt.
     """
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = (first_block + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     across = d + zero  # the same, but Triton does not know of neighbours, so that a lane keeps one channel
     part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     here = d < channels
@@ -385,12 +389,13 @@ def gradients(
         state: (B, D, N) before the first token, or None for zeros.
         dy: (B, L, D).
         d_last: (B, D, N), or None for zeros.
-        stretch_bytes: memory for the states that the chunks of a stretch start from; None takes an eighth of what the
-            sequences take, so that forward and backward together need about twice the memory of the forward alone.
+        stretch_bytes: memory for the states that the chunks of a stretch start from, and for what blocks of channels
+            add to the gradients of B and C; None takes as much as keeps the whole within twice the forward's memory.
     """
     tokens = 8 if inputs.d_state <= 8 else 4  # the states of more do not fit into registers
-    stretch_bytes = stretch_bytes or max(STRETCH_BYTES, inputs.u.nbytes // 2)
-    chunks = max(1, stretch_bytes // (4 * inputs.batch * inputs.d_inner * inputs.d_state))
+    states_bytes = stretch_bytes or max(STATES_BYTES, int(STATES_SHARE * inputs.u.nbytes))
+    readers_bytes = stretch_bytes or max(READERS_BYTES, int(READERS_SHARE * inputs.u.nbytes))
+    chunks = max(1, states_bytes // (4 * inputs.batch * inputs.d_inner * inputs.d_state))
     stretch = min(chunks * CHUNK, triton.cdiv(inputs.length, tokens) * tokens)
     coarse = Chunked(inputs, state, Chunks(BLOCK, 1, tokens, stretch))  # the states before each stretch
     found = _empty(inputs)
@@ -401,7 +406,7 @@ def gradients(
         start = None if coarse.starts is None else coarse.starts[:, i].mT
         sequences = {name: getattr(inputs, name) for name in ("u", "dt", "B", "C", "z")}
         cut = replace(inputs, **{name: t if t is None else t[:, here] for name, t in sequences.items()})
-        r = _Stretch(cut, start, dy[:, here], tokens).add_to(found, r, here)
+        r = _Stretch(cut, start, dy[:, here], tokens, readers_bytes).add_to(found, r, here)
     return found._replace(state=r.mT)
 
 
@@ -425,23 +430,25 @@ def _empty(inputs: ScanInputs) -> Gradients:
 class _Stretch:
     """The backward pass over a stretch of tokens."""
 
-    def __init__(self, inputs: ScanInputs, start: torch.Tensor | None, dy: torch.Tensor, tokens: int):
+    def __init__(
+        self, inputs: ScanInputs, start: torch.Tensor | None, dy: torch.Tensor, tokens: int, readers_bytes: int
+    ):
         self.inputs, self.tokens = inputs, tokens
         self.dy = dy if dy.stride(2) == 1 else dy.contiguous()
         self.scan = Chunked(inputs, start, Chunks(BLOCK, 1, tokens, CHUNK))
         self.blocks, self.chunks, self.batch = self.scan.grid
+        of_a_block = 8 * self.batch * inputs.length * inputs.d_state
+        self.together = max(1, min(self.blocks, readers_bytes // of_a_block))  # blocks of channels
 
     def add_to(self, found: Gradients, r: torch.Tensor, where: slice) -> torch.Tensor:
         """Write or add the gradients of the stretch, given that of the state after it; that of the state before it."""
         ends, sums = self._ends(r)
-        dB, dC = self._launch(found, ends, sums, where)
+        self._launch(found, ends, sums, where)
         starts = self.scan.starts
         found.A.add_(starts.sum((0, 1)).t())
         found.D.add_(sums[0].sum((0, 1)))
         if found.dt_bias is not None:
             found.dt_bias.add_(sums[1].sum((0, 1)))
-        torch.sum(dB, 0, out=found.B[:, where])
-        torch.sum(dC, 0, out=found.C[:, where])
         return ends[:, 0]
 
     def _ends(self, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -465,25 +472,29 @@ class _Stretch:
         )
         return ends, sums
 
-    def _launch(
-        self, found: Gradients, ends: torch.Tensor, sums: torch.Tensor, where: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run `chunk_gradients_kernel`; what blocks of channels add to dB and dC."""
+    def _launch(self, found: Gradients, ends: torch.Tensor, sums: torch.Tensor, where: slice) -> None:
+        """Run `chunk_gradients_kernel` for all blocks of channels, as many together as there is memory for."""
         inputs, scan = self.inputs, self.scan
         if self.chunks == 1:  # it starts from zero, or from a state that may be the caller's, and is written to
             zeros = torch.zeros(self.batch, 1, inputs.d_state, inputs.d_inner, dtype=torch.float32, device=ends.device)
             scan.starts = zeros if scan.starts is None else scan.starts.clone()
-        shape = (self.blocks, self.batch, inputs.length, inputs.d_state)
-        dB, dC = (torch.empty(shape, dtype=torch.float32, device=ends.device) for _ in range(2))
+        shape = (2, self.together, self.batch, inputs.length, inputs.d_state)
+        readers = torch.empty(shape, dtype=torch.float32, device=ends.device)  # of B and of C
         du, ddt = found.u[:, where], found.dt[:, where]
         dz = du if found.z is None else found.z[:, where]
-        chunk_gradients_kernel[scan.grid](
-            *(*scan.sequences, *self._strided(self.dy)),
-            *(scan.A, scan.bias, inputs.D.contiguous(), scan.starts, ends, du, ddt, dz, du.stride(0)),
-            *(dB, dC, sums, inputs.length, scan.chunk, self.chunks, inputs.d_inner, inputs.d_state, 0),
-            **self._options(),
-        )
-        return dB, dC
+        for first in range(0, self.blocks, self.together):
+            blocks = min(self.together, self.blocks - first)
+            chunk_gradients_kernel[blocks, self.chunks, self.batch](
+                *(*scan.sequences, *self._strided(self.dy)),
+                *(scan.A, scan.bias, inputs.D.contiguous(), scan.starts, ends, du, ddt, dz, du.stride(0)),
+                *(*readers, sums, first, inputs.length, scan.chunk, self.chunks, inputs.d_inner, inputs.d_state, 0),
+                **self._options(),
+            )
+            for whole, parts in zip((found.B, found.C), readers, strict=True):
+                if first:
+                    whole[:, where] += parts[:blocks].sum(0)
+                else:
+                    torch.sum(parts[:blocks], 0, out=whole[:, where])
 
     def _strided(self, tensor: torch.Tensor) -> Sequence[Any]:
         return tensor, tensor.stride(0), tensor.stride(1)

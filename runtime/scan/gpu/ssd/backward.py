@@ -2,7 +2,8 @@
 
 The forward keeps nothing but what it reads. The backward finds the states between spans in one pass, then goes over the
 spans from the last to the first: the state before and the gradient after each chunk of the span, then all gradients of
-its chunks side by side. A span has as many chunks as keep these states no larger than u.
+its chunks side by side. A span has as many chunks as keep what is held in between smaller than u: y, the gradients and
+all this are together no more than twice the forward's memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import triton
 from ssmc.runtime.scan.gpu.ssd import backward_kernels, kernels, prefill
 from ssmc.runtime.scan.inputs import SsdInputs
 
-FEWEST_CHUNKS = 8  # of a span
+FEWEST_CHUNKS = 4  # of a span
+# Shares of u's bytes; little tensors get more, so that a span fills the GPU.
+STATES_SHARE, STATES_BYTES = 0.75, 6 << 20  # of the states around the chunks of a span
+READERS_SHARE, READERS_BYTES = 0.2, 4 << 20  # of what slices of heads add to the gradients of B and C
 PROGRAMS = 2  # of a multiprocessor
 MOST_SLICES = 8  # of a group's heads
 
@@ -85,13 +89,15 @@ def plan_for(inputs: SsdInputs, gpu: prefill.Gpu) -> BackwardPlan:
     widest = 32 if inputs.u.dtype == torch.float32 else 64
     block = min(32 if whole else 64, max(prefill.SMALLEST, triton.next_power_of_2(inputs.head_dim)))
     both = 2 * inputs.batch * inputs.d_inner * inputs.d_state * (4 if whole else 2)  # bytes a chunk
-    fit = inputs.u.nbytes // both
+    fit = max(STATES_BYTES, int(STATES_SHARE * inputs.u.nbytes)) // both
     chunks = min(max(FEWEST_CHUNKS, fit), triton.cdiv(inputs.length, tokens))
     programs = chunks * inputs.groups * inputs.batch
     per_group = inputs.heads // inputs.groups
     wanted = max(1, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs))
+    of_a_slice = 8 * inputs.batch * chunks * tokens * inputs.groups * inputs.d_state
+    slices = max(1, max(READERS_BYTES, int(READERS_SHARE * inputs.u.nbytes)) // of_a_slice)
     return BackwardPlan(
-        block, tokens, 8, widest, chunks, min(MOST_SLICES, per_group, wanted), min(per_group, 2 * wanted)
+        block, tokens, 8, widest, chunks, min(MOST_SLICES, per_group, wanted, slices), min(per_group, 2 * wanted)
     )
 
 
@@ -118,6 +124,7 @@ def gradients(
     dy = torch.zeros_like(inputs.u) if dy is None else dy.to(inputs.u.dtype)
     last = torch.zeros(shape, **whole) if d_final is None else d_final.float().clone()
     last = last.contiguous()
+    firsts = _states_between_spans(inputs, state, plan)  # before there is room for gradients: it needs most for a while
     out = Gradients(
         u=torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device),
         dt=torch.empty(inputs.dt.shape, **whole),
@@ -126,7 +133,6 @@ def gradients(
         A=torch.zeros(inputs.heads, **whole),
         D=torch.zeros(inputs.heads, **whole),
     )
-    firsts = _states_between_spans(inputs, state, plan)
     for number in reversed(range(len(firsts))):
         tokens = slice(number * span, (number + 1) * span)
         cut = {name: getattr(inputs, name)[:, tokens] for name in ("u", "dt", "B", "C")}
@@ -152,16 +158,23 @@ class Gradients:
 
 
 def _states_between_spans(inputs: SsdInputs, state: torch.Tensor | None, plan: BackwardPlan) -> list[torch.Tensor]:
-    """The state before each span, (B, H, P, N) float32 each."""
-    before = inputs.initial_state() if state is None else state.float().contiguous()
+    """The state before each span, (B, H, P, N) each, as precise as those before chunks; one that is given stays."""
     launch = prefill.Launch(inputs, _forward_plan(plan))
-    found = [before]
+    dtype = _kept(launch)
+    before = inputs.initial_state() if state is None else state.float().contiguous()
+    found = [before.to(dtype) if state is None else before]
     if launch.stretches > 1:
         ends, totals = launch.stretch_ends()
         for number in range(launch.stretches - 1):
             decay = torch.exp2(totals[:, number])[..., None, None]
-            found.append(torch.addcmul(ends[:, number], decay, found[-1]))
+            before = torch.addcmul(ends[:, number], decay, before)
+            found.append(before.to(dtype))
     return found
+
+
+def _kept(launch: prefill.Launch) -> torch.dtype:
+    """What states around chunks are kept in: what tensor cores multiply."""
+    return torch.bfloat16 if launch.options["MODE"] == kernels.BFLOAT16.value else torch.float32
 
 
 def _span(
@@ -175,11 +188,9 @@ def _span(
     """All gradients of a span of tokens; `last` becomes the gradient of the state before it."""
     launch = prefill.Launch(inputs, _forward_plan(plan))
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    mode = launch.options["MODE"]
     chunks = triton.cdiv(inputs.length, plan.tokens)
     shape = (inputs.batch, chunks, *last.shape[1:])
-    kept = torch.bfloat16 if mode == kernels.BFLOAT16.value else torch.float32
-    before, after = (torch.empty(shape, dtype=kept, device=last.device) for _ in range(2))
+    before, after = (torch.empty(shape, dtype=_kept(launch), device=last.device) for _ in range(2))
     walked, sizes = (launch.grid[0], inputs.batch), (inputs.heads, inputs.heads // inputs.groups)
     options = {name: launch.options[name] for name in ("PARTS", "BLOCK", "TOKENS", "MODE", "num_warps", "num_stages")}
     per_head = (inputs.head_dim, inputs.d_state)

@@ -21,6 +21,7 @@ INTERPRETED = not isinstance(kernels.scan_kernel, triton.JITFunction)
 SMALLEST = 16  # side of a tile that tensor cores multiply
 WIDEST = 128  # tile of the states
 PROGRAMS = 2  # of a multiprocessor
+THIRD = 168  # registers of a thread with which a third program of 4 warps fits on a multiprocessor
 STEPS_BLOCK = 8  # heads whose time steps a program goes through
 MOST_STRETCHES = 16  # each adds up the states of all before it
 
@@ -47,7 +48,7 @@ class Plan:
 
 
 def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
-    """How to cut this scan for a GPU, by what the compiled kernels need (`benchmarks/gpu_ssd.py --compile`).
+    """How to cut this scan for a GPU, by what the compiled kernels need and what an H100 showed (docs/gpu_ssd.md).
 
     Tiles are as large as registers allow without spilling more than a few of them: a tensor core that reads operands
     from registers, and the TF32 parts of float32 and float16, take smaller ones.
@@ -58,12 +59,16 @@ def plan_for(inputs: SsdInputs, gpu: Gpu) -> Plan:
         tokens, warps, stages, widest = 32, 4, 1, 64
     else:
         wide = inputs.d_state > WIDEST
-        tokens, warps, stages, widest = 64, 8 if wide else 4, 1 if wide else 2, WIDEST
+        tokens, warps, stages, widest = 64, 8 if wide else 4, 1 if wide else 2, WIDEST if wide else 64
     block = min(64, max(SMALLEST, triton.next_power_of_2(inputs.head_dim)))
     programs = inputs.batch * inputs.heads * triton.cdiv(inputs.head_dim, block)
     filled = programs >= gpu.multiprocessors  # then a second pass costs more than it fills
     stretches = 1 if filled else min(MOST_STRETCHES, triton.cdiv(gpu.multiprocessors * PROGRAMS, programs))
     stretch = max(128, triton.cdiv(triton.cdiv(inputs.length, tokens), stretches) * tokens)
+    if tokens == 64 and inputs.d_state <= SMALLEST:  # so few states leave registers and shared memory
+        if programs * stretches > PROGRAMS * gpu.multiprocessors:
+            return Plan(block, tokens, warps, stages, stretch, widest, registers=THIRD)
+        stages = 3 if filled else stages
     return Plan(block, tokens, warps, stages, stretch, widest)
 
 
