@@ -44,8 +44,15 @@ def test_recorded_steps_go_on_from_whatever_was_read(where):
 
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)])
-def test_tokens_chosen_in_a_recorded_step_are_those_chosen_after_it(where, sampling):
+@pytest.mark.parametrize(
+    ("sampling", "state_dtype"),
+    [
+        (Sampling(), "float32"),
+        (Sampling(), "int8"),
+        (Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3), "float32"),
+    ],
+)
+def test_tokens_chosen_in_a_recorded_step_are_those_chosen_after_it(where, sampling, state_dtype):
     """Whole sequences, others and longer ones behind them, and steps of a session in between."""
     recorded = []
 
@@ -53,7 +60,7 @@ def test_tokens_chosen_in_a_recorded_step_are_those_chosen_after_it(where, sampl
         recorded.append(step)
         return record(step, device) if where == "cuda" else step.run
 
-    model = use_fast_scan(random_model()).to(where)
+    model = use_fast_scan(random_model(), state_dtype=state_dtype).to(where)
     session, launched = TorchSession(model, recorder), TorchSession(model, refuse)
     for prompts in ([[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 1]], [[1, 2, 3]]):
         got, wanted = (list(stream_tokens(each, prompts, sampling, 70)) for each in (session, launched))
