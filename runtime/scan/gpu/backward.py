@@ -48,8 +48,8 @@ BLOCK = 32  # channels of a program
 CHUNK = 32  # tokens of a program, of which it recomputes (1 + 2 + ... ) / n times as many as it has
 # What is held in between, as shares of u's bytes; y, the gradients of three sequences and all this are together no more
 # than twice the forward's memory. Little tensors get more, so that one stretch fills the GPU.
-STATES_SHARE, STATES_BYTES = 0.2, 8 << 20  # of the states that chunks of a stretch start from; those around them again
-READERS_SHARE, READERS_BYTES = 0.4, 4 << 20  # of what blocks of channels add to the gradients of B and C
+STATES_SHARE, STATES_BYTES = 0.15, 8 << 20  # of the states that chunks of a stretch start from; those around them again
+READERS_SHARE, READERS_BYTES = 0.3, 3 << 20  # of what blocks of channels add to the gradients of B and C
 
 
 @triton.jit
