@@ -69,6 +69,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan by this plan, or by the one for it; as `reference.selective_scan`, without gradients."""
     plan = plan or plan_for(inputs)
+    if isinstance(plan, Strips) and not strips.fits(inputs):
+        plan = chunks_for(inputs.batch * inputs.d_inner, inputs.d_state, inputs.length, gpu_of(inputs.u)[1])
     return MODULES[type(plan)].selective_scan(inputs, state, plan)
 
 

@@ -44,21 +44,21 @@ class Strips:
 
 
 @triton.jit
-def load_tokens(at, token, t, last, here, TOKENS: tl.constexpr):
+def load_tokens(ptr, at, token, t, last, here, TOKENS: tl.constexpr):
     """Token t of each strip and those behind it, as they are stored; zeros from the `last` on."""
     found = ()
     for k in tl.static_range(TOKENS):
-        found = found + (tl.load(at + k * token, mask=here & (t + k < last), other=0.0),)
+        found = found + (tl.load(ptr + (at + k * token), mask=here & (t + k < last), other=0.0),)
     return found
 
 
 @triton.jit
-def load_states(at, token, t, last, here, STATES: tl.constexpr, TOKENS: tl.constexpr):
+def load_states(ptr, at, token, t, last, here, STATES: tl.constexpr, TOKENS: tl.constexpr):
     """All numbers of B or C of the same tokens, TOKENS times STATES tiles."""
     found = ()
     for k in tl.static_range(TOKENS):
         for n in tl.static_range(STATES):
-            found = found + (tl.load(at + k * token + n, mask=here & (t + k < last), other=0.0),)
+            found = found + (tl.load(ptr + (at + k * token) + n, mask=here & (t + k < last), other=0.0),)
     return found
 
 
@@ -115,43 +115,45 @@ def strips_kernel(
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
     CONTINUES: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):
     """All outputs of a few channels of one sequence, and their final states.
 
     Grid (blocks of channels, sequences). A strip has `strip` tokens, a multiple of TOKENS. `A` (D, STATES); `state` (B,
     D, STATES) before the first token, read if CONTINUES; `y` (B, L, D) and `final` (B, D, STATES), all contiguous.
+    ALIKE says that tokens of u, dt and y are as far apart as each other, and those of B and C.
     """
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     s = tl.arange(0, STRIPS)[:, None]
     row = tl.program_id(1).to(tl.int64)
     # Every address is that of a whole tile, also where it is the same along an axis: so all numbers come to the thread
-    # that needs them, and none goes through shared memory.
+    # that needs them, and none goes through shared memory. Offsets have 32 bits, which is half the registers.
     wide, deep = d + s * zero, s * strip + d * zero
     here = wide < channels
-    first = deep.to(tl.int64)
+    u_ptr += row * u_batch
+    dt_ptr += row * dt_batch
+    z_ptr += row * z_batch
+    B_ptr += row * B_batch
+    C_ptr += row * C_batch
+    y_ptr += row * length * channels
     rates, h = (), ()
     for n in tl.static_range(STATES):
         rates = rates + (tl.load(A_ptr + wide * STATES + n, mask=here, other=0.0) * LOG2_E,)
         h = h + (tl.zeros((STRIPS, CHANNELS), tl.float32),)
     bias = tl.load(bias_ptr + wide, mask=here, other=0.0) if SOFTPLUS else 0.0
     skip = tl.load(skip_ptr + wide, mask=here, other=0.0).to(tl.float32)
-    u_first = u_ptr + row * u_batch + first * u_token + wide
-    dt_first = dt_ptr + row * dt_batch + first * dt_token + wide
-    B_first = B_ptr + row * B_batch + first * B_token
     total = tl.zeros((STRIPS, CHANNELS), tl.float32)
-    u_at, dt_at, B_at = u_first, dt_first, B_first
     for done in range(0, strip, TOKENS):
         t = deep + done
-        us = load_tokens(u_at, u_token, t, length, here, TOKENS)
-        dts = load_tokens(dt_at, dt_token, t, length, here, TOKENS)
-        Bs = load_states(B_at, B_token, t, length, here, STATES, TOKENS)
+        dt_at = t * dt_token + wide
+        u_at = dt_at if ALIKE else t * u_token + wide
+        us = load_tokens(u_ptr, u_at, u_token, t, length, here, TOKENS)
+        dts = load_tokens(dt_ptr, dt_at, dt_token, t, length, here, TOKENS)
+        Bs = load_states(B_ptr, t * B_token, B_token, t, length, here, STATES, TOKENS)
         for k in tl.static_range(TOKENS):
             step = step_of(dts[k], bias, t + k < length, SOFTPLUS)
             total += step
             h = driven(h, rates, step, us[k], Bs, k, STATES)
-        u_at += TOKENS * u_token
-        dt_at += TOKENS * dt_token
-        B_at += TOKENS * B_token
 
     earlier = tl.maximum(s - 1, 0) + tl.zeros((STRIPS, CHANNELS), tl.int32)
     opening, closing = deep == 0, here & (s == STRIPS - 1)
@@ -168,18 +170,19 @@ def strips_kernel(
         starts = starts + (tl.where(opening, before, tl.gather(end, earlier, 0)),)
     h = starts
 
-    z_at = z_ptr + row * z_batch + first * z_token + wide
-    C_at = C_ptr + row * C_batch + first * C_token
-    y_at = y_ptr + (row * length + first) * channels + wide
     for done in range(0, strip, TOKENS):
         t = deep + done
-        us = load_tokens(u_first, u_token, t, length, here, TOKENS)
-        dts = load_tokens(dt_first, dt_token, t, length, here, TOKENS)
-        Bs = load_states(B_first, B_token, t, length, here, STATES, TOKENS)
-        Cs = load_states(C_at, C_token, t, length, here, STATES, TOKENS)
+        dt_at = t * dt_token + wide
+        u_at = dt_at if ALIKE else t * u_token + wide
+        B_at = t * B_token
+        C_at = B_at if ALIKE else t * C_token
+        us = load_tokens(u_ptr, u_at, u_token, t, length, here, TOKENS)
+        dts = load_tokens(dt_ptr, dt_at, dt_token, t, length, here, TOKENS)
+        Bs = load_states(B_ptr, B_at, B_token, t, length, here, STATES, TOKENS)
+        Cs = load_states(C_ptr, C_at, C_token, t, length, here, STATES, TOKENS)
         if GATED:
-            zs = load_tokens(z_at, z_token, t, length, here, TOKENS)
-            z_at += TOKENS * z_token
+            zs = load_tokens(z_ptr, t * z_token + wide, z_token, t, length, here, TOKENS)
+        y_at = u_at if ALIKE else t * channels + wide
         for k in tl.static_range(TOKENS):
             step = step_of(dts[k], bias, t + k < length, SOFTPLUS)
             h = driven(h, rates, step, us[k], Bs, k, STATES)
@@ -188,12 +191,14 @@ def strips_kernel(
                 y += h[n] * Cs[k * STATES + n].to(tl.float32)
             if GATED:
                 y = y * silu(zs[k].to(tl.float32))
-            tl.store(y_at + k * channels, y.to(y_ptr.dtype.element_ty), mask=here & (t + k < length))
-        u_first += TOKENS * u_token
-        dt_first += TOKENS * dt_token
-        B_first += TOKENS * B_token
-        C_at += TOKENS * C_token
-        y_at += TOKENS * channels
+            y_to = y_ptr + (y_at + k * (u_token if ALIKE else channels))
+            tl.store(y_to, y.to(y_ptr.dtype.element_ty), mask=here & (t + k < length))
+
+
+def fits(inputs: ScanInputs) -> bool:
+    """Whether 32 bits are enough for where the numbers of a sequence lie."""
+    tensors = (inputs.u, inputs.dt, inputs.B, inputs.C, *(() if inputs.z is None else (inputs.z,)))
+    return (inputs.length + 64 * 1024) * max(t.stride(1) for t in tensors) < 2**31
 
 
 def selective_scan(inputs: ScanInputs, state: torch.Tensor | None, plan: Strips) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +221,7 @@ def selective_scan(inputs: ScanInputs, state: torch.Tensor | None, plan: Strips)
         SOFTPLUS=inputs.dt_bias is not None,
         GATED=inputs.z is not None,
         CONTINUES=state is not None,
+        ALIKE=u.stride(1) == dt.stride(1) == inputs.d_inner and B.stride(1) == C.stride(1),
         num_warps=max(1, plan.strips * plan.channels // WARP),
         enable_fp_fusion=True,
         **({"maxnreg": plan.registers} if plan.registers else {}),

@@ -34,10 +34,14 @@ COMPILING = 16  # threads; Triton compiles without Python's lock for the most pa
 REPLAYS = 7
 LANES = (Lanes(4, 4, 16), Lanes(8, 4, 16), Lanes(8, 8, 16, registers=128))
 MORE_LANES = tuple(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (8, 8), (16, 8), (16, 16)))
-STRIPS = tuple(
-    Strips(strips, channels, tokens)
-    for strips, channels in ((64, 8), (64, 16), (128, 8), (32, 8), (32, 16), (128, 4))
-    for tokens in ((4, 8) if (strips, channels) == (64, 8) else (4,))
+STRIPS = (  # registers: so that two programs of 512 threads, or more of fewer, run on a multiprocessor
+    Strips(64, 8, 4),
+    Strips(64, 8, 4, registers=64),
+    Strips(64, 8, 2, registers=64),
+    Strips(64, 4, 4, registers=64),
+    Strips(32, 8, 4, registers=80),
+    Strips(128, 4, 4, registers=64),
+    Strips(64, 16, 2),
 )
 MOST_OF_STRIPS = 8  # states: a thread loads each number of B and C by itself
 CUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # chunks

@@ -19,7 +19,7 @@ from ssmc.runtime.scan.inputs import SsdInputs
 
 FEWEST_CHUNKS = 4  # of a span
 # Shares of u's bytes; little tensors get more, so that a span fills the GPU.
-STATES_SHARE, STATES_BYTES = 0.75, 6 << 20  # of the states around the chunks of a span
+STATES_SHARE, STATES_BYTES = 0.5, 6 << 20  # of the states around the chunks of a span
 READERS_SHARE, READERS_BYTES = 0.2, 4 << 20  # of what slices of heads add to the gradients of B and C
 PROGRAMS = 2  # of a multiprocessor
 MOST_SLICES = 8  # of a group's heads
