@@ -16,3 +16,13 @@ if HAS_CUDA:
 def needs_cuda(test):
     """Skip a test where there is no CUDA GPU."""
     return pytest.mark.gpu(pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA GPU")(test))
+
+
+def bytes_above(call):
+    """Memory of the GPU that a call takes at most, beyond what is there already."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

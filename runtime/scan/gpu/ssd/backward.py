@@ -161,8 +161,12 @@ def _states_between_spans(inputs: SsdInputs, state: torch.Tensor | None, plan: B
     """The state before each span, (B, H, P, N) each, as precise as those before chunks; one that is given stays."""
     launch = prefill.Launch(inputs, _forward_plan(plan))
     dtype = _kept(launch)
-    before = inputs.initial_state() if state is None else state.float().contiguous()
-    found = [before.to(dtype) if state is None else before]
+    if state is None:  # the zeros of one sequence serve all
+        zeros = torch.zeros(1, *launch.state_shape[1:], dtype=torch.float32, device=inputs.u.device)
+        before, first = (t.expand(launch.state_shape) for t in (zeros, zeros.to(dtype)))
+    else:
+        before = first = state.float().contiguous()
+    found = [first]
     if launch.stretches > 1:
         ends, totals = launch.stretch_ends()
         for number in range(launch.stretches - 1):
