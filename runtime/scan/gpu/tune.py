@@ -40,6 +40,8 @@ STRIPS = (  # registers: so that two programs of 512 threads, or more of fewer, 
     Strips(64, 8, 2, registers=64),
     Strips(64, 4, 4, registers=64),
     Strips(32, 8, 4, registers=80),
+    Strips(32, 8, 4),
+    Strips(32, 8, 2),
     Strips(128, 4, 4, registers=64),
     Strips(64, 16, 2),
 )
