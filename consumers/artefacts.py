@@ -68,6 +68,17 @@ CHANGED = {
     "bamba": {"hidden_size": 32, "mamba_n_heads": 8},  # rotary positions turn an even part of a head
     "falcon_h1": {"head_dim": 6},  # which the published ones say, and mlx-lm wants to read
 }
+_ONE = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "mamba_n_heads": 8}
+WIDE = {
+    "bamba": _ONE,
+    "granitemoehybrid": _ONE,
+    "jamba": {name: _ONE[name] for name in _ONE if name != "mamba_n_heads"},
+    "falcon_h1": {"head_dim": 32},
+    "nemotron_h": {"head_dim": 32},
+    "zamba2": {"hidden_size": 32, "n_mamba_heads": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    | {"attention_hidden_size": 64, "attention_head_dim": 32, "kv_channels": 16, "num_query_groups": 2},
+}
+"""The same with heads of attention of 32 numbers, the fewest that vLLM takes on a CPU."""
 VARIANTS = {
     "falcon_h1-unscaled": ("falcon_h1", {"attention_in_multiplier": 1.0, "key_multiplier": 1.0}),
     "jamba-dense": ("jamba", {"num_experts": 1}),
@@ -78,12 +89,15 @@ CALM = {"zamba2": ("in_proj", 0.5)}
 OTHER_CUTS = (Cut("half of the states", "column", 0.5),)
 
 
-def models(folder: Path, wanted: Collection[str] = ()) -> dict[str, str]:
+def models(
+    folder: Path, wanted: Collection[str] = (), changed: Mapping[str, Mapping[str, Any]] = CHANGED
+) -> dict[str, str]:
     """Every model by name, and what it is loaded from; the random ones are written into a folder.
 
     Args:
         folder: to write to.
         wanted: their first words; none: all.
+        changed: what is changed of the configurations that hubs have, by family.
     """
     found = {name: name for name in TRAINED if not wanted or name in wanted}
     for name, (family, changes) in ({family: (family, {}) for family in FAMILIES} | VARIANTS).items():
@@ -91,7 +105,7 @@ def models(folder: Path, wanted: Collection[str] = ()) -> dict[str, str]:
             continue
         directory = folder / name / "model"
         if not directory.is_dir():
-            stored = WORDED[family] | {"vocab_size": TINY_VOCAB} | CHANGED.get(family, {}) | changes
+            stored = WORDED[family] | {"vocab_size": TINY_VOCAB} | dict(changed.get(family, {})) | changes
             _save_random(directory, stored, *CALM.get(family, ("", 1.0)))
         found[f"{name}, random"] = str(directory)
     return found

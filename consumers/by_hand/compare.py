@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from consumers.artefacts import DENSE, reference
-from consumers.results import RAN, RESULTS, Row, merged, read_rows, write_rows
+from consumers.results import FAILED, RAN, RESULTS, Row, merged, read_rows, write_rows
 from consumers.run import judge
+
+MOST = 300  # letters of a reason
 
 
 def differences(told: Mapping[str, Any], logits: torch.Tensor) -> tuple[float, float]:
@@ -44,10 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with np.load(args.told) as file:
         told = dict(file)
-    wanted = reference(args.masked, told["tokens"].tolist(), int(told["prompt"]), args.export)
     row = Row(f"vLLM, {told['device']}", "vllm", args.model, args.cut, "safetensors", RAN, date.today().isoformat())
-    row = Row(**(vars(row) | {"version": str(told["version"]), "values": "log probabilities"}))
-    row = judge(row, {name: differences(told, logits) for name, logits in wanted.items()})
+    row = replace(row, version=str(told["version"]))
+    if "error" in told:
+        row = replace(row, outcome=FAILED, reason=" ".join(str(told["error"]).split())[:MOST])
+    else:
+        row = replace(row, values="log probabilities")
+        wanted = reference(args.masked, told["tokens"].tolist(), int(told["prompt"]), args.export)
+        row = judge(row, {name: differences(told, logits) for name, logits in wanted.items()})
     write_rows(merged(read_rows(args.json), [row]), args.json)
     print(row)
 

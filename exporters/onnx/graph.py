@@ -70,7 +70,7 @@ class Built:
 
 _LACKING = {
     ORT: "operators of onnxruntime's own were not measured to help there",
-    GENAI: "its states are laid out for onnxruntime-genai in Mamba and Mamba-2 only, not beside keys and values",
+    GENAI: "its states have no names that onnxruntime-genai looks for",
 }
 """Why a family has no graph of a target."""
 
@@ -107,8 +107,8 @@ def build(
 
     Inputs: `input_ids` and `attention_mask` (B, L) int64, the mask 1 at real tokens and 0 at padding, which may stand
     anywhere; and the states of every layer, `past_*_i`, zeros at the beginning, or of length 0 where they grow (keys,
-    values and `past_mask`). Outputs: `logits` float32 and the states after the last real token, `present_*_i`, laid out
-    as their pasts.
+    values and `past_mask`). For genai the mask is one of all tokens so far, in place of `past_mask`. Outputs: `logits`
+    float32 and the states after the last real token, `present_*_i`, laid out as their pasts.
 
     Args:
         config: transformers' configuration.
@@ -134,10 +134,13 @@ def build(
     kinds = _states(family, config, layers, settings)
     pasts = {name: builder.input(name, dtype, ["batch", *shape]) for name, (shape, dtype) in kinds.items()}
     tokens = real_first(op, input_ids, _of_these(op, attention_mask, input_ids) if genai else attention_mask)
+    tokens = replace(tokens, kept_as_given=genai)
     hidden = _scaled(op, weights.rows(op, family.embedding, tokens.ids), family.embedding_scale(config))  # (L, B, d)
-    common = {state: pasts[PAST + state] for state in family.common_states(config)}
+    common = {state: pasts[PAST + state] for state in family.common_states(config) if not genai}
+    if genai and family.common_states(config):  # which is the mask of the cache; genai gives that of all tokens
+        common["mask"] = op.Cast(_before_these(op, attention_mask, input_ids), to=ir.DataType.FLOAT)
     shared, after = family.shared(op, config, input_ids, tokens, common, hidden)
-    presents = {PAST + state: value for state, value in after.items()}
+    presents = {} if genai else {PAST + state: value for state, value in after.items()}
     for layer, sizes in enumerate(layers):
         builder.push_module(f"layer_{layer}")
         shapes = family.states(sizes)
@@ -161,6 +164,7 @@ def _states(
     """Shapes, without the batch, and types of all states, by the names of their inputs, in the order of the inputs."""
     common = family.common_states(config).items()
     kinds: dict[str, Kind] = {PAST + state: (tuple(shape), ir.DataType.FLOAT) for state, shape in common}
+    kinds = {} if settings.target == GENAI else kinds
     for layer, sizes in enumerate(layers):
         own = kept(family.states(sizes), sizes, settings.state_dtype)
         kinds |= {past_name(state, layer, settings.target): kind for state, kind in own.items()}
@@ -191,6 +195,11 @@ def past_name(state: str, layer: int, target: str = PORTABLE) -> str:
 def _of_these(op: OpBuilder, mask: ir.Value, input_ids: ir.Value) -> ir.Value:
     """What a mask (B, all tokens so far) says of the (B, L) tokens that come now."""
     return op.Slice(mask, op.Neg(op.Shape(input_ids, start=1, end=2)), [END], [1])
+
+
+def _before_these(op: OpBuilder, mask: ir.Value, input_ids: ir.Value) -> ir.Value:
+    """What the same mask says of the tokens that came before."""
+    return op.Slice(mask, [0], op.Neg(op.Shape(input_ids, start=1, end=2)), [1])
 
 
 def _head(

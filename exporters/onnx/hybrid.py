@@ -15,7 +15,7 @@ import torch
 from onnxscript import OpBuilder
 
 from ssmc.exporters.onnx.family import Block, GraphFamily, Shape
-from ssmc.exporters.onnx.layers import ORT, PORTABLE, mamba2
+from ssmc.exporters.onnx.layers import GENAI, ORT, PORTABLE, mamba2
 from ssmc.exporters.onnx.ops.attention import AttentionSizes, attend, rope_of, see
 from ssmc.exporters.onnx.ops.padding import Tokens
 from ssmc.exporters.onnx.ops.parts import Layer, silu
@@ -34,7 +34,7 @@ class HybridGraph(GraphFamily):
         epsilon_field: of the configuration.
     """
 
-    TARGETS: tuple[str, ...] = (PORTABLE, ORT)  # ORT: LinearAttention decodes in the mixers
+    TARGETS: tuple[str, ...] = (PORTABLE, ORT, GENAI)  # ORT: LinearAttention decodes in the mixers
     embedding, final_norm = "model.embed_tokens.weight", "model.norm.weight"
     attention_name = "self_attn"
     epsilon_field = "rms_norm_eps"

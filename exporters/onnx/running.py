@@ -10,9 +10,9 @@ import onnxruntime
 
 from ssmc.exporters.onnx.files import GRAPH
 from ssmc.runtime.errors import VerificationError
-from ssmc.runtime.models.generation.onnx_graph import TYPES, reason
+from ssmc.runtime.models.generation.onnx_graph import MASK, TYPES, reason
 from ssmc.runtime.models.generation.onnx_logits import give_all_logits
-from ssmc.runtime.models.generation.onnx_names import present_name
+from ssmc.runtime.models.generation.onnx_names import TOTAL, present_name
 
 PROVIDERS = ("CPUExecutionProvider",)
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -44,11 +44,16 @@ def _open(graph: Path | bytes, options: onnxruntime.SessionOptions) -> onnxrunti
 
 
 def fresh_states(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
-    """The states before the first token by the names of their inputs: zeros, (B, ...); what grows is empty."""
+    """The states before the first token by the names of their inputs: zeros, (B, ...); what grows is empty.
+
+    Of a graph that is told at every call which of all tokens are real, that is among them.
+    """
     fresh = {}
     for past in (value for value in session.get_inputs() if value.name.startswith("past_")):
         sizes = (size if isinstance(size, int) else 0 for size in past.shape[1:])
         fresh[past.name] = np.zeros((batch, *sizes), TYPES[past.type][1])
+    if any(value.name == MASK and value.shape[1] == TOTAL for value in session.get_inputs()):
+        fresh[MASK] = np.zeros((batch, 0), np.int64)
     return fresh
 
 
@@ -70,6 +75,9 @@ def run(
         Logits, (B, 1, V) or (B, L, V) as the graph gives them, and the states after the tokens.
     """
     mask = np.ones_like(ids) if mask is None else mask
-    presents = [present_name(name) for name in states]
-    logits, *new = session.run(["logits", *presents], {"input_ids": ids, "attention_mask": mask, **states})
-    return logits, dict(zip(states, new, strict=True))
+    pasts = {name: state for name, state in states.items() if name != MASK}
+    mask = np.concatenate([states[MASK], mask], axis=1) if MASK in states else mask
+    presents = [present_name(name) for name in pasts]
+    logits, *new = session.run(["logits", *presents], {"input_ids": ids, MASK: mask, **pasts})
+    told = {MASK: mask} if MASK in states else {}
+    return logits, dict(zip(pasts, new, strict=True)) | told

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ from ssmc.runtime.text.content import (
     is_json_object,
     mended,
     opened,
+    table_delimiter,
 )
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")  # the usual names
-_ALSO = (".json", ".md", ".text", ".ndjson")
+_ALSO = (".json", ".md", ".text", ".ndjson", ".csv", ".tsv")
+_LONGEST = 1 << 27  # letters of a field of a table
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+_KINDS = {list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+"""Values of JSON that are no text, for messages."""
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -72,17 +79,29 @@ def documents(path: Path, most: int | None = None) -> Iterator[str]:
                     yield text_of(line, f"{path}, line {number},")
         elif is_json_array(start) or (path.suffix == ".json" and is_json_object(start)):
             yield from _whole_json("".join(lines), path)
+        elif delimiter := table_delimiter(start):
+            yield from _table(lines, delimiter, path)
         else:
             pieces = islice(iter(lambda: file.read(PEEK), b""), None if most is None else -(-most // PEEK))
             lines = decoded(pieces, start, path)
             yield mended("".join(lines).replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def _table(lines: Iterable[str], delimiter: str, path: Path) -> Iterator[str]:
+    """The column "text" of a table."""
+    csv.field_size_limit(_LONGEST)
+    try:
+        for row in csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True):
+            yield mended(row["text"] or "")
+    except csv.Error as error:
+        raise CalibrationError(f"{path} is a table that cannot be read: {error}. Correct it.") from error
+
+
 def text_of(line: str, where: str) -> str:
     """The text of one line of JSON lines.
 
     Args:
-        line: one JSON object with a string "text".
+        line: one JSON object with a string "text", or a string.
         where: what to call the line in errors.
 
     Raises:
@@ -100,10 +119,15 @@ def text_of(line: str, where: str) -> str:
 
 
 def _field(row: Any, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        has = f" It has {', '.join(map(repr, list(row)[:5]))}." if isinstance(row, dict) and row else ""
-        raise CalibrationError(f'{where} has no string "text".{has} Each needs one.')
-    return mended(row["text"])
+    if isinstance(row, str):
+        return mended(row)
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return mended(row["text"])
+    if isinstance(row, dict) and "text" in row:
+        raise CalibrationError(f'{where} has no string "text": it is {_KINDS.get(type(row["text"]), "a number")}.')
+    has = f" It has {', '.join(map(repr, list(row)[:5]))}." if isinstance(row, dict) and row else ""
+    has = has or f" It is {_KINDS[type(row)]}." * (type(row) in _KINDS)
+    raise CalibrationError(f'{where} has no string "text".{has} Each needs one.')
 
 
 def _whole_json(text: str, path: Path) -> Iterator[str]:

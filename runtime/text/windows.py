@@ -17,7 +17,16 @@ from typing import Any
 
 import torch
 
-from ssmc.runtime.text.content import PARQUET, PEEK, encoding_of, is_compressed, is_json_array, is_json_lines, mended
+from ssmc.runtime.text.content import (
+    PARQUET,
+    PEEK,
+    encoding_of,
+    is_compressed,
+    is_json_array,
+    is_json_lines,
+    mended,
+    table_delimiter,
+)
 from ssmc.runtime.text.files import parquet_file, row_group, text_files, text_of
 from ssmc.runtime.text.reading import BETWEEN, each_document, no_text, sha256_of, token_ids
 
@@ -100,6 +109,8 @@ def _seekable(path: Path) -> list[_Part] | None:
         if start.startswith(PARQUET):
             return _row_groups(path)
         if is_compressed(path) or encoding_of(start) != "utf-8" or is_json_array(start) or b"\0" in start:
+            return None
+        if table_delimiter(start):
             return None
     except OSError:
         return None  # whoever reads it says why

@@ -145,6 +145,14 @@ def test_what_was_told_by_hand_becomes_a_row(tmp_path):
     assert found.stepped == pytest.approx(0.25, abs=1e-5)
 
 
+def test_what_did_not_run_by_hand_becomes_a_row_with_the_reason(tmp_path):
+    np.savez(tmp_path / "told.npz", error="RuntimeError: no\n kernel", version="1.2", device="CPU")
+    path = tmp_path / "rows.json"
+    compare([str(tmp_path / "told.npz"), "nowhere", "--model", "bamba", "--json", str(path)])
+    (found,) = read_rows(path)
+    assert (found.version, found.outcome, found.reason) == ("1.2", FAILED, "RuntimeError: no kernel")
+
+
 def test_what_else_is_done_about_time_steps_is_what_stock_transformers_does(tmp_path):
     """Its recurrent step knows no limits, whatever its prefill did."""
     model = FAMILIES["nemotron_h"](time_step_min=0.3)

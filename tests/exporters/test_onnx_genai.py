@@ -16,7 +16,7 @@ genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is no
 LENGTH = 25
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-mamba2"])
+@pytest.fixture(scope="module", params=["tiny", "tiny-mamba2", "tiny-hybrid"])
 def exported(request, tmp_path_factory):
     """A compressed model, its logits at every token, and its folder for genai."""
     out = tmp_path_factory.mktemp("artefact") / "out"

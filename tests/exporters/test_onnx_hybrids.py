@@ -38,7 +38,7 @@ MODELS = {
         head_dim=8, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
 }
-OPERATORS_OF_ORT = ("nemotron_h-experts", "falcon_h1")
+TARGETS = {"nemotron_h-experts": "ort", "falcon_h1": "ort", "bamba": "genai", "jamba": "genai", "zamba2": "genai"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -49,7 +49,7 @@ def case(request, tmp_path_factory):
     with torch.no_grad():
         wanted = model(tokens, use_cache=False).logits.numpy()
     folder = tmp_path_factory.mktemp("graph")
-    target = "ort" if request.param in OPERATORS_OF_ORT else "portable"
+    target = TARGETS.get(request.param, "portable")
     write_graph(folder, build(model.config, tensors_of(model), Settings(logits="all", target=target)).model)
     return model, tokens.numpy(), wanted, open_written(folder)
 

@@ -16,6 +16,7 @@ from ssmc.runtime.text import read_texts
 
 STORIES = ("Once upon a time.", "There was a fox.\n\nIt slept.", "Zwölf Bären")
 LINES = "".join(json.dumps({"text": story, "url": "x"}) + "\n" for story in STORIES).encode()
+TABLE = "id,text\n" + "".join(f'{number},"{story}"\n' for number, story in enumerate(STORIES))
 PACKED = gzip.compress(LINES, mtime=0)  # the same bytes, and names of tests, in every process
 
 
@@ -34,6 +35,13 @@ PACKED = gzip.compress(LINES, mtime=0)  # the same bytes, and names of tests, in
         ("wide.jsonl", LINES.decode().encode("utf-16")),
         ("windows.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("array.json", json.dumps([{"text": story} for story in STORIES], indent=2).encode()),
+        ("array.jsonl", json.dumps([{"text": story} for story in STORIES]).encode()),
+        ("strings.json", json.dumps(STORIES).encode()),
+        ("strings.jsonl", "".join(json.dumps(story) + "\n" for story in STORIES).encode()),
+        ("wider.jsonl", LINES.decode().encode("utf-32")),
+        ("twice.json.gz.gz", gzip.compress(PACKED, mtime=0)),
+        ("table.csv", TABLE.encode()),
+        ("table.txt", TABLE.replace(",", "\t").encode()),
     ],
 )
 def test_the_same_documents_come_out_of_every_layout(tmp_path, name, content):
@@ -43,10 +51,10 @@ def test_the_same_documents_come_out_of_every_layout(tmp_path, name, content):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_prose_is_one_document(tmp_path, packed):
-    prose = "{not JSON} but prose.\r\nSecond line.\n"
-    content = prose.encode()
-    (tmp_path / "a.txt").write_bytes(gzip.compress(content) if packed else content)
-    assert read_texts(tmp_path / "a.txt").documents == ("{not JSON} but prose.\nSecond line.\n",)
+    for start in ("{not JSON} but prose", '["Not JSON," he said] but prose', "A list: text, pictures"):
+        content = f"{start}.\r\nSecond line.\n".encode()
+        (tmp_path / "a.txt").write_bytes(gzip.compress(content) if packed else content)
+        assert read_texts(tmp_path / "a.txt").documents == (f"{start}.\nSecond line.\n",)
 
 
 def test_a_single_object_over_several_lines(tmp_path):
@@ -88,6 +96,11 @@ def test_lone_surrogates_become_the_replacement_character(tmp_path):
         (b"%PDF-1.7 ...", "is not text but a PDF"),
         (b"PK\x03\x04....", "a zip archive"),
         (b"abc\0def", "zero bytes"),
+        ("no mark".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0"), "a tar archive"),
+        (b"\x04\x22\x4d\x18....", "compressed by lz4"),
+        (b'{"text": null}\n', 'no string "text": it is null'),
+        (b'["a"]\n["b"]\n', 'line 1, has no string "text". It is a list'),
         ("Zwölf".encode("latin-1"), r"not UTF-8 text \(byte 2\)"),
         (PACKED[:-20], "breaks off or is damaged"),
         (lzma.compress(LINES)[:-20], "breaks off or is damaged"),

@@ -12,7 +12,7 @@ from onnxscript import OpBuilder
 
 from ssmc.exporters.onnx.family import Block
 from ssmc.exporters.onnx.hybrid import TwoStages, gated
-from ssmc.exporters.onnx.layers import PORTABLE, mamba
+from ssmc.exporters.onnx.layers import GENAI, PORTABLE, mamba
 from ssmc.exporters.onnx.ops.experts import mixture
 
 
@@ -22,7 +22,7 @@ class JambaGraph(TwoStages):
     final_norm = "model.final_layernorm.weight"
     middle = "pre_ff_layernorm"
     mixer = mamba
-    TARGETS = (PORTABLE,)  # its mixers are Mamba-1
+    TARGETS = (PORTABLE, GENAI)  # its mixers are Mamba-1
 
     def has_mixer(self, config: Any, layer: int) -> bool:
         """Whether a layer has a state-space mixer."""

@@ -32,6 +32,8 @@ class Seen:
         cos, sin: (B, 1, L, rotated) float32; None without rotary positions.
         length: L, int64, one element.
         rotated: how many numbers of a head are rotated.
+        place: (B, 1, L, 1) int64, where the token that was given at each place stands, if the cache keeps them as they
+            were given; None: it keeps the real ones of every call first.
     """
 
     bias: ir.Value
@@ -39,6 +41,7 @@ class Seen:
     sin: ir.Value | None
     length: ir.Value
     rotated: int = 0
+    place: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,26 @@ def see(
     """
     length = op.Shape(input_ids, start=1, end=2)
     position = op.Range(0, op.Squeeze(length, [0]), 1)  # among the tokens of this call, real ones first
-    later = op.Less(op.Unsqueeze(position, [1]), op.Unsqueeze(position, [0]))  # (L, L): the second is later
-    own = op.Unsqueeze(op.Where(later, _HIDDEN, 0.0), [0])  # (1, L, L); behind the last real token nobody looks
+    places = (
+        op.Transpose(tokens.place, perm=[1, 0]) if tokens.kept_as_given else op.Unsqueeze(position, [0])
+    )  # (B or 1, L)
+    later = op.Less(op.Unsqueeze(position, [1]), op.Unsqueeze(places, [1]))  # (B or 1, L, L): the second is later
+    own = op.Where(later, _HIDDEN, 0.0)  # behind the last real token nobody looks, and padding stands there
     cached = op.Unsqueeze(op.Mul(op.Sub(1.0, past_mask), _HIDDEN), [1])  # (B, 1, past)
     shape = op.Concat(tokens.batch, length, length, axis=0)
     before = op.Expand(cached, op.Concat([1], length, [1], axis=0))
     bias = op.Unsqueeze(op.Concat(before, op.Expand(own, shape), axis=2), [1, 2])
     after = op.Concat(past_mask, op.Transpose(op.Squeeze(tokens.moving, [2]), perm=[1, 0]), axis=1)
+    place = op.Unsqueeze(places, [1, 3]) if tokens.kept_as_given else None
     if rope is None:
-        return Seen(bias, None, None, length), after
+        return Seen(bias, None, None, length, place=place), after
     frequencies, factor = rope
     start = op.ReduceSum(past_mask, [1], keepdims=1)  # (B, 1): how many real tokens came before
-    places = op.Add(start, op.Cast(op.Unsqueeze(position, [0]), to=ir.DataType.FLOAT))  # (B, L)
-    angles = op.Mul(op.Unsqueeze(places, [2]), op.Constant(value=ir.tensor(frequencies.numpy())))
+    turns = op.Add(start, op.Cast(op.Unsqueeze(position, [0]), to=ir.DataType.FLOAT))  # (B, L)
+    angles = op.Mul(op.Unsqueeze(turns, [2]), op.Constant(value=ir.tensor(frequencies.numpy())))
     angles = op.Unsqueeze(op.Concat(angles, angles, axis=2), [1])  # (B, 1, L, rotated)
     cos, sin = op.Mul(op.Cos(angles), factor), op.Mul(op.Sin(angles), factor)
-    return Seen(bias, cos, sin, length, 2 * len(frequencies)), after
+    return Seen(bias, cos, sin, length, 2 * len(frequencies), place), after
 
 
 def attend(
@@ -109,6 +116,9 @@ def attend(
 
     q, k, v = split("q_proj", heads), split("k_proj", sizes.kv_heads), split("v_proj", sizes.kv_heads)
     q, k = _rotated(op, q, seen, width), _rotated(op, k, seen, width)
+    if seen.place is not None:
+        at = op.Expand(seen.place, op.Shape(k))
+        k, v = op.GatherElements(k, at, axis=2), op.GatherElements(v, at, axis=2)
     keys, values = op.Concat(past["key"], k, axis=2), op.Concat(past["value"], v, axis=2)
     # the queries of a group stand one below the other: one product for each head of the keys
     q = op.Reshape(op.Mul(q, sizes.scale), [0, sizes.kv_heads, -1, width])

@@ -30,6 +30,8 @@ class Tokens:
         batch: B, int64, one element.
         single: whether this is one token of every sequence, all of them real, bool.
         row: (B,) int64, 0 to B - 1.
+        kept_as_given: whether caches keep tokens in the order they were given in, padding among them; otherwise the
+            real ones of every call first.
     """
 
     ids: ir.Value
@@ -39,6 +41,7 @@ class Tokens:
     batch: ir.Value
     single: ir.Value
     row: ir.Value
+    kept_as_given: bool = False
 
 
 def real_first(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> Tokens:

@@ -9,8 +9,8 @@ from typing import Any
 BLOCK = "block"
 """Whole blocks, beside the dimensions of `plan`, as a key of `Capabilities.fixed`."""
 
-WITHOUT_HYBRIDS = frozenset({"mamba-ssm", "genai"})
-"""Names of `runtime/models/consumers.py` whose exports know Mamba and Mamba-2 alone."""
+MAMBA_ALONE = frozenset({"mamba-ssm"})
+"""Names of `runtime/models/consumers.py` that know Mamba and Mamba-2 alone."""
 
 
 @dataclass(frozen=True)

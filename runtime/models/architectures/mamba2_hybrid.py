@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ssmc.runtime.models.architectures.capabilities import WITHOUT_HYBRIDS, Capabilities
+from ssmc.runtime.models.architectures.capabilities import MAMBA_ALONE, Capabilities
 from ssmc.runtime.models.architectures.dimensions import Mamba2HybridDimensions
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.mamba2 import Mamba2
@@ -21,7 +21,7 @@ CAPABILITIES = Capabilities(
     gpu_scan=True,
     gpu_gradients=True,
     gpu_sums=True,
-    unknown_to=WITHOUT_HYBRIDS,
+    unknown_to=MAMBA_ALONE,
 )
 
 

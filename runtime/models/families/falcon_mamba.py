@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssmc.runtime.later import torch
-from ssmc.runtime.models.architectures.capabilities import Capabilities
+from ssmc.runtime.models.architectures.capabilities import MAMBA_ALONE, Capabilities
 from ssmc.runtime.models.architectures.layouts.stack import Stack
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 
@@ -19,7 +19,7 @@ class FalconMambaFamily(Stack, NormedMamba1):
 
     model_type = "falcon_mamba"
     capabilities = Capabilities(
-        normed_readers=True, gpu_scan=True, gpu_gradients=True, gpu_sums=True, unknown_to=frozenset({"mamba-ssm"})
+        normed_readers=True, gpu_scan=True, gpu_gradients=True, gpu_sums=True, unknown_to=MAMBA_ALONE
     )
     has_norm_weights = False
     behind_norm = ("out_proj.weight", "D")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ssmc.runtime.later import torch
-from ssmc.runtime.models.architectures.capabilities import BLOCK, WITHOUT_HYBRIDS, Capabilities, Otherwise
+from ssmc.runtime.models.architectures.capabilities import BLOCK, MAMBA_ALONE, Capabilities, Otherwise
 from ssmc.runtime.models.architectures.dimensions import HybridDimensions
 from ssmc.runtime.models.architectures.experts import (
     EXPERT_WIDTH,
@@ -66,7 +66,7 @@ class JambaFamily(Hybrid, NormedMamba1):
         gpu_scan=True,
         gpu_gradients=True,
         gpu_sums=True,
-        unknown_to=WITHOUT_HYBRIDS,
+        unknown_to=MAMBA_ALONE,
     )
     mixer_name = "mamba"
     plan = replace(

@@ -72,6 +72,7 @@ class Graph:
         states: past slots and the present slots in the same order.
         logits: of shape (V,).
         all_logits: whether the graph gives the logits of all positions; otherwise of the last token of each row.
+        whole_mask: whether the mask of a call is one of all tokens so far.
     """
 
     session: Any
@@ -79,6 +80,7 @@ class Graph:
     states: tuple[tuple[Slot, Slot], ...]
     logits: Slot
     all_logits: bool
+    whole_mask: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -247,7 +249,8 @@ def _graph(session: Any, device: torch.device, folder: Path) -> Graph:
     logits = outputs[LOGITS]
     if len(logits.shape) != 3:
         raise _foreign(folder, "logits are not (batch, length, vocabulary)")
-    return Graph(session, device, states, _slot(logits, folder, skip=2), all_logits=logits.shape[1] != 1)
+    whole = inputs[MASK].shape[1:] == [TOTAL]
+    return Graph(session, device, states, _slot(logits, folder, skip=2), logits.shape[1] != 1, whole)
 
 
 def _slot(value: Any, folder: Path, skip: int = 1) -> Slot:

@@ -6,7 +6,7 @@ PAST, PRESENT = "past_", "present_"
 PAST_GENAI, PRESENT_GENAI = "past_key_values.", "present."
 GROWS, TOTAL = "past", "total"
 """Names of the axis along which a state grows by the tokens of a call, before and after them."""
-STATES_GENAI = {"conv": "conv_state", "ssm": "recurrent_state"}
+STATES_GENAI = {"conv": "conv_state", "ssm": "recurrent_state", "key": "key", "value": "value"}
 
 
 def present_name(past: str) -> str:

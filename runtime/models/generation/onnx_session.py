@@ -31,6 +31,7 @@ class OnnxSession:
         self._batch: int | None = None
         self._states: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # pasts, presents of the next call
         self._token = self._ones = self._logits = torch.empty(0)
+        self._seen = torch.empty(0, 0, dtype=torch.long)  # the mask of all tokens so far, where the graph wants it
         self._grows = any(past.grows is not None for past, _ in graph.states)
         self._steps: tuple[Any, Any] = (None, None)  # bindings of a step, for the next call and the one after
 
@@ -64,7 +65,7 @@ class OnnxSession:
         self._token.copy_(tokens)
         if self._grows:
             self._states = (self._states[0], self._presents(1))
-            self._run(self._binding(*self._states, self._token, self._ones, self._logits))
+            self._run(self._binding(*self._states, self._token, self._mask(self._ones), self._logits))
         else:
             self._run(self._steps[0])
         return self._logits[:, -1].float()
@@ -104,9 +105,16 @@ class OnnxSession:
             logits = self._logits
         tokens, mask = (t.to(self.device).contiguous() for t in (tokens, mask))
         if self._grows:
-            self._states = (self._states[0], self._presents(length))
+            self._states, mask = (self._states[0], self._presents(length)), self._mask(mask)
         self._run(self._binding(*self._states, tokens, mask, logits))
         return logits.float()
+
+    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """What the graph is told of tokens that come now: that of all so far, or theirs."""
+        if not self.graph.whole_mask:
+            return mask
+        self._seen = torch.cat([self._seen, mask], dim=1)
+        return self._seen
 
     def _start(self, batch: int) -> None:
         """Zero states for `batch` sequences, in the buffers that are there if the number is the same."""
@@ -117,6 +125,7 @@ class OnnxSession:
                 state.zero_()
             else:
                 self._states[0][place] = self._empty(past, batch)
+        self._seen = torch.empty(batch, 0, dtype=torch.long, device=self.device)
         self._fresh = False
 
     def _allocate(self, batch: int) -> None:
