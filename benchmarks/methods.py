@@ -311,9 +311,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Run everything. What is done is written whenever a run ends, for those that are cut short."""
-    names = ("seeds", "nsamples", "seqlen", "window", "windows", "quick", "groups", "jobs")
+    names = ("seeds", "nsamples", "seqlen", "window", "windows", "quick", "groups")
     settings = {name: getattr(args, name) for name in names} | {"share": SHARE, "steps": STEPS, "states": STATES}
     report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings, "models": {}}
+    earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    if earlier.get("settings") == settings:  # of other models
+        report["models"] = {name: found for name, found in earlier["models"].items() if name not in args.models}
     tasks = [
         (method.once, Task(name, place, seed))
         for name in args.models
