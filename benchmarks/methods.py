@@ -36,6 +36,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from benchmarks.loss.digits import Split, judged, train
+from benchmarks.methods_page import cells, page, plot, sorted_groups
 from benchmarks.reporting import FIGURES, print_conditions
 from ssmc import compress
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, UNSTRUCTURED, WEIGHTS, scores_of
@@ -305,14 +306,21 @@ def main() -> None:
     report = json.loads(args.out.read_text(encoding="utf-8"))
     for name, found in report["models"].items():
         print_table(name, found)
-    here = args.out.parent == RESULTS  # what is measured elsewhere is no figure of the documentation
+    here = args.out.parent == RESULTS  # what is measured elsewhere does not belong into the documentation
     plot(report, FIGURES / f"{args.out.stem}.svg" if here else args.out.with_suffix(".svg"))
+    if here:
+        (FIGURES.parent / f"{args.out.stem}.md").write_text(page(report), encoding="utf-8")
 
 
 def measure(args: argparse.Namespace) -> None:
     """Run everything. What is done is written whenever a run ends, for those that are cut short."""
     names = ("seeds", "nsamples", "seqlen", "window", "windows", "quick", "groups")
-    settings = {name: getattr(args, name) for name in names} | {"share": SHARE, "steps": STEPS, "states": STATES}
+    settings = {name: getattr(args, name) for name in names} | {
+        "share": SHARE,
+        "steps": STEPS,
+        "states": STATES,
+        "sparsity": SPARSITY,
+    }
     report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings, "models": {}}
     earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     if earlier.get("settings") == settings:  # of other models
@@ -339,43 +347,10 @@ def print_table(name: str, found: dict[str, Any]) -> None:
     """Methods by group, the least loss first."""
     headings = ("", "method", "parameters left", "excess nats", "recall", "accuracy", "CPU seconds")
     table = Table(*headings, title=f"{name}: dense {found['dense']['nats']:.4f} nats, {found['dense']['accuracy']:.1%}")
-    rows = [row for row in found["rows"] if "refused" not in row]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        for i, row in enumerate(sorted((r for r in rows if r["group"] == group), key=lambda r: r["excess_nats"])):
-            recall = _figure(row, "recall_excess_nats", "recall_stderr")
-            figures = (f"{row['parameters_left']:.3f}", _figure(row, "excess_nats", "stderr"), recall)
-            accuracy, seconds = f"{row['accuracy']:.1%}", f"{row['cpu_seconds']:.1f}"
-            table.add_row("" if i else group, row["name"], *figures, accuracy, seconds)
+    for group, rows in sorted_groups(found):
+        for i, row in enumerate(rows):
+            table.add_row("" if i else group, row["name"], *cells(row))
     Console(width=140).print(table)
-
-
-def _figure(row: dict[str, Any], name: str, error: str) -> str:
-    if row.get(name) is None:
-        return ""
-    return f"{row[name]:+.4f}" + ("" if row.get(error) is None else f" ± {row[error]:.4f}")
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss over seconds, a panel for each model and a colour for each group, with error bars."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "ssmc"
-    models = report["models"]
-    figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 4.2), squeeze=False)
-    for axis, (name, found) in zip(axes[0], models.items(), strict=True):
-        for i, group in enumerate(GROUPS):
-            rows = [row for row in found["rows"] if row["group"] == group and "refused" not in row]
-            heights = [max(row["excess_nats"], 1e-4) for row in rows]
-            errors = [min(row["stderr"] or 0.0, 0.99 * height) for row, height in zip(rows, heights, strict=True)]
-            seconds = [row["cpu_seconds"] for row in rows]
-            axis.errorbar(seconds, heights, errors, fmt="o", ms=4, color=f"C{i}", label=group)
-            for row, x, y in zip(rows, seconds, heights, strict=True):
-                axis.annotate(row["name"], (x, y), fontsize=4, xytext=(3, 1), textcoords="offset points")
-        axis.set(xscale="log", yscale="log", title=name, xlabel="seconds of processor time")
-    axes[0][0].set_ylabel("excess loss (nats a token)")
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
