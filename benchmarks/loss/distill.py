@@ -2,6 +2,7 @@
 
     python -m benchmarks.loss.distill                                # the embedded texts
     python -m benchmarks.loss.distill --calib train.jsonl --device cuda
+    python -m benchmarks.loss.distill --cells tiny:column:0.875 --refine 150 --steps 100  # states, refined first
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text
 that neither calibration nor steps have seen. Seconds are those of the steps alone.
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="*", default=CELLS, help="MODEL:PATTERN:SPARSITY")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer before")
     parser.add_argument("--calib", help="calibration text; by default the embedded stories")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
@@ -45,7 +47,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/distill.json"))
     args = parser.parse_args()
-    report = {"conditions": asdict(print_conditions()), "settings": {"steps": args.steps, "window": args.window}}
+    report = {
+        "conditions": asdict(print_conditions()),
+        "settings": {"steps": args.steps, "window": args.window, "refine": args.refine},
+    }
     report |= {"device": args.device, "rows": []}
     for cell in args.cells:
         report["rows"].append(row := measured(cell, args))
@@ -67,14 +72,18 @@ def measured(cell: str, args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         options = {"pattern": pattern, "sparsity": float(sparsity), "calib": args.calib, "device": args.device}
-        layers = [Left(layer.states_kept, layer.channels_kept) for layer in compress(source, out=out, **options).layers]
+        busy = time.process_time()
+        pruned = compress(source, out=out, refine=args.refine, **options).layers
+        layers = [Left(layer.states_kept, layer.channels_kept) for layer in pruned]
+        pruning = time.process_time() - busy
         student = load_checkpoint(out, dtype=torch.float32)
         before = excess_loss(perplexity(use_fast_scan(student.model), text, args.window), wanted)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         done = distil_checkpoint(student, source, Lesson(args.steps, args.calib, device=args.device), layers=layers)
-        seconds = time.perf_counter() - start
+        seconds, stepping = time.perf_counter() - start, time.process_time() - busy
         after = excess_loss(perplexity(student.model, text, args.window), wanted)
     row = {"cell": cell, "excess_before": before.nats, "excess": after.nats, "stderr": after.stderr, "seconds": seconds}
+    row |= {"cpu_seconds": {"pruning": pruning, "steps": stepping}}
     return row | {"divergence_before": done.divergence_before, "divergence": done.divergence, "steps": done.best_step}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ssmc.runtime.errors import CalibrationError
 
-TRIAL_SAMPLES = 8  # calibration samples a trial is fitted to
+TRIAL_SAMPLES, TRIAL_TOKENS = 8, 8192  # calibration samples a trial is fitted to, and tokens of them, at most
 HELD_OUT = 8  # and those its loss is measured on
 
 
@@ -45,4 +45,5 @@ class Samples:
             )
         seen = len(tokens) <= nsamples
         first = len(tokens) - min(HELD_OUT, len(tokens) // 2) if seen else nsamples
-        return cls(tokens[:first][:TRIAL_SAMPLES], tokens[first:][:HELD_OUT], tokens[:first], seen)
+        fit = min(TRIAL_SAMPLES, max(2, TRIAL_TOKENS // tokens.shape[1]))
+        return cls(tokens[:first][:fit], tokens[first:][:HELD_OUT], tokens[:first], seen)

@@ -16,12 +16,12 @@ from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.state import StateFile, fingerprint
 from ssmc.compressor.distillation.steps import (
     HELD_OUT,
-    SEQUENCES,
     WINDOW,
     Course,
     Distillation,
     Pair,
     distill,
+    sequences_of,
 )
 from ssmc.compressor.options.recipe import RECIPE
 from ssmc.runtime.collectives import from_first, joined
@@ -96,12 +96,13 @@ def distil_checkpoint(
         UsageError: the state is that of another run.
     """
     source = calibration_path() if lesson.calib is None else lesson.calib
-    count = lesson.steps * SEQUENCES + HELD_OUT
+    window = min(lesson.window, WINDOW)
+    count = (lesson.steps + HELD_OUT) * sequences_of(window)
     tokenizer = load_tokenizer(student, lesson.tokenizer)
-    tokens = draw_windows(source, tokenizer, count, min(lesson.window, WINDOW), lesson.seed).tokens
+    tokens = draw_windows(source, tokenizer, count, window, lesson.seed).tokens
     if len(tokens) < 2:
         raise CalibrationError(
-            f"Distillation needs at least two sequences of {min(lesson.window, WINDOW)} tokens, {source} holds "
+            f"Distillation needs at least two sequences of {window} tokens, {source} holds "
             f"{len(tokens)}. Give more text with --calib."
         )
     course = Course(lesson.steps, lesson.seed, layers)

@@ -30,13 +30,18 @@ from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 WINDOW = 512  # tokens of a sequence: long enough for states to matter, short enough for many in a step
-SEQUENCES = 4  # of a step
-HELD_OUT = 16  # sequences that only judge
+STEP = 4 * WINDOW  # tokens of a step, in whole sequences
+HELD_OUT = 4  # times as many sequences as a step takes only judge
 RATE, LOST = 5e-4, 0.14  # as Adam has it, at the height of the schedule, of a model that lost so many nats
 OTHERS = 0.4  # times that, for what is no matrix: Adam's noise in an embedding costs more than it gains
 LEAST, MOST = 0.2, 2.5  # times RATE: the noise of steps costs as their square, so who lost less takes smaller ones
 CHECKS, EVERY = 8, 50  # judgements, and steps between two of them, at most
 REMEMBERED = 1 << 30  # bytes of what the teacher puts out for sequences that come again
+
+
+def sequences_of(length: int) -> int:
+    """How many sequences of so many tokens a step takes."""
+    return max(1, STEP // length)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress
 
     Args:
         pair: both models in float32 with the fast scan in use, on the device to compute on.
-        tokens: (n, L) int64; the last `HELD_OUT` sequences, or a quarter of few, only judge.
+        tokens: (n, L) int64; the last ones, four times those of a step or a quarter of few, only judge.
         course: what to do.
         progress: told about steps.
 
@@ -114,7 +119,7 @@ def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress
             "Distillation needs at least two sequences of text, as some judge the steps on the others. Give more text "
             "with --calib."
         )
-    held = min(HELD_OUT, max(1, len(tokens) // 4))
+    held = min(HELD_OUT * sequences_of(tokens.shape[1]), max(1, len(tokens) // 4))
     seen, judged = tokens[:-held], tokens[-held:]
     dense, before = (_loss(model, judged) for model in (pair.teacher, pair.student))
     with narrowed(pair.architecture, pair.student, course.layers):
@@ -128,7 +133,7 @@ def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress
         divergence_before=done.error_before,
         excess=_loss(pair.student, judged) - dense,
         excess_before=before - dense,
-        tokens=min(SEQUENCES, len(seen)) * tokens.shape[1],
+        tokens=min(sequences_of(tokens.shape[1]), len(seen)) * tokens.shape[1],
     )
 
 
@@ -181,18 +186,19 @@ class _Lesson:
         remembered: dict[int, torch.Tensor] | None = None,
     ):
         self._pair, self._seen, self._moving = pair, seen, moving
+        self._size = sequences_of(seen.shape[1])
         head = pair.student.get_output_embeddings().weight
         self._device = head.device
         self._remembered = {} if remembered is None else remembered
         self._may_remember = seen.numel() * head.shape[1] * 4 <= REMEMBERED
         self._judged = 0 if judged is None else len(judged)
         # what judges: sequences, and what the teacher's last norm puts out for them
-        own = [] if judged is None else [judged[rows] for rows in Dealt(len(judged), SEQUENCES).own]
+        own = [] if judged is None else [judged[rows] for rows in Dealt(len(judged), self._size).own]
         self._judges = [(rows, last_hidden(pair.teacher, rows)) for rows in own]
 
     def descend(self, course: Course, progress: Progress) -> Descent:
         """Take the steps."""
-        order = batches(len(self._seen), SEQUENCES, course.seed)
+        order = batches(len(self._seen), self._size, course.seed)
         for _ in range(course.start["step"] if course.start else 0):
             next(order)
         checks = max(CHECKS, math.ceil(course.steps / EVERY))

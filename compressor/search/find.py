@@ -31,7 +31,7 @@ from ssmc.runtime.errors import UsageError, VerificationError
 
 TRIED = 3  # combinations that are tried for real
 SWEEP = {
-    COLUMN: (0.5, 0.75, 0.875),
+    COLUMN: (0.5, 0.875),
     CHANNEL: (0.25, 0.5),
     WIDTH: (0.125, 0.25),
 }  # where the parts' curves are measured, roughly

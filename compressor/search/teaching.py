@@ -19,7 +19,7 @@ from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
-STEPS = 12
+STEPS = 8
 
 
 @dataclass

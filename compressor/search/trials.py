@@ -37,6 +37,7 @@ from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 TOLERANCE = 0.10  # how far the time may miss what was asked for
+TIMED = 15.0  # seconds of timing for a latency table, and for candidates beside the dense model, a guide
 
 
 @dataclass
@@ -174,6 +175,7 @@ class Trials(Counting):
                 self.workload,
                 widths=None if CHANNEL in self.config.parts else (self.dense.d_inner,),
                 states=None if COLUMN in self.config.parts else (self.dense.d_state,),
+                budget=TIMED,
                 progress=self.progress,
             )
         table = read_latency_table(self.goal.latency_table)
@@ -206,7 +208,9 @@ class Trials(Counting):
         """Time over the dense model's, measured in turns with it."""
         checkpoint = self.checkpoint
         blocks = [sizes.blocks() for sizes in several]
-        ratios = time_sizes(checkpoint.model, checkpoint.architecture, blocks, self.workload, progress=self.progress)
+        ratios = time_sizes(
+            checkpoint.model, checkpoint.architecture, blocks, self.workload, budget=TIMED, progress=self.progress
+        )
         found = dict(zip(several, ratios, strict=True))
         self.clocked |= found
         return found

@@ -19,6 +19,7 @@ from ssmc.compressor.families import check_family
 from ssmc.compressor.methods.method import KeepCounts, Plan
 from ssmc.compressor.methods.registry import score
 from ssmc.compressor.options.config import CompressConfig, configure
+from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.directions import check_directions, prune_directions
@@ -34,7 +35,7 @@ from ssmc.runtime.models.stock_kernels import guard_kernels
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
-_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "distill", "quantize", "quantize_method", "group_size")
+_OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "quantize", "quantize_method", "group_size")
 _OF_A_CHECKPOINT += ("symmetric", "quantize_modules", "quantize_embedding", "hidden_dtype")
 
 COMPILED = (
@@ -106,6 +107,11 @@ def compress_module(
     config = _configured(module, options)
     own = getattr(module, "_orig_mod", module)  # of a module that torch.compile wrapped
     remarks = () if own is module else (COMPILED,)
+    if isinstance(own, torch.jit.ScriptModule):
+        raise CheckpointError(
+            f"This {type(own).__name__} was traced or scripted by torch.jit, which fixes its sizes. Give the module "
+            "that it was made from."
+        )
     before = _parameters(own)
     _Found.inside(own).check(config)  # before a copy of something big
     work = own if in_place else _copy(own)
@@ -191,17 +197,32 @@ def _require_one(module: nn.Module, results: Sequence[MixerResult]) -> None:
         raise CheckpointError(f"No mixer of this {kind} can be pruned: {listed}.")
 
 
+def _refuse_unfit(options: dict[str, Any]) -> None:
+    """Refuse options that need a checkpoint, or a model of language."""
+    if wrong := [name for name in options if name in _OF_A_CHECKPOINT]:
+        raise UsageError(
+            f"{', '.join(wrong)} does not go with a torch module: it is calibrated on the batches, where it is, and "
+            "whole states or channels are removed."
+        )
+    if wrong := [name for name in options if name in Goal.model_fields]:
+        raise UsageError(
+            f"{', '.join(wrong)} is for a goal, which only checkpoints can have: the loss of a torch module is not "
+            "known. Give a sparsity."
+        )
+    if "distill" in options:
+        raise UsageError(
+            "distill does not go with a torch module, which need not predict tokens. Use refine, or train the smaller "
+            "module on."
+        )
+
+
 def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
     """The options, as far as they go with a module.
 
     Raises:
         UsageError: naming what is wrong.
     """
-    if wrong := [name for name in options if name in _OF_A_CHECKPOINT]:
-        raise UsageError(
-            f"{', '.join(wrong)} does not go with a torch module: it is calibrated on the batches, where it is, and "
-            "whole states or channels are removed."
-        )
+    _refuse_unfit(options)
     config = configure(model=type(module).__name__, **options)
     able = tuple(PARTS)
     if wrong := [part for part in config.parts if part not in able]:

@@ -158,3 +158,4 @@ def test_models_quantised_by_mlx_are_refused_by_name(tmp_path):
 def test_a_file_says_what_to_name_instead(tmp_path, name, named):
     (tmp_path / name).write_bytes(b"x")
     refused(tmp_path / name, "is a file", named)
+    refused(tmp_path, "holds no config.json", named)

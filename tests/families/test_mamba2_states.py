@@ -12,7 +12,13 @@ from transformers import Mamba2ForCausalLM
 
 from ssmc.compressor import compress, configure
 from ssmc.compressor.calibration.draw import draw_samples
-from ssmc.compressor.methods.states.c_rows import CRowsTask, ReadoutGrams, fit_c_rows, input_windows
+from ssmc.compressor.methods.states.c_rows import (
+    CRowsTask,
+    ReadoutGrams,
+    Sampling,
+    fit_c_rows,
+    input_windows,
+)
 from ssmc.compressor.methods.states.collect import collect
 from ssmc.compressor.methods.states.contributions import Contributions, loss_of
 from ssmc.compressor.methods.states.elimination import SCALED_RIDGE, eliminate_from, eliminate_scaled
@@ -141,7 +147,7 @@ def test_the_fit_of_the_readers_minimises_the_error_that_is_measured():
     """S_t gives the error of any C, so that of C with rows missing, and the fit only makes it smaller."""
     block = random_mamba2().backbone.layers[1]
     hidden = torch.randn(SAMPLES, LENGTH, 24, generator=torch.Generator().manual_seed(4))
-    statistic, kept = ReadoutGrams(heads=6, every=1), [0, 2, 3, 6]
+    statistic, kept = ReadoutGrams(6, Sampling()), [0, 2, 3, 6]
     with torch.no_grad():
         job = job_of(ARCHITECTURE, block, hidden)
         reads, _, gain = naive_readouts(block, hidden)
@@ -161,6 +167,14 @@ def test_the_fit_of_the_readers_minimises_the_error_that_is_measured():
     moved = (block.mixer.in_proj.weight != changed.in_proj.weight).any(dim=1).nonzero().flatten().tolist()
     first = 48 + 48 + 2 * 7 + 7  # z, x, B of both groups, C of the first
     assert set(moved) <= {first + state for state in kept}
+
+
+def test_many_short_samples_are_fitted_on_some_of_them(monkeypatch):
+    """Of samples of one stretch none could be left out in time: the memory would not do, and nothing was kept."""
+    monkeypatch.setattr("ssmc.compressor.methods.states.c_rows.MOST_BYTES", 4 * 13**2 * 20 * 10)  # S_t of 200 tokens
+    _, results = pruned(use_fast_scan(random_mamba2()), random_tokens((32, 20)))
+    errors = [(result.states.error, result.states.error_unrepaired) for result in results]
+    assert all(0 < error <= before for error, before in errors) and any(error < before for error, before in errors)
 
 
 def pruned(model, tokens=None, **options):

@@ -253,13 +253,19 @@ class OneState(MambaSsm):
         self.A_log = nn.Parameter(torch.empty(INNER, 1))
 
 
+def test_a_traced_module_is_refused_by_name():
+    traced = torch.jit.trace(model_of("mamba_ssm"), series()[0])
+    with pytest.raises(CheckpointError, match=r"torch\.jit.*Give the module that it was made from"):
+        ssmc.compress(traced, series())
+
+
 def test_an_odd_mixer_is_left_with_a_note_that_names_it():
     model, batches = randomised(Bidirectional([MambaSsm(), OneState(), MambaSsm()])), series()
     result = ssmc.compress(model, batches)
     assert [mixer.states for mixer in result.mixers] == [(STATES, 2), (1, 1), (STATES, 2)]
     (note,) = result.notes
-    assert note.startswith("blocks.stage1.0: is left as it is: sparsity 0.5 of 1 states")
-    with pytest.raises(UsageError, match=r"sparsity 0\.5 of 1 states"):
+    assert note.startswith("blocks.stage1.0: is left as it is: There is only one state")
+    with pytest.raises(UsageError, match=r"only one state.*pattern channel"):
         ssmc.compress(randomised(Bidirectional([OneState()])), batches)
 
 
@@ -281,6 +287,9 @@ def test_messages_say_what_works_in_python():
         ssmc.compress(model_of("mamba_ssm"), series(), pattern="channel", sparsity=0.01)
     assert "--" not in str(refused.value)
     assert "a smaller round_channels" in str(refused.value)
+    for options, told in (({"target_latency": 0.5}, "Give a sparsity"), ({"distill": 10}, "Use refine")):
+        with pytest.raises(UsageError, match=told):
+            ssmc.compress(model_of("mamba_ssm"), series(), **options)
 
 
 class Stacked(nn.Module):

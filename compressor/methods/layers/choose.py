@@ -19,7 +19,7 @@ from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import Survey
 from ssmc.compressor.options.patterns import ATTENTION
 
-TOKENS = 16384
+TOKENS = 8192
 """The choice looks at no more: it compares removals on the same text, and each costs half a pass of the model."""
 
 

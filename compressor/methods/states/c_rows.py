@@ -40,20 +40,22 @@ class ReadoutGrams(Statistic):
     """S_t of some stretches of time of every sample, token by token."""
 
     heads: int  # of the group
-    every: int  # one stretch of so many is kept
+    sampling: Sampling
     kept: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by first token: (B, T, N + H, N + H) each
     _seen: int = 0
 
     def add(self, chunk: Chunk) -> None:
         """Take in the states of a few samples."""
-        if self._seen % self.every != self.every // 2:
+        every, held = self.sampling.every, sum(map(len, self.kept.get(chunk.start, [])))
+        most = len(chunk.after) if self.sampling.samples is None else share_of(self.sampling.samples) - held
+        if self._seen % every != every // 2 or most < 1:
             return
         gain = chunk.gain()[:, :, None, :]  # (B, T, 1, D)
         skip = (chunk.inputs.u.float()[:, :, None, :] * gain).flatten(0, 1)  # (B T, 1, D)
         own = torch.eye(self.heads, device=skip.device).repeat_interleave(skip.shape[2] // self.heads, dim=1)  # (H, D)
         read = torch.cat([(chunk.after * gain).flatten(0, 1), skip * own], dim=1)  # (B T, N + H, D)
         grams = (read @ read.transpose(1, 2)).unflatten(0, chunk.after.shape[:2])
-        self.kept.setdefault(chunk.start, []).append(grams)
+        self.kept.setdefault(chunk.start, []).append(grams[:most].clone() if most < len(grams) else grams)
 
     @property
     def takes_weights(self) -> bool:
@@ -74,10 +76,33 @@ class ReadoutGrams(Statistic):
         return starts, torch.cat([grams for start in starts for grams in self.kept[start]])
 
 
-def stretches_apart(tokens: int, stretch: int, states: int, heads: int) -> int:
-    """Of how many stretches one is kept, so that the matrices S_t fit MOST_BYTES."""
-    fit = max(1, MOST_BYTES // (4 * (states + heads) ** 2))
-    return max(1, min(math.ceil(tokens / fit), max(1, tokens // stretch)))
+@dataclass(frozen=True)
+class Sampling:
+    """Which tokens' matrices S_t are kept.
+
+    Attributes:
+        every: of so many stretches of each sample one.
+        samples: the first ones of all processes; None: all.
+    """
+
+    every: int = 1
+    samples: int | None = None
+
+
+def what_fits(length: int, samples: int, stretch: int, size: int) -> Sampling:
+    """So few stretches that the matrices S_t fit MOST_BYTES; where one of each sample is too much, fewer samples.
+
+    Args:
+        length: tokens of a sample.
+        samples: how many there are.
+        stretch: tokens of a stretch.
+        size: N + H, rows of a matrix S_t.
+    """
+    fit, of_each = max(1, MOST_BYTES // (4 * size**2)), max(1, math.ceil(length / stretch))
+    every = max(1, math.ceil(length * samples / fit))
+    if every <= of_each:
+        return Sampling(every)
+    return Sampling(of_each, max(HELD_OUT, fit // min(stretch, length)))
 
 
 @dataclass(frozen=True)
@@ -101,8 +126,11 @@ def fit_c_rows(job: Job, group: int, statistic: ReadoutGrams, kept: Sequence[int
     """
     readers = cast(HeadReaders, job.architecture).readers(job.mixer, group)
     starts, grams = statistic.stretches()
-    samples = of_all(len(job.samples))
-    task = CRowsTask(input_windows(job, starts, grams.shape[1], readers), grams, readers, kept, samples)
+    every = of_all(len(job.samples))
+    samples = min(every, statistic.sampling.samples or every)
+    own_samples = len(grams) // len(starts)
+    windows = input_windows(job, starts, grams.shape[1], readers, own_samples)
+    task = CRowsTask(windows, grams, readers, kept, samples)
     index = torch.as_tensor(list(kept), device=grams.device)
     tensors = [None if t is None else t[index] for t in vars(readers).values()]
     parameters = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
@@ -205,13 +233,15 @@ class CRowsTask:
 
 
 @torch.no_grad()
-def input_windows(job: Job, starts: Sequence[int], length: int, readers: Readers) -> torch.Tensor:
+def input_windows(
+    job: Job, starts: Sequence[int], length: int, readers: Readers, samples: int | None = None
+) -> torch.Tensor:
     """What in_proj reads at every stretch and the d_conv - 1 tokens before it, with a last column of ones where there
-    is a token: (stretches x samples, T + d_conv - 1, d_model + 1)."""
+    is a token: (stretches x samples, T + d_conv - 1, d_model + 1); of the first samples, or of all."""
     before, device, windows = readers.taps.shape[1] - 1, device_of(job.work), []
     for start in starts:
         first = max(0, start - before)
-        part = computing(job.samples[:, first : start + length].to(device))
+        part = computing(job.samples[:samples, first : start + length].to(device))
         normed = cast(HeadReaders, job.architecture).read_by_in_proj(job.work, part).float()
         normed = F.pad(normed, (0, 1), value=1.0)
         windows.append(F.pad(normed, (0, 0, before - (start - first), 0)))

@@ -37,6 +37,8 @@ def states_to_keep(d_state: int, sparsity: float, round_to: int | str = 1) -> in
     Raises:
         UsageError: nothing would be removed, or nothing would stay.
     """
+    if d_state == 1:
+        raise UsageError("There is only one state, and the last one cannot go. Remove channels: the pattern channel.")
     wanted = d_state * (1 - sparsity)
     if isinstance(round_to, str):
         allowed = [2**e for e in range(int(math.log2(d_state)) + 1)]

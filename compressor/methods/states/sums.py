@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssmc.compressor.methods.states.c_rows import ReadoutGrams, stretches_apart
+from ssmc.compressor.methods.states.c_rows import ReadoutGrams, what_fits
 from ssmc.compressor.methods.states.contributions import Contributions
 from ssmc.compressor.methods.states.ranking import by_head, lowest
 from ssmc.compressor.methods.states.statistics import (
@@ -71,8 +71,8 @@ def _nominate(config: CompressConfig, states: int) -> Callable[[torch.Tensor], t
 
 
 def _readout_grams(request: Request) -> ReadoutGrams:
-    heads, tokens = _heads(request), request.length * request.samples
-    return ReadoutGrams(heads, stretches_apart(tokens, STRETCH, request.A_log.shape[1], heads))
+    heads = _heads(request)
+    return ReadoutGrams(heads, what_fits(request.length, request.samples, STRETCH, request.A_log.shape[1] + heads))
 
 
 def _heads(request: Request) -> int:

@@ -20,7 +20,7 @@ from ssmc.runtime.models.checkpoints.deferred import Deferred, real
 from ssmc.runtime.models.checkpoints.model import DTYPES, HEAD, build_model, check_finite, check_tensors, outline_model
 from ssmc.runtime.models.checkpoints.names import model_names
 from ssmc.runtime.models.checkpoints.reading import read_json, refuse_adapter, refuse_quantised
-from ssmc.runtime.models.checkpoints.sources import find_directory
+from ssmc.runtime.models.checkpoints.sources import about_files, find_directory
 from ssmc.runtime.models.checkpoints.streamed import Streamed
 from ssmc.runtime.models.checkpoints.transformers_format import write_config
 from ssmc.runtime.models.checkpoints.writing import Shards
@@ -259,7 +259,7 @@ def _read_config(directory: Path, where: str, codes: bool = False) -> tuple[Any,
     path = directory / "config.json"
     if not path.is_file():
         refuse_adapter(directory, where)
-        raise CheckpointError(f"{where} holds no config.json, so it is not a model. Name the folder that holds both.")
+        raise CheckpointError(f"{where} holds no config.json, so it is not a model. {about_files(directory)}")
     raw = read_json(path)
     if codes and codes_format.recognises(raw):
         return codes_format, codes_format.read_config(raw, path), raw

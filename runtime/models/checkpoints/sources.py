@@ -44,6 +44,12 @@ _ABOUT_FILES = {
 """What to do with a file that is no folder, by its suffix."""
 
 
+def about_files(directory: Path) -> str:
+    """What to do with a folder that holds weights which are no checkpoint, or what folder to name."""
+    suffixes = {path.suffix for path in directory.iterdir()}
+    return next((told for suffix, told in _ABOUT_FILES.items() if suffix in suffixes), _NAME_THE_FOLDER)
+
+
 def find_directory(source: str | Path) -> Path:
     """The directory of a model, downloaded first if it is a hub id.
 
