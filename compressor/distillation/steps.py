@@ -240,7 +240,7 @@ class _Lesson:
 
     def _judge(self) -> float:
         found = [divergence(self._pair, rows.to(self._device), wanted) * len(rows) for rows, wanted in self._judges]
-        return summed(float(sum(found))) / self._judged
+        return max(0.0, summed(float(sum(found))) / self._judged)  # below it only by rounding
 
 
 def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
