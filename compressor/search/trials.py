@@ -169,12 +169,13 @@ class Trials(Counting):
 
     def _latency_table(self) -> LatencyTable:
         if self.goal.latency_table is None:
+            states = None if self.goal.phase == "prefill" else (1, self.dense.d_state)  # a step is linear in them
             return measure_latency(
                 self.checkpoint.model,
                 self.checkpoint.architecture,
                 self.workload,
                 widths=None if CHANNEL in self.config.parts else (self.dense.d_inner,),
-                states=None if COLUMN in self.config.parts else (self.dense.d_state,),
+                states=states if COLUMN in self.config.parts else (self.dense.d_state,),
                 budget=TIMED,
                 progress=self.progress,
             )

@@ -210,7 +210,7 @@ def test_of_several_attempts_the_best_is_written_and_sizes_are_enumerated_once(d
     """A machine on which every pruned model turns out slower than its trial, each later one more so."""
     came_out, clocked, attempts, enumerated = iter((0.8, 0.9, 1.0)), set(), [], []
 
-    def clock(model, architecture, several, workload, progress):
+    def clock(model, architecture, several, workload, **_):
         ratios = []
         for blocks in map(tuple, several):
             attempts.extend([blocks] if blocks in clocked else [])
