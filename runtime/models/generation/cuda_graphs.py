@@ -117,9 +117,9 @@ class RecordedStep:
             if (event := arrived[number % 2]) is not None:
                 event.record()
 
+        if count:
+            launch(0)
         for number in range(count):
-            if not number:
-                launch(0)
             if number + 1 < count:
                 launch(number + 1)
             if (event := arrived[number % 2]) is not None:

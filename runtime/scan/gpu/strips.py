@@ -53,7 +53,7 @@ def load_tokens(ptr, at, token, t, last, here, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def load_states(ptr, at, token, t, last, here, STATES: tl.constexpr, TOKENS: tl.constexpr):
+def load_readers(ptr, at, token, t, last, here, STATES: tl.constexpr, TOKENS: tl.constexpr):
     """All numbers of B or C of the same tokens, TOKENS times STATES tiles."""
     found = ()
     for k in tl.static_range(TOKENS):
@@ -149,7 +149,7 @@ def strips_kernel(
         u_at = dt_at if ALIKE else t * u_token + wide
         us = load_tokens(u_ptr, u_at, u_token, t, length, here, TOKENS)
         dts = load_tokens(dt_ptr, dt_at, dt_token, t, length, here, TOKENS)
-        Bs = load_states(B_ptr, t * B_token, B_token, t, length, here, STATES, TOKENS)
+        Bs = load_readers(B_ptr, t * B_token, B_token, t, length, here, STATES, TOKENS)
         for k in tl.static_range(TOKENS):
             step = step_of(dts[k], bias, t + k < length, SOFTPLUS)
             total += step
@@ -178,8 +178,8 @@ def strips_kernel(
         C_at = B_at if ALIKE else t * C_token
         us = load_tokens(u_ptr, u_at, u_token, t, length, here, TOKENS)
         dts = load_tokens(dt_ptr, dt_at, dt_token, t, length, here, TOKENS)
-        Bs = load_states(B_ptr, B_at, B_token, t, length, here, STATES, TOKENS)
-        Cs = load_states(C_ptr, C_at, C_token, t, length, here, STATES, TOKENS)
+        Bs = load_readers(B_ptr, B_at, B_token, t, length, here, STATES, TOKENS)
+        Cs = load_readers(C_ptr, C_at, C_token, t, length, here, STATES, TOKENS)
         if GATED:
             zs = load_tokens(z_ptr, t * z_token + wide, z_token, t, length, here, TOKENS)
         y_at = u_at if ALIKE else t * channels + wide
