@@ -372,6 +372,11 @@ def _content(directory: Path) -> dict[str, Any]:
     """What the file of either schema holds."""
     path = directory / MANIFEST
     if not path.is_file():
+        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+            raise UsageError(
+                f"{directory} holds an adapter, not a compressed model. Merge it into its model (peft: "
+                "merge_and_unload, then save_pretrained) and compress the result."
+            )
         raise UsageError(
             f"{directory} holds no compressed model (no {MANIFEST} in it). Run `ssmc compress MODEL` first, or name "
             "the folder it wrote to."

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE
+from ssmc.runtime.models.checkpoints.foreign import foreign
 from ssmc.runtime.models.checkpoints.sources import check_source
 from ssmc.runtime.models.families import Architecture, Dimensions, find_family
 from ssmc.runtime.models.memory import ITEMSIZE
@@ -143,7 +144,10 @@ def read_outline(source: str | Path) -> Outline | None:
         architecture = find_family(raw.get("model_type"))
         if architecture is None or raw.get("quantization_config"):
             return None
-        found = architecture.from_stored(_headers(directory))
+        headers = _headers(directory)
+        if foreign(headers):
+            return None
+        found = architecture.from_stored(headers)
         config = SimpleNamespace(**{"tie_word_embeddings": _HEAD not in found} | raw)
         shapes = {name: tuple(shape) for name, (shape, _) in found.items()}
         dtypes = {name: _TYPES[dtype] for name, (_, dtype) in found.items()}

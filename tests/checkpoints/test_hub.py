@@ -139,6 +139,7 @@ def test_a_revision_of_what_is_not_on_the_hub_is_refused(hub, tmp_path, capsys):
         done = run(capsys, "inspect", source, "--revision", "v2")
         assert done.code != 0
         assert "Leave --revision out" in done.err
+    assert "none is named; at bench and eval it is that of --dense" in run(capsys, "eval", "x", "--revision", "v2").err
     assert "Leave --revision out" in run(capsys, "bench", "--dense", "tiny", "--revision", "v2").sentence(2)
     assert hub.asked == []
 

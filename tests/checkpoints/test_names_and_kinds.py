@@ -8,8 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ssmc.compressor import compress
+from ssmc.exporters import export
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from tests.support.checkpoints import HEAD, change_json, refused
+from tests.support.commandline import run
 from tests.support.families import bamba, jamba, nemotron_h
 from tests.support.models import logits, random_model, random_tokens, save_mamba_ssm, save_transformers
 
@@ -119,7 +122,27 @@ def test_an_adapter_alone_names_its_model(tmp_path):
     settings = {"peft_type": "LORA", "base_model_name_or_path": "owner/stories", "r": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, "a LORA adapter of owner/stories", "merge_and_unload")
+    refused(tmp_path, "an adapter (LORA) of owner/stories", "merge_and_unload")
+    with pytest.raises(UsageError, match=r"holds an adapter, not a compressed model.*merge_and_unload"):
+        export(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    refused(tmp_path, "holds an adapter, not a model", "merge_and_unload")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("in_proj.weight", "in_proj.base_layer.weight", "an adapter that was not merged"),
+        ("in_proj.weight", "in_proj.qweight", "quantised by GPTQ or AWQ"),
+        ("in_proj.weight", "in_proj.weight_packed", "quantised by compressed-tensors"),
+        ("dt_proj.bias", "in_proj.weight_scale", "numbers of 8 bits with scales"),
+        ("dt_proj.bias", "in_proj.weight.quant_state.bitsandbytes__nf4", "quantised by bitsandbytes"),
+    ],
+)
+def test_adapters_and_codes_are_known_by_names_where_no_configuration_tells(tmp_path, capsys, old, new, named):
+    directory = rename(save_transformers(random_model(), tmp_path / "m"), lambda name: name.replace(old, new))
+    refused(directory, named, new)
+    assert named in run(capsys, "inspect", directory).sentence(3)
 
 
 def test_an_outdated_generation_config_loses_only_what_is_outdated(tmp_path):
@@ -132,6 +155,16 @@ def test_an_outdated_generation_config_loses_only_what_is_outdated(tmp_path):
     read = checkpoint.model.generation_config
     assert (read.eos_token_id, read.temperature, read.do_sample) == (7, 0.7, True)
     assert "generation_config.json has cache_implementation" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("ends", ["</s>", [7, "</s>"], 0.5])
+def test_ends_that_are_no_tokens_are_left_out_with_a_note(tmp_path, ends):
+    directory = save_transformers(random_model(), tmp_path / "m")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "top_k": 3}))
+    checkpoint = load_checkpoint(directory)
+    read = checkpoint.model.generation_config
+    assert (read.eos_token_id, read.top_k) == (None, 3)
+    assert "generation_config.json has eos_token_id" in checkpoint.notes[0]
 
 
 def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):

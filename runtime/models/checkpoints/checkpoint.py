@@ -275,6 +275,11 @@ def _read_config(directory: Path, where: str, codes: bool = False) -> tuple[Any,
     )
 
 
+def _are_tokens(value: Any) -> bool:
+    """Whether a value is a token or some, or none."""
+    return value is None or all(isinstance(token, int) for token in (value if isinstance(value, list) else [value]))
+
+
 def _read_generation_config(model: PreTrainedModel, directory: Path) -> str | None:
     """How the model wants to generate, as transformers' own loading does.
 
@@ -287,6 +292,8 @@ def _read_generation_config(model: PreTrainedModel, directory: Path) -> str | No
     taken, left = {}, []
     for key, value in read_json(path).items():
         try:
+            if key.endswith("_token_id") and not _are_tokens(value):
+                raise TypeError(key)
             GenerationConfig(**taken, **{key: value})
         except Exception:  # whatever its checks raise
             left.append(key)

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.checkpoints.deferred import real
+from ssmc.runtime.models.checkpoints.foreign import refuse_foreign
 from ssmc.runtime.models.checkpoints.reading import HEAD, some_of
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.stock_kernels import guard_kernels
@@ -81,6 +82,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], config: PretrainedConfig,
     if config.tie_word_embeddings and HEAD in tensors:
         _check_tied(tensors.pop(HEAD), tensors.get(architecture_for(config.model_type).embedding), where)
     missing = expected.keys() - tensors.keys()
+    refuse_foreign(tensors.keys() - expected.keys(), where)
     if missing == {HEAD}:
         raise CheckpointError(
             f"{where} lacks {HEAD}, and its config.json does not say that the head is the embedding: only the body of "

@@ -17,6 +17,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
 _ADAPTER = "adapter_config.json"  # of peft
+_ADAPTERS = (_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")  # in config.json; the last is MLX's
 
 
@@ -142,12 +143,12 @@ def refuse_adapter(directory: Path, where: str) -> None:
     Raises:
         CheckpointError: naming the model that the adapter belongs to.
     """
-    if not (directory / _ADAPTER).is_file():
+    if not any((directory / name).is_file() for name in _ADAPTERS):
         return
-    settings = read_json(directory / _ADAPTER)
+    settings = read_json(directory / _ADAPTER) if (directory / _ADAPTER).is_file() else {}
     base, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     raise CheckpointError(
-        f"{where} holds {f'a {kind}' if kind else 'an'} adapter{f' of {base}' if base else ''}, not a model. Merge it "
+        f"{where} holds an adapter{f' ({kind})' if kind else ''}{f' of {base}' if base else ''}, not a model. Merge it "
         "into its model (peft: merge_and_unload, then save_pretrained) and name the folder with the result."
     )
 

@@ -107,6 +107,11 @@ def at_revision(source: str, revision: str | None) -> str:
     """
     if revision is None:
         return source
+    if not source:
+        raise UsageError(
+            f"A revision ({revision}) goes with a model of the hub, and none is named; at bench and eval it is that of "
+            "--dense. Name the model as owner/name."
+        )
     match = _HUB_ID.fullmatch(source)
     named = f"{source}@{revision}"
     if check_source(source) is not None or not match or match[2] or not _HUB_ID.fullmatch(named):
