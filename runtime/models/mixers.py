@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.architectures.alone import CHANNEL_NAMES, CONFIGURATIONS, STATE_NAMES, LoneMixer
@@ -80,7 +81,7 @@ def find_mixers(module: nn.Module, beside: int = 0) -> list[Mixer]:
                 continue
             reason = sizes
         elif hasattr(candidate, "A_log"):
-            reason = "without " + ", ".join(min(missing.values(), key=lambda names: len(list(names))))
+            reason = _lacks(candidate, min(missing.values(), key=lambda names: len(list(names))))
         elif (other := next((name for name in OTHER_LAYOUTS if hasattr(candidate, name)), None)) is not None:
             reason = f"with {other}: {OTHER_LAYOUTS[other]}"
         if reason is not None:
@@ -123,6 +124,22 @@ def _missing(candidate: nn.Module, parts: Sequence[str]) -> list[str]:
         return isinstance(part if isinstance(part, torch.Tensor) else getattr(part, "weight", None), nn.Parameter)
 
     return [name for name in parts if not there(name)]
+
+
+def _lacks(candidate: nn.Module, parts: Sequence[str]) -> str:
+    """What keeps a module from being a mixer: parts that it has not, or that have no weight of their own."""
+    absent = [name for name in parts if getattr(candidate, name, None) is None]
+    said = [f"without {', '.join(absent)}"] if absent else []
+    for name in parts:
+        part, kind = getattr(candidate, name, None), type(getattr(candidate, name, None)).__name__
+        weight = getattr(part, "weight", None)
+        if isinstance(part, nn.Module) and is_parametrized(part):
+            said.append(f"whose {name} is parametrised (torch.nn.utils.parametrize.remove_parametrizations ends that)")
+        elif isinstance(weight, torch.Tensor):
+            said.append(f"whose {name} ({kind}) holds {str(weight.dtype).removeprefix('torch.')}, not a parameter")
+        elif isinstance(part, nn.Module):
+            said.append(f"whose {name} ({kind}) has no weight of its own")
+    return " and ".join(said)
 
 
 def _view(mixer: Mixer) -> nn.Module:

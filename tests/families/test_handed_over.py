@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ssmc import compress
 from ssmc.runtime.errors import CheckpointError
@@ -90,3 +91,36 @@ def test_a_module_with_an_adapter_is_refused_by_name(kind, part):
     setattr(mixer, part, Adapter(getattr(mixer, part), seed=0))
     with pytest.raises(CheckpointError, match=rf"{part} of blocks\.stage1\.0 is wrapped in an adapter \(.* Adapter\)"):
         compress(model, batches=series())
+
+
+class Around(nn.Module):
+    """A module inside another that shows nothing of it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+class Codes(nn.Module):
+    """A map that keeps its weight as int8."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (weight_norm, r"whose x_proj is parametrised \(torch.nn.utils.parametrize.remove_parametrizations"),
+        (Around, r"whose x_proj \(Around\) has no weight of its own"),
+        (Codes, r"whose x_proj \(Codes\) holds int8, not a parameter"),
+    ],
+)
+def test_a_part_that_is_there_is_not_called_absent(change, named):
+    model = random_model()
+    for block in model.backbone.layers:
+        block.mixer.x_proj = change(block.mixer.x_proj)
+    with pytest.raises(CheckpointError, match=named) as refused:
+        compress(model, batches=[random_tokens()])
+    assert "without x_proj" not in str(refused.value)
