@@ -13,8 +13,7 @@ Sections, most worth first:
 
 - `tests`: pytest of every test file that runs kernels, by name, one process for files that compile the same kernels.
 - `tune`: every way to run the Mamba-1 scan; the best are kept.   - `scan`: against its bytes and mamba-ssm, by what
-  tune chose.   - `strips`: cuts of a design for few states.   - `gradients`: forward and backward (all: gpu_scan.py).
-- `ssd`: the Mamba-2 scan (gpu_ssd.py).
+  tune chose.   - `gradients`: forward and backward (all three: gpu_scan.py).   - `ssd`: the Mamba-2 scan (gpu_ssd.py).
 - `decode`: a token of a 22 M Mamba, launched from Python, from a CUDA graph, as `ssmc generate` runs it, by mamba-ssm;
   with states in half precision and int8.
 - `compress`: 130M shapes, 64 x 2048 tokens, as a command.   - `start-up`: imports, and a compress of next to nothing.
@@ -81,7 +80,6 @@ SECTIONS = (
     Section("tests", 180),
     Section("tune", 110, "gpu_scan", ("--section", "tune")),
     Section("scan", 60, "gpu_scan", ("--section", "scan")),
-    Section("strips", 45, "gpu_scan", ("--section", "strips")),
     Section("gradients", 30, "gpu_scan", ("--section", "gradients")),
     Section("ssd", 90, "gpu_ssd"),
     Section("decode", 45),

@@ -316,40 +316,6 @@ def tuned(bench: Bench, thorough: bool = True) -> Iterator[Row]:
         yield Row("tune", what, choice.microseconds / 1e6, note=str(choice.plan))
 
 
-def strips(bench: Bench) -> Iterator[Row]:
-    """Every cut of the design for few states and one sequence, in turns with the plan of the table and mamba-ssm."""
-    gpu = triton(bench)
-    most = gpu.tune.MOST_OF_STRIPS
-    works = [gpu.tune.Work(d, b, n) for _, d, b in bench.sizes.works[:2] for n in bench.sizes.states if n <= most]
-    if bench.device.type == "cuda":
-        pairs = [(work, plan) for work in works for plan in gpu.tune.STRIPS]
-        gpu.tune.compile_all(bench.device, pairs, bench.dtype, bench.end)
-    for work in works:
-        if bench.over:
-            return
-        sets = input_sets(bench, gpu, work.batch, work.d_inner, work.states)
-        wanted, _ = reference.selective_scan(sets[0].with_time_steps())
-        plans = [gpu.plan_for(sets[0]), *gpu.tune.STRIPS]
-        ways, wrong = {}, {}
-        for plan in plans:
-            try:
-                error = error_of(gpu.selective_scan(sets[0], plan=plan)[0], wanted) / BOUND[bench.dtype]
-            except RuntimeError as why:  # a program that asks for more than there is
-                yield Row("strips", f"N = {work.states}", note=f"{plan}: {str(why).splitlines()[0]}")
-                continue
-            wrong[str(plan)] = "" if error < 1 else f"WRONG RESULT: {error:.1f} times the bound"
-            ways[str(plan)] = in_turns(bench, [lambda i=i, p=plan: gpu.selective_scan(i, plan=p) for i in sets])
-        if has_mamba_ssm() is None:
-            ways["mamba-ssm"] = in_turns(bench, [in_its_layout(i) for i in sets])
-        timings = bench.time(ways, len(sets))
-        theirs = timings.pop("mamba-ssm", None)
-        for plan, timing in timings.items():
-            against = "" if theirs is None else f"mamba-ssm {1e6 * theirs.median:.1f} us {faster(theirs, timing)}"
-            what = f"{work.d_inner} channels, N = {work.states}, batch {work.batch}"
-            note = f"{plan}; {wrong[plan]}".rstrip("; ")
-            yield Row("strips", what, timing.median, scan_bytes(sets[0]) / bench.bandwidth, against, note)
-
-
 def tokens(bench: Bench) -> Iterator[Row]:
     """One token of every sequence, the state updated in place."""
     gpu = triton(bench)
@@ -442,7 +408,6 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "scan": scans,
     "gradients": gradients,
     "tune": tuned,
-    "strips": strips,
     "sums": sums,
     "token": tokens,
     "conv": convolutions,

@@ -2,7 +2,8 @@
 
 transformers computes a Mamba on CPU with a Python loop over tokens, and its multi-token forward with a cache starts the
 SSM state from zero. Here each mixer gets a forward of its own, as an attribute of the instance: weights, class, state
-dict and saved files stay those of the stock model.
+dict and saved files stay those of the stock model. So do norms and blocks, which need fewer kernels on a GPU
+(`fast_norms`, `fast_blocks`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ EXACT = 1e-6 if DEVICE.type == "cpu" else 1e-5  # a GPU's exponential is off by 
 ROUNDED = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter cuts numbers off to bfloat16
 SHORT_CHUNKS = gpu.Chunks(block=64, warps=1, tokens=2, chunk=4)
 LANES = gpu.Lanes(channels=4, warps=2, tokens=8)
-STRIPS = gpu.Strips(strips=8, channels=4, tokens=2)
 
 
 def moved(inputs: ScanInputs, **changes: torch.Tensor | None) -> ScanInputs:
@@ -82,9 +81,6 @@ def test_any_length_and_several_blocks_of_channels(length, plan):
 @pytest.mark.parametrize(
     ("dtype", "plan", "batch", "length", "d_inner", "d_state"),
     [
-        (torch.float32, gpu.Strips(8, 4, 2), 2, 5, 5, 1),
-        (torch.float32, gpu.Strips(16, 4, 4), 1, 257, 6, 3),
-        (torch.float16, gpu.Strips(32, 2, 4, registers=64), 1, 130, 2, 2),
         (torch.float32, gpu.Lanes(4, 4, 4), 2, 5, 5, 1),
         (torch.float32, gpu.Lanes(2, 2, 4), 1, 257, 2, 2),
         (torch.float32, gpu.Lanes(4, 2, 8), 1, 300, 3, 3),
@@ -94,7 +90,7 @@ def test_any_length_and_several_blocks_of_channels(length, plan):
         (torch.bfloat16, gpu.Lanes(4, 4, 16, wide=True), 1, 520, 3, 2),
     ],
 )
-def test_time_along_lanes_and_strips_equals_the_formula(dtype, plan, batch, length, d_inner, d_state):
+def test_time_along_the_lanes_equals_the_formula(dtype, plan, batch, length, d_inner, d_state):
     inputs = random_inputs(batch, length, d_inner, d_state, gated=d_state != 3)
     names = ("u", "B", "C", "D", *(() if inputs.z is None else ("z",)))
     inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in names})
@@ -119,7 +115,7 @@ def test_kernels_that_overlap_give_the_same_bytes(chunk):
         assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
 
 
-@pytest.mark.parametrize(("plan", "d_inner"), [(SHORT_CHUNKS, 64), (SHORT_CHUNKS, 70), (LANES, 4), (STRIPS, 6)])
+@pytest.mark.parametrize(("plan", "d_inner"), [(SHORT_CHUNKS, 64), (SHORT_CHUNKS, 70), (LANES, 4)])
 def test_softplus_and_bias_in_the_kernel_equal_those_outside(plan, d_inner):
     inputs = random_inputs(1, 9, d_inner, 4)
     raw = 6 * torch.randn(inputs.dt.shape, generator=torch.Generator().manual_seed(2)) - 4  # small and large steps

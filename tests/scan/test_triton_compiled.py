@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.scan import ScanInputs, selective_scan
-from ssmc.runtime.scan.gpu import chunks, kernels, lanes, step, strips
+from ssmc.runtime.scan.gpu import chunks, kernels, lanes, step
 x = torch.ones(1, 2, 4)
 inputs = ScanInputs(x, x, -torch.ones(4, 4), x, x, torch.ones(4))
 assert selective_scan(inputs)[0].shape == x.shape
@@ -76,9 +76,6 @@ compiled(kernels.moments_kernel, PART=16, GATED=True, STARTED=True, **whole)
 compiled(step.conv_token_kernel, 4, WIDTH=4, BIASED=True, BLOCK=256)
 compiled(step.rms_norm_kernel, 2, ADDED=True, AS_WEIGHT=True, BLOCK=512)
 compiled(kernels.conv_kernel, WIDTH=4, TOKENS=16, BLOCK=128, BIASED=True, CONTINUES=True)
-few = dict(STATES=2, STRIPS=64, CHANNELS=8, TOKENS=4, SOFTPLUS=True, GATED=True, CONTINUES=False, ALIKE=True)
-for loop in loops(compiled(strips.strips_kernel, 16, **few)):
-    say(loop)
 """
 
 
@@ -114,10 +111,3 @@ def test_kernels_that_overlap_load_before_they_wait_and_write_after(without_inte
     assert without_interpreter[4].split()[1:] == ["0", "True"]
     assert int(without_interpreter[4].split()[0]) >= 2 * 3 + 2
     assert without_interpreter[5].split()[1:] == ["0", "True"]
-
-
-def test_strips_use_shared_memory_between_their_passes_alone(without_interpreter):
-    """Four tokens of one channel: u, dt and two numbers of B; then also z and two of C. Time step, two decays, gate."""
-    first, second = without_interpreter[6:]
-    assert first == f"{4 * 3} 0 0 {4 * 4}"
-    assert second == f"{4 * 4} 0 0 {4 * 7}"

@@ -18,7 +18,6 @@ from ssmc.runtime.scan.gpu.decode import scan_token
 from ssmc.runtime.scan.gpu.lanes import Lanes
 from ssmc.runtime.scan.gpu.plans import Plan, chunks_for, gpu_of, plan_for, run
 from ssmc.runtime.scan.gpu.ssd import gated_norm, ssd_moments, ssd_scan
-from ssmc.runtime.scan.gpu.strips import Strips
 from ssmc.runtime.scan.inputs import ScanInputs
 from ssmc.runtime.scan.moments import Moments
 
@@ -27,7 +26,6 @@ __all__ = [
     "Chunks",
     "Lanes",
     "Plan",
-    "Strips",
     "causal_conv_silu",
     "gated_norm",
     "parts_of",

@@ -20,15 +20,13 @@ from typing import Any
 import torch
 import triton
 
-from ssmc.runtime.scan.gpu import chunks, lanes, strips
+from ssmc.runtime.scan.gpu import chunks, lanes
 from ssmc.runtime.scan.gpu.chunks import WARP, Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
-from ssmc.runtime.scan.gpu.strips import Strips
 from ssmc.runtime.scan.inputs import ScanInputs
 
-Plan = Lanes | Chunks | Strips
-DESIGNS: dict[str, type[Plan]] = {"lanes": Lanes, "chunks": Chunks, "strips": Strips}
-MODULES = {Lanes: lanes, Chunks: chunks, Strips: strips}
+Plan = Lanes | Chunks
+DESIGNS: dict[str, type[Plan]] = {"lanes": Lanes, "chunks": Chunks}
 SHIPPED = Path(__file__).parent / "plans.json"
 VERSION = 1  # of the file format
 MEASURED = 2048  # tokens of the scans that choices were measured with
@@ -69,9 +67,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan by this plan, or by the one for it; as `reference.selective_scan`, without gradients."""
     plan = plan or plan_for(inputs)
-    if isinstance(plan, Strips) and not strips.fits(inputs):
-        plan = chunks_for(inputs.batch * inputs.d_inner, inputs.d_state, inputs.length, gpu_of(inputs.u)[1])
-    return MODULES[type(plan)].selective_scan(inputs, state, plan)
+    design = lanes if isinstance(plan, Lanes) else chunks
+    return design.selective_scan(inputs, state, plan)
 
 
 def nearest(known: Sequence[Choice], channels: int, states: int) -> Choice:
@@ -81,7 +78,7 @@ def nearest(known: Sequence[Choice], channels: int, states: int) -> Choice:
 
 def stretched(plan: Plan, length: int) -> Plan:
     """A measured plan for another length: as many chunks as there were, unless they become too short."""
-    if not isinstance(plan, Chunks):
+    if isinstance(plan, Lanes):
         return plan
     chunk = max(min(plan.chunk, SHORTEST_CHUNK), triton.cdiv(plan.chunk * length, MEASURED))
     return replace(plan, chunk=triton.cdiv(chunk, plan.tokens) * plan.tokens)

@@ -26,7 +26,6 @@ from ssmc.runtime.scan.gpu import chunks
 from ssmc.runtime.scan.gpu.chunks import Chunks
 from ssmc.runtime.scan.gpu.lanes import Lanes
 from ssmc.runtime.scan.gpu.plans import MEASURED, Choice, Plan, gpu_of, run, stored_path, write
-from ssmc.runtime.scan.gpu.strips import Strips
 from ssmc.runtime.scan.inputs import ScanInputs
 
 UNCACHED = 160 << 20  # bytes of inputs that no cache holds
@@ -34,18 +33,6 @@ COMPILING = 16  # threads; Triton compiles without Python's lock for the most pa
 REPLAYS = 7
 LANES = (Lanes(4, 4, 16), Lanes(8, 4, 16), Lanes(8, 8, 16, registers=128))
 MORE_LANES = tuple(Lanes(channels, warps, 8) for channels, warps in ((4, 4), (8, 8), (16, 8), (16, 16)))
-STRIPS = (  # registers: so that two programs of 512 threads, or more of fewer, run on a multiprocessor
-    Strips(64, 8, 4),
-    Strips(64, 8, 4, registers=64),
-    Strips(64, 8, 2, registers=64),
-    Strips(64, 4, 4, registers=64),
-    Strips(32, 8, 4, registers=80),
-    Strips(32, 8, 4),
-    Strips(32, 8, 2),
-    Strips(128, 4, 4, registers=64),
-    Strips(64, 16, 2),
-)
-MOST_OF_STRIPS = 8  # states: a thread loads each number of B and C by itself
 CUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # chunks
 MORE_CUTS = (3, 6, 12, 24, 48, 96)
 BLOCKS = ((64, 2), (64, 4), (32, 4))  # channels of a program of `Chunks`, and tokens loaded together
@@ -152,8 +139,7 @@ def timings(
 
 def candidates(work: Work, thorough: bool = True, overlap: bool = False) -> list[Plan]:
     """The plans worth trying for a work; `overlap`: on a GPU whose kernels may."""
-    plans: list[Plan] = [*STRIPS] if work.states <= MOST_OF_STRIPS else []
-    plans += [] if work.states > 64 else [*LANES, *(MORE_LANES if thorough else ())]
+    plans: list[Plan] = [] if work.states > 64 else [*LANES, *(MORE_LANES if thorough else ())]
     blocks = BLOCKS_OF_FEW if work.states <= FEW_STATES else BLOCKS
     if thorough and work.states <= 2 * FEW_STATES:
         blocks = (*blocks, *MORE_BLOCKS) if work.states <= FEW_STATES else (*blocks, (64, 8), (32, 8))
@@ -184,8 +170,6 @@ def compile_all(device: torch.device, pairs: Sequence[tuple[Work, Plan]], dtype:
             carried = triton.cdiv(MEASURED, plan.chunk) - 1
             group = chunks.carried_together(carried) if carried else 0
             key = (replace(plan, chunk=0), group, work.states)
-        elif isinstance(plan, Strips):
-            key = (plan, work.states)
         jobs.setdefault(key, (work, plan))
 
     def job(work: Work, plan: Plan) -> None:
