@@ -166,20 +166,26 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
 def _check_goal_of_hybrid(config: CompressConfig, goal: Goal, architecture: Architecture) -> None:
     """Refuse what a search does not do in a hybrid: it looks for states that fit into memory, or along its axes."""
     name, axes = architecture.model_type, axes_of_hybrid(architecture)
-    if axes and goal.target_memory is None and not goal.per_layer:
+    if goal.per_layer:
+        raise UsageError(
+            f"Layers of one kind have one size in {name}, as its configuration has: no stock loader takes sizes that "
+            "differ by layer. Leave --per-layer out."
+        )
+    if axes and goal.target_memory is None:
         if other := [part for part in config.parts if part not in axes]:
             raise UsageError(
                 f"A search removes {', '.join(axes)} of {name}, not {', '.join(other)}. Leave that out of --pattern."
             )
         return
-    if goal.target_memory is None or not goal.only_memory:
+    if goal.target_memory is not None and not goal.only_memory:
+        raise UsageError(
+            f"--target-memory of {name} is met by removing states alone, and no other goal goes with it. Leave the "
+            "others out, or --target-memory."
+        )
+    if goal.target_memory is None:
         raise UsageError(
             f"There is no search for a goal for {name}: {_MANY}. Give a sparsity, or a --target-memory, for which "
             "states are removed."
-        )
-    if goal.per_layer:
-        raise UsageError(
-            f"Layers of {name} have one number of states, as its configuration has. Leave --per-layer out."
         )
     if other := [part for part in config.parts if part != COLUMN]:
         raise UsageError(f"A search removes states of {name}, not {', '.join(other)}: {_MANY}. Use --pattern column.")

@@ -1,0 +1,101 @@
+"""A hybrid of the size of Mamba-130M with half of its parameters gone, end to end on a CPU: prefill and decode.
+
+    python -m benchmarks.speed.hybrid
+    python -m benchmarks.speed.hybrid --pattern head+mlp+attention --sparsity 0.6 --json benchmarks/results/hybrid.json
+
+Nemotron-H's layout with Mamba-2, MLP and attention layers. The weights are random: speed does not depend on them, and
+the loss of such a model means nothing. The pruned model goes the whole way: `compress`, `export`, and both are run as
+transformers' models with our scan and as ONNX graphs in onnxruntime, in turns. Prefill computes the last token's logits
+and fills the caches; decoding is a token after a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
+from ssmc import compress, export
+from ssmc.runtime.measure import workloads
+from ssmc.runtime.measure.timing import interleave
+from ssmc.runtime.models.checkpoints import load_checkpoint, parameter_count
+from ssmc.runtime.models.fast import use_fast_scan
+from ssmc.runtime.models.generation import load_onnx_export
+from ssmc.runtime.tiny import TINY_DIRECTORY
+
+KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
+PATTERN = "M-M-M-M*-M-M-M-M*-M-M-M-"
+SIZES: dict[str, Any] = {
+    "vocab_size": 50280,
+    "hidden_size": 768,
+    "layers_block_type": [KINDS[kind] for kind in PATTERN],
+    "mamba_num_heads": 24,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 1,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 3072,
+    "tie_word_embeddings": True,
+}
+CPU = torch.device("cpu")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pattern", default="head+mlp+attention+width")
+    parser.add_argument("--sparsity", default="head=0.5,mlp=0.5,attention=0.5,width=0.25")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def write_dense(folder: Path) -> None:
+    """A random model, and tiny's tokenizer so that there is text to calibrate on."""
+    torch.manual_seed(0)
+    NemotronHForCausalLM(NemotronHConfig(**SIZES)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_file=str(Path(TINY_DIRECTORY) / "tokenizer.json")).save_pretrained(folder)
+
+
+def main() -> None:
+    args = arguments()
+    logging.set_verbosity_error()
+    now = print_conditions()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dense(folder / "dense")
+        compress(
+            folder / "dense", out=folder / "out", pattern=args.pattern, sparsity=args.sparsity, nsamples=2, seqlen=64
+        )
+        places = {"dense": export(folder / "dense", format="onnx", out=folder / "dense-onnx").directory}
+        places["pruned"] = export(folder / "out", format="onnx").directory
+        torch_places = {"dense": folder / "dense", "pruned": export(folder / "out").directory}
+        torch_models = {name: load_checkpoint(place, dtype=torch.float32) for name, place in torch_places.items()}
+        left = {name: parameter_count(checkpoint.tensors()) for name, checkpoint in torch_models.items()}
+        print(f"parameters: {left['dense']:,} -> {left['pruned']:,} ({left['pruned'] / left['dense']:.3f})\n")
+        models = {"transformers, our scan": {n: use_fast_scan(c.model) for n, c in torch_models.items()}}
+        models["onnxruntime"] = {name: load_onnx_export(place, "cpu").model for name, place in places.items()}
+        results = {}
+        for runtime, both in models.items():
+            runs = {
+                f"prefill of {args.length} tokens": {n: workloads.prefill(m, 1, args.length) for n, m in both.items()},
+                "decode of a token": {name: workloads.decode(model, 1) for name, model in both.items()},
+            }
+            for what, pair in runs.items():
+                timings = interleave(pair, CPU, args.rounds, 60.0)
+                print_timings(f"{runtime}: {what}", timings, "dense")
+                results[f"{runtime}: {what}"] = as_json(timings, "dense")
+        settings = {**SIZES, "pattern": args.pattern, "sparsity": args.sparsity, "length": args.length}
+        write_json(args.json, now, settings | {"parameters": left}, results)
+
+
+if __name__ == "__main__":
+    main()
