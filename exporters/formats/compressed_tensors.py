@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ssmc.exporters.runtimes import Runtime
 
 
+VLLM_OUTPUTS = 32
+"""vLLM 0.32's kernel for CPUs takes maps whose outputs are a multiple of it; those for GPUs want 64."""
+
+
 class CompressedTensors(Safetensors):
     """A checkpoint whose quantised linear maps hold the codes of `ssmc compress --quantize`."""
 
@@ -62,11 +66,18 @@ class CompressedTensors(Safetensors):
         """What reads codes."""
         from ssmc.exporters.runtimes import Runtime
 
-        heads = job.source.checkpoint.architecture.capabilities.heads
-        remark = "by source; kernels want groups of 32, 64 or 128" if heads else "by source, its Mamba-1 takes no codes"
+        outputs = {name: len(code.codes) for name, code in job.extra.codes.items()}
+        odd = next((name for name, size in outputs.items() if size % VLLM_OUTPUTS), None)
+        runs, remark = odd is None, "groups of 32, 64 or 128; 0.32 on a CPU was tried"
+        if odd is not None:
+            module = odd.removesuffix(".weight").rpartition(".")[2]
+            remark = f"its kernels take outputs in multiples of {VLLM_OUTPUTS}, {module} has {outputs[odd]}: "
+            remark += "--quantize-modules without it"
+        if not job.source.checkpoint.architecture.capabilities.heads:
+            runs, remark = False, "by source, its Mamba-1 takes no codes"
         return (
             Runtime("transformers, with compressed-tensors", self.name, True, "unpacked while it is loaded"),
-            Runtime("vLLM", self.name, heads, remark),
+            Runtime("vLLM", self.name, runs, remark),
         )
 
 

@@ -101,6 +101,14 @@ def test_a_format_without_codes_says_where_they_are(artefact):
     assert not any("ordinary numbers" in remark for remark in written.remarks)
 
 
+@pytest.mark.parametrize(("modules", "runs"), [("in_proj,out_proj", False), ("out_proj", True)])
+def test_maps_that_vllm_has_no_kernel_for_are_named(tmp_path, modules, runs):
+    """vLLM 0.32: "Output size (908) not supported by CPUWNA16, supported sizes are multiples of 32"."""
+    compress("tiny-mamba2", out=tmp_path / "out", **RTN, quantize_modules=modules)
+    vllm = export(tmp_path / "out", format="compressed-tensors").runs_where[1]
+    assert (vllm.runs, "in_proj has 908" in vllm.remark) == (runs, not runs)
+
+
 def test_memory_counts_the_codes(artefact):
     out = artefact()
     packed = export(out, format="compressed-tensors", out=out / "counted")
