@@ -32,7 +32,7 @@ from ssmc.runtime.tiny import TINY_DIRECTORY
 KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
 PATTERN = "M-M-M-M*-M-M-M-M*-M-M-M-"
 SIZES: dict[str, Any] = {
-    "vocab_size": 50280,
+    "vocab_size": 24576,  # with a head of its own, as many numbers as a tied one of 49152
     "hidden_size": 768,
     "layers_block_type": [KINDS[kind] for kind in PATTERN],
     "mamba_num_heads": 24,
@@ -43,7 +43,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 64,
     "intermediate_size": 3072,
-    "tie_word_embeddings": True,
 }
 CPU = torch.device("cpu")
 
