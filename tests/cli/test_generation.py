@@ -217,6 +217,11 @@ def test_draws_follow_the_distribution_of_the_formula(options):
     assert (np.abs(counts / draws - wanted) <= 4 * spread + 1e-12).all()
 
 
+def test_logits_that_are_no_numbers_give_tokens_of_the_vocabulary():
+    tokens = Sampling(temperature=1.0).chooser(3)(torch.full((3, 12), float("nan")))
+    assert ((tokens >= 0) & (tokens < 12)).all()
+
+
 def test_the_same_seed_gives_the_same_text(loaded):
     def text(seed):
         return "".join(generate(loaded, PROMPTS[0], temperature=1.0, top_p=0.95, seed=seed, max_new_tokens=12))

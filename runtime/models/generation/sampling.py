@@ -61,7 +61,8 @@ class Sampling:
             return logits.argmax(dim=-1)
         probabilities = self._warpers()(None, logits.float()).softmax(dim=-1)
         upto = probabilities.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
-        return torch.searchsorted(upto, numbers.double()[:, None] * upto[:, -1:], right=True)[:, 0]
+        tokens = torch.searchsorted(upto, numbers.double()[:, None] * upto[:, -1:], right=True)[:, 0]
+        return tokens.clamp(max=logits.shape[-1] - 1)  # beyond the last where the logits are no numbers
 
     def _warpers(self) -> LogitsProcessorList:
         """transformers' own, in the order in which `model.generate` applies them."""
