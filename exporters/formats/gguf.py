@@ -56,6 +56,8 @@ class Gguf(Format):
         """Of the families that llama.cpp has and whose layout is written."""
         from ssmc.exporters.gguf.layouts import LAYOUTS
 
+        if "llama.cpp" in architecture.capabilities.unknown_to:
+            return f"llama.cpp has no models of type {architecture.model_type}"
         if architecture.model_type not in LAYOUTS.names():
             return f"no GGUF layout is written for models of type {architecture.model_type}"
         return None

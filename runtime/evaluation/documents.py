@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssmc.runtime.errors import CalibrationError
+from ssmc.runtime.text.content import PEEK, decoded, mended, opened
+from ssmc.runtime.text.files import COMPRESSED
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class LocalDocuments:
 def find_file(folder: Path, name: str) -> Path | None:
     """The file of a task or of a text in a folder of local data, None where it has none."""
     candidates = (folder / f"{name}.jsonl", folder / "tasks" / f"{name}.jsonl", folder / name / "test.jsonl")
-    return next((path for path in candidates if path.is_file()), None)
+    packed = [path.with_name(path.name + suffix) for suffix in COMPRESSED for path in candidates]
+    return next((path for path in (*candidates, *packed) if path.is_file()), None)
 
 
 def require_files(folder: str | Path, tasks: Sequence[str]) -> dict[str, Path]:
@@ -52,15 +55,11 @@ def read_documents(path: Path, task: str) -> LocalDocuments:
         CalibrationError: the file cannot be read, is not JSON lines, or its documents have different fields.
     """
     rows, lines = [], []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    with opened(path) as file:
+        for number, line in enumerate(decoded(file, file.peek(PEEK)[:PEEK], path), 1):
             if line.strip():
                 rows.append(_row(path, number, line, _ADAPTERS.get(task)))
                 lines.append(number)
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
     if not rows:
         raise CalibrationError(f"{path} holds no document. Each line needs a JSON object.")
     for row, number in zip(rows, lines, strict=True):
@@ -74,7 +73,7 @@ def read_documents(path: Path, task: str) -> LocalDocuments:
 
 def _row(path: Path, number: int, line: str, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None) -> dict:
     try:
-        row = json.loads(line)
+        row = _mended(json.loads(line))
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{path}, line {number}, is not JSON: {error.msg}. Correct the line.") from error
     except RecursionError as error:
@@ -88,6 +87,15 @@ def _row(path: Path, number: int, line: str, adapt: Callable[[dict[str, Any]], d
             f'{path}, line {number}, has "choices" as a list but no "label" that is the number of one of them. '
             "Correct the line."
         ) from error
+
+
+def _mended(value: Any) -> Any:
+    """A value of JSON without lone surrogates in its strings, which no tokenizer takes."""
+    if isinstance(value, dict):
+        return {_mended(key): _mended(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mended(inner) for inner in value]
+    return mended(value) if isinstance(value, str) else value
 
 
 def _arc_from_list(row: dict[str, Any]) -> dict[str, Any]:

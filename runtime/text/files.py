@@ -26,7 +26,7 @@ from ssmc.runtime.text.content import (
 SUFFIXES = (".txt", ".jsonl", ".parquet")  # the usual names
 _ALSO = (".json", ".md", ".text", ".ndjson", ".csv", ".tsv")
 _LONGEST = 1 << 27  # letters of a field of a table
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
 _KINDS = {list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
@@ -47,7 +47,7 @@ def text_files(folder: Path) -> list[Path]:
 
 def _named_like_text(path: Path) -> bool:
     suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _COMPRESSED:
+    if suffixes and suffixes[-1] in COMPRESSED:
         return suffixes[-2:-1] != [".tar"]
     if path.suffix == ".json":  # a folder of text may hold settings as well
         with opened(path) as file:

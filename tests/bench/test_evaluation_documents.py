@@ -1,5 +1,6 @@
 """Documents of tasks in local files, and what an evaluation refuses."""
 
+import gzip
 import json
 import sys
 
@@ -56,7 +57,7 @@ def test_wrong_options(data, options, message):
         ("\n\n", "holds no document"),
         ('{"goal": ', "line 1, is not JSON"),
         ("[1]\n", "line 1, is not a JSON object"),
-        (b"\xff\xfe", "is not UTF-8"),
+        (b"\xff\xfd", "is not UTF-8"),
         (json.dumps(PIQA[0]) + '\n\n{"goal": "x"}\n', "line 3, has the fields goal, line 1 has goal, sol1"),
         ('{"question": "x"}\n', "does not fit lm-eval's task piqa"),
         (json.dumps(PIQA[0]) + "\n" + json.dumps(PIQA[0] | {"label": 2}), "line 2, does not fit .* 2 choices"),
@@ -68,6 +69,14 @@ def test_wrong_files(tmp_path, content, message):
         (tmp_path / "piqa.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CalibrationError, match=message):
         load_tasks(["piqa"], tmp_path)
+
+
+def test_marks_surrogates_and_compression_are_read_as_in_any_text(tmp_path):
+    rows = [PIQA[0] | {"goal": "a \ud835 b"}, *PIQA[1:]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
+    (loaded,) = load_tasks(["piqa"], tmp_path)
+    assert [doc["goal"] for doc in loaded.task.eval_docs] == ["a � b", *(row["goal"] for row in PIQA[1:])]
 
 
 @pytest.mark.parametrize("label", [4, -1, "A", None, True])

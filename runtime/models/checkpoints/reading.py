@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # which a byte order mark may begin
     except OSError as error:
         raise unreadable(path, error) from error
     except json.JSONDecodeError as error:
