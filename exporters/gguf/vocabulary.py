@@ -117,12 +117,13 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tup
 
 
 def _numbers(tokenizer: Any, stops: tuple[int, ...]) -> dict[str, int | bool]:
-    """Ids of special tokens; a second end of text is llama.cpp's end of turn."""
+    """Ids of special tokens; a second and a third end of text are its ends of turn and of message."""
     ends = tuple(dict.fromkeys([*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
     named = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": ends[0] if ends else None,
         "eot_token_id": ends[1] if len(ends) > 1 else None,
+        "eom_token_id": ends[2] if len(ends) > 2 else None,
         "padding_token_id": tokenizer.pad_token_id,
         "unknown_token_id": tokenizer.unk_token_id,
     }

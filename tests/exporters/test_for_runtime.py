@@ -12,7 +12,7 @@ from ssmc.exporters.registry import all_formats
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.manifest import read_manifest
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from ssmc.runtime.models.consumers import CONSUMERS, computes_otherwise, misfit
+from ssmc.runtime.models.consumers import CONSUMERS, computes_otherwise, misfit, refuses
 from ssmc.runtime.models.families import architecture_for
 from ssmc.runtime.models.llama_cpp import LlamaCpp, is_installed
 from tests.support import vocabularies
@@ -172,6 +172,12 @@ def test_what_one_release_does_otherwise_does_not_refuse_the_others():
     rows = {row.name: row for row in runs_where(zamba.dimensions(config), 8, "zamba2", None, zamba.otherwise(config))}
     assert rows["transformers"].runs
     assert "its release 4.57" in rows["transformers"].remark
+    for family in ("jamba", "granitemoehybrid"):  # their heads are as wide as d_model has it in 4.57
+        attends, whole = architecture_for(family), FAMILIES[family]().config
+        assert refuses("transformers", attends, whole, version="4.57.6") is None
+        narrow = FAMILIES[family](head_dim=whole.hidden_size // whole.num_attention_heads, num_attention_heads=2).config
+        assert "query heads are gone" in refuses("transformers", attends, narrow, version="4.57.6")
+        assert refuses("transformers", attends, narrow, version="5.24.0") is None
     falcon = architecture_for("falcon_h1")
     plain, scaled = (FAMILIES["falcon_h1"](key_multiplier=k, attention_in_multiplier=1.0).config for k in (1.0, 0.7))
     assert computes_otherwise("mlx-lm", falcon, plain, wrong=True) is None

@@ -158,12 +158,12 @@ def test_its_tokenizer_cuts_text_as_ours_does(tmp_path, kind):
 
 def test_special_tokens_and_ends_of_turn(tmp_path):
     folder = vocabularies.save(random_model(**SIZES), tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1, 2]}')
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     export(folder, format="gguf", out=tmp_path / "out")
     fields = gguf.GGUFReader(tmp_path / "out" / FILE).fields
     keys = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items()}
-    assert (keys["ggml.eos_token_id"], keys["ggml.eot_token_id"]) == (0, 1)
+    assert [keys[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [0, 1, 2]
     assert keys["ggml.add_bos_token"] is False
     assert keys["chat_template"].startswith("{% for m")
     kinds = keys["ggml.token_type"]

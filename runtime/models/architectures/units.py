@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 from ssmc.runtime.later import nn, torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.plan import (
     MODEL,
     Cut,
@@ -241,6 +242,14 @@ class Attention(Part):
         config.head_dim = head_dim_of(config)
         config.num_key_value_heads = len({head // each for head in kept})
         config.num_attention_heads = len(kept)
+
+
+def attends_in_4(config: Any) -> tuple[Otherwise, ...]:
+    """That transformers 4.57 loads no attention but one as wide as d_model, of families where it reads no head_dim."""
+    if config.num_attention_heads * head_dim_of(config) == config.hidden_size:
+        return ()
+    what = "its release 4.57 takes attention only as wide as d_model, here query heads are gone; release 5 takes any"
+    return (Otherwise("transformers", what, release="4.57", refused=True),)
 
 
 def head_dim_of(owner: Any) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssmc.runtime.later import torch
+from ssmc.runtime.models.architectures.capabilities import Otherwise
 from ssmc.runtime.models.architectures.experts import GATED_MAPS, ExpertNeurons, Experts, experts_plan
 from ssmc.runtime.models.architectures.mamba2_hybrid import Mamba2Hybrid
-from ssmc.runtime.models.architectures.units import FUSED, MLP, Attention, Part, Writer
+from ssmc.runtime.models.architectures.units import FUSED, MLP, Attention, Part, Writer, attends_in_4
 
 # What follows "block_sparse_moe." in the names of files and of the model; transformers' own mapping for this family.
 _NAMES = {
@@ -41,6 +42,10 @@ class GraniteMoeHybridFamily(Mamba2Hybrid):
         )
     )
     middle = "post_attention_layernorm"
+
+    def otherwise(self, config: Any) -> Sequence[Otherwise]:
+        """transformers 4.57 has no width of heads in the configuration."""
+        return [*super().otherwise(config), *attends_in_4(config)]
 
     def keep_layers(self, config: Any, kept: Sequence[int]) -> None:
         """There is a list of kinds beside the number."""

@@ -25,7 +25,7 @@ from ssmc.runtime.models.architectures.experts import (
 from ssmc.runtime.models.architectures.layouts.hybrid import Hybrid
 from ssmc.runtime.models.architectures.normed import NormedMamba1
 from ssmc.runtime.models.architectures.plan import CHANNEL, RANK, STATE
-from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer, head_dim_of
+from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer, attends_in_4, head_dim_of
 
 _EXPERTS: dict[str, Any] = {"name": "feed_forward", "plan": experts_plan(GATED_MAPS, "router")}
 
@@ -132,9 +132,8 @@ class JambaFamily(Hybrid, NormedMamba1):
 
     def otherwise(self, config: Any) -> Sequence[Otherwise]:
         """mlx-lm makes the weights of the chosen experts sum to 1, transformers those of all experts."""
-        if config.num_experts <= 1:
-            return ()
-        return (Otherwise("mlx-lm", "it weighs experts otherwise, so its results are wrong", wrong=True),)
+        experts = Otherwise("mlx-lm", "it weighs experts otherwise, so its results are wrong", wrong=True)
+        return [*([experts] if config.num_experts > 1 else []), *attends_in_4(config)]
 
     def scale_readout(self, weights: Mapping[str, torch.Tensor], factor: float) -> None:
         """Multiply what is read out of the states: the weights of B's norm take the factor."""
