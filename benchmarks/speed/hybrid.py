@@ -49,8 +49,8 @@ CPU = torch.device("cpu")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pattern", default="head+mlp+attention+width")
-    parser.add_argument("--sparsity", default="head=0.5,mlp=0.5,attention=0.5,width=0.25")
+    parser.add_argument("--pattern", default="head+mlp+attention")
+    parser.add_argument("--sparsity", default="head=0.7,mlp=0.7,attention=0.5")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
@@ -72,7 +72,13 @@ def main() -> None:
         folder = Path(name)
         write_dense(folder / "dense")
         compress(
-            folder / "dense", out=folder / "out", pattern=args.pattern, sparsity=args.sparsity, nsamples=2, seqlen=64
+            folder / "dense",
+            out=folder / "out",
+            pattern=args.pattern,
+            sparsity=args.sparsity,
+            nsamples=2,
+            seqlen=64,
+            repair=False,
         )
         places = {"dense": export(folder / "dense", format="onnx", out=folder / "dense-onnx").directory}
         places["pruned"] = export(folder / "out", format="onnx").directory

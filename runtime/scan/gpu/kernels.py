@@ -203,15 +203,12 @@ def token_kernel(
     rates = load_tiles(A_ptr, d, channels, 1, STATES, PARTS, WHOLE)
     if LOG_RATES:
         rates = rates_of(rates, PARTS)
-    skip = load_row(skip_ptr, d, channels, WHOLE).to(tl.float32)
-    if GATED:  # like all that is read: before the first store, which no load may overtake
-        gate = silu(load_row(z_ptr + row * z_batch, d, channels, WHOLE).to(tl.float32))
     h = load_tiles(before_ptr + row * channels * STATES, d, channels, 1, STATES, PARTS, WHOLE)
     h = advance(h, rates, step * LOG2_E, step * u, B, PARTS)
     store_tiles(after_ptr + row * channels * STATES, d, channels, 1, STATES, h, PARTS, WHOLE)
-    y = read_out(h, C, PARTS) + skip * u
+    y = read_out(h, C, PARTS) + load_row(skip_ptr, d, channels, WHOLE).to(tl.float32) * u
     if GATED:
-        y = y * gate
+        y = y * silu(load_row(z_ptr + row * z_batch, d, channels, WHOLE).to(tl.float32))
     store_row(y_ptr + row * channels, d, channels, y.to(y_ptr.dtype.element_ty), WHOLE)
 
 

@@ -36,7 +36,6 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * channels
     d = tl.arange(0, BLOCK)
     stored = tl.load(x_ptr + row + d, mask=d < channels, other=0.0)
-    weight = tl.load(weight_ptr + d, mask=d < channels, other=0.0).to(tl.float32)
     if ADDED:
         added = tl.load(added_ptr + row + d, mask=d < channels, other=0.0).to(tl.float32)
         stored = (stored.to(tl.float32) + added).to(total_ptr.dtype.element_ty)
@@ -45,6 +44,7 @@ def rms_norm_kernel(
         stored = stored.to(weight_ptr.dtype.element_ty)
     x = stored.to(tl.float32)
     x = x / tl.sqrt(tl.sum(x * x, axis=0) / channels + eps)
+    weight = tl.load(weight_ptr + d, mask=d < channels, other=0.0).to(tl.float32)
     value = weight * x.to(stored.dtype).to(tl.float32)
     tl.store(out_ptr + row + d, value.to(out_ptr.dtype.element_ty), mask=d < channels)
 
@@ -78,19 +78,16 @@ def conv_token_kernel(
     row = tl.program_id(1).to(tl.int64)
     here = d < channels
     at = window_ptr + (row * channels + d) * WIDTH
-    read, taps = (), ()  # all of it before the first store, which no load may overtake
-    for k in tl.static_range(WIDTH):
-        taps = taps + (tl.load(weight_ptr + d * WIDTH + k, mask=here, other=0.0).to(tl.float32),)
-        if k < WIDTH - 1:
-            read = read + (tl.load(at + k + 1, mask=here, other=0.0),)
-        else:
-            read = read + (tl.load(x_ptr + row * x_batch + d, mask=here, other=0.0),)
     total = tl.zeros((BLOCK,), tl.float32)
     if BIASED:
         total += tl.load(bias_ptr + d, mask=here, other=0.0).to(tl.float32)
-    for k in tl.static_range(WIDTH):
-        total += taps[k] * read[k].to(tl.float32)
-        tl.store(at + k, read[k].to(window_ptr.dtype.element_ty), mask=here)
+    for k in tl.static_range(WIDTH - 1):
+        earlier = tl.load(at + k + 1, mask=here, other=0.0)
+        tl.store(at + k, earlier, mask=here)
+        total += tl.load(weight_ptr + d * WIDTH + k, mask=here, other=0.0).to(tl.float32) * earlier.to(tl.float32)
+    x = tl.load(x_ptr + row * x_batch + d, mask=here, other=0.0)
+    tl.store(at + WIDTH - 1, x.to(window_ptr.dtype.element_ty), mask=here)
+    total += tl.load(weight_ptr + d * WIDTH + WIDTH - 1, mask=here, other=0.0).to(tl.float32) * x.to(tl.float32)
     tl.store(u_ptr + row * channels + d, silu(total).to(u_ptr.dtype.element_ty), mask=here)
 
 
