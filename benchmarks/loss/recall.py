@@ -40,6 +40,7 @@ from ssmc.runtime.models.tokenizers import load_tokenizer
 from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import calibration_path, heldout_path
 
+WORST = 0.05  # part of the calibration tokens that counts more in the case "worst positions"
 PASSAGE = 32  # tokens of a passage that is repeated in a calibration sample
 
 
@@ -72,6 +73,18 @@ def uncertain(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
+@torch.no_grad()
+def where_worst(checkpoint: Checkpoint, tokens: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """Weights (n, L) of 11 where a pruned model's predictions are furthest from the dense one's, else 1."""
+    use_fast_scan(model)
+    rows = []
+    for row in tokens:
+        ours, theirs = (m(row[None], use_cache=False).logits[0].log_softmax(-1) for m in (model, checkpoint.model))
+        rows.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1))
+    moved = torch.stack(rows)
+    return 1 + 10.0 * (moved > moved.flatten().quantile(1 - WORST))
+
+
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 CASES: dict[str, tuple[float, Change | None, bool, bool]] = {
     # weight on recall, what becomes of the samples, swaps after the elimination, weights by certainty in its place
@@ -80,6 +93,7 @@ CASES: dict[str, tuple[float, Change | None, bool, bool]] = {
     "weight 10": (10.0, None, True, False),
     "weight 40": (40.0, None, True, False),
     "uncertain predictions": (0.0, None, True, True),
+    "worst positions": (0.0, None, True, False),
     "repeated passages, weight 0": (0.0, repeated_passages, True, False),
     "repeated passages, weight 10": (10.0, repeated_passages, True, False),
     "listed pairs, weight 0": (0.0, listed_pairs, True, False),
@@ -97,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32, help="of held-out text")
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="by default benchmarks/results/recall_MODEL.json")
     return parser.parse_args()
@@ -125,7 +140,9 @@ class Judge:
         """Excess loss and divergence, of all tokens and of each kind."""
         losses, divergences = (found.numpy() for found in self._measure(use_fast_scan(model)))
         excess, moved = loss_by_kind(losses, self.kinds, self.dense.numpy()), loss_by_kind(divergences, self.kinds)
-        report = {}
+        worst = torch.as_tensor(divergences).flatten()
+        worst = worst[worst > worst.quantile(0.99)]
+        report: dict[str, Any] = {"worst": {"tokens": len(worst), "divergence": float(worst.mean())}}
         for kind in ("all", "repeated", "far", "rare", "new"):
             lost, far = of_kind(excess, kind), of_kind(moved, kind)
             if lost is not None and far is not None:
@@ -134,14 +151,21 @@ class Judge:
         return report
 
 
-def run(case: str, sparsity: float, checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> torch.nn.Module:
+def run(
+    case: str, sparsity: float, checkpoint: Checkpoint, tokens: torch.Tensor, args: argparse.Namespace
+) -> torch.nn.Module:
     """The model, pruned."""
     weight, change, swaps, certainty = CASES[case]
-    tokens = tokens if change is None else change(tokens, torch.Generator().manual_seed(seed))
-    model, config = copy.deepcopy(checkpoint.model), configure(model="m", sparsity=sparsity, recall_weight=weight)
+    tokens = tokens if change is None else change(tokens, torch.Generator().manual_seed(args.seed))
+    options = {"sparsity": sparsity, "recall_weight": weight, "refine": args.refine}
+    model, config = copy.deepcopy(checkpoint.model), configure(model="m", **options)
     with ExitStack() as stack:
         if not swaps:
             stack.enter_context(patch("ssmc.compressor.methods.states.elimination.exchange", lambda _, kept: kept))
+        if case == "worst positions":
+            first = run("weight 0", sparsity, checkpoint, tokens, args)
+            weights = where_worst(checkpoint, tokens, first)
+            stack.enter_context(patch("ssmc.compressor.methods.states.weights.token_weights", lambda *_: weights))
         if certainty:
             weights = uncertain(checkpoint, tokens)
             stack.enter_context(patch("ssmc.compressor.methods.states.weights.token_weights", lambda *_: weights))
@@ -158,20 +182,22 @@ def main() -> None:
     tokens = draw_samples(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed).tokens
     text = tokenize(read_texts(args.text), tokenizer)[: args.windows * args.window]
     judge = Judge(checkpoint, text[: len(text) // args.window * args.window].view(-1, args.window))
-    rows = []
-    names = ("nsamples", "seqlen", "window", "seed")
+    rows: list[dict[str, Any]] = []
+    names = ("nsamples", "seqlen", "window", "seed", "refine")
     report = {"model": name, "settings": {n: getattr(args, n) for n in names}, "conditions": asdict(now), "rows": rows}
     for sparsity in args.sparsities:
         for case in args.cases:
-            kinds = judge.judge(run(case, sparsity, checkpoint, tokens, args.seed))
+            kinds = judge.judge(run(case, sparsity, checkpoint, tokens, args))
             rows.append({"sparsity": sparsity, "case": case, "kinds": kinds})
             print(f"{sparsity:.1%} {case}: {_cell(kinds, 'excess')}; {_cell(kinds, 'divergence')}", flush=True)
             out = args.json or Path(f"benchmarks/results/recall_{name.replace('-', '_')}.json")
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    table = Table("removed", "case", "excess, all and far", "ratio", "divergence, all and far", "ratio", title=name)
+    headings = ("excess, all and far", "ratio", "divergence, all and far", "ratio", "of the worst 1 %")
+    table = Table("removed", "case", *headings, title=name)
     for row in rows:
         cells = [f for figure in ("excess", "divergence") for f in (_cell(row["kinds"], figure), _ratio(row, figure))]
-        table.add_row(f"{row['sparsity']:.1%}", row["case"], *cells)
+        worst = f"{row['kinds']['worst']['divergence']:.3f}"
+        table.add_row(f"{row['sparsity']:.1%}", row["case"], *cells, worst)
     Console(width=150).print(table)
 
 
