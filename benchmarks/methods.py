@@ -1,6 +1,6 @@
 """Every method of this project side by side, at equal parameters and at equal time: loss, recall, accuracy, seconds.
 
-    python -m benchmarks.methods            # tiny, tiny-mamba2, tiny-hybrid and a torch module
+    python -m benchmarks.methods            # tiny, tiny-mamba2 and a torch module
     python -m benchmarks.methods --quick    # fewer methods, one seed, less text
     python -m benchmarks.methods --models tiny --groups states parameters
     python -m benchmarks.methods --jobs 16  # processes of one thread each
@@ -50,7 +50,7 @@ from ssmc.runtime.text import read_texts, tokenize
 from ssmc.runtime.tiny import heldout_path
 
 RESULTS = Path("benchmarks/results")
-MODELS = ("tiny", "tiny-mamba2", "tiny-hybrid", "module")
+MODELS = ("tiny", "tiny-mamba2", "module")
 GROUPS = ("states", "parameters", "time", "weights")
 SHARE = 0.85  # of the parameters, and of the time, that is left where they are equal
 STEPS = 60  # of refinement and of distillation
@@ -152,8 +152,11 @@ class TextModel:
         return methods(equal)
 
     def _share(self, n_layer: int, d_inner: int) -> float:
-        """Of the parameters."""
-        return self._count(n_layer, d_inner, self.sizes.d_state) / self.whole
+        """Of the parameters; infinite for sizes that transformers does not load."""
+        try:
+            return self._count(n_layer, d_inner, self.sizes.d_state) / self.whole
+        except ValueError:
+            return math.inf
 
     def run(self, method: Method, seed: int) -> dict[str, Any]:
         """Compress once and judge."""

@@ -9,7 +9,6 @@ from typing import Any
 TITLES = {
     "tiny": "A Mamba-1: `tiny`",
     "tiny-mamba2": "A Mamba-2: `tiny-mamba2`",
-    "tiny-hybrid": "A hybrid: `tiny-hybrid`",
     "module": "A torch module: digits",
 }
 SAME = {

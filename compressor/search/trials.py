@@ -6,16 +6,17 @@ The text that losses are measured on here is calibration text that no trial is f
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
-from ssmc.compressor.calibration.split import Samples
+from ssmc.compressor.calibration.split import TRIAL_TOKENS, Samples
 from ssmc.compressor.methods.layers.choose import decides_on
 from ssmc.compressor.methods.layers.method import removal_count
 from ssmc.compressor.methods.method import LayerResult, Plan
@@ -238,12 +239,14 @@ class Trials(Counting):
         return model, pruned.layers
 
     def _excess(self, model: nn.Module) -> float:
-        return excess_loss(self._loss(model), self.base).nats
+        """Of a trial, on as many held-out tokens as trials are fitted to; what comes out is measured on all."""
+        few = self._loss(model, math.ceil(TRIAL_TOKENS / self.samples.held_out.shape[1]))
+        return fmean(ours - dense for ours, dense in zip(few.window_nll, self.base.window_nll, strict=False))
 
     def copy_of_dense(self) -> nn.Module:
         """The dense model once more, on the CPU, to be pruned."""
         return use_fast_scan(copy.deepcopy(self.checkpoint.model).cpu())
 
-    def _loss(self, model: nn.Module) -> Perplexity:
-        held = self.samples.held_out
+    def _loss(self, model: nn.Module, windows: int | None = None) -> Perplexity:
+        held = self.samples.held_out[:windows]
         return perplexity(model.to(self.checkpoint.model.device), held.reshape(-1), held.shape[1])
