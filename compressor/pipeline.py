@@ -34,7 +34,7 @@ class Run:
         stage: where each layer is while it is worked on; the rest of the model stays where it is.
         progress: told about the steps.
         result: where finished layers go, and come from in a run that goes on; None: they stay in the model.
-        removals: which blocks go as a whole, where an earlier run on the same text found it out; None: it is decided.
+        removals: which blocks go as a whole, as far as an earlier run on the same text found it out.
     """
 
     model: nn.Module
@@ -44,11 +44,12 @@ class Run:
     stage: Stage = HOST
     progress: Progress = NO_PROGRESS
     result: Result | None = None
-    removals: Sequence[Any] | None = None
+    removals: Sequence[Any] = ()
 
     def survey(self, hidden: torch.Tensor | None = None) -> Survey:
         """What methods look at before a layer is touched."""
-        return Survey(self.plan, self.model, self.tokens, hidden, self.stage, self.progress, self.stored_dtypes)
+        known = (self.stored_dtypes, tuple(self.removals))
+        return Survey(self.plan, self.model, self.tokens, hidden, self.stage, self.progress, *known)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prune(run: Run) -> Pruned:
         # every try runs most of the model, so all of it goes to the device
         run.model.to(run.stage.device)
         tokens = None if run.tokens is None else run.tokens.to(run.stage.device)
-        removals += remover.choose(replace(run, tokens=tokens).survey()) if run.removals is None else run.removals
+        removals += remover.choose(replace(run, tokens=tokens).survey())
         if not run.plan.works_inside:
             for removal in removals:
                 remover.remove(run.plan.architecture, run.plan.architecture.blocks(run.model)[removal.layer])

@@ -298,6 +298,9 @@ class Survey:
     stage: Stage  # where layers are while they run
     progress: Progress
     stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by tensor name, what it will be saved as
+    removals: Sequence[
+        Any
+    ] = ()  # blocks that go as a whole, the first ones, known from an earlier run on the same text
 
     @property
     def text(self) -> torch.Tensor:

@@ -18,7 +18,6 @@ from torch import nn
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import TRIAL_TOKENS, Samples
 from ssmc.compressor.methods.layers.choose import decides_on
-from ssmc.compressor.methods.layers.method import removal_count
 from ssmc.compressor.methods.method import LayerResult, Plan
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER
@@ -219,11 +218,11 @@ class Trials(Counting):
 
     def run_of(self, model: nn.Module, plan: Plan, text: torch.Tensor | None, progress: Progress) -> Run:
         """A run on a copy of the dense model; which layers go is known where trials on the same text found it out."""
-        stage, order = Stage(self.checkpoint.model.device), None
+        stage = Stage(self.checkpoint.model.device)
+        order: tuple[Any, ...] = ()
         if LAYER in self.config.parts and LAYER in plan.config.parts and text is not None:
-            count = removal_count(self.dense.n_layer, plan.config.sparsity_of(LAYER))
             same = text is self.samples.fit or decides_on(text) <= self.samples.fit.numel()
-            order = self._order[:count] if same and len(self._order) >= count else None
+            order = tuple(self._order) if same else ()
         return Run(model, plan, text, self.checkpoint.dtypes, stage, progress, removals=order)
 
     def _pruned(self, sizes: Sizes | Layerwise, name: str) -> tuple[nn.Module, Sequence[LayerResult]]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ssmc.compressor import configure
 from ssmc.compressor.methods.layers.method import removal_count
+from ssmc.compressor.methods.layers.score import Removal
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from tests.pipeline.test_pipeline import ARCHITECTURE, random_model
 from tests.support.pruning import shed
@@ -56,6 +57,15 @@ def test_each_step_makes_the_removal_that_costs_least(model, tokens, pattern):
         gone.append(removal.layer)
     assert len(gone) == 2
     assert loss(pruned, tokens) == pytest.approx(removals[-1].loss, rel=1e-4)
+
+
+def test_a_search_goes_on_behind_removals_that_are_known(model, tokens):
+    """To the same end; what is known is not asked again, so a known removal that nobody would make stays."""
+    config = configure(model="test", pattern="layer", sparsity=0.75, repair=False)
+    whole = shed(copy.deepcopy(model), ARCHITECTURE, tokens, config)
+    assert [shed(copy.deepcopy(model), ARCHITECTURE, tokens, config, whole[:n]) for n in (1, 2, 3)] == [whole] * 3
+    other = next(i for i in range(4) if i != whole[0].layer)
+    assert shed(copy.deepcopy(model), ARCHITECTURE, tokens, config, [Removal(other)])[0] == Removal(other)
 
 
 def test_random_removal_needs_no_text_and_follows_the_seed(model):

@@ -1,5 +1,6 @@
 """Parts of a pruning run on models and layers that a test made itself."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from ssmc.compressor import pipeline
@@ -20,10 +21,10 @@ def prune_layers(model, architecture, tokens, config, dtypes, removed=(), stage=
     return pipeline.prune_layers(run_of(model, architecture, tokens, config, dtypes, stage), removed)
 
 
-def shed(model, architecture, tokens, config):
-    """Remove whole blocks or SSMs in place."""
+def shed(model, architecture, tokens, config, known=()):
+    """Remove whole blocks or SSMs in place; the first ones may be known."""
     run = run_of(model, architecture, tokens, config, dict.fromkeys(model.state_dict()))
-    return list(pipeline.prune(run).removals)
+    return list(pipeline.prune(replace(run, removals=known)).removals)
 
 
 def job_of(architecture, block, hidden, *, stream=None, config=None, index=0, keep=None):

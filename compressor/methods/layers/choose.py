@@ -53,16 +53,18 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
     try runs only what follows: half the work.
 
     Args:
-        survey: the dense model and calibration samples.
+        survey: the dense model and calibration samples; the removals that it knows are the first ones.
         count: of removals.
         remove: makes one, in place.
     """
     architecture, model = survey.plan.architecture, survey.model
     blocks = list(architecture.blocks(model))
     text = survey.text[: math.ceil(TOKENS / survey.text.shape[1])]  # samples come in random order
-    removals: list[Removal] = []
+    removals: list[Removal] = list(survey.removals[:count])
+    for known in removals:
+        blocks[known.layer] = _without(blocks[known.layer], remove)
     architecture.record_arguments(model, survey.text[:1])
-    total, done = sum(len(blocks) - i for i in range(count)), 0
+    total, done = sum(len(blocks) - i for i in range(len(removals), count)), 0
     while len(removals) < count:
         gone = {r.layer for r in removals}
         losses = dict.fromkeys(_removable(survey, blocks, gone), 0.0)

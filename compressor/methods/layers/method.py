@@ -36,6 +36,8 @@ class _Removing(BlockMethod):
         """As the score decides."""
         part, config = self.pattern.name, survey.plan.config
         count = removal_count(len(survey.plan.architecture.blocks(survey.model)), config.sparsity_of(part))
+        if len(survey.removals) >= count:
+            return list(survey.removals[:count])
         judge = cast(LayerScore, score(part, config.score_of(part)))
         return judge.choose(survey, count, partial(self.remove, survey.plan.architecture))
 
