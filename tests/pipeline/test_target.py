@@ -251,10 +251,10 @@ def test_with_distillation_candidates_are_judged_after_a_few_steps(dense, tmp_pa
 
 
 def test_trials_choose_layers_once_and_the_run_takes_their_choice(dense, tmp_path, monkeypatch):
-    from ssmc.compressor.methods.layers.method import Layers
+    from ssmc.compressor.methods.layers.scores import MambaShedder
 
-    chosen, choose = [], Layers.choose
-    monkeypatch.setattr(Layers, "choose", lambda self, survey: chosen.append(choose(self, survey)) or chosen[-1])
+    chosen, choose = [], MambaShedder.choose
+    monkeypatch.setattr(MambaShedder, "choose", lambda *told: chosen.append(choose(*told)) or chosen[-1])
     result = compress(dense, out=tmp_path / "out", target_params=0.97, pattern="layer", **SMALL)
     assert len(chosen) == 1
     again = compress(
