@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -96,12 +97,14 @@ def make(folder: Path, config: PretrainedConfig) -> int:
 
 
 def run(*arguments: str) -> dict[str, float]:
-    """Run a command of ssmc in a process of its own: seconds, and MB it had resident at most."""
-    began = time.perf_counter()
+    """Run a command of ssmc in a process of its own: seconds, those of its processor, and MB resident at most."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"ssmc {' '.join(arguments)}: {done.stderr}")
-    return {"seconds": time.perf_counter() - began, "resident_mb": int(done.stderr.split()[-1]) / 1024}
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return {"seconds": seconds, "processor_seconds": worked, "resident_mb": int(done.stderr.split()[-1]) / 1024}
 
 
 def commands(folder: Path, work: Path, memory: str | None) -> Iterator[tuple[str, dict[str, float]]]:

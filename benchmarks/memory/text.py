@@ -56,7 +56,8 @@ def compare(model: str, calib: Path, work: Path) -> dict[str, dict[str, float]]:
     for path in (part(calib, work), calib):
         name = f"{path.stat().st_size / 1e6:.1f} MB"
         found[name] = run("compress", model, "--calib", str(path), *options)
-        print(f"  {name:<16} {found[name]['seconds']:6.1f} s, {found[name]['resident_mb']:.0f} MB", flush=True)
+        said = f"{found[name]['processor_seconds']:6.1f} s of processor time ({found[name]['seconds']:.1f} s)"
+        print(f"  {name:<16} {said}, {found[name]['resident_mb']:.0f} MB", flush=True)
     return found
 
 

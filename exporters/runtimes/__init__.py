@@ -30,8 +30,13 @@ class Runtime:
 Table = Callable[[Dimensions, str, "float | None"], list[Runtime]]
 """Lines for the sizes of an exported model, what is to be said of a Triton kernel that decodes it, and its epsilon."""
 
-_RAN = {"llama.cpp": "llama.cpp, CPU", "mlx-lm": "mlx-lm", "vllm": "vLLM, by source"}
+_RAN = {
+    **{"onnxruntime": "onnxruntime, CPU", "genai": "onnxruntime-genai", "openvino": "OpenVINO, CPU"},
+    **{"llama.cpp": "llama.cpp, CPU", "mlx-lm": "mlx-lm", "vllm": "vLLM"},
+}
 """What a family without a table of its own is listed for, where it is known there: consumer -> its line's name."""
+_BY_SOURCE = {"vllm": "Mamba-1 by source: its build for a CPU has no kernel"}
+"""What was not run of mixers without heads."""
 
 TABLES: Registry[Table] = Registry(__name__, "table")
 """model_type -> its table."""
@@ -64,12 +69,17 @@ def _rows(sizes: Dimensions, dense_d_state: int, model_type: str, epsilon: float
         return [
             line("transformers", "transformers", sizes, "any d_state"),
             Runtime("ssmc (CPU scan)", "safetensors", True, "any d_state, time falls with it"),
-            *(line(_RAN[name], name, sizes, "any d_state", epsilon) for name in known),
+            *(line(_RAN[name], name, sizes, _any_state(name, sizes), epsilon) for name in known),
         ]
     padded = 1 << (sizes.d_state - 1).bit_length()
     decode = "gains" if padded < dense_d_state else "no gain"
     decode += "" if padded == sizes.d_state else f": {sizes.d_state} states are padded to {padded}"
     return table(sizes, decode, epsilon)
+
+
+def _any_state(consumer: str, sizes: Dimensions) -> str:
+    said = _BY_SOURCE.get(consumer) if sizes.heads is None else None
+    return "any d_state" + (f"; {said}" if said else "")
 
 
 def line(name: str, consumer: str, sizes: Dimensions, remark: str, epsilon: float | None = None) -> Runtime:

@@ -157,6 +157,8 @@ def test_what_software_silently_computes_otherwise_is_told(tmp_path):
     rows = {row.name: row for row in export(tmp_path / "pruned").runs_where}
     assert not rows["mlx-lm"].runs
     assert rows["llama.cpp, CPU"].runs
+    assert all(rows[name].runs for name in ("onnxruntime, CPU", "onnxruntime-genai", "OpenVINO, CPU"))
+    assert "Mamba-1 by source" in rows["vLLM"].remark
     with pytest.raises(UsageError, match="mlx-lm does not run this model: it weighs experts otherwise"):
         export(tmp_path / "pruned", runtime="mlx-lm", force=True)
     assert not architecture_for("jamba").otherwise(FAMILIES["jamba"](num_experts=1).config)
