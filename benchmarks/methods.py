@@ -281,7 +281,7 @@ def summary(name: str, runs: dict[Task, dict[str, Any]]) -> dict[str, Any]:
             rows.append({**asdict(method), "refused": refused[0]})
         elif own:
             rows.append({**asdict(method), "runs": own, **mean_of(own)})
-    return {"dense": subject(name).dense, "rows": rows}
+    return {"dense": subject(name).dense, "planned": [method.name for method in chosen(name)], "rows": rows}
 
 
 def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,13 +17,17 @@ SAME = {
     "time": "as much time",
     "weights": "as many weights",
 }
+COSTS = {  # what is equal in a group, with the settings of the run
+    "states": "as many states ({left:.0%} of them left)",
+    "parameters": "as many parameters (at most {share:.0%} left, to the next channel, head or layer)",
+    "time": "as much time of a prefill ({share:.0%} left)",
+    "weights": "as many single weights ({sparsity:.0%} gone, which makes nothing smaller)",
+}
 PAGE = """# Methods side by side
 
 <!-- written by `python -m benchmarks.methods`; `--tables` writes it again from the JSON -->
 
-Every method of ssmc on the models that come with it, at equal cost: as many states ({left:.0%} of them left), as many
-parameters or as much time of a prefill ({share:.0%} left), or as many single weights ({sparsity:.0%} gone, which makes
-nothing smaller). The least loss stands first.
+Methods of ssmc on models that come with it, at equal cost: {costs}. The least loss stands first.
 
 *Excess* is the loss above the dense model's, in nats a token, on {text} tokens of held-out text; *where recalled*, on
 tokens that the text had more than 100 tokens before; *right*, how often the likeliest token was the next one.
@@ -48,7 +52,9 @@ def page(report: dict[str, Any]) -> str:
     settings = report["settings"]
     text = f"{settings['windows'] * settings['window']:,}"
     figures = {"seeds": len(settings["seeds"]), "text": text, "left": 1 - settings["states"]}
-    parts = [PAGE.format(**settings | figures)]
+    told = settings | figures
+    costs = "; ".join(COSTS[group].format(**told) for group in settings["groups"])
+    parts = [PAGE.format(costs=costs, **told)]
     for name, found in report["models"].items():
         dense = found["dense"]
         parts.append(f"## {TITLES[name]}\n\nDense: {dense['nats']:.4f} nats, {dense['accuracy']:.1%} right.")
@@ -64,6 +70,9 @@ def page(report: dict[str, Any]) -> str:
         refused = sorted({row["name"] for row in found["rows"] if "refused" in row})
         if refused:
             parts.append(f"Not for this model: {', '.join(refused)}.")
+        left = [name for name in found["planned"] if name not in {row["name"] for row in found["rows"]}]
+        if left:
+            parts.append(f"Not run here, for lack of time: {'; '.join(left)}.")
     now = report["conditions"]
     parts.append(
         f"Conditions: {now['cpu']}, float32, one thread, torch {now['versions']['torch']}, {now['date'][:10]}."
