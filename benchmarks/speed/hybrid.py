@@ -1,12 +1,11 @@
-"""A hybrid of the size of Mamba-130M with half of its parameters gone, end to end on a CPU: prefill and decode.
+"""A hybrid of the size of Mamba-130M beside one with half of its parameters, end to end on a CPU: prefill and decode.
 
-    python -m benchmarks.speed.hybrid
-    python -m benchmarks.speed.hybrid --pattern head+mlp+attention --sparsity 0.6 --json benchmarks/results/hybrid.json
+    python -m benchmarks.speed.hybrid --json benchmarks/results/hybrid.json
 
-Nemotron-H's layout with Mamba-2, MLP and attention layers. The weights are random: speed does not depend on them, and
-the loss of such a model means nothing. The pruned model goes the whole way: `compress`, `export`, and both are run as
-transformers' models with our scan and as ONNX graphs in onnxruntime, in turns. Prefill computes the last token's logits
-and fills the caches; decoding is a token after a prompt.
+Nemotron-H's layout with Mamba-2, MLP and attention layers. The smaller one has the sizes that `ssmc compress --pattern
+head+mlp+attention` and `ssmc export` leave, and both have random weights: speed does not depend on them, and the loss
+of such a model means nothing. Both are run as transformers' models with our scan and as ONNX graphs in onnxruntime, in
+turns. Prefill computes the last token's logits and fills the caches; decoding is a token after a prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokeni
 from transformers.utils import logging
 
 from benchmarks.reporting import as_json, print_conditions, print_timings, write_json
-from ssmc import compress, export
+from ssmc import export
 from ssmc.runtime.measure import workloads
 from ssmc.runtime.measure.timing import interleave
 from ssmc.runtime.models.checkpoints import load_checkpoint, parameter_count
@@ -44,24 +43,24 @@ SIZES: dict[str, Any] = {
     "head_dim": 64,
     "intermediate_size": 3072,
 }
+PRUNED = {"mamba_num_heads": 7, "intermediate_size": 832, "num_attention_heads": 6, "num_key_value_heads": 2}
 CPU = torch.device("cpu")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pattern", default="head+mlp+attention")
-    parser.add_argument("--sparsity", default="head=0.7,mlp=0.7,attention=0.5")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def write_dense(folder: Path) -> None:
-    """A random model, and tiny's tokenizer so that there is text to calibrate on."""
+def write(sizes: dict[str, Any], folder: Path) -> Path:
+    """A random model, and tiny's tokenizer so that an export has text to be proven on."""
     torch.manual_seed(0)
-    NemotronHForCausalLM(NemotronHConfig(**SIZES)).save_pretrained(folder)
+    NemotronHForCausalLM(NemotronHConfig(**sizes)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_file=str(Path(TINY_DIRECTORY) / "tokenizer.json")).save_pretrained(folder)
+    return folder
 
 
 def main() -> None:
@@ -70,24 +69,15 @@ def main() -> None:
     now = print_conditions()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_dense(folder / "dense")
-        compress(
-            folder / "dense",
-            out=folder / "out",
-            pattern=args.pattern,
-            sparsity=args.sparsity,
-            nsamples=2,
-            seqlen=64,
-            repair=False,
+        places = {"dense": write(SIZES, folder / "dense"), "pruned": write(SIZES | PRUNED, folder / "pruned")}
+        checkpoints = {name: load_checkpoint(place, dtype=torch.float32) for name, place in places.items()}
+        left = {name: parameter_count(checkpoint.tensors()) for name, checkpoint in checkpoints.items()}
+        print(
+            f"parameters: {left['dense']:,} -> {left['pruned']:,} ({left['pruned'] / left['dense']:.3f})\n", flush=True
         )
-        places = {"dense": export(folder / "dense", format="onnx", out=folder / "dense-onnx").directory}
-        places["pruned"] = export(folder / "out", format="onnx").directory
-        torch_places = {"dense": folder / "dense", "pruned": export(folder / "out").directory}
-        torch_models = {name: load_checkpoint(place, dtype=torch.float32) for name, place in torch_places.items()}
-        left = {name: parameter_count(checkpoint.tensors()) for name, checkpoint in torch_models.items()}
-        print(f"parameters: {left['dense']:,} -> {left['pruned']:,} ({left['pruned'] / left['dense']:.3f})\n")
-        models = {"transformers, our scan": {n: use_fast_scan(c.model) for n, c in torch_models.items()}}
-        models["onnxruntime"] = {name: load_onnx_export(place, "cpu").model for name, place in places.items()}
+        models = {"transformers, our scan": {n: use_fast_scan(c.model) for n, c in checkpoints.items()}}
+        graphs = {n: export(place, format="onnx", out=folder / f"{n}-onnx").directory for n, place in places.items()}
+        models["onnxruntime"] = {name: load_onnx_export(graph, "cpu").model for name, graph in graphs.items()}
         results = {}
         for runtime, both in models.items():
             runs = {
@@ -98,7 +88,7 @@ def main() -> None:
                 timings = interleave(pair, CPU, args.rounds, 60.0)
                 print_timings(f"{runtime}: {what}", timings, "dense")
                 results[f"{runtime}: {what}"] = as_json(timings, "dense")
-        settings = {**SIZES, "pattern": args.pattern, "sparsity": args.sparsity, "length": args.length}
+        settings = {**SIZES, "pruned": PRUNED, "length": args.length}
         write_json(args.json, now, settings | {"parameters": left}, results)
 
 
