@@ -44,6 +44,15 @@ def test_states_are_rounded_to_what_a_runtime_gains_from(tmp_path, runtime, aske
     assert result.manifest["config"]["runtime"] == runtime
 
 
+@pytest.mark.parametrize(("model", "sparsity"), [("tiny", 0.875), ("tiny", 0.75), ("tiny-mamba2", 0.5)])
+def test_what_is_pruned_for_llama_cpp_is_what_the_figures_of_its_speed_are_of(tmp_path, model, sparsity):
+    """docs/results.md: those are of models that were pruned for nobody."""
+    for name, runtime in (("anybody", None), ("llama", "llama.cpp")):
+        compress(model, out=tmp_path / name, sparsity=sparsity, runtime=runtime, **QUICK)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("anybody", "llama"))
+    assert one == other
+
+
 @pytest.mark.skipif(not is_installed(), reason="llama.cpp (xllamacpp) is not installed")
 def test_heads_by_any_number_for_llama_cpp_and_for_nobody_else(tmp_path):
     model = random_mamba2(vocab_size=392, eos_token_id=0, n_groups=1)
