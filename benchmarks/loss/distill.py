@@ -3,6 +3,7 @@
     python -m benchmarks.loss.distill                                # the embedded texts
     python -m benchmarks.loss.distill --calib train.jsonl --device cuda
     python -m benchmarks.loss.distill --cells tiny:column:0.875 --refine 150 --steps 100  # states, refined first
+    python -m benchmarks.loss.distill --cells m22:layer+column+channel:layer=0.17,column=0.9375,channel=0.25
 
 "Excess" is the mean negative log-likelihood above the dense model's, in nats a token, over windows of held-out text
 that neither calibration nor steps have seen. Seconds are those of the steps alone.
@@ -16,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,6 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="*", default=CELLS, help="MODEL:PATTERN:SPARSITY")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--nsamples", type=int, default=64, help="of calibration before the steps")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of each")
     parser.add_argument("--refine", type=int, default=0, help="gradient steps on each layer before")
     parser.add_argument("--calib", help="calibration text; by default the embedded stories")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
@@ -47,19 +51,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/distill.json"))
     args = parser.parse_args()
-    report = {
-        "conditions": asdict(print_conditions()),
-        "settings": {"steps": args.steps, "window": args.window, "refine": args.refine},
-    }
+    names = ("steps", "window", "refine", "nsamples", "seqlen", "max_tokens")
+    settings = {name: getattr(args, name) for name in names}
+    report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings}
     report |= {"device": args.device, "rows": []}
     for cell in args.cells:
         report["rows"].append(row := measured(cell, args))
         print(row, flush=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     table = Table("removed", "repair alone", f"{args.steps} steps", "divergence before", "after", "seconds")
-    for row in report["rows"]:
-        figures = (row["excess_before"], row["excess"], row["divergence_before"], row["divergence"])
-        table.add_row(row["cell"], *(f"{figure:.4f}" for figure in figures), f"{row['seconds']:.0f}")
+    for done in report["rows"]:
+        figures = (done["excess_before"], done["excess"], done["divergence_before"], done["divergence"])
+        table.add_row(done["cell"], *(f"{figure:.4f}" for figure in figures), f"{done['seconds']:.0f}")
     Console(width=120).print(table)
 
 
@@ -71,7 +74,9 @@ def measured(cell: str, args: argparse.Namespace) -> dict[str, object]:
     wanted = perplexity(use_fast_scan(dense.model), text, args.window)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        options = {"pattern": pattern, "sparsity": float(sparsity), "calib": args.calib, "device": args.device}
+        parts = sparsity if "=" in sparsity else float(sparsity)
+        samples = {"nsamples": args.nsamples, "seqlen": args.seqlen}
+        options = {"pattern": pattern, "sparsity": parts, **samples, "calib": args.calib, "device": args.device}
         busy = time.process_time()
         pruned = compress(source, out=out, refine=args.refine, **options).layers
         layers = [Left(layer.states_kept, layer.channels_kept) for layer in pruned]
