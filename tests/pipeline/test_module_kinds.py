@@ -190,6 +190,17 @@ class Biased(MambaSsm):
 
 
 @pytest.mark.parametrize("repair", [True, False])
+def test_a_bias_of_x_proj_is_cut_with_channels_and_states_together(repair):
+    """It has no axis of channels: what states did to it in the narrow mixer was lost, and nothing got smaller."""
+    result = ssmc.compress(
+        randomised(Bidirectional([Biased()])), series(), pattern="column+channel", sparsity=0.5, repair=repair
+    )
+    assert result.notes == ()
+    (mixer,) = mixers_of(result.module)
+    assert (mixer.A_log.shape, mixer.x_proj.bias.shape) == ((INNER // 2, 2), (RANK + 2 * 2,))
+
+
+@pytest.mark.parametrize("repair", [True, False])
 def test_a_bias_of_x_proj_is_cut_and_mixed(repair):
     model, batches = randomised(Bidirectional([Biased()])), series()
     result = ssmc.compress(model, batches, repair=repair)

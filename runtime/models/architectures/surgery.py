@@ -95,7 +95,10 @@ class PlannedSurgery:
         names, sizes = _names_and_sizes(self.plan, mixer)
         parameters = {name: tensor.detach() for name, tensor in self.mixer(narrow).named_parameters()}
         tensors = self.before_widen(parameters, dimension, sizes, len(kept))
-        put_back(mixer, tensors, self.plan.kept(names, sizes, self.selection(dimension, kept, sizes), dimension))
+        places = self.plan.kept(names, sizes, self.selection(dimension, kept, sizes), dimension)
+        put_back(mixer, tensors, places)
+        for name in set(names) - {place.name for place in places}:  # no axis of theirs was narrowed: x_proj.bias
+            mixer.get_parameter(name).detach().copy_(tensors[name])
         self.mask(mixer, dimension, kept)
 
     def after_cut(
