@@ -9,6 +9,7 @@ from typing import Any
 TITLES = {
     "tiny": "A Mamba-1: `tiny`",
     "tiny-mamba2": "A Mamba-2: `tiny-mamba2`",
+    "tiny-hybrid": "A hybrid: `tiny-hybrid`",
     "module": "A torch module: digits",
 }
 SAME = {
@@ -55,6 +56,10 @@ def page(report: dict[str, Any]) -> str:
     told = settings | figures
     costs = "; ".join(COSTS[group].format(**told) for group in settings["groups"])
     parts = [PAGE.format(costs=costs, **told)]
+    absent = [words for group, words in SAME.items() if group not in settings["groups"]]
+    absent += [title for name, title in TITLES.items() if name not in report["models"]]
+    if absent:
+        parts.append(f"Not in these tables, for lack of time: {'; '.join(absent)}.")
     for name, found in report["models"].items():
         dense = found["dense"]
         parts.append(f"## {TITLES[name]}\n\nDense: {dense['nats']:.4f} nats, {dense['accuracy']:.1%} right.")
