@@ -67,7 +67,7 @@ def distill(
 
     All parameters that are left take gradient steps together, on text without labels; what was pruned stays pruned.
     Steps that make the model worse on held-out sequences are undone. With `torchrun --nproc-per-node N -m ssmc distill
-    ...` N processes share the four sequences of each step.
+    ...` N processes share the sequences of each step.
 
     **Examples**
 

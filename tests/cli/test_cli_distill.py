@@ -36,7 +36,7 @@ def test_an_artefact_is_distilled_into_a_folder_beside_it_and_can_be_exported(ar
     manifest = json.loads((out / "ssmc.json").read_text("utf-8"))
     done = manifest["distilled"]
     assert done["divergence"] < done["divergence_before"]
-    assert "Distilled for 6 steps of 256 tokens" in said
+    assert "Distilled for 6 steps of 2048 tokens" in said
     assert all(torch.equal(a, b) for a, b in zip(silent_channels(out), silent_channels(artefact), strict=True))
     assert main(["export", str(out), "--quiet"]) in (0, None)  # which compares with the masked model
     assert load_checkpoint(out / "safetensors").dimensions.d_inner == 384
