@@ -298,9 +298,7 @@ class Survey:
     stage: Stage  # where layers are while they run
     progress: Progress
     stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # by tensor name, what it will be saved as
-    removals: Sequence[
-        Any
-    ] = ()  # blocks that go as a whole, the first ones, known from an earlier run on the same text
+    removals: Sequence[Any] = ()  # the first blocks that go as a whole, where an earlier run on the same text knows
 
     @property
     def text(self) -> torch.Tensor:

@@ -66,19 +66,25 @@ class CompressedTensors(Safetensors):
         """What reads codes."""
         from ssmc.exporters.runtimes import Runtime
 
-        outputs = {name: len(code.codes) for name, code in job.extra.codes.items()}
-        odd = next((name for name, size in outputs.items() if size % VLLM_OUTPUTS), None)
-        runs, remark = odd is None, "groups of 32, 64 or 128; 0.32 on a CPU was tried"
-        if odd is not None:
-            module = odd.removesuffix(".weight").rpartition(".")[2]
-            remark = f"its kernels take outputs in multiples of {VLLM_OUTPUTS}, {module} has {outputs[odd]}: "
-            remark += "--quantize-modules without it"
-        if not job.source.checkpoint.architecture.capabilities.heads:
-            runs, remark = False, "by source, its Mamba-1 takes no codes"
+        refused = _refused_by_vllm(job)
         return (
             Runtime("transformers, with compressed-tensors", self.name, True, "unpacked while it is loaded"),
-            Runtime("vLLM", self.name, runs, remark),
+            Runtime("vLLM", self.name, refused is None, refused or "groups of 32, 64 or 128; 0.32 on a CPU was tried"),
         )
+
+
+def _refused_by_vllm(job: Job) -> str | None:
+    """Why vLLM does not run the codes; None where it does."""
+    if not job.source.checkpoint.architecture.capabilities.heads:
+        return "by source, its Mamba-1 takes no codes"
+    for name, code in job.extra.codes.items():
+        if len(code.codes) % VLLM_OUTPUTS:
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            return (
+                f"its kernels take outputs in multiples of {VLLM_OUTPUTS}, {module} has {len(code.codes)}: "
+                "--quantize-modules without it"
+            )
+    return None
 
 
 COMPRESSED_TENSORS = CompressedTensors()

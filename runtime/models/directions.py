@@ -24,9 +24,8 @@ from torch import nn
 
 from ssmc.runtime.models.architectures.alone import STATE_NAMES, Alone
 from ssmc.runtime.models.architectures.convolution import Window
-from ssmc.runtime.models.architectures.plan import Cut
 from ssmc.runtime.models.families.mamba import MambaFamily
-from ssmc.runtime.models.mixers import Undo, tell_sizes, tell_tensor
+from ssmc.runtime.models.mixers import Undo, taken_back_on_failure, tell_sizes, tell_tensors
 from ssmc.runtime.scan import ScanInputs, selective_scan
 from ssmc.runtime.scan.inputs import decay_rates
 
@@ -294,14 +293,7 @@ def cut_directions(mixer: DirectionalMixer, kept: Sequence[Sequence[int]]) -> Un
         }
         if last:
             smaller["x_proj_b.weight"] = own.x_proj_b.weight.detach()[rows[1]]
-    was: list[tuple[Any, str, Any]] = []
-    cuts = []
-    try:
-        for name, tensor in smaller.items():
-            cuts.append(Cut(name, tuple(own.get_parameter(name).shape), tuple(tensor.shape)))
-            tell_tensor(was, own, name, tensor.contiguous())
+    with taken_back_on_failure() as was:
+        cuts = tell_tensors(was, own, smaller)
         tell_sizes(was, own, N, len(kept[0]), STATE_NAMES)
-    except BaseException:
-        Undo((), tuple(was))()
-        raise
-    return Undo(tuple(cuts), tuple(was))
+    return Undo(cuts, tuple(was))

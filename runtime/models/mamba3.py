@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmc.runtime.models.architectures.alone import STATE_NAMES
-from ssmc.runtime.models.architectures.plan import Cut
-from ssmc.runtime.models.mixers import Undo, tell, tell_sizes, tell_tensor
+from ssmc.runtime.models.mixers import Undo, taken_back_on_failure, tell, tell_sizes, tell_tensors
 
 FAMILY = "mamba3"
 PARTS = ("in_proj", "out_proj", "B_norm", "C_norm", "B_bias", "C_bias", "dt_bias", "D")
@@ -273,17 +272,10 @@ def cut_states(mixer: Mamba3Mixer, rules: Rules, kept: Sequence[int]) -> Undo:
     smaller = {"in_proj.weight": own.in_proj.weight.detach()[torch.cat(rows)]}
     smaller |= {f"{norm}.weight": getattr(own, norm).weight.detach()[index] for norm in ("B_norm", "C_norm")}
     smaller |= {bias: getattr(own, bias).detach()[..., index] for bias in ("B_bias", "C_bias")}
-    was: list[tuple[object, str, object]] = []
-    cuts = []
-    try:
-        for name, tensor in smaller.items():
-            cuts.append(Cut(name, tuple(own.get_parameter(name).shape), tuple(tensor.shape)))
-            tell_tensor(was, own, name, tensor.contiguous())
+    with taken_back_on_failure() as was:
+        cuts = tell_tensors(was, own, smaller)
         tell_sizes(was, own, sizes.states, len(kept), STATE_NAMES)
         for attribute, size in ((_ANGLES, len(turning)), (_ROTATED, 2 * len(turning))):
             if getattr(own, attribute, size) != size:
                 tell(was, own, attribute, size)
-    except BaseException:
-        Undo((), tuple(was))()
-        raise
-    return Undo(tuple(cuts), tuple(was))
+    return Undo(cuts, tuple(was))

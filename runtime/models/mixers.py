@@ -189,8 +189,7 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
         if kept is not None:
             tensors, sizes, more = mixer.architecture.cut(tensors, sizes, dimension, [kept])
             cuts |= {c.name: replace(c, before=cuts[c.name].before) if c.name in cuts else c for c in more}
-    was: list[tuple[Any, str, Any]] = []
-    try:
+    with taken_back_on_failure() as was:
         for name in cuts:
             tell_tensor(was, own, name, tensors[name])
         for old, new, names in _renamed(mixer, before, sizes):
@@ -198,10 +197,18 @@ def cut_mixer(mixer: Mixer, states: Sequence[int] | None, channels: Sequence[int
                 tell_sizes(was, own, old, new, names)
                 for attribute in CONFIGURATIONS:
                     tell_configuration(was, own, attribute, dict.fromkeys(names, new), old)
+    return Undo(tuple(cuts.values()), tuple(was))
+
+
+@contextlib.contextmanager
+def taken_back_on_failure() -> Iterator[list[tuple[Any, str, Any]]]:
+    """The list in which `tell` and its kind note what was; all of it is given back if something raises meanwhile."""
+    was: list[tuple[Any, str, Any]] = []
+    try:
+        yield was
     except BaseException:
         Undo((), tuple(was))()
         raise
-    return Undo(tuple(cuts.values()), tuple(was))
 
 
 def in_place_of(old: nn.Parameter, tensor: torch.Tensor) -> nn.Parameter:
@@ -226,6 +233,17 @@ def tell_tensor(was: list[tuple[Any, str, Any]], own: nn.Module, name: str, tens
     for attribute, size in _module_sizes(holder):
         if getattr(holder, attribute) != size:
             tell(was, holder, attribute, size)
+
+
+def tell_tensors(
+    was: list[tuple[Any, str, Any]], own: nn.Module, smaller: Mapping[str, torch.Tensor]
+) -> tuple[Cut, ...]:
+    """Put smaller tensors in the places of parameters, by name, and say what was cut."""
+    cuts = []
+    for name, tensor in smaller.items():
+        cuts.append(Cut(name, tuple(own.get_parameter(name).shape), tuple(tensor.shape)))
+        tell_tensor(was, own, name, tensor.contiguous())
+    return tuple(cuts)
 
 
 def tell_sizes(was: list[tuple[Any, str, Any]], own: nn.Module, old: int, new: int, names: Sequence[str]) -> None:
