@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmc.cli.checks import check_models
-from ssmc.cli.commands.distill import INTERRUPTED, achieved
+from ssmc.cli.commands.distill import INTERRUPTED, achieved, tell_if_too_much
 from ssmc.cli.declared import with_options
 from ssmc.cli.memory import show_written
 from ssmc.cli.options import Force, MaxMemory, Quiet, Revision, Verbose, complete_model
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from ssmc.compressor.methods.method import Table as Rows
 
 PROBLEMS = load_entry_points()  # before the help texts are made, which name what is registered
-TOO_MUCH = 0.2  # nats a token above the dense model: a fifth more perplexity
 MODEL_HELP = (
     "A transformers or mamba_ssm folder, a hub id (state-spaces/mamba-130m, also with @ and a revision), or `tiny`, "
     "the embedded model."
@@ -295,8 +294,8 @@ def _report(terminal: Terminal, result: CompressResult) -> None:
     terminal.say(f"Wrote {result.directory} ({size(written)}): the masked model, in its original shape.")
     where = "" if str(result.directory) == "ssmc-out" else f" {shlex.quote(str(result.directory))}"
     terminal.say(f"Next: ssmc export{where} {_how(plan.config)}")
-    if (lost := _lost(manifest)) is not None and lost > TOO_MUCH:
-        terminal.note(_too_much(lost, bool(manifest.get("distilled"))))
+    if (lost := _lost(manifest)) is not None:
+        tell_if_too_much(terminal, lost, bool(manifest.get("distilled")))
 
 
 def _how(config: CompressConfig) -> str:
@@ -311,15 +310,6 @@ def _lost(manifest: dict[str, Any]) -> float | None:
     if manifest.get("distilled"):
         return manifest["distilled"]["excess"]
     return manifest["goal"]["outcome"]["excess_nats"] if manifest.get("goal") else None
-
-
-def _too_much(lost: float, distilled: bool) -> str:
-    """What a user should know of a result that few would use."""
-    teach = "distil it for longer on more text (ssmc distill)" if distilled else "distil it (--distill 300)"
-    return (
-        f"This model is much worse than the dense one: {lost:+.2f} nats a token, {math.exp(lost):.2f} times its "
-        f"perplexity. Few would use it. Ask for less, or {teach}."
-    )
 
 
 def _table(rows: Rows) -> Table:

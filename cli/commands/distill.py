@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ssmc.runtime.ranks import is_first
 if TYPE_CHECKING:
     from ssmc.compressor.distillation.steps import Distillation
 
+TOO_MUCH = 0.2  # nats a token above the dense model: a fifth more perplexity
 INTERRUPTED = "interrupted, no model was written. The same command with --resume goes on from the last steps it judged."
 
 
@@ -101,6 +103,7 @@ def distill(
     terminal.say(achieved(result.distillation))
     terminal.say(f"Wrote {result.directory}: the masked model, in its original shape.")
     terminal.say(f"Next: ssmc export {shlex.quote(str(result.directory))} --format safetensors")
+    tell_if_too_much(terminal, result.distillation.excess, distilled=True)
 
 
 def achieved(done: Distillation) -> str:
@@ -114,4 +117,21 @@ def achieved(done: Distillation) -> str:
         f"Distilled for {done.steps} steps of {done.tokens} tokens: the divergence from the dense model's predictions "
         f"fell from {done.divergence_before:.4f} to {done.divergence:.4f} nats a token on held-out sequences, the loss "
         f"above the dense model's from {done.excess_before:+.4f} to {done.excess:+.4f}."
+    )
+
+
+def tell_if_too_much(terminal: Terminal, lost: float, distilled: bool) -> None:
+    """Say of a result that few would use that it is one, and what would help.
+
+    Args:
+        terminal: where to.
+        lost: nats a token above the dense model.
+        distilled: whether it took steps already.
+    """
+    if lost <= TOO_MUCH:
+        return
+    teach = "distil it for longer on more text (ssmc distill)" if distilled else "distil it (--distill auto)"
+    terminal.note(
+        f"This model is much worse than the dense one: {lost:+.2f} nats a token, {math.exp(lost):.2f} times its "
+        f"perplexity. Few would use it. Ask for less, or {teach}."
     )

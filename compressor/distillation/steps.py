@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssmc.runtime.half_precision import half_precision
 from ssmc.compressor.distillation.muon import MuonAndAdam
 from ssmc.compressor.distillation.narrowed import Left, narrowed
 from ssmc.compressor.methods.descent import Descent, Pace, batches, descend
@@ -224,7 +225,8 @@ class _Lesson:
         own = [number for piece in Dealt(len(numbers)).own for number in numbers[piece]]
         if own:
             inputs, part = self._seen[own].to(self._device), len(own) / len(numbers)
-            divergence(self._pair, inputs, self._taught(own), backward=part)
+            with half_precision(self._device):
+                divergence(self._pair, inputs, self._taught(own), backward=part)
         found = summed_each([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         hold(found, self._moving.pinned)
         return found

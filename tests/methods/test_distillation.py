@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ssmc.runtime import half_precision
 from ssmc.compressor.distillation.steps import Course, Pair, distill, divergence
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.measure.losses import last_hidden
@@ -52,6 +54,47 @@ def test_the_divergence_and_its_gradients_are_those_of_all_logits(make):
                 name,
                 parameter.shape,
             )
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """Linear maps in bfloat16, whether or not this machine is faster so."""
+    monkeypatch.setattr(half_precision, "is_fast", lambda device: True)
+
+
+@pytest.mark.parametrize("make", [random_model, random_mamba2, granite])
+def test_in_bfloat16_the_gradients_are_those_of_float32_but_for_its_rounding(make, in_bfloat16):
+    pair, tokens = pair_of(make()), random_tokens((3, 17))
+    wanted = gradients_of(pair, tokens)
+    with half_precision.half_precision(torch.device("cpu")):
+        found = gradients_of(pair, tokens)
+    ours, exact = (torch.cat([g.flatten() for g in some.values()]) for some in (found, wanted))
+    assert 0.99 < float(F.cosine_similarity(ours, exact, dim=0)) < 1 - 1e-6
+
+
+def test_in_bfloat16_runs_repeat_and_report_what_float32_says(in_bfloat16):
+    twice, text = [pair_of(random_model()) for _ in range(2)], random_tokens((40, 24), seed=5)
+    done = [distill(one, text, Course(30)) for one in twice]
+    assert done[0] == done[1]
+    assert all(torch.equal(a, b) for a, b in zip(*(one.student.parameters() for one in twice), strict=True))
+    assert done[0].divergence < 0.9 * done[0].divergence_before
+    assert float(naive(twice[0], text[-10:]).detach()) == pytest.approx(done[0].divergence, rel=1e-4)
+
+
+def test_a_linear_map_with_a_bias_and_one_of_another_type():
+    x, map_ = torch.randn(2, 5, 8, dtype=torch.float64), nn.Linear(8, 3)
+    with half_precision._LinearInBfloat16():
+        found = map_(x.float())
+        assert torch.equal(map_.double()(x), F.linear(x, map_.weight, map_.bias))  # float64 stays as it is
+    assert torch.allclose(found.double(), map_(x), atol=0.05)
+    assert not torch.equal(found.double(), map_(x))
+
+
+def gradients_of(pair, tokens):
+    """Of the divergence, by name of the student's parameters."""
+    pair.student.zero_grad()
+    divergence(pair, tokens, last_hidden(pair.teacher, tokens), backward=1.0)
+    return {name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None}
 
 
 def test_steps_make_it_better_and_keep_what_was_pruned_at_zero():
