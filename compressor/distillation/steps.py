@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime.half_precision import half_precision
 from ssmc.compressor.distillation.muon import MuonAndAdam
 from ssmc.compressor.distillation.narrowed import Left, narrowed
 from ssmc.compressor.methods.descent import Descent, Pace, batches, descend
 from ssmc.compressor.methods.gradients import hold, only_these_move
 from ssmc.runtime.collectives import Dealt, summed, summed_each
 from ssmc.runtime.errors import CalibrationError
+from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.losses import LOGITS_AT_ONCE, last_hidden
 from ssmc.runtime.measure.perplexity import losses_of_tokens
 from ssmc.runtime.models.families import Architecture

@@ -30,6 +30,7 @@ from ssmc.compressor.search.layer_sizes import Layerwise
 from ssmc.compressor.search.outcome import of_loss, rose_too_much
 from ssmc.compressor.search.teaching import Teaching
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
 from ssmc.runtime.measure.timing import Ratio
@@ -62,6 +63,7 @@ class Trials(Counting):
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
         self._order: list[Any] = []  # layers in the order they are removed, as far as it is known
         self._teach: Teaching | None = None
+        self._few: Sequence[float] = ()  # losses of the dense model, where trials' are measured
         if self.config.distill:
             checkpoint, samples = self.checkpoint, self.samples
             self._teach = Teaching(checkpoint.architecture, checkpoint.model, samples.taught, self.config.seed)
@@ -232,15 +234,23 @@ class Trials(Counting):
         plan = make_plan(config, checkpoint.architecture, self.dense, checkpoint.config)
         model = self.copy_of_dense()
         run = self.run_of(model, plan, self.samples.fit, lambda _, done, total: self.progress(name, done, total))
-        pruned = prune(run)
+        with half_precision(self.checkpoint.model.device):
+            pruned = prune(run)
         if len(pruned.removals) > len(self._order):
             self._order = list(pruned.removals)
         return model, pruned.layers
 
     def _excess(self, model: nn.Module) -> float:
-        """Of a trial, on as many held-out tokens as trials are fitted to; what comes out is measured on all."""
-        few = self._loss(model, math.ceil(TRIAL_TOKENS / self.samples.held_out.shape[1]))
-        return fmean(ours - dense for ours, dense in zip(few.window_nll, self.base.window_nll, strict=False))
+        """Of a trial, on as many held-out tokens as it is fitted to; what comes out is measured on all, and in
+        float32."""
+        if not self._few:
+            self.progress("loss of the dense model", 0, 1)
+            self._few = self._few_losses(self.checkpoint.model)
+        return fmean(ours - dense for ours, dense in zip(self._few_losses(model), self._few, strict=True))
+
+    def _few_losses(self, model: nn.Module) -> Sequence[float]:
+        with half_precision(self.checkpoint.model.device):
+            return self._loss(model, math.ceil(TRIAL_TOKENS / self.samples.held_out.shape[1])).window_nll
 
     def copy_of_dense(self) -> nn.Module:
         """The dense model once more, on the CPU, to be pruned."""

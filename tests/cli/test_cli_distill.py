@@ -118,6 +118,9 @@ def test_a_result_that_few_would_use_is_called_so_in_the_last_line(tmp_path, cap
         outcome = capsys.readouterr()
         lines = (outcome.out + outcome.err).strip()
         assert ("Few would use it" in " ".join(lines[-400:].split())) == said
+    assert main(["distill", str(tmp_path / "layers"), "--steps", "1", "--seqlen", "64"]) in (0, None)
+    outcome = capsys.readouterr()
+    assert "Few would use it" in " ".join((outcome.out + outcome.err).strip()[-400:].split())
 
 
 def test_what_is_no_artefact_is_refused(tmp_path, capsys):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.runtime import half_precision
 from ssmc.compressor.distillation.steps import Course, Pair, distill, divergence
+from ssmc.runtime import half_precision
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.measure.losses import last_hidden
 from ssmc.runtime.models.families import architecture_for
