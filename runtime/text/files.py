@@ -124,10 +124,15 @@ def _field(row: Any, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return mended(row["text"])
     if isinstance(row, dict) and "text" in row:
-        raise CalibrationError(f'{where} has no string "text": it is {_KINDS.get(type(row["text"]), "a number")}.')
+        raise CalibrationError(f'{where} has no string "text": it is {_kind(row["text"])}.')
     has = f" It has {', '.join(map(repr, list(row)[:5]))}." if isinstance(row, dict) and row else ""
-    has = has or f" It is {_KINDS[type(row)]}." * (type(row) in _KINDS)
+    has = has or f" It is {_kind(row)}."
     raise CalibrationError(f'{where} has no string "text".{has} Each needs one.')
+
+
+def _kind(value: Any) -> str:
+    """What a value of JSON is, where it is no text."""
+    return _KINDS.get(type(value), "a number")
 
 
 def _whole_json(text: str, path: Path) -> Iterator[str]:

@@ -31,7 +31,7 @@ def fuzz_commands(target: Target, examples: int, number: int, base: Path) -> Out
         finally:
             shutil.rmtree(out.parent)
 
-    return fuzz(target, examples, number, read=read, folder=base, warm=False)
+    return fuzz(target, examples, number, read=read, folder=base)
 
 
 def call(arguments: list[str]) -> tuple[str, int]:

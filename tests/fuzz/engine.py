@@ -38,11 +38,10 @@ def fuzz(
     *,
     read: Callable[[Path], object] | None = None,
     folder: Path | None = None,
-    warm: bool = True,
     stuck: bool = False,
     current: Path | None = None,
 ) -> Outcome:
-    """Read mutations of a target's seeds.
+    """Read a target's seeds, and then mutations of them.
 
     Args:
         target: what is read.
@@ -50,7 +49,6 @@ def fuzz(
         number: the seed of the random numbers; the same one gives the same inputs.
         read: another function than the target's.
         folder: what may be written to; the seed's own by default.
-        warm: read the seeds first, which must succeed.
         stuck: end the process where one input takes more than STUCK seconds.
         current: file that holds the input that is being read, should the process end there.
     """
@@ -80,8 +78,8 @@ def fuzz(
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    for one in target.seeds if warm else ():  # everything that is imported or compiled once
-        target.read(one.file)
+    for one in target.seeds:  # everything that is imported or compiled once
+        (read or target.read)(one.file)
     attempt()
     return outcome
 

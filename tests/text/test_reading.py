@@ -100,6 +100,7 @@ def test_lone_surrogates_become_the_replacement_character(tmp_path):
         (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0"), "a tar archive"),
         (b"\x04\x22\x4d\x18....", "compressed by lz4"),
         (b'{"text": null}\n', 'no string "text": it is null'),
+        (b'{"text": "a"}\n3\n', 'line 2, has no string "text". It is a number'),
         (b'["a"]\n["b"]\n', 'line 1, has no string "text". It is a list'),
         ("Zwölf".encode("latin-1"), r"not UTF-8 text \(byte 2\)"),
         (PACKED[:-20], "breaks off or is damaged"),
