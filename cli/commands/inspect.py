@@ -13,7 +13,7 @@ from ssmc.cli.commands.compress import MODEL_HELP
 from ssmc.cli.memory import footprints_of, show_sequences
 from ssmc.cli.options import OUTPUT, Quiet, Revision, Verbose, complete_model
 from ssmc.cli.terminal import Terminal, size, table
-from ssmc.runtime.models.checkpoints.sources import at_revision
+from ssmc.runtime.models.checkpoints.sources import at_revision, check_source
 from ssmc.runtime.models.memory import LENGTH, Footprint, rooms
 
 if TYPE_CHECKING:
@@ -87,10 +87,11 @@ def inspect(
 
 
 def _outline(terminal: Terminal, model: str) -> Outline:
-    """From the headers of its files where that can be, which takes no time; else the model is read."""
-    from ssmc.runtime.models.outline import outline, read_outline
+    """From the headers of its files where that can be, here or on the hub, which takes no time; else it is read."""
+    from ssmc.runtime.models.outline import outline, read_hub_outline, read_outline
 
-    if (read := read_outline(model)) is not None:
+    terminal.hush_hub()
+    if (read := read_hub_outline(model) if check_source(model) is None else read_outline(model)) is not None:
         return read
     from ssmc.runtime.models.checkpoints import load_checkpoint
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE
 from ssmc.runtime.models.checkpoints.foreign import foreign
-from ssmc.runtime.models.checkpoints.sources import check_source
+from ssmc.runtime.models.checkpoints.sources import check_source, download_configuration, hub_headers
 from ssmc.runtime.models.families import Architecture, Dimensions, find_family
 from ssmc.runtime.models.memory import ITEMSIZE
 
@@ -137,21 +139,32 @@ def read_outline(source: str | Path) -> Outline | None:
         CheckpointError: there is no such directory.
     """
     directory = check_source(source)
-    if directory is None:
+    return None if directory is None else _read(str(source), directory, partial(_headers, directory))
+
+
+def read_hub_outline(hub_id: str) -> Outline | None:
+    """As `read_outline`, of a model of the hub, whose weights stay there but for their headers."""
+    try:
+        directory = download_configuration(hub_id)
+    except CheckpointError:
         return None
+    return _read(hub_id, directory, partial(hub_headers, hub_id))
+
+
+def _read(source: str, directory: Path, headers_of: Callable[[], dict[str, Any]]) -> Outline | None:
     try:
         raw = json.loads((directory / "config.json").read_text(encoding="utf-8"), object_hook=_number)
         architecture = find_family(raw.get("model_type"))
         if architecture is None or raw.get("quantization_config"):
             return None
-        headers = _headers(directory)
+        headers = headers_of()
         if foreign(headers):
             return None
         found = architecture.from_stored(headers)
         config = SimpleNamespace(**{"tie_word_embeddings": _HEAD not in found} | raw)
         shapes = {name: tuple(shape) for name, (shape, _) in found.items()}
         dtypes = {name: _TYPES[dtype] for name, (_, dtype) in found.items()}
-        read = Outline(str(source), "transformers", architecture, config, shapes, dtypes)
+        read = Outline(source, "transformers", architecture, config, shapes, dtypes)
         return read if _fits(read) else None
     except Exception:  # whatever is odd about it, `load_checkpoint` has a sentence for it
         return None

@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub, fetched with the real client from a small hub that runs here."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -131,6 +132,21 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, tmp_path, tiny, capsys):
     assert set(hub.asked) == {"v1.0"}
     with pytest.raises(CheckpointError, match="owner/stories of the hub has no revision 'v9'"):
         load_checkpoint("owner/stories@v9")
+
+
+def test_to_look_at_a_model_its_weights_stay_on_the_hub(hub, tmp_path, capsys):
+    shards = save_transformers(random_model(), tmp_path / "m", max_shard_size="8KB")
+    hub.repositories |= {"owner/stories": published(tmp_path), "owner/shards": shards}
+    hub.tags.add("v1.0")
+    records = []
+    for number, model in enumerate((TINY_DIRECTORY, "owner/stories@v1.0", shards, "owner/shards")):
+        done = run(capsys, "inspect", model, "--json", tmp_path / f"{number}.json")
+        assert done.code == 0, done.err
+        records.append(json.loads((tmp_path / f"{number}.json").read_text()) | {"source": None})
+    assert records[0] == records[1]
+    assert records[2] == records[3]
+    assert sorted(hub.fetched) == ["config.json", "config.json", "model.safetensors.index.json"]
+    assert hub.looked_into["model.safetensors"] < 200_000 < (TINY_DIRECTORY / "model.safetensors").stat().st_size
 
 
 def test_a_revision_of_what_is_not_on_the_hub_is_refused(hub, tmp_path, capsys):

@@ -29,6 +29,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pushed: what came in, repository -> branch -> commit and files; None where a branch is empty.
         objects: large files that were uploaded, by their SHA-256.
         closed, tags, fetched, asked: closed repositories, tags, files and revisions that were asked for.
+        looked_into: bytes that were fetched of files of which only a part was asked for.
         private: repositories that only their owner sees.
         posts: paths that something was posted to.
     """
@@ -36,6 +37,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     repositories: dict[str, Path]
     closed: set[str]
     fetched: list[str]
+    looked_into: dict[str, int]
     tags: set[str]
     asked: list[str]  # revisions
     pushed: dict[str, dict[str, tuple[str, dict[str, bytes]]]]
@@ -72,9 +74,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = "/".join(rest[2:])  # resolve/COMMIT/path
         if path not in files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if self.command == "GET" and (part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+            piece = files[path][int(part[1]) : int(part[2]) + 1]
+            self.looked_into[path] = self.looked_into.get(path, 0) + len(piece)
+            return self.answer(206, piece, {"ETag": f'"{etag(files[path])}"', "X-Repo-Commit": commit})
         if self.command == "GET":
             self.fetched.append(path)
-        self.answer(200, files[path], {"ETag": f'"{etag(files[path])}"', "X-Repo-Commit": commit})
+        return self.answer(200, files[path], {"ETag": f'"{etag(files[path])}"', "X-Repo-Commit": commit})
 
     def revision(self, name, revision):
         """Commit and files of a revision; None where there is none."""
@@ -199,7 +205,7 @@ def etag(content):
 @contextmanager
 def serving(tmp_path, monkeypatch):
     """A hub with nothing in it, an empty cache, and the client pointed at both."""
-    empty = {"repositories": {}, "closed": set(), "fetched": [], "tags": set(), "asked": []}
+    empty = {"repositories": {}, "closed": set(), "fetched": [], "looked_into": {}, "tags": set(), "asked": []}
     empty |= {"pushed": {}, "objects": {}, "private": set(), "posts": []}
     handler = type("Handler", (Hub,), empty)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

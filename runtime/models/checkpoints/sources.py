@@ -160,6 +160,28 @@ def download_tokenizer(hub_id: str) -> Path:
     return _snapshot(hub_id, list(_DESCRIPTIONS))
 
 
+def download_configuration(hub_id: str) -> Path:
+    """Bring only the configuration of a model of the hub into the hub's cache.
+
+    Raises:
+        CheckpointError: there is no network, or no such model.
+    """
+    return _snapshot(hub_id, ["config.json"])
+
+
+def hub_headers(hub_id: str) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every tensor of a model of the hub by its stored name; its weights stay there.
+
+    Raises:
+        Exception: of the hub's client; there are no safetensors files, or no network.
+    """
+    from huggingface_hub import HfApi
+
+    name, revision = _HUB_ID.fullmatch(hub_id).groups()
+    files = HfApi(library_name="ssmc").get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    return {name: (info.shape, info.dtype) for file in files for name, info in file.tensors.items()}
+
+
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
