@@ -1,163 +1,77 @@
-"""Disturb runs at every step that touches the disk: kill them, fill the disk, change the model under their hands.
+"""Disturb runs: kill them at every step, take their disk away, change the model under their hands.
 
-    python -m tests.faults.run                    every step of compress and export, half an hour
+    python -m tests.faults.run                    every step of compress and export, an hour
     python -m tests.faults.run --part 2/3         every third of them, from the second on
+    python -m tests.faults.run --cases kill crowd some kinds of faults
     python -m tests.faults.run --few 4            some steps, evenly spread: what `make test` runs
 
-A step is: to open a file for writing, the middle of writing a tensor, to make, rename or remove a file or folder. After
-each disturbance nothing may look finished, and the next run ends in the bytes of a run that was not disturbed.
+After each disturbance nothing may look finished that is not, a run that ends says why, and the next run ends in the
+bytes of a run that was not disturbed, with nothing left beside them.
 
-`full` lets the step itself fail as on a full disk, `tmpfs` fills a small one, so that what is written next fails; for
-that the run goes to a namespace of its own, where it may mount one.
+`full` lets a step fail as on a full disk, `tmpfs` fills a small one, so that what is written next fails, and `readonly`
+makes it read-only. For that the run goes to a namespace of its own, where it may mount one; `slow` needs root.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import MambaConfig, MambaForCausalLM
 
 import ssmc
-from ssmc.compressor.streaming import Result
-from ssmc.runtime.models.checkpoints import load_checkpoint, writing
-from tests.support.families import roughen, with_tokenizer
-from tests.support.ranks import BROKEN, REFUSED, child, in_ranks
+from ssmc.runtime.models.checkpoints import load_checkpoint
+from tests.faults import disks
+from tests.faults.subjects import OPTIONS, WEIGHTS, Disturbance, Subject, content, make_model, subjects
+from tests.support.ranks import REFUSED, child, children, in_ranks
 
-OPTIONS = {"pattern": "column+channel", "sparsity": 0.5, "nsamples": 2, "seqlen": 32, "round_channels": 8}
-KINDS = ("kill", "full", "tmpfs")
-FILLER, DISK = "filler", 16 << 20  # the file that fills a disk of so many bytes
-ON_FOLDERS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+Found = dict[str, object]  # how many were tried, of how many, and what went wrong
 
-
-class Trap:
-    """Counts the steps of this process that touch a folder, and does something at one of them."""
-
-    def __init__(self, root: Path, at: int | None, act: Callable[[], None]):
-        self.root, self.at, self.act, self.seen = str(root), at, act, 0
-        sys.addaudithook(self.hook)
-        whole = writing._write
-
-        def half_first(path: Path, offset: int, tensor: torch.Tensor) -> None:
-            flat = tensor.reshape(-1)
-            if len(flat) > 1:
-                whole(path, offset, flat[: len(flat) // 2])
-                self.step()
-            whole(path, offset, tensor)
-
-        writing._write = half_first
-
-    def hook(self, event: str, args: tuple) -> None:
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in ON_FOLDERS) and self.root in os.fsdecode(args[0] if args[0] is not None else ""):
-            self.step()
-
-    def step(self) -> None:
-        self.seen += 1
-        if self.seen == self.at:
-            self.act()
+ON_DISK = ("kill", "full", "tmpfs", "readonly")  # at every step
+ON_MODEL = ("vanishes", "shorter", "replaced", "overwritten")  # at some steps
+AT_ONCE = ("crowd", "processes", "slow")
+MOUNTED = ("tmpfs", "readonly")
+SOME = 12  # steps at which a model file is changed
+CROWD, ROUNDS = 4, 5  # processes that start together, and how often
 
 
 def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), 9)
 
 
-def fill_disk() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def disturbances(root: Path) -> dict[str, Callable[[Subject], Disturbance]]:
+    """All that happen at a step, by their names; `root` is the disk that all is on."""
+    ways = {
+        "vanishes": lambda path: path.unlink(),
+        "shorter": lambda path: os.truncate(path, 1000),
+        "replaced": lambda path: os.replace(shutil.copy(path, path.with_suffix(".new")), path),
+        "overwritten": lambda path: path.write_bytes(path.read_bytes()[:-4000] + bytes(4000)),
+    }
+    found: dict[str, Callable[[Subject], Disturbance]] = {
+        "kill": lambda subject: Disturbance(kill),
+        "full": lambda subject: Disturbance(disks.no_space, "no space"),
+        "tmpfs": lambda subject: disks.full(root),
+        "readonly": lambda subject: disks.readonly(root),
+    }
+    return found | {name: partial(change, way) for name, way in ways.items()}
 
 
-def fill_tmpfs(root: Path) -> None:
-    with contextlib.suppress(OSError), (root / FILLER).open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def make_model(folder: Path) -> Path:
-    sizes = {"vocab_size": 4096, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 3, "time_step_rank": 2}
-    roughen(MambaForCausalLM(MambaConfig(**sizes))).to(torch.bfloat16).save_pretrained(folder)
-    return with_tokenizer(folder)
-
-
-class Subject:
-    """A command that is disturbed."""
-
-    def __init__(self, name: str, work: Callable[[bool], object], out: Path, keep: Path | None = None):
-        self.name, self.work, self.out, self.keep = name, work, out, keep
-
-    def undisturbed(self) -> tuple[dict[str, bytes], int]:
-        """What it writes, and in how many steps."""
-
-        def count() -> int:
-            trap = Trap(self.out.parent, None, kill)
-            self.work(False)
-            return trap.seen
-
-        code, said = child(count)
-        assert code == 0, said
-        found = content(self.out)
-        if self.keep is not None:
-            shutil.copytree(self.out, self.keep)
-        self.clear()
-        return found, int(said)
-
-    def disturbed(self, step: int, act: Callable[[], None], wanted: dict[str, bytes]) -> str | None:
-        """Disturb it at a step and run it again; what is wrong then."""
-
-        def trapped() -> None:
-            Trap(self.out.parent, step, act)
-            self.work(False)
-
-        code, said = child(trapped)
-        if code == BROKEN:
-            return said
-        if self.out.exists() and content(self.out) != wanted:
-            return "something half done looks finished"
-        if act is not kill and code == REFUSED and "space" not in said:
-            return f"it does not say what was wrong: {said}"
-        (self.out.parent.parent / FILLER).unlink(missing_ok=True)
-        if not self.out.exists():
-            code, said = child(lambda: self.work(True))
-            if code != 0:
-                return f"the next run ended in {code}: {said}"
-        wrong = None if content(self.out) == wanted else "other bytes"
-        self.clear()
-        return wrong
-
-    def clear(self) -> None:
-        for path in self.out.parent.iterdir():
-            if path.name.startswith(".") or path == self.out:
-                shutil.rmtree(path)
-
-
-def subjects(root: Path) -> Iterator[Subject]:
-    model, text = make_model(root / "model"), root / "text.jsonl"
-    places = {name: root / name for name in ("compress", "export")}
-    for place in places.values():
-        place.mkdir()
-
-    def compress(again: bool) -> None:
-        ssmc.compress(model, calib=text, out=places["compress"] / "out", resume=again, command="-", **OPTIONS)
-
-    pruned = root / "pruned"
-    yield Subject("compress", compress, places["compress"] / "out", pruned)
-    yield Subject("export", lambda again: ssmc.export(pruned, out=places["export"] / "out"), places["export"] / "out")
+def change(way: Callable[[Path], object], subject: Subject) -> Disturbance:
+    """Change the file that holds the weights; afterwards it is as it was."""
+    path = subject.reads / WEIGHTS
+    whole = path.read_bytes()
+    return Disturbance(lambda: way(path), WEIGHTS, lambda: path.write_bytes(whole), resume=False)
 
 
 def steps_to_try(count: int, few: int | None) -> list[int]:
@@ -167,62 +81,58 @@ def steps_to_try(count: int, few: int | None) -> list[int]:
     return [*(round((i + 0.5) * count / few) for i in range(few)), count - 2]
 
 
-def disturb(few: int | None, kinds: list[str], part: tuple[int, int]) -> dict[str, list[str]]:
-    """Try it; what went wrong, by command and kind.
+def at_steps(cases: list[str], few: int | None, part: tuple[int, int]) -> Iterator[tuple[str, Found]]:
+    """Disturb each command at its steps.
 
     Args:
-        few: steps of each command; None: all.
-        kinds: of disturbances.
+        cases: which disturbances.
+        few: steps of compress, and one of export; None: all.
         part: which of them, and out of how many: (2, 3) takes the second, the fifth and so on.
     """
-    found = {}
-    with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder), "tmpfs" in kinds):
-        acts = {"kill": kill, "full": fill_disk, "tmpfs": partial(fill_tmpfs, Path(folder))}
-        for subject in subjects(Path(folder)):
-            wanted, count = subject.undisturbed()
-            for kind in kinds:
-                wrong, steps = [], steps_to_try(count, few if subject.keep else few and 1)[part[0] - 1 :: part[1]]
-                for step in steps:
-                    if problem := subject.disturbed(step, acts[kind], wanted):
-                        wrong.append(f"step {step} of {count}: {problem}")
-                        print(wrong[-1], file=sys.stderr, flush=True)
-                found[f"{subject.name}, {kind}"] = wrong
-                tried = f"{len(steps)} of {count} steps"
-                print(f"{subject.name}, {kind}: {tried}, {len(wrong)} wrong", file=sys.stderr, flush=True)
-    return found
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(disks.small_disk(root, any(case in MOUNTED for case in cases)))
+        for subject, wanted, count in subjects(root):
+            for case in cases:
+                least = few if subject.name == "compress" else few and 1
+                steps = steps_to_try(count, least or (SOME if case in ON_MODEL else None))
+                steps = steps[part[0] - 1 :: part[1]]
+                how = disturbances(root)[case](subject)
+                tries = ((step, subject.disturbed(step, how, wanted)) for step in steps)
+                wrong = [f"step {step}: {problem}" for step, problem in tries if problem]
+                yield f"{subject.name}, {case}", {"tried": len(steps), "of": count, "wrong": wrong}
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
-    """Inside the block a folder is a disk of its own with room for what is written there, and little more."""
-    if not wanted:
-        yield
-        return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def change_model(how: Callable[[Path], None]) -> tuple[int, str, bool]:
-    """Change the file of a model while it is read: exit code, what was said, whether there is a result."""
+def crowd() -> Iterator[tuple[str, Found]]:
+    """Runs that start together with one --out: one writes it, the others say so, and nothing is left of them."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        model = make_model(root / "model")
+        for subject, wanted, _ in subjects(Path(folder)):
+            wrong = []
+            for force in (False, True) * ROUNDS:
+                for code, said in children([partial(subject.work, force=force)] * CROWD):
+                    if code and not (code == REFUSED and ("Another run" in said or "exists already" in said)):
+                        wrong.append(f"{code}: {said}")
+                if not subject.out.is_dir() or content(subject.out) != wanted or subject.beside():
+                    wrong.append(f"other bytes, or leftovers: {subject.beside()}")
+                if force:
+                    subject.clear()
+            yield f"{subject.name}, {CROWD} runs at once", {"tried": 2 * ROUNDS, "wrong": wrong}
 
-        def work() -> None:
-            finished = Result.finished
 
-            def then(self: Result, job: object) -> None:
-                finished(self, job)
-                how(model / "model.safetensors")
-
-            Result.finished = then
-            ssmc.compress(model, calib=root / "text.jsonl", out=root / "out", **OPTIONS)
-
-        code, said = child(work)
-        return code, said, (root / "out").exists()
+def slow() -> Iterator[tuple[str, Found]]:
+    """A disk of some writes a second, each of them at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        for subject, wanted, _ in subjects(Path(folder)):
+            try:
+                with disks.slow_disk(subject.out.parent):
+                    began = time.monotonic()
+                    code, said = child(subject.work)
+                    seconds = time.monotonic() - began
+                    wrong = [] if code == 0 and content(subject.out) == wanted else [f"{code}: {said}, or other bytes"]
+            except (OSError, subprocess.CalledProcessError) as error:
+                yield f"{subject.name}, slow", {"tried": 0, "wrong": [], "why": str(error)}
+                continue
+            yield f"{subject.name}, slow", {"tried": 1, "seconds": round(seconds, 1), "wrong": wrong}
 
 
 def together(count: int) -> list[str]:
@@ -249,38 +159,56 @@ def together(count: int) -> list[str]:
         return wrong
 
 
-CHANGES: dict[str, Callable[[Path], None]] = {
-    "vanishes": lambda path: path.unlink(missing_ok=True),
-    "gets shorter": lambda path: os.truncate(path, 1000),
-    "is replaced": lambda path: os.replace(shutil.copy(path, path.with_suffix(".new")), path),
-}
+def tried(asked: argparse.Namespace) -> Iterator[tuple[str, Found]]:
+    """What was asked for, one result after the other."""
+    number, parts = map(int, asked.part.split("/"))
+    if cases := [case for case in asked.cases if case not in AT_ONCE]:
+        yield from at_steps(cases, asked.few, (number, parts))
+    if "crowd" in asked.cases:
+        yield from crowd()
+    if "slow" in asked.cases:
+        yield from slow()
+    if "processes" in asked.cases:
+        for count in (2,) if asked.few else (2, 3, 5):
+            yield f"{count} processes", {"tried": 1, "wrong": together(count)}
+
+
+def record(path: Path, name: str, found: Found) -> None:
+    """Write a result to a file, added to that of other parts."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    before = known.get(name, {"tried": 0, "wrong": []})
+    added = {"tried": before["tried"] + found["tried"], "wrong": before["wrong"] + found["wrong"]}
+    path.write_text(json.dumps(known | {name: found | added}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Try all or some, print JSON."""
+    """Try what was asked for, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--few", type=int, help="so many steps of each command only, and one change of the model")
+    every = [*ON_DISK, *ON_MODEL, *AT_ONCE]
+    parser.add_argument("--cases", nargs="+", choices=every, default=every)
+    parser.add_argument("--few", type=int, help="so many steps of compress only, and one of export")
     parser.add_argument("--part", default="1/1", help="which steps of all that would be tried: 2/3 is every third")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--out", type=Path, help="JSON file; the counts of parts are added up in it")
     parser.add_argument("--may-mount", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if "tmpfs" in asked.kinds and not asked.may_mount:
+    if any(case in MOUNTED for case in asked.cases) and not asked.may_mount:
+        root = [] if os.geteuid() == 0 else ["--map-root-user"]
         command = [sys.executable, "-m", "tests.faults.run", *sys.argv[1:], "--may-mount"]
-        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", *command])
+        os.execvp("unshare", ["unshare", *root, "--mount", *command])
     torch.set_num_threads(1)  # children of a process with threads that computed would wait for those threads
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load_checkpoint("tiny", lazy=True)  # imports what children need
-    number, parts = map(int, asked.part.split("/"))
-    found = disturb(asked.few, asked.kinds, (number, parts))
-    for name, how in list(CHANGES.items())[: 1 if asked.few else None]:
-        code, said, there = change_model(how)
-        fine = code == REFUSED and not there and "model.safetensors" in said
-        found[f"the model {name}"] = [] if fine else [f"{code}: {said}"]
-    for count in (2,) if asked.few else (2, 3, 5):
-        found[f"{count} processes"] = together(count)
-    print(json.dumps(found, indent=1))
-    sys.exit(any(found.values()))
+    everything = {}
+    for name, found in tried(asked):
+        everything[name] = found
+        print(f"{name}: {found['tried']} tried, {len(found['wrong'])} wrong", file=sys.stderr, flush=True)
+        for problem in found["wrong"]:
+            print(f"  {problem}", file=sys.stderr, flush=True)
+        if asked.out is not None:
+            record(asked.out, name, found)
+    print(json.dumps(everything, indent=1))
+    sys.exit(any(found["wrong"] for found in everything.values()))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_killed_runs_go_on_to_the_same_bytes_and_processes_share_a_run():
-    command = [sys.executable, "-m", "tests.faults.run", "--few", "3", "--kinds", "kill"]
+def test_killed_runs_go_on_to_the_same_bytes_and_changed_models_are_seen_and_processes_share_a_run():
+    command = [sys.executable, "-m", "tests.faults.run", "--few", "3", "--cases", "kill", "overwritten", "processes"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    assert len(found) == 4
-    assert not any(found.values()), found
+    assert len(found) == 5
+    assert all(case["tried"] for case in found.values())
+    assert not any(case["wrong"] for case in found.values()), found
 
 
 def begun(path, run=None, resume=False):

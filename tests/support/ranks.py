@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ssmc.runtime.errors import SsmcError
 
@@ -26,15 +26,31 @@ def child_code(work: Callable[[], object]) -> tuple[int, str]:
 
 def child(work: Callable[[], object]) -> tuple[int, str]:
     """Run something in a process of its own: its exit code, negative for a signal, and what it said."""
-    reading, saying = os.pipe()
-    if (pid := os.fork()) == 0:
-        code, said = child_code(work)
-        os.write(saying, said.encode()[-3000:])
-        os._exit(code)
-    os.close(saying)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+    return children([work])[0]
+
+
+def children(works: Sequence[Callable[[], object]]) -> list[tuple[int, str]]:
+    """As `child`, of several that begin together."""
+    begun = []
+    waiting, starting = os.pipe()
+    for work in works:
+        reading, saying = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.close(starting)
+            os.read(waiting, 1)  # until the other end is closed
+            code, said = child_code(work)
+            os.write(saying, said.encode()[-3000:])
+            os._exit(code)
+        os.close(saying)
+        begun.append((pid, reading))
+    os.close(starting)
+    os.close(waiting)
+    ended = []
+    for pid, reading in begun:
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read().decode()
+        ended.append((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said))
+    return ended
 
 
 def in_ranks(count: int, work: Callable[[], object]) -> bool:
