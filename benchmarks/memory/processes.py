@@ -4,7 +4,8 @@
 
 One process and two take turns. What is timed is the command from its start to its end. To start processes, to load
 torch and the model and to write the result is part of it, and no faster with two: that is timed beside it, as the same
-command on two samples of 16 tokens.
+command on two samples of 16 tokens. With --ceiling two runs that share nothing, of half the samples each, are timed at
+once: what the cores slow each other down, by their common memory and caches, nobody who shares work can get back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,6 +42,14 @@ def run(processes: int, out: Path, options: list[str]) -> tuple[float, list[dict
     return seconds, json.loads((out / "ssmc.json").read_text())["layers"]
 
 
+def slowed_down(work: Path, options: list[str]) -> float:
+    """How many times as long a run takes beside another one as alone."""
+    alone, _ = run(1, work / "alone", options)
+    with ThreadPoolExecutor() as pool:
+        beside = list(pool.map(lambda name: run(1, work / name, options)[0], ("left", "right")))
+    return max(beside) / alone
+
+
 def differences(one: list[dict], other: list[dict]) -> tuple[bool, float]:
     """Whether two runs kept the same, and how far their errors are apart, relative to the larger."""
     pairs = list(zip(one, other, strict=True))
@@ -51,15 +61,16 @@ def differences(one: list[dict], other: list[dict]) -> tuple[bool, float]:
 def main() -> None:
     """Run in turns, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", help="its last part is its name in the JSON file")
     parser.add_argument("--nsamples", default="64")
     parser.add_argument("--seqlen", default="2048")
     parser.add_argument("--pattern", default="column")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file; results of other sizes in it stay")
+    parser.add_argument("--ceiling", action="store_true", help="how much two runs that share nothing slow each other")
+    parser.add_argument("--out", type=Path, help="JSON file; results of other models and sizes in it stay")
     asked = parser.parse_args()
     now = print_conditions(torch.float32)
-    options = [asked.model, "--pattern", asked.pattern]
+    name, options = Path(asked.model).name, [asked.model, "--pattern", asked.pattern]
     size, little = ["--nsamples", asked.nsamples, "--seqlen", asked.seqlen], ["--nsamples", "2", "--seqlen", "16"]
     work = Path(tempfile.mkdtemp())
     seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -77,6 +88,8 @@ def main() -> None:
                     "without samples",
                     flush=True,
                 )
+        half = [*options, "--nsamples", str(int(asked.nsamples) // 2), "--seqlen", asked.seqlen]
+        slower = slowed_down(work, half) if asked.ceiling else None
     finally:
         shutil.rmtree(work)
     ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
@@ -88,12 +101,15 @@ def main() -> None:
         f"{statistics.median(of_work):.2f} times; {'the same masks' if same else 'OTHER MASKS'}, errors {apart:.1e} "
         "apart"
     )
+    if slower is not None:
+        print(f"two runs that share nothing take {slower:.2f} times as long beside each other as alone")
     if asked.out is not None:
-        record = {"conditions": asdict(now), "load_after": load_average(), "options": [*options, *size]}
+        record = {"conditions": asdict(now), "load_after": load_average(), "options": [name, *options[1:], *size]}
         record |= {"seconds": seconds, "seconds_of_the_start": starts, "times_as_fast": ratios}
+        record |= {"slowed_down_by_a_run_beside": slower}
         record |= {"times_as_fast_without_the_start": of_work, "same_masks": same, "errors_apart": apart}
         known = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-        known |= {f"{asked.nsamples} x {asked.seqlen}": record}
+        known |= {f"{name}, {asked.nsamples} x {asked.seqlen}": record}
         asked.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
