@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ssmc.compressor.distillation.steps import STEP
 from ssmc.compressor.methods.method import Plan
+from ssmc.compressor.options.config import CompressConfig
 from ssmc.runtime.amounts import in_mib
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.checkpoints.streamed import KEPT, least_resident
+from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE
+from ssmc.runtime.ranks import ranks
 
 ACTIVATIONS = 24  # numbers of each channel and token of one sample: what a mixer computes on the way
 SQUARES = 4  # (D, D) matrices of float64 where second moments of channels are collected
+COPIES, SEARCHED, TAUGHT = 2, 2, 5  # of the model in float32: in any run, more in a search, more where steps are taken
+WALKED = 3  # hidden states of all samples: of the pruned model, of the dense one, and what a layer is fitted to
+SEARCHING = 448 << 20  # bytes of a search beside its models: the text, which comes later, tables, kernels, samples
+LOGITS = 4  # copies of the logits that are compared at once
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,34 @@ def check_limit(found: Need, limit: int | None) -> None:
         )
 
 
-def check_whole(checkpoint: Checkpoint, limit: int | None) -> None:
+def need_whole(checkpoint: Checkpoint, config: CompressConfig, searches: bool) -> int:
+    """Bytes that a run needs that looks at the whole model at once.
+
+    Args:
+        checkpoint: the model, opened or read.
+        config: of the run.
+        searches: whether sizes are searched for, which keeps the dense model, the best so far, and a trial.
+    """
+    sizes = checkpoint.dimensions
+    copies = COPIES + SEARCHED * searches + TAUGHT * bool(config.distill)
+    hidden = WALKED * -(-config.nsamples // ranks()) * config.seqlen * sizes.d_model
+    logits = min(LOGITS_AT_ONCE, config.seqlen * sizes.vocab_size)
+    on_the_way = sizes.n_layer * STEP if config.distill else config.seqlen  # what a gradient needs of every layer
+    activations = ACTIVATIONS * on_the_way * sizes.d_inner
+    numbers = copies * checkpoint.parameters + hidden + activations + LOGITS * logits
+    return least_resident(None) + 4 * numbers + 8 * SQUARES * sizes.d_inner**2 + SEARCHING * searches
+
+
+def check_whole(checkpoint: Checkpoint, config: CompressConfig, limit: int | None, searches: bool = False) -> None:
     """Refuse a limit for a run that needs the whole model in memory, where it cannot be kept.
 
     Raises:
         UsageError: saying what is the least.
     """
-    least = least_resident(None) + 2 * 4 * checkpoint.parameters
-    if limit is not None and least > limit:
-        raise UsageError(
-            "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) needs at "
-            f"least {in_mib(least)} of memory, more than --max-memory allows. Give that, or another --pattern."
-        )
+    if limit is None or (least := need_whole(checkpoint, config, searches)) <= limit:
+        return
+    raise UsageError(
+        "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) needs at "
+        f"least {in_mib(least)} of memory, more than --max-memory allows. Give that, fewer --nsamples, or another "
+        "--pattern."
+    )

@@ -36,7 +36,7 @@ from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
 from ssmc.compressor.search.hybrid import reach_goal_of_hybrid
-from ssmc.compressor.streaming import HIDDEN, Result, check_shares, goes_by_layer, identity
+from ssmc.compressor.streaming import HIDDEN, Result, check_samples, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.amounts import parse_bytes
 from ssmc.runtime.collectives import from_first, joined, share
@@ -164,11 +164,16 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     options, old_names = renamed({"model": model, **options})
     goal, ordinary = split_goal(options)
     config = configure(**ordinary)
+    if goal is not None and ranks() > 1:
+        raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")
     if is_first():
         refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
     state = _kept_state(order, config, goal)
     order.progress("reading the model", 0, 1)
-    checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=goal is None)
+    checkpoint = load_checkpoint(config.model, dtype=torch.float32, lazy=True)
+    if goal is not None:
+        check_whole(checkpoint, config, order.limit, searches=True)
+        checkpoint.read()
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
     by_axes = axes_of_hybrid(architecture) if goal is not None and goal.target_memory is None else []
@@ -179,6 +184,7 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able)}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
+    check_shares(plan)
     if goal is not None and goal.candidate is not None and not by_axes:
         raise UsageError("Candidates are listed by a search over the axes of a hybrid. Leave --candidate out.")
     if goal is not None and not by_axes:
@@ -215,7 +221,7 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
     checkpoint, plan = task.checkpoint, task.plan
     use_fast_scan(checkpoint.model)
     device, spills, more = choose_device(plan.config.device), False, 0
-    check_shares(plan, 0 if task.tokens is None else len(task.tokens))
+    check_samples(task.tokens)
     tokens = share(task.tokens)
     if checkpoint.streamed is not None:
         found = need(checkpoint, plan, None if tokens is None else (tokens.shape[0], tokens.shape[1]))
@@ -223,7 +229,7 @@ def _by_layer(task: _Task, order: _Order) -> _Done:
         spills, checkpoint.streamed.kept = found.spills(order.limit), found.kept(order.limit)
         more = found.hidden if spills else 0
     else:
-        check_whole(checkpoint, order.limit)
+        check_whole(checkpoint, plan.config, order.limit)
     require_space(order.out, tensor_bytes(checkpoint.tensors()) + more)
     what = identity(checkpoint, plan, task.tokens, device.type)
     with joined(device), _result(checkpoint, what, order) as result:
@@ -271,10 +277,9 @@ def _whole(task: _Task, order: _Order, goal: Goal | None, state: StateFile | Non
             "A run that looks at the whole model at once (a goal, --quantize, --pattern layer, width or ssm-module, "
             "--score fisher) cannot be resumed. Leave --resume out."
         )
-    if goal is not None and ranks() > 1:
-        raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")
-    check_shares(task.plan, 0 if task.tokens is None else len(task.tokens))
-    check_whole(task.checkpoint, order.limit)
+    check_samples(task.tokens)
+    if goal is None:
+        check_whole(task.checkpoint, task.plan.config, order.limit)
     with joined(choose_device(task.plan.config.device)):
         return _whole_in_memory(task, order, goal, state)
 

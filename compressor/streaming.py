@@ -34,24 +34,31 @@ def goes_by_layer(plan: Plan) -> bool:
     return not plan.config.distill and not any(step.looks_at_whole(plan) for step in plan.steps)
 
 
-def check_shares(plan: Plan, samples: int) -> None:
-    """Refuse several processes where they have nothing to share, or a method that must see all samples.
+def check_shares(plan: Plan) -> None:
+    """Refuse several processes for a method that must see all samples.
 
     Raises:
         UsageError: with the reason.
     """
-    if ranks() == 1:
-        return
-    whole = [step.name for step in plan.steps if not step.shares_samples(plan)]
+    whole = [step.name for step in plan.steps if not step.shares_samples(plan)] if ranks() > 1 else []
     if whole:
         raise UsageError(
             f"Several processes cannot share the samples of this run: {', '.join(whole)} must see all of them "
             "together. Use one process."
         )
-    if samples < ranks():
+
+
+def check_samples(tokens: torch.Tensor | None) -> None:
+    """Refuse more processes than there are samples (nsamples, seqlen), which are all that they share.
+
+    Raises:
+        UsageError: with the numbers.
+    """
+    count = 0 if tokens is None else len(tokens)
+    if count < ranks() > 1:
         raise UsageError(
-            f"There are {samples} samples for {ranks()} processes. Give at least one sample to each with --nsamples, "
-            "or use fewer processes."
+            f"There are {count} samples for {ranks()} processes. Give at least one sample to each with --nsamples, or "
+            "use fewer processes."
         )
 
 

@@ -30,6 +30,7 @@ from ssmc.runtime.models.checkpoints import load_checkpoint
 from tests.support.families import FAMILIES, TINY_VOCAB, roughen, with_tokenizer
 from tests.support.models import random_mamba2
 from tests.support.ranks import child, in_ranks
+from tests.support.tasks import HERE, write_lines
 
 SHORT = {"nsamples": 5, "seqlen": 40, "sparsity": 0.5}  # five samples: one process has more of them than the other
 
@@ -124,10 +125,14 @@ def taught(root: Path, count: int) -> dict[str, Any]:
 
 
 def scored(root: Path, count: int) -> dict[str, Any]:
-    """Whether an evaluation says the same to the last bit."""
+    """Whether an evaluation, of text, constructed questions and tasks, says the same to the last bit."""
+
+    for task, documents in HERE.items():
+        write_lines(root / "tasks" / f"{task}.jsonl", documents)
 
     def score(name: str) -> None:
-        report = evaluate_models([root / "mamba"], text=root / "text.jsonl", window=64, recall=True)
+        asked = {"tasks": list(HERE), "data": root / "tasks", "batch_size": 2}
+        report = evaluate_models([root / "mamba"], text=root / "text.jsonl", window=64, recall=True, **asked)
         (root / f"{name}-{os.getpid()}.json").write_text(json.dumps(report.to_json()["models"]))
 
     code, said = child(partial(score, "eval-alone"))
