@@ -269,14 +269,21 @@ def tell_configuration(
 
 
 def _with_sizes(configuration: Any, sizes: Mapping[str, int]) -> Any:
-    """A copy of a configuration with other sizes; frozen dataclasses and named tuples are made anew."""
+    """A copy of a configuration with other sizes; named tuples and dataclasses are made anew.
+
+    A class of another kind that lets nobody set an attribute (pydantic's frozen models, say) is asked past its own
+    `__setattr__`: the copy is nobody else's yet.
+    """
     if hasattr(configuration, "_replace"):
         return configuration._replace(**sizes)
     if is_dataclass(configuration) and not isinstance(configuration, type):
         return replace(configuration, **sizes)
     changed = copy.copy(configuration)
     for name, size in sizes.items():
-        setattr(changed, name, size)
+        try:
+            setattr(changed, name, size)
+        except Exception:  # each library has its own error for this
+            object.__setattr__(changed, name, size)
     return changed
 
 
@@ -321,7 +328,7 @@ def tell_configurations(module: nn.Module, states: tuple[int, int], channels: tu
         try:
             for name, size in sizes.items():
                 tell(was, configuration, name, size)
-        except (AttributeError, TypeError):  # frozen
+        except Exception:  # frozen: each library has its own error for this
             with contextlib.suppress(AttributeError, TypeError, ValueError):
                 changed = made.setdefault(id(configuration), _with_sizes(configuration, sizes))
                 tell(was, part, "config", changed)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 import ssmc
@@ -39,6 +40,22 @@ class Named(NamedTuple):
     d_state: int = STATES
 
 
+class Pydantic(BaseModel, frozen=True):
+    d_inner: int = INNER
+    dt_rank: int = RANK
+    d_state: int = STATES
+
+
+class Settings:
+    """Says no to every change, with an error of its own."""
+
+    def __init__(self):
+        vars(self).update(vars(Frozen()))
+
+    def __setattr__(self, name, value):
+        raise PermissionError(f"{name} is read-only")
+
+
 class ReadsArgs(Minimal):
     """Splits by the number in its configuration, which therefore has to change."""
 
@@ -70,7 +87,7 @@ class WithConfig(Bidirectional):
         self.config = config
 
 
-@pytest.mark.parametrize("args", [Frozen(), Named()])
+@pytest.mark.parametrize("args", [Frozen(), Named(), Pydantic(), Settings()])
 def test_a_configuration_that_cannot_be_changed_is_replaced(args):
     model, batches = randomised(WithConfig([ReadsArgs(args), ReadsArgs(args)], args)), series()
     result = ssmc.compress(model, batches, repair=False)
