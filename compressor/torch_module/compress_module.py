@@ -23,11 +23,11 @@ from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.options.patterns import CHANNEL
 from ssmc.compressor.plan import make_plan
 from ssmc.compressor.torch_module.directions import check_directions, prune_directions
-from ssmc.compressor.torch_module.forward import Forward, Use, WatchedModule, evaluating, run_on
+from ssmc.compressor.torch_module.forward import SEQUENCES, Forward, Use, WatchedModule, evaluating, run_on
 from ssmc.compressor.torch_module.mamba3 import check_options, prune_mamba3
 from ssmc.compressor.torch_module.mixer import PARTS, MixerPruner, MixerResult, in_order, left_as_it_is, touched
 from ssmc.compressor.torch_module.restore import Restorer, keep_attributes
-from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
+from ssmc.runtime.errors import CheckpointError, UsageError
 from ssmc.runtime.models.directions import DirectionalMixer, find_directional
 from ssmc.runtime.models.mamba3 import Mamba3Mixer, find_mamba3
 from ssmc.runtime.models.mixers import Mixer, find_mixers, tell_configurations
@@ -37,6 +37,11 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 _OF_A_CHECKPOINT: tuple[str, ...] = ("model", "calib", "nsamples", "seqlen", "tokenizer", "device")
 _OF_A_CHECKPOINT += ("target", "scope", "ffn_score", "alpha", "quantize", "quantize_method", "group_size")
 _OF_A_CHECKPOINT += ("symmetric", "quantize_modules", "quantize_embedding", "hidden_dtype")
+
+_OTHERWISE = (
+    "has the parameters of a Mamba, but its forward computes something else (a norm on B, C or dt, a second direction, "
+    "a cache)"
+)
 
 COMPILED = (
     "The module was compiled. The smaller one that is returned is not; give it to torch.compile again if you like."
@@ -174,7 +179,8 @@ def _prune(
     watched.progress("looking at the mixers", 0, 1)
     uses = watched.look(mixers)
     order = in_order(mixers, uses)
-    reasons = {mixer.name: reason for mixer in order if (reason := _reason(uses.get(mixer.name))) is not None}
+    notes = {mixer.name: uses.get(mixer.name, Use()).reason_to_leave(SEQUENCES, _OTHERWISE) for mixer in order}
+    reasons = {name: note for name, note in notes.items() if note is not None}
     plans = _plans(config, [mixer for mixer in order if mixer.name not in reasons], reasons)
     reasons |= _ties(watched.module, [mixer for mixer in order if mixer.name in plans], plans)
     able = [mixer for mixer in order if mixer.name not in reasons]
@@ -236,25 +242,6 @@ def _configured(module: nn.Module, options: dict[str, Any]) -> CompressConfig:
             "model, and a torch module need not have any. Use obs."
         )
     return config
-
-
-def _reason(use: Use | None) -> str | None:
-    """Why a mixer is left as it is; None: it is not."""
-    if use is None:
-        return "was not called on the first batch"
-    if not use.reads_sequences:
-        return "was called without a (B, L, d_model) tensor"
-    if not use.finite:
-        raise CalibrationError(
-            "The module puts out NaN or infinity on the first batch. Check the batches and the module, or compute in "
-            "float32."
-        )
-    if not use.agrees:
-        return (
-            "has the parameters of a Mamba, but its forward computes something else (a norm on B, C or dt, a second "
-            "direction, a cache)"
-        )
-    return None
 
 
 def _plans(config: CompressConfig, mixers: list[Mixer], reasons: dict[str, str]) -> dict[str, Plan]:

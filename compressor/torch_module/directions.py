@@ -28,6 +28,7 @@ from ssmc.runtime.models.directions import (
     readers,
 )
 
+_WANTED = "a tensor of sequences, or of images with channels last"
 _OTHERWISE = (
     "has the parameters of several directions, but its forward computes something else than Vim or SS2D do (another "
     "order, norm or gate)"
@@ -69,7 +70,7 @@ def prune_directions(
     done = []
     for index, mixer in enumerate(order):
         result = MixerResult(mixer.name, mixer.kind, (mixer.states,) * 2, (mixer.d_inner,) * 2)
-        note = _reason(uses.get(mixer.name))
+        note = uses.get(mixer.name, Use()).reason_to_leave(_WANTED, _OTHERWISE)
         if note is None and mixer.name in shared:
             note = SHARES
         if note is not None:
@@ -78,15 +79,6 @@ def prune_directions(
         calls, label = uses[mixer.name].calls, f"mixer {index + 1}/{len(order)}"
         done.append(_prune(watched, mixer, config, restorer, result, calls, index, label))
     return done
-
-
-def _reason(use: Use | None) -> str | None:
-    """Why a mixer is left as it is; None: it is not."""
-    if use is None:
-        return "was not called on the first batch"
-    if not use.reads_sequences:
-        return "was called without a tensor of sequences, or of images with channels last"
-    return None if use.agrees else _OTHERWISE
 
 
 def _agreement(mixer: DirectionalMixer) -> Callable[[Call, torch.Tensor], bool]:

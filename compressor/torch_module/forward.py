@@ -16,6 +16,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 AGREES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest number of an output
 AGREES_HALF = 2e-2
+SEQUENCES = "a (B, L, d_model) tensor"  # what a mixer of one direction reads
 
 Forward = Callable[[nn.Module, Any], Any]
 """How a module is run on a batch."""
@@ -71,6 +72,27 @@ class Use:
     reads_sequences: bool = True
     agrees: bool = True  # whether its own forward puts out what its structure says
     finite: bool = True
+
+    def reason_to_leave(self, wanted: str, otherwise: str) -> str | None:
+        """Why a mixer that was used like this is left as it is; None: it is not.
+
+        Args:
+            wanted: what it should have been called with.
+            otherwise: what is said of one whose forward computes something else than its structure says.
+
+        Raises:
+            CalibrationError: what the module puts out is no number.
+        """
+        if not self.calls:
+            return "was not called on the first batch"
+        if not self.reads_sequences:
+            return f"was called without {wanted}"
+        if not self.finite:
+            raise CalibrationError(
+                "The module puts out NaN or infinity on the first batch. Check the batches and the module, or compute "
+                "in float32."
+            )
+        return None if self.agrees else otherwise
 
 
 class Watchable(Protocol):

@@ -29,7 +29,7 @@ from ssmc.compressor.methods.states.ranking import random_importance
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.patterns import COLUMN
-from ssmc.compressor.torch_module.forward import Call, WatchedModule, close, same
+from ssmc.compressor.torch_module.forward import SEQUENCES, Call, Use, WatchedModule, close, same
 from ssmc.compressor.torch_module.mixer import SHARES, MixerResult, in_order, sharing
 from ssmc.compressor.torch_module.restore import Restorer
 from ssmc.runtime.errors import CalibrationError, UsageError
@@ -96,16 +96,11 @@ def prune_mamba3(
     order, shared = in_order(mixers, uses), sharing(mixers)
     done = []
     for index, mixer in enumerate(order):
-        use, note = uses.get(mixer.name), None
-        if use is None:
-            note = "was not called on the first batch"
-        elif not use.reads_sequences:
-            note = "was called without a (B, L, d_model) tensor"
-        elif not agreed[mixer.name]:
-            note = _OTHERWISE
-        elif mixer.name in shared:
+        use = uses.get(mixer.name, Use())
+        note = use.reason_to_leave(SEQUENCES, _OTHERWISE)
+        if note is None and mixer.name in shared:
             note = SHARES
-        if note is not None or use is None:
+        if note is not None:
             size = (mixer.sizes.states,) * 2
             done.append(MixerResult(mixer.name, FAMILY, size, (mixer.sizes.d_inner,) * 2, note=note))
             continue

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssmc
-from ssmc.runtime.errors import CheckpointError, UsageError
+from ssmc.runtime.errors import CalibrationError, CheckpointError, UsageError
 
 D_MODEL, INNER, STATES, RANK, TAPS = 6, 12, 8, 2, 3
 
@@ -230,3 +230,8 @@ def test_what_does_not_go_is_refused():
     module.first.forward = module.second.forward = lambda u: u
     with pytest.raises(CheckpointError, match="computes something else than Vim or SS2D do"):
         ssmc.compress(module, data)
+
+
+def test_a_batch_of_nan_is_named_as_the_cause():
+    with pytest.raises(CalibrationError, match="NaN or infinity on the first batch"):
+        ssmc.compress(nn.Sequential(Vim()), [torch.full((1, 5, D_MODEL), torch.nan)])
