@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -47,6 +47,15 @@ class Session(Protocol):
 
     def step(self, tokens: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Read one more token (B,) of every sequence; returns the same as `prefill`."""
+
+
+def step_by_step(
+    session: Session, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor], count: int
+) -> Iterator[torch.Tensor]:
+    """The next `count` tokens of every sequence behind tokens (B,) or (B, 1), (B,) each, chosen from logits (B, V)."""
+    for _ in range(count):
+        tokens = choose(session.step(tokens))
+        yield tokens
 
 
 def as_tokens(tokens: Tokens, vocab_size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.generation.cuda_graphs import NotRecordable, RecordedStep, Recorder, record
 from ssmc.runtime.models.generation.sampling import Chooser, Sampling
-from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask
+from ssmc.runtime.models.generation.session import Tokens, as_tokens, check_batch, check_mask, step_by_step
 
 ATTENDED = "past_key_values"
 """What models with attention call their cache, which holds every token, not only states."""
@@ -97,9 +97,7 @@ class TorchSession:
             self._hold(step)
             yield from written
             return
-        for _ in range(count):
-            tokens = chooser(self.step(tokens))
-            yield tokens
+        yield from step_by_step(self, tokens, chooser, count)
 
     def _hold(self, step: RecordedStep) -> None:
         """Go on with the states of a step; those of all others are behind from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.generation.detokenise import StopFilter, TextStream
 from ssmc.runtime.models.generation.opening import LoadedSession, open_session, require_tokenizer
 from ssmc.runtime.models.generation.sampling import Chooser, Sampling
-from ssmc.runtime.models.generation.session import Session, as_tokens, pad_left
+from ssmc.runtime.models.generation.session import Session, as_tokens, pad_left, step_by_step
 from ssmc.runtime.models.generation.torch_session import TorchSession
 
 MAX_NEW_TOKENS = 128
@@ -71,12 +72,9 @@ def _chosen(session: Session, prompts: Sequence[Sequence[int]], choose: Chooser,
     """The next tokens of every sequence, (B,) each."""
     tokens = choose(session.prefill(*pad_left(prompts)))
     yield tokens
-    if isinstance(session, TorchSession):  # a GPU need not wait for a choice of its own
-        yield from session.write(tokens, choose, most - 1)
-        return
-    for _ in range(most - 1):
-        tokens = choose(session.step(tokens))
-        yield tokens
+    # a GPU need not wait for a choice of its own
+    write = session.write if isinstance(session, TorchSession) else partial(step_by_step, session)
+    yield from write(tokens, choose, most - 1)
 
 
 class Generation:
