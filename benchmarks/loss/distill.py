@@ -27,6 +27,7 @@ from benchmarks.reporting import print_conditions
 from ssmc.compressor import compress
 from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
+from ssmc.runtime import half_precision
 from ssmc.runtime.measure.perplexity import excess_loss, perplexity
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
@@ -49,10 +50,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32 * 1024, help="of held-out text")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--float32", action="store_true", help="linear maps in float32 where bfloat16 is fast, too")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/distill.json"))
     args = parser.parse_args()
     names = ("steps", "window", "refine", "nsamples", "seqlen", "max_tokens")
     settings = {name: getattr(args, name) for name in names}
+    if args.float32:
+        setattr(half_precision, "is_fast", lambda device: False)  # noqa: B010 - what no option of ssmc does
+    settings["bfloat16"] = half_precision.is_fast(torch.device(args.device))
     report: dict[str, Any] = {"conditions": asdict(print_conditions()), "settings": settings}
     report |= {"device": args.device, "rows": []}
     for cell in args.cells:

@@ -14,7 +14,9 @@ from ssmc.cli.checks import check_compressed
 from ssmc.cli.options import Device, Force, Quiet, Resume, Verbose, tokenizer_option
 from ssmc.cli.terminal import Terminal
 from ssmc.cli.tracking import LOGS, LogDir, LogTo, logged
+from ssmc.compressor.options.config import AUTO_STEPS
 from ssmc.compressor.options.flags import CALIBRATION, METHOD, OUTPUT
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.ranks import is_first
 
 if TYPE_CHECKING:
@@ -30,8 +32,11 @@ def distill(
         "ssmc-out"
     ),
     steps: Annotated[
-        int, typer.Option(metavar="STEPS", min=1, help="Gradient steps, at most.", rich_help_panel=METHOD)
-    ] = 300,
+        str,
+        typer.Option(
+            metavar="STEPS|auto", help=f"Gradient steps, at most; `auto` is {AUTO_STEPS}.", rich_help_panel=METHOD
+        ),
+    ] = "300",
     calib: Annotated[
         str | None,
         typer.Option(
@@ -80,19 +85,20 @@ def distill(
         ssmc distill --resume
     """
     terminal = context.ensure_object(Terminal)
+    count = _count(steps)
     check_compressed(directory)
     from ssmc.compressor.distillation.run import Lesson, distil_artefact
 
     terminal.hush_libraries()
     terminal.interrupted = INTERRUPTED
-    options = {"directory": str(directory), "steps": steps, "calib": calib, "seqlen": seqlen, "seed": seed}
+    options = {"directory": str(directory), "steps": count, "calib": calib, "seqlen": seqlen, "seed": seed}
     name = Path(f"{directory}-distilled") if out is None else out
     terminal.quiet = terminal.quiet or not is_first()
     with logged(terminal, log_to if is_first() else None, log_dir, "distill", name, options) as tracking:
         with terminal.progress() as progress:
             result = distil_artefact(
                 directory,
-                Lesson(steps, calib, seqlen, seed, tokenizer, device),
+                Lesson(count, calib, seqlen, seed, tokenizer, device),
                 out=out,
                 force=force,
                 resume=resume,
@@ -104,6 +110,19 @@ def distill(
     terminal.say(f"Wrote {result.directory}: the masked model, in its original shape.")
     terminal.say(f"Next: ssmc export {shlex.quote(str(result.directory))} --format safetensors")
     tell_if_too_much(terminal, result.distillation.excess, distilled=True)
+
+
+def _count(steps: str) -> int:
+    """Of gradient steps.
+
+    Raises:
+        UsageError: `steps` is neither a number nor auto.
+    """
+    if steps == "auto":
+        return AUTO_STEPS
+    if not steps.isdecimal() or int(steps) < 1:
+        raise UsageError(f"--steps {steps!r} does not work: it should be a whole number of at least 1, or auto.")
+    return int(steps)
 
 
 def achieved(done: Distillation) -> str:

@@ -128,3 +128,11 @@ def test_what_is_no_artefact_is_refused(tmp_path, capsys):
 
     assert main(["distill", str(tmp_path)]) == 2
     assert "holds no compressed model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "1.5", "many", ""])
+def test_steps_that_are_none_are_refused(artefact, steps, capsys):
+    from ssmc.cli import main
+
+    assert main(["distill", str(artefact), "--steps", steps]) == 2
+    assert "a whole number of at least 1, or auto" in " ".join(capsys.readouterr().err.split())
