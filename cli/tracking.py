@@ -12,11 +12,20 @@ import typer
 from ssmc.cli.options import words
 from ssmc.cli.terminal import Terminal
 from ssmc.compressor.options.flags import OUTPUT
-from ssmc.runtime.tracking import RunInfo, Tracking, tracked, tracker_names
+from ssmc.runtime.tracking import RunInfo, Tracking, make_tracker, tracked, tracker_names
+
+
+def _known(log_to: str | None) -> str | None:
+    """What --log-to names, once it is known that all of it is there: at once, before torch is loaded."""
+    for name in () if log_to is None else words(log_to):
+        make_tracker(name)
+    return log_to
+
 
 LogTo = Annotated[
     str | None,
     typer.Option(
+        callback=_known,
         metavar="|".join(tracker_names()),
         help="Log options, figures and times there as well; several with commas between.",
         show_default=False,

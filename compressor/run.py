@@ -49,7 +49,7 @@ from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint, tensor_
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.models.tokenizers import load_tokenizer, tokenizer_directory
 from ssmc.runtime.progress import NO_PROGRESS, Progress
-from ssmc.runtime.ranks import is_first, rank, ranks
+from ssmc.runtime.ranks import is_first, rank
 from ssmc.runtime.resumable import Resumable, resumable
 from ssmc.runtime.tiny import calibration_path
 
@@ -164,8 +164,6 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     options, old_names = renamed({"model": model, **options})
     goal, ordinary = split_goal(options)
     config = configure(**ordinary)
-    if goal is not None and ranks() > 1:
-        raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")
     if is_first():
         refuse_existing(order.out, force=order.force, marker=MANIFEST)  # before minutes of work, not after
     state = _kept_state(order, config, goal)

@@ -15,6 +15,7 @@ from ssmc.compressor.options.renamed import renamed
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.phases import workload_text
 from ssmc.runtime.models.memory import format_bytes, parse_bytes
+from ssmc.runtime.ranks import ranks
 
 GOALS = ("target_params", "target_latency", "target_memory", "max_ppl_increase")
 
@@ -164,7 +165,7 @@ def split_goal(options: dict[str, Any]) -> tuple[Goal | None, dict[str, Any]]:
         The goal, None if there is none, and the other options, the pattern that the search may use among them.
 
     Raises:
-        UsageError: the goal makes no sense, or does not go with the other options.
+        UsageError: the goal makes no sense, does not go with the other options, or several processes were started.
     """
     options, _ = renamed(options)
     own = {
@@ -175,6 +176,8 @@ def split_goal(options: dict[str, Any]) -> tuple[Goal | None, dict[str, Any]]:
     rest = {name: value for name, value in options.items() if name not in Goal.model_fields}
     if not own:
         return None, rest
+    if ranks() > 1:
+        raise UsageError("A search with a goal is the work of one process. Leave torchrun out.")
     own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
     try:
         goal = Goal(**own)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ssmc.runtime.errors import CheckpointError
 from ssmc.runtime.models.architectures.plan import CHANNEL, HEAD, MODEL, STATE
 from ssmc.runtime.models.checkpoints.foreign import foreign
 from ssmc.runtime.models.checkpoints.sources import check_source, download_configuration, hub_headers
@@ -143,12 +142,12 @@ def read_outline(source: str | Path) -> Outline | None:
 
 
 def read_hub_outline(hub_id: str) -> Outline | None:
-    """As `read_outline`, of a model of the hub, whose weights stay there but for their headers."""
-    try:
-        directory = download_configuration(hub_id)
-    except CheckpointError:
-        return None
-    return _read(hub_id, directory, partial(hub_headers, hub_id))
+    """As `read_outline`, of a model of the hub, whose weights stay there but for their headers.
+
+    Raises:
+        CheckpointError: there is no network, no such model or no such revision.
+    """
+    return _read(hub_id, download_configuration(hub_id), partial(hub_headers, hub_id))
 
 
 def _read(source: str, directory: Path, headers_of: Callable[[], dict[str, Any]]) -> Outline | None:

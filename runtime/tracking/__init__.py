@@ -12,7 +12,7 @@ from ssmc.runtime import lazy
 
 _HOMES = lazy.homes(
     {
-        "ssmc.runtime.tracking.tracker": "RunInfo Tracker register_tracker tracker_names",
+        "ssmc.runtime.tracking.tracker": "RunInfo Tracker make_tracker register_tracker tracker_names",
         "ssmc.runtime.tracking.run": "Tracking tracked",
         "ssmc.runtime.tracking.metrics": "numbers_in",
     }

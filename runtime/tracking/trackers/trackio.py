@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from ssmc.runtime.tracking.tracker import PROJECT, RunInfo, Tracker
@@ -22,7 +24,9 @@ class TrackioTracker(Tracker):
 
         self._trackio: Any = trackio
         self._where = os.environ["TRACKIO_DIR"]
-        trackio.init(project=PROJECT, name=run.name, config={**run.options, "command": run.command}, embed=False)
+        config = {**run.options, "command": run.command}
+        with redirect_stdout(StringIO()):  # it advertises its commands there
+            trackio.init(project=PROJECT, name=run.name, config=config, embed=False)
 
     def log(self, figures: Mapping[str, float], step: int | None = None) -> None:
         """Log figures."""
@@ -31,7 +35,8 @@ class TrackioTracker(Tracker):
     def finish(self, failed: bool) -> str:
         """End the run."""
         self._trackio.log({"failed": int(failed)})
-        self._trackio.finish()
+        with redirect_stdout(StringIO()):
+            self._trackio.finish()
         return self._where
 
 
