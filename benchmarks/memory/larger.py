@@ -4,6 +4,9 @@ A model of the sizes of a published one is made of random numbers, in bfloat16 a
 it, and the most that its process ever had resident is read from the system (VmHWM of Linux).
 
     python -m benchmarks.memory.larger --shape mamba-2.8b --out benchmarks/results/larger.json
+    python -m benchmarks.memory.larger --shape nemotron-h-8b --zeros --options "--score magnitude --no-repair"
+
+With --zeros matrices are what the system gives for files that nobody wrote, so a model is there in seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,8 +83,8 @@ def numbers(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     return noise * (0.02 if len(shape) > 1 else 0.1)
 
 
-def make(folder: Path, config: PretrainedConfig) -> int:
-    """Write a model, tensor by tensor; how many parameters it has."""
+def make(folder: Path, config: PretrainedConfig, zeros: bool = False) -> int:
+    """Write a model of random numbers, or one whose matrices are zeros; how many parameters it has."""
     folder.mkdir(parents=True)
     model, generator = outline_model(config, "the model"), torch.Generator().manual_seed(0)
     state = {n: t.to(torch.bfloat16) for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
@@ -89,6 +93,8 @@ def make(folder: Path, config: PretrainedConfig) -> int:
     write_config(folder / "config.json", state, config)
     shards = Shards(folder, architecture.to_stored(state), SHARD)
     for name, tensor in state.items():
+        if zeros and tensor.dim() > 1:
+            continue
         shards.put(architecture.to_stored({name: numbers(name, tensor.shape, generator).to(torch.bfloat16)}))
     shards.close()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -107,9 +113,8 @@ def run(*arguments: str) -> dict[str, float]:
     return {"seconds": seconds, "processor_seconds": worked, "resident_mb": int(done.stderr.split()[-1]) / 1024}
 
 
-def commands(folder: Path, work: Path, memory: str | None) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each of the commands, one after the other."""
-    limit = () if memory is None else ("--max-memory", memory)
+def commands(folder: Path, work: Path, limit: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each of the commands, one after the other; `limit` is given to compress besides."""
     pruned = work / "pruned"
     yield "inspect", run("inspect", str(folder))
     yield (
@@ -145,24 +150,26 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mamba-2.8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the published model")
     parser.add_argument("--work", type=Path, default=Path("larger-than-memory"), help="folder for some 20 GB")
-    parser.add_argument("--max-memory", help="as for ssmc compress")
+    parser.add_argument("--zeros", action="store_true", help="matrices of zeros, which nobody writes")
+    parser.add_argument("--options", default="", help="more options of ssmc compress, in quotes")
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
-    parser.add_argument("--out", type=Path, help="JSON file; results of other shapes in it stay")
+    parser.add_argument("--name", help="of the record in the file; by default the shape")
+    parser.add_argument("--out", type=Path, help="JSON file; other records in it stay")
     asked = parser.parse_args()
     now = print_conditions(torch.bfloat16)
     config = SHAPES[asked.shape](**({"layers": asked.layers} if asked.layers else {}))
     folder = asked.work / "model"
     if not folder.exists():
-        parameters = make(folder, config)
+        parameters = make(folder, config, asked.zeros)
     else:
         parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{asked.shape}, {config.num_hidden_layers} layers: {parameters:,} parameters, {size / 1e9:.2f} GB on disk")
     found = {}
-    for name, result in commands(folder, asked.work, asked.max_memory):
+    for name, result in commands(folder, asked.work, shlex.split(asked.options)):
         found[name] = result
         if asked.out is not None:
-            write(asked.out, asked.shape, record_of(now, config, parameters, size, found))
+            write(asked.out, asked.name or asked.shape, record_of(now, config, parameters, size, found))
         print(f"  {name:<28} {result['seconds']:8.1f} s {result['resident_mb']:8.0f} MB resident", flush=True)
     if not asked.keep:
         shutil.rmtree(asked.work)
