@@ -51,7 +51,7 @@ quick: $(READY) ## Run the tests that are not marked slow
 fuzz: $(READY) ## Read 10,000 damaged files of every kind, an hour; results and log in build/fuzz
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 
-faults: $(READY) ## Kill runs, fill the disk and change the model at every step, half an hour
+faults: $(READY) ## Kill runs, take their disk away and change their model at every step, an hour
 	$(TEST_ENV) $(BIN)/python -m tests.faults.run $(FAULTS_ARGS)
 
 check: $(READY) types ## Look for mistakes, formatting that differs and types that do not fit
