@@ -37,8 +37,6 @@ HEADS = (HEAD, HEAD_DIM)
 PATTERNS = (COLUMN, CHANNEL, *HEADS, LAYER, *UNITS, WIDTH, UNSTRUCTURED, SSM_MODULE)
 """Patterns that a family may refuse; N:M counts as unstructured, and those of other packages say it themselves."""
 
-_GOALS = "--target-latency, --target-params, --max-ppl-increase"
-_MANY = "what its axes save is not counted"
 _NOTHING_ELSE = "its blocks hold a norm and a mixer and nothing else"
 _NO_EXPERTS, _OF_EXPERTS = "its blocks have no experts", (EXPERT, EXPERT_WIDTH)
 _NO_HEADS = "its mixers have no heads; --pattern channel removes channels"
@@ -74,9 +72,10 @@ _GAINS = {
 """What patterns bring whose share of the parameters depends on the configuration."""
 
 
-def able_parts(config: CompressConfig, architecture: Architecture) -> list[str]:
-    """Those parts of a pattern that a search for a goal tries: heads of a Mamba-2 go by halves, or not at all."""
-    return [part for part in config.parts if part in searched_parts(architecture)]
+def able_parts(config: CompressConfig, architecture: Architecture, goal: Goal) -> list[str]:
+    """Those parts of a pattern that a search for a goal tries; heads of a Mamba-2 go by the same part as width."""
+    able = [part for part in config.parts if part in searched_parts(architecture)]
+    return able if searches_width(architecture, goal) else [part for part in able if part not in (WIDTH, *HEADS)]
 
 
 def searches_width(architecture: Architecture, goal: Goal) -> bool:
@@ -86,17 +85,20 @@ def searches_width(architecture: Architecture, goal: Goal) -> bool:
 
 def searched_parts(architecture: Architecture) -> list[str]:
     """Those parts that a search tries for a family: of a hybrid the states alone."""
-    never = (CHANNEL, HEAD, HEAD_DIM) if architecture.capabilities.heads else ()
+    never = (CHANNEL,) if architecture.capabilities.heads else ()
     able = [part for part in combinable() if part in parts_of(architecture) and part not in never]
     return able if architecture.capabilities.uniform else [part for part in able if part == COLUMN]
 
 
 def axes_of_hybrid(architecture: Architecture) -> list[str]:
-    """The axes that a search for a goal tries in a hybrid; none where it cannot count what they save."""
-    able = architecture.capabilities
-    if able.uniform or not able.heads or able.shared_blocks:
+    """The axes that a search for a goal tries in a hybrid. Layers are not among them: which go decides what that saves.
+
+    None of other families, whose search goes by layers, too.
+    """
+    if architecture.capabilities.uniform:
         return []
-    return [axis for axis in (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION, WIDTH) if axis in parts_of(architecture)]
+    every = (COLUMN, CHANNEL, HEAD, HEAD_DIM, MLP, ATTENTION, EXPERT, EXPERT_WIDTH, WIDTH)
+    return [axis for axis in every if axis in parts_of(architecture)]
 
 
 def parts_of(architecture: Architecture) -> tuple[str, ...]:
@@ -115,8 +117,7 @@ def limits(architecture: Architecture) -> dict[str, str]:
             reason = _NOTHING_ELSE if able.uniform or part not in _OF_EXPERTS else _NO_EXPERTS
         if reason:
             found[f"--pattern {part}"] = reason
-    searched = able.uniform or (able.heads and not able.shared_blocks)
-    return found if searched else found | {_GOALS: _MANY}
+    return found
 
 
 def check_family(config: CompressConfig, architecture: Architecture, goal: Goal | None = None) -> None:
@@ -156,10 +157,17 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
             f"The scope {lacking[0]} does not exist in {name}, whose in_proj makes B, C and dt itself. "
             "Use in_proj, conv1d, out_proj or ffn."
         )
-    if goal is not None and CHANNEL in config.parts:
+    alone = [part for part in HEADS if part in config.parts and WIDTH not in config.parts]
+    if goal is not None and architecture.capabilities.uniform and (CHANNEL in config.parts or alone):
+        wrong = "+".join(alone) or CHANNEL
+        advice = (
+            f"use --pattern {HEAD}+{HEAD_DIM}+{WIDTH}, which cuts d_model by the same part"
+            if searches_width(architecture, goal)
+            else "give --sparsity in place of a goal"
+        )
         raise UsageError(
-            "No goal is looked for among the heads of a Mamba-2: stock loaders take so few widths that there is next "
-            "to nothing to search. Leave channel out of --pattern, or give --sparsity in place of a goal."
+            "No goal is looked for among the heads of a Mamba-2 alone: stock loaders take so few widths that there is "
+            f"next to nothing to search. Leave {wrong} out of --pattern, or {advice}."
         )
 
 
@@ -171,24 +179,21 @@ def _check_goal_of_hybrid(config: CompressConfig, goal: Goal, architecture: Arch
             f"Layers of one kind have one size in {name}, as its configuration has: no stock loader takes sizes that "
             "differ by layer. Leave --per-layer out."
         )
-    if axes and goal.target_memory is None:
+    if goal.target_memory is None:
         if other := [part for part in config.parts if part not in axes]:
             raise UsageError(
                 f"A search removes {', '.join(axes)} of {name}, not {', '.join(other)}. Leave that out of --pattern."
             )
         return
-    if goal.target_memory is not None and not goal.only_memory:
+    if not goal.only_memory:
         raise UsageError(
             f"--target-memory of {name} is met by removing states alone, and no other goal goes with it. Leave the "
             "others out, or --target-memory."
         )
-    if goal.target_memory is None:
-        raise UsageError(
-            f"There is no search for a goal for {name}: {_MANY}. Give a sparsity, or a --target-memory, for which "
-            "states are removed."
-        )
     if other := [part for part in config.parts if part != COLUMN]:
-        raise UsageError(f"A search removes states of {name}, not {', '.join(other)}: {_MANY}. Use --pattern column.")
+        raise UsageError(
+            f"A search for --target-memory removes states of {name}, not {', '.join(other)}. Use --pattern column."
+        )
 
 
 @dataclass(frozen=True)

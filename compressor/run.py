@@ -20,12 +20,11 @@ from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
-from ssmc.compressor.families import able_parts, axes_of_hybrid, check_family, searches_width
+from ssmc.compressor.families import able_parts, check_family, searches_width
 from ssmc.compressor.fit import fitted
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
-from ssmc.compressor.methods.width.counts import has_experts
 from ssmc.compressor.notes import notes_for
 from ssmc.compressor.options.config import CompressConfig, configure
 from ssmc.compressor.options.goal import Goal, split_goal
@@ -36,6 +35,7 @@ from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
 from ssmc.compressor.search.hybrid import reach_goal_of_hybrid
+from ssmc.compressor.search.hybrid_sizes import HybridSizes
 from ssmc.compressor.streaming import HIDDEN, Result, check_samples, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
 from ssmc.runtime.amounts import parse_bytes
@@ -174,11 +174,13 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
         checkpoint.read()
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
-    by_axes = axes_of_hybrid(architecture) if goal is not None and goal.target_memory is None else []
+    by_axes = goal is not None and goal.target_memory is None and not architecture.capabilities.uniform
     if goal is not None and "pattern" not in options:
-        able = by_axes or able_parts(config, architecture)
-        if not searches_width(architecture, goal) or has_experts(checkpoint.config):
-            able = [part for part in able if part != WIDTH]
+        able = able_parts(config, architecture, goal)
+        if by_axes:
+            able = [
+                part for part in HybridSizes(checkpoint).axes if part != WIDTH or searches_width(architecture, goal)
+            ]
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able)}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
@@ -295,7 +297,7 @@ def _whole_in_memory(task: _Task, order: _Order, goal: Goal | None, state: State
         distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
         distil = teach if config.distill else None
-        by_axes = axes_of_hybrid(checkpoint.architecture) and goal.target_memory is None
+        by_axes = goal.target_memory is None and not checkpoint.architecture.capabilities.uniform
         reach = reach_goal_of_hybrid if by_axes else reach_goal
         reached = reach(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
         plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, WIDTH
 from ssmc.runtime.models.families import Dimensions
 
 SMALLEST = 1e-6  # nats a token: what a loss of zero, or below it by chance, is taken for
@@ -50,10 +50,18 @@ class Sizes:
         shares = {
             LAYER: 1 - self.n_layer / dense.n_layer,
             COLUMN: 1 - self.d_state / dense.d_state,
-            CHANNEL: 1 - self.d_inner / dense.d_inner,
+            part_of_width(dense, self.d_inner): 1 - self.d_inner / dense.d_inner,
             WIDTH: 1 - self.d_model / dense.d_model if self.d_model else 0.0,
         }
         return {part: share for part, share in shares.items() if share > 0}
+
+
+def part_of_width(dense: Dimensions, d_inner: int) -> str:
+    """The part of a pattern that leaves this d_inner: channels, or of a Mamba-2 heads, and channels of all heads where
+    the heads that stay would not be whole, or not as many in every group."""
+    if dense.heads is None:
+        return CHANNEL
+    return HEAD_DIM if d_inner % (dense.d_inner // dense.heads * dense.groups) else HEAD
 
 
 @dataclass(frozen=True)

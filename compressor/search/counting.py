@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from ssmc.compressor.families import searched_parts
@@ -11,8 +12,8 @@ from ssmc.compressor.methods.counts import default_multiple
 from ssmc.compressor.methods.width.counts import able_d_models, wants_twice
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
-from ssmc.compressor.search.allocation import Limit, Sizes, enumerate_sizes, removable_layers
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, WIDTH
+from ssmc.compressor.search.allocation import Limit, Sizes, enumerate_sizes, part_of_width, removable_layers
 from ssmc.compressor.search.layer_sizes import Layerwise
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import Checkpoint, parameter_counter
@@ -112,7 +113,18 @@ class Counting:
             step = config.round_channels or default_multiple(dense.d_inner)
             least = dense.d_inner // 4 if least_width is None else least_width
             widths = sorted({*(w for w in range(step, dense.d_inner, step) if w >= least), dense.d_inner})
+        if self.coupled and dense.heads is not None:
+            widths = [*self._widths_of_heads(), dense.d_inner]
         return widths, states
+
+    def _widths_of_heads(self) -> list[int]:
+        """The widths of a Mamba-2 that leave a whole d_model of as large a part, at least half of it, rising."""
+        dense, parts = self.dense, self.config.parts
+        ratio, step = Fraction(dense.d_model, dense.d_inner), default_multiple(dense.d_model)
+        rising = range(-(-dense.d_inner // 2), dense.d_inner)
+        whole = [w for w in rising if w % dense.heads == 0 or part_of_width(dense, w) == HEAD]
+        able = [w for w in whole if part_of_width(dense, w) in parts and (w * ratio).denominator == 1]
+        return [w for w in able if w * ratio % step == 0] or able
 
     def candidates(self) -> list[Sizes]:
         """Every combination of what the pattern may remove, the dense model left out."""
@@ -123,16 +135,23 @@ class Counting:
         if WIDTH in self.config.parts:  # as of layers, at least half of it stays
             able = able_d_models(self.checkpoint.architecture, dense, self.config.round_channels)
             d_models += [count for count in able if 2 * count >= dense.d_model]
+        if self.coupled:
+            d_models += [w * dense.d_model // dense.d_inner for w in widths if w < dense.d_inner]
+            d_models = sorted({*d_models})
         every = enumerate_sizes(layers, widths, states, d_models)
         return [sizes for sizes in every if sizes != Sizes.of(dense) and self._fits(sizes)]
 
     @property
     def coupled(self) -> bool:
-        """Whether channels and width go by one ratio, for a runtime that wants twice d_model."""
-        return {CHANNEL, WIDTH} <= {*self.config.parts} and wants_twice(self.dense, self.config.runtime)
+        """Whether d_inner and width go by one ratio: for a runtime that wants twice d_model, or where heads go."""
+        parts = {*self.config.parts}
+        if self.dense.heads is not None:
+            return WIDTH in parts and bool(parts & {HEAD, HEAD_DIM})
+        return {CHANNEL, WIDTH} <= parts and wants_twice(self.dense, self.config.runtime)
 
     def _fits(self, sizes: Sizes) -> bool:
-        return not self.coupled or sizes.d_inner == 2 * (sizes.d_model or self.dense.d_model)
+        d_model = sizes.d_model or self.dense.d_model
+        return not self.coupled or sizes.d_inner * self.dense.d_model == self.dense.d_inner * d_model
 
 
 def require_reachable(counting: Counting) -> None:

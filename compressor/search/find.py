@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssmc.compressor.options.config import CompressConfig
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, LAYER, WIDTH
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, WIDTH
 from ssmc.compressor.search.allocation import (
     ROUNDS,
     SMALLEST,
@@ -81,11 +81,11 @@ def _limits(trials: Trials) -> list[Limit]:
 def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
     """The loss of removing one part alone, measured at two or three shares.
 
-    Where channels and width go by one ratio, that of both stands for width, and channels have cost nothing more.
+    Where channels or heads go by one ratio with width, that of both stands for width, and they have cost nothing more.
     """
-    if trials.coupled and part == CHANNEL:
+    others = {CHANNEL, HEAD, HEAD_DIM} if trials.coupled else set()
+    if part in others:
         return Curve((0.5,), (SMALLEST,))
-    together = {CHANNEL, WIDTH} if trials.coupled and part == WIDTH else {part}
     dense, full = trials.dense, Sizes.of(trials.dense)
     if part == LAYER:
         most = min(LAYERS, dense.n_layer // 2)
@@ -94,7 +94,7 @@ def _curve(trials: Trials, part: str, candidates: Sequence[Sizes]) -> Curve:
         ]  # the fewer are then known
     else:
         shares = {sizes: sizes.removed(dense) for sizes in candidates}
-        alone = {sizes: gone[part] for sizes, gone in shares.items() if gone.keys() == together}
+        alone = {sizes: gone[part] for sizes, gone in shares.items() if gone.keys() - others == {part}}
         points = [min(alone, key=lambda s: (abs(alone[s] - share), s)) for share in SWEEP[part] if alone]
     if not points:
         return Curve((0.5,), (math.inf,))

@@ -17,7 +17,6 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import Samples
-from ssmc.compressor.families import axes_of_hybrid
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.pipeline import Run, prune
@@ -73,7 +72,7 @@ class HybridSearch:
         self.table: KindTable | None = None
         if self.goal.needs_time:
             self.table = measure_kinds(self.sizes, self.workload, self.device, self.progress)
-        self.curves = {axis: self._curve(axis) for axis in self.sizes.axes if len(self.sizes.levels(axis)) > 1}
+        self.curves = {axis: self._curve(axis) for axis in self.sizes.axes}
 
     def expected(self, removed: Removed) -> float:
         """Excess loss in nats a token, added up."""
@@ -136,7 +135,7 @@ class HybridSearch:
     def _require(self, limits: Sequence[Limit]) -> None:
         """Refuse limits that no candidate is within."""
         if limits:
-            able = axes_of_hybrid(self.checkpoint.architecture)
+            able = HybridSizes(self.checkpoint, runtime=self.config.runtime).axes
             require_one(self.config, self.sizes.candidates(), limits, able)
 
     def _counted_limits(self) -> list[Limit]:
@@ -150,7 +149,7 @@ class HybridSearch:
 
     def _curve(self, axis: str) -> Curve:
         """The loss of removing from one axis alone, measured at two shares."""
-        levels = self.sizes.levels(axis)[1:]
+        levels = self.sizes.alone(axis)
         points = dict.fromkeys(min(levels, key=lambda share: abs(share - wanted)) for wanted in SWEEP)
         return Curve.through({share: self.try_out(Removed(((axis, share),))) for share in points})
 

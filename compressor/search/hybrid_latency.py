@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmc.compressor.options.patterns import ATTENTION, MLP
+from ssmc.compressor.options.patterns import ATTENTION, EXPERT, MLP
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.latency import Workload
@@ -64,10 +64,8 @@ def measure_kinds(
     shares: dict[str, float] = {}
     configs = {"": sizes.config}
     for axis in sizes.axes:
-        levels = sizes.levels(axis)[1:]
-        if levels:
-            shares[axis] = min(levels, key=lambda share: abs(share - 0.5))
-            configs[axis] = sizes.smaller(Removed(((axis, shares[axis]),)))
+        shares[axis] = min(sizes.alone(axis), key=lambda share: abs(share - 0.5))
+        configs[axis] = sizes.smaller(Removed(((axis, shares[axis]),)))
     torch.manual_seed(0)
     models = {
         axis: use_fast_scan(AutoModelForCausalLM.from_config(c, dtype=torch.float32).eval().to(device))
@@ -122,9 +120,9 @@ class _Clocks:
 
 
 def kind_of(sizes: HybridSizes, block: nn.Module) -> str:
-    """What is in a block: "mixer", "attention", "mlp", or several of them, with + between."""
+    """What is in a block: "mixer", "attention", "mlp", "expert", or several of them, with + between."""
     found = ["mixer"] if sizes.architecture.mixer(block) is not None else []
-    for kind in (ATTENTION, MLP):
+    for kind in (ATTENTION, MLP, EXPERT):
         if any(part.kind == kind and part.inside(block) is not None for part in sizes.architecture.units):
             found.append(kind)
     return "+".join(found) or "other"

@@ -10,19 +10,22 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+from ssmc.compressor.families import axes_of_hybrid
 from ssmc.compressor.methods.channels.counts import able_widths
 from ssmc.compressor.methods.width.counts import able_d_models, has_experts
-from ssmc.compressor.options.patterns import ATTENTION, COLUMN, HEAD, HEAD_DIM, MLP, WIDTH
-from ssmc.runtime.models.architectures.plan import CHANNEL, MODEL, STATE
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, WIDTH
+from ssmc.runtime.models.architectures.experts import MEMBER, Experts, Mixture
+from ssmc.runtime.models.architectures.plan import CHANNEL as CHANNELS
 from ssmc.runtime.models.architectures.plan import HEAD as HEADS
-from ssmc.runtime.models.architectures.units import Part
+from ssmc.runtime.models.architectures.plan import MODEL, STATE
+from ssmc.runtime.models.architectures.plan import Plan as Tabled
+from ssmc.runtime.models.architectures.units import NEURON, Part
 
 if TYPE_CHECKING:
-    from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
     from ssmc.runtime.models.checkpoints import Checkpoint
 
-AXES = (COLUMN, HEAD, HEAD_DIM, MLP, ATTENTION, WIDTH)
-"""What a search over a hybrid removes. Layers are not among them: which go decides what that saves."""
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of tensors in a module and their shapes."""
 
 LEVELS = 8  # shares of an axis that are tried at most: eighths
 
@@ -44,17 +47,22 @@ class HybridSizes:
 
     Args:
         checkpoint: the dense model.
-        axes: those that may be touched.
+        axes: those that may be touched; None: all that its family has.
         runtime: that the result is for; None: any.
+
+    Attributes:
+        axes: of those, the ones along which something of this model can go while nothing else does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, axes: Sequence[str], runtime: str | None = None):
+    def __init__(self, checkpoint: Checkpoint, axes: Sequence[str] | None = None, runtime: str | None = None):
         self.architecture, self.config = checkpoint.architecture, checkpoint.config
-        self.sizes = cast("Mamba2Dimensions", checkpoint.dimensions)
-        self.axes, self.runtime = [axis for axis in AXES if axis in axes], runtime
+        self.sizes: Any = checkpoint.dimensions
+        self.runtime = runtime
         self.shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors().items()}
         self.parameters = sum(map(prod, self.shapes.values()))
         self._known: dict[Any, int] = {}  # what was counted already
+        able = axes_of_hybrid(self.architecture)
+        self.axes = [a for a in able if (axes is None or a in axes) and self.alone(a)]
 
     def levels(self, axis: str) -> list[float]:
         """Shares of an axis that may go, rising, nothing among them."""
@@ -63,12 +71,16 @@ class HybridSizes:
         near = {min(allowed, key=lambda n: (abs(total - n - goes), n)) for goes in wanted} if allowed else set()
         return sorted({0.0, *(round(1 - n / total, 6) for n in near)})
 
+    def alone(self, axis: str) -> list[float]:
+        """Those of the shares that may go while nothing else does, rising."""
+        return [share for share in self.levels(axis)[1:] if self.fits(Removed(((axis, share),)))]
+
     def candidates(self) -> list[Removed]:
         """Every combination that a loader takes, the dense model left out."""
         found = []
         for shares in itertools.product(*(self.levels(axis) for axis in self.axes)):
             removed = Removed(tuple((a, s) for a, s in zip(self.axes, shares, strict=True) if s))
-            if removed.shares and self._fits(removed):
+            if removed.shares and self.fits(removed):
                 found.append(removed)
         return found
 
@@ -78,17 +90,19 @@ class HybridSizes:
         if (mixer, d_model) not in self._known:
             self._known[mixer, d_model] = self._saved_in_mixers(*mixer, d_model) + self._saved_elsewhere(d_model)
         saved = self._known[mixer, d_model]
-        for part in self.architecture.units:
-            key = (part.name, part.kind, removed.by_axis.get(part.kind, 0), d_model)
-            if key not in self._known:
-                self._known[key] = self._saved_in_units(part, self.units(part, removed), d_model)
-            saved += self._known[key]
+        for module, parts in self._modules.items():
+            kept = tuple(self.units(part, removed) for part in parts)
+            if (module, kept, d_model) not in self._known:
+                self._known[module, kept, d_model] = self._saved_in_units(parts, kept, d_model)
+            saved += self._known[module, kept, d_model]
         return 1 - saved / self.parameters
 
     def mixer(self, removed: Removed) -> tuple[int, int, int]:
-        """Heads, channels of each, and states of a group that stay."""
+        """Heads, channels of each, and states of a group that stay; without heads as many "heads" of one channel."""
         gone, sizes = removed.by_axis, self.sizes
         totals = ((HEAD, sizes.heads), (HEAD_DIM, sizes.head_dim), (COLUMN, sizes.d_state))
+        if sizes.heads is None:
+            totals = ((CHANNEL, sizes.d_inner), (HEAD_DIM, 1), (COLUMN, sizes.d_state))
         heads, head_dim, states = (round(total * (1 - gone.get(axis, 0))) for axis, total in totals)
         return heads, head_dim, states
 
@@ -107,7 +121,9 @@ class HybridSizes:
         """The configuration of the stock model that is left."""
         heads, head_dim, states = self.mixer(removed)
         config = copy.deepcopy(self.config)
-        if (heads, head_dim) != (self.sizes.heads, self.sizes.head_dim):
+        if heads * head_dim != self.sizes.d_inner and self.sizes.heads is None:
+            config = cast(Any, self.architecture).with_size(config, CHANNELS, heads)
+        elif heads * head_dim != self.sizes.d_inner:
             config = cast(Any, self.architecture).with_heads(config, heads, head_dim)
         config = cast(Any, self.architecture).with_size(config, STATE, states * self.sizes.groups)
         for part in self.architecture.units:
@@ -117,11 +133,19 @@ class HybridSizes:
         d_model = self.d_model(removed)
         return config if d_model == self.sizes.d_model else self.architecture.with_d_model(config, d_model)
 
+    def fits(self, removed: Removed) -> bool:
+        """Whether a loader takes heads, channels of heads and d_model together."""
+        heads, head_dim, _ = self.mixer(removed)
+        free = self.architecture.capabilities.free_width
+        return free or heads * head_dim % self.d_model(removed) == 0
+
     def _counts(self, axis: str) -> tuple[int, list[int]]:
         """How many there are of an axis, and how many may stay."""
         sizes = self.sizes
         if axis == COLUMN:
             return sizes.d_state, list(range(1, sizes.d_state))
+        if axis == CHANNEL:
+            return sizes.d_inner, list(range(sizes.d_model, sizes.d_inner, sizes.d_model))
         if axis == HEAD:
             widths = able_widths(self.architecture, sizes, self.runtime)
             return sizes.heads, [width // sizes.head_dim for width in widths]
@@ -129,20 +153,14 @@ class HybridSizes:
             return sizes.d_model, [] if has_experts(self.config) else able_d_models(self.architecture, sizes)
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
-        parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
+        parts = [p for p in self.architecture.units if p.kind == axis and p.total(self.config) and self._of_module(p)]
         if not parts or any(part.refusal(self.config) for part in parts):
             return 1, []
         largest = max(parts, key=lambda part: part.total(self.config))
         return largest.total(self.config), largest.allowed(self.config)
 
-    def _fits(self, removed: Removed) -> bool:
-        """Whether a loader takes heads, channels of heads and d_model together."""
-        heads, head_dim, _ = self.mixer(removed)
-        free = self.architecture.capabilities.free_width
-        return free or heads * head_dim % self.d_model(removed) == 0
-
     def _saved_in_mixers(self, heads: int, head_dim: int, states: int, d_model: int) -> int:
-        left = {MODEL: d_model, HEADS: heads, CHANNEL: heads * head_dim, STATE: states * self.sizes.groups}
+        left = {MODEL: d_model, HEADS: heads, CHANNELS: heads * head_dim, STATE: states * self.sizes.groups}
         return sum(count * _saved(shapes, self.architecture.plan, left) for shapes, count in self._mixers.items())
 
     def _saved_elsewhere(self, d_model: int) -> int:
@@ -154,52 +172,65 @@ class HybridSizes:
     @cached_property
     def _tabled(self) -> tuple[str, ...]:
         """How the names of all tensors start that tables of mixers and of units have."""
-        layers = range(self.sizes.n_layer)
-        mixers = [self.architecture.mixer_prefix(layer) for layer in layers]
-        units = [
-            f"{self.architecture.block_prefix(layer)}{part.name}."
-            for layer in layers
-            for part in self.architecture.units
-        ]
-        return (*mixers, *units)
+        blocks = [self.architecture.block_prefix(layer) for layer in range(self.sizes.n_layer)]
+        return (
+            *self._mixer_prefixes,
+            *{f"{block}{part.name}." for block in blocks for part in self.architecture.units},
+        )
 
-    def _saved_in_units(self, part: Part, kept: int, d_model: int) -> int:
-        if kept == part.total(self.config) and d_model == self.sizes.d_model:
+    def _saved_in_units(self, parts: Sequence[Part], kept: Sequence[int], d_model: int) -> int:
+        """Of all modules that have these units, each with its own number of them."""
+        totals = tuple(part.total(self.config) for part in parts)
+        if kept == totals and d_model == self.sizes.d_model:
             return 0
-        left, found = {}, self._parts[part.name, part.kind]
-        for shapes in found:
-            chosen = part.selection(part.some(self.config, kept), part.plan.sizes(dict(shapes)), self.config)
-            left = {MODEL: d_model, **{dimension: len(index) for dimension, index in chosen.items()}}
-        return sum(count * _saved(shapes, part.plan, left) for shapes, count in found.items())
+        saved = 0
+        for shapes, count in self._of_module(parts[0]).items():
+            left = {MODEL: d_model}
+            for part, number, total in zip(parts, kept, totals, strict=True):
+                if isinstance(part, Mixture):
+                    left[MEMBER if isinstance(part, Experts) else NEURON] = number
+                elif number < total or d_model < self.sizes.d_model:
+                    chosen = part.selection(part.some(self.config, number), part.plan.sizes(dict(shapes)), self.config)
+                    left |= {dimension: len(index) for dimension, index in chosen.items()}
+            saved += count * _saved(shapes, parts[0].plan, left)
+        return saved
 
     @cached_property
-    def _mixers(self) -> dict[tuple[tuple[str, tuple[int, ...]], ...], int]:
+    def _modules(self) -> dict[tuple[str, bool], tuple[Part, ...]]:
+        """The parts that this model has some of, by the module they belong to; experts stand under the name of MLPs."""
+        found: dict[tuple[str, bool], tuple[Part, ...]] = {}
+        for part in self.architecture.units:
+            if part.total(self.config) and part.refusal(self.config) is None:
+                key = (part.name, isinstance(part, Mixture))
+                found[key] = (*found.get(key, ()), part)
+        return found
+
+    @cached_property
+    def _mixer_prefixes(self) -> list[str]:
+        """How the names of the mixers' tensors start."""
+        return [name.removesuffix("A_log") for name in self.shapes if name.endswith(".A_log")]
+
+    @cached_property
+    def _mixers(self) -> dict[Shapes, int]:
         """Shapes of a mixer -> how many there are."""
-        prefixes = [self.architecture.mixer_prefix(layer) for layer in range(self.sizes.n_layer)]
-        return self._alike(prefixes, self.architecture.plan, "A_log")
+        return self._alike(self._mixer_prefixes, self.architecture.plan)
 
-    @cached_property
-    def _parts(self) -> Mapping[tuple[str, str], dict[tuple[tuple[str, tuple[int, ...]], ...], int]]:
-        layers = range(self.sizes.n_layer)
-        return {
-            (part.name, part.kind): self._alike(
-                [f"{self.architecture.block_prefix(layer)}{part.name}." for layer in layers],
-                part.plan,
-                f"{part.reader}.weight",
-            )
-            for part in self.architecture.units
-        }
+    def _of_module(self, part: Part) -> dict[Shapes, int]:
+        """Shapes of a module with units -> how many there are."""
+        reader = f"{part.reader}.down_proj" if isinstance(part, Mixture) else f"{part.reader}.weight"
+        blocks = [self.architecture.block_prefix(layer) for layer in range(self.sizes.n_layer)]
+        prefixes = [f"{block}{part.name}." for block in blocks]
+        return self._alike([prefix for prefix in prefixes if prefix + reader in self.shapes], part.plan)
 
-    def _alike(self, prefixes: Sequence[str], plan: Any, marker: str) -> dict[Any, int]:
-        found: dict[Any, int] = {}
+    def _alike(self, prefixes: Sequence[str], plan: Tabled) -> dict[Shapes, int]:
+        found: dict[Shapes, int] = {}
         for prefix in prefixes:
-            if prefix + marker in self.shapes:
-                shapes = tuple((n, self.shapes[prefix + n]) for n in plan.tensors if prefix + n in self.shapes)
-                found[shapes] = found.get(shapes, 0) + 1
+            shapes = tuple((n, self.shapes[prefix + n]) for n in plan.tensors if prefix + n in self.shapes)
+            found[shapes] = found.get(shapes, 0) + 1
         return found
 
 
-def _saved(shapes: Sequence[tuple[str, tuple[int, ...]]], plan: Any, left: Mapping[str, int]) -> int:
+def _saved(shapes: Shapes, plan: Tabled, left: Mapping[str, int]) -> int:
     """Parameters that tensors of these shapes lose where so many of some dimensions are left."""
     sizes = plan.sizes(dict(shapes)) | left
     saved = 0

@@ -23,7 +23,7 @@ from ssmc.compressor.search.configured import configured
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import parameter_counter
 from ssmc.runtime.models.families import Dimensions, architecture_for
-from tests.support.models import random_model
+from tests.support.models import random_mamba2, random_model
 
 DENSE = Dimensions(6, 256, 512, 16, 16, 4, 4096)
 CANDIDATES = enumerate_sizes(range(3, 7), range(128, 513, 64), range(1, 17))
@@ -143,6 +143,16 @@ def test_models_of_another_width_are_counted_exactly(d_model):
     other.num_hidden_layers, other.intermediate_size, other.state_size = 3, 48, 4
     other.hidden_size = d_model or config.hidden_size
     assert counted == MambaForCausalLM(other).num_parameters()
+
+
+@pytest.mark.parametrize(("d_inner", "d_model", "heads", "head_dim"), [(48, 24, 6, 8), (40, 20, 8, 5), (64, 32, 8, 8)])
+def test_a_mamba2_of_another_width_is_counted_exactly(d_inner, d_model, heads, head_dim):
+    """The oracle is transformers' own model of these heads: fewer of them, or else narrower ones."""
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2}
+    other = random_mamba2(**sizes | {"hidden_size": d_model, "num_heads": heads, "head_dim": head_dim})
+    depth = other.config.num_hidden_layers
+    counted = parameter_counter(random_mamba2(**sizes).config)(depth, d_inner, other.config.state_size, d_model)
+    assert counted == other.num_parameters()
 
 
 @pytest.mark.parametrize("sizes", [Sizes(6, 512, 1), Sizes(3, 512, 16), Sizes(5, 192, 11), Sizes(6, 448, 16)])

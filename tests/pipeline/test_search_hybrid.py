@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from ssmc.compressor import compress
 from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds
-from ssmc.compressor.search.hybrid_sizes import AXES, HybridSizes, Removed
+from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.exporters import export
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.models.checkpoints import load_checkpoint
-from tests.support.families import FAMILIES, TINY_VOCAB, short, with_tokenizer
+from tests.support.families import FAMILIES, TINY_VOCAB, random_ids, short, with_tokenizer
 from tests.support.models import save_transformers
 
 
@@ -33,6 +33,22 @@ CHANGES = {
     "falcon_h1": {},
     "bamba": {"mamba_n_groups": 1},
     "granitemoehybrid": {"mamba_n_groups": 1},
+    "granitemoehybrid without experts": {"mamba_n_groups": 1, "num_local_experts": 0},
+    "jamba": {},
+    "jamba without experts": {"num_experts": 1},
+    "zamba2": {"mamba_ngroups": 1},
+}
+MIXERS, EXPERTS = {"column", "head", "head-dim"}, {"expert", "expert-width"}
+AXES = {
+    "nemotron_h": MIXERS | {"mlp", "attention", "width"},
+    "nemotron_h with experts": MIXERS | {"mlp", "attention"} | EXPERTS,
+    "falcon_h1": MIXERS | {"mlp", "attention", "width"},
+    "bamba": MIXERS | {"mlp", "attention", "width"},
+    "granitemoehybrid": MIXERS | {"mlp", "attention"} | EXPERTS,
+    "granitemoehybrid without experts": MIXERS | {"mlp", "attention", "width"},
+    "jamba": {"column", "channel", "attention"} | EXPERTS,
+    "jamba without experts": {"column", "channel", "mlp", "attention", "width"},
+    "zamba2": MIXERS,
 }
 
 
@@ -40,10 +56,9 @@ CHANGES = {
 def test_parameters_are_those_of_stock_models_of_these_sizes(which, tmp_path):
     family, changes = which.split()[0], CHANGES[which]
     checkpoint = load_checkpoint(save_transformers(FAMILIES[family](**changes), tmp_path / "m"))
-    sizes = HybridSizes(checkpoint, AXES)
+    sizes = HybridSizes(checkpoint)
     candidates = sizes.candidates()
-    axes = {*AXES} - {"width"} if "granite" in which or "experts" in which else set(AXES)
-    assert {axis for removed in candidates for axis in removed.by_axis} == axes
+    assert {axis for removed in candidates for axis in removed.by_axis} == AXES[which]
     for removed in random.Random(0).sample(candidates, 3):
         stock = AutoModelForCausalLM.from_config(sizes.smaller(removed))
         constants = sum(b.numel() for name, b in stock.named_buffers() if name in stock.state_dict())
@@ -77,6 +92,22 @@ def test_a_share_of_the_parameters_is_reached_and_any_candidate_can_be_carried_o
     wanted = goal["candidates"][1]["removed"]
     assert other.manifest["goal"]["chosen"] == 2
     assert {part: other.config.sparsity_of(part) for part in other.config.parts} == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "share"),
+    [("granitemoehybrid", "expert+expert-width", 0.985), ("jamba", "expert+column", 0.985), ("zamba2", "head", 0.99)],
+)
+def test_a_goal_is_met_in_every_family(family, pattern, share, tmp_path):
+    """Experts, Mamba-1 mixers and shared blocks: the export, in stock transformers, has what was counted."""
+    changes = {"zamba2": {"mamba_ngroups": 1}}.get(family, {})
+    dense = with_tokenizer(save_transformers(FAMILIES[family](vocab_size=TINY_VOCAB, **changes), tmp_path / "m"))
+    result = compress(dense, out=tmp_path / "out", pattern=pattern, target_params=share, **short(dense))
+    counted = result.manifest["goal"]["outcome"]["parameters"]
+    assert counted <= share
+    smaller, whole = load_checkpoint(export(result.directory).directory), load_checkpoint(dense)
+    assert smaller.parameters / whole.parameters == pytest.approx(counted, abs=1e-9)
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(smaller.directory)(random_ids(1, 8)).logits).all()
 
 
 def test_what_cannot_be_reached_is_refused(folder, tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ssmc.compressor import Goal, compress, configure, read_recipe
 from ssmc.compressor.calibration.split import Samples
@@ -20,7 +21,7 @@ from ssmc.runtime.manifest import read_compressed
 from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.families import Dimensions
-from tests.support.models import random_model, save_transformers
+from tests.support.models import random_mamba2, random_model, save_transformers
 
 SMALL = {"nsamples": 4, "seqlen": 64}
 SIZES = Dimensions(4, 16, 32, 4, 3, 4, 4096)
@@ -92,6 +93,23 @@ def test_for_llama_cpp_width_and_channels_are_cut_by_one_ratio(dense, tmp_path):
     assert all(sizes.d_inner == 2 * (sizes.d_model or 16) for sizes in found)
     _, target = run(dense, tmp_path / "out", target_params=0.6, runtime="llama.cpp", pattern=config.pattern)
     assert target["sizes"]["d_inner"] == 2 * target["sizes"]["d_model"] < 32
+
+
+def test_heads_and_width_of_a_mamba2_are_cut_by_one_ratio(tmp_path):
+    """By default; stock transformers loads the export, which has as many parameters as were counted."""
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "num_hidden_layers": 2, "expand": 2}
+    folder = save_transformers(random_mamba2(vocab_size=4096, **sizes), tmp_path / "dense")
+    shutil.copy(load_checkpoint("tiny").directory / "tokenizer.json", folder)
+    result, target = run(folder, tmp_path / "out", target_params=0.8, pattern="column+head+head-dim+width")
+    total, found = sum(p.numel() for p in load_checkpoint(folder).model.parameters()), target["sizes"]
+    assert 2 * found["d_model"] == found["d_inner"] < 64
+    done = export(result.directory)
+    stock = AutoModelForCausalLM.from_pretrained(done.directory)
+    assert stock.num_parameters() == pytest.approx(target["outcome"]["parameters"] * total)
+    assert stock.config.expand == 2
+    for pattern in ("head", "channel"):
+        with pytest.raises(UsageError, match=f"Leave {pattern} out of --pattern, or use --pattern head.head-dim.width"):
+            compress(folder, out=tmp_path / "no", target_params=0.8, pattern=pattern, **SMALL)
 
 
 def test_layers_may_have_sizes_of_their_own_where_the_user_allows_it(tmp_path):

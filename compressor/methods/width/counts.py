@@ -106,7 +106,7 @@ def _dense(plan: Plan) -> Shape:
 def has_own_d_inner(architecture: Architecture) -> bool:
     """Whether loaders of a family have a d_inner of its own, so that d_model is free."""
     able = architecture.capabilities
-    return able.free_width or (not able.heads and families.CHANNEL not in able.fixed)
+    return able.free_width or not (able.heads or able.whole_expand or families.CHANNEL in able.fixed)
 
 
 def has_experts(config: Any) -> bool:
@@ -152,7 +152,7 @@ def _refusal(plan: Plan, twice: bool, able: list[Shape]) -> str:
     why = f"{who} wants a d_inner that is {'twice' if twice else 'a whole multiple of'} d_model"
     other = HEAD if plan.has_heads else CHANNEL
     advice = f"Remove {other}s by the same part, --pattern {other}+{WIDTH}."
-    if plan.has_heads is False and families.CHANNEL in plan.architecture.capabilities.fixed:
+    if plan.architecture.capabilities.whole_expand:
         advice = "Leave width out of --pattern."
     if able:
         near = min(able, key=lambda shape: (_distance(plan, shape), shape))

@@ -89,15 +89,22 @@ class Mamba2(Convolution, PlannedSurgery):
         return found + [Otherwise(name, f"it does not limit {limits}") for name in self.without_limits]
 
     def resized(self, config: Any, *, n_layer: int, d_inner: int, d_state: int) -> Any:
-        """A configuration of the same family with other sizes; d_inner is whole heads and a whole `expand`.
+        """A configuration of the same family with other sizes; d_inner has a whole `expand`.
+
+        Fewer heads make it, as many in every group; where they would not be whole, fewer channels in each head.
 
         Raises:
             ValueError: a d_inner that transformers cannot load.
         """
-        if d_inner % config.hidden_size or d_inner % (config.head_dim * config.n_groups):
+        heads, rest = divmod(d_inner, config.head_dim * config.n_groups)
+        if d_inner % config.hidden_size or (rest and d_inner % config.num_heads):
             raise ValueError("a Mamba-2 of this d_inner cannot be loaded by transformers")
         other = copy.deepcopy(config)
-        other.expand, other.num_heads = d_inner // config.hidden_size, d_inner // config.head_dim
+        other.expand = d_inner // config.hidden_size
+        if rest:
+            other.head_dim = d_inner // config.num_heads
+        else:
+            other.num_heads = heads * config.n_groups
         other.num_hidden_layers, other.state_size = n_layer, d_state
         return other
 

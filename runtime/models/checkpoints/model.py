@@ -43,8 +43,8 @@ def parameter_counter(config: PretrainedConfig) -> Callable[..., int]:
 
     @cache
     def count(n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
-        other = architecture.resized(config, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
-        other = architecture.with_d_model(other, d_model) if d_model else other
+        other = architecture.with_d_model(config, d_model) if d_model else config
+        other = architecture.resized(other, n_layer=n_layer, d_inner=d_inner, d_state=d_state)
         return sum(shape.numel() for shape in expected_shapes(other, "the model").values())
 
     if not architecture.capabilities.uniform:
