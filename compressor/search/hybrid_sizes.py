@@ -153,7 +153,7 @@ class HybridSizes:
             return sizes.d_model, [] if has_experts(self.config) else able_d_models(self.architecture, sizes)
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
-        parts = [p for p in self.architecture.units if p.kind == axis and p.total(self.config) and self._of_module(p)]
+        parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
         if not parts or any(part.refusal(self.config) for part in parts):
             return 1, []
         largest = max(parts, key=lambda part: part.total(self.config))

@@ -305,6 +305,8 @@ def test_what_cannot_go_is_refused_before_any_work(tmp_path):
     model = FAMILIES["granitemoehybrid"](num_local_experts=0)
     with pytest.raises(UsageError, match="has no experts that can go"):
         run_of(model, architecture_for("granitemoehybrid"), None, configure(model="m", pattern=EXPERT), {})
+    with pytest.raises(UsageError, match="has no experts that can go"):  # its configuration has a number of them
+        compress("tiny-hybrid", out=tmp_path / "out", pattern=EXPERT)
 
 
 def test_no_fewer_experts_stay_than_a_token_is_sent_to():

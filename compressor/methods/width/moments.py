@@ -68,7 +68,7 @@ def best_reads(survey: Survey, write: Sequence[torch.Tensor]) -> tuple[torch.Ten
     the narrow model itself computes they would take errors that add up from layer to layer for a reason to read less.
 
     Args:
-        survey: the dense model and calibration samples.
+        survey: the dense model and calibration samples, of which all are run: a map of D inputs takes many.
         write: (K, D) for each norm, what becomes of that which was added to the stream since the norm before.
     """
     architecture, model, device = survey.plan.architecture, survey.model.to(survey.stage.device), survey.stage.device
@@ -93,7 +93,7 @@ def best_reads(survey: Survey, write: Sequence[torch.Tensor]) -> tuple[torch.Ten
     places = sites(architecture, model)
     hooks = [model.get_submodule(site.norm).register_forward_hook(add(i)) for i, site in enumerate(places)]
     try:
-        parts = survey.text[: -(-TOKENS // survey.text.shape[1])].split(max(1, AT_ONCE // survey.text.shape[1]))
+        parts = survey.text.split(max(1, AT_ONCE // survey.text.shape[1]))
         for done, rows in enumerate(parts):
             survey.progress("what reads the narrow stream", done, len(parts))
             model.base_model(rows.to(device), use_cache=False)  # type: ignore[operator]

@@ -65,7 +65,7 @@ class Mixture(Part):
 
     def how_many(self, config: Any) -> int:
         """Experts of a layer; 0 where a layer has none."""
-        return getattr(config, self.members, None) or 0
+        return (getattr(config, self.members, None) or 0) if self.there(config) else 0
 
     def put_out(self, module: nn.Module, hidden: torch.Tensor, expert: int) -> torch.Tensor:
         """What one expert adds to the residual stream for tokens (T, d_model), before the router weighs it."""

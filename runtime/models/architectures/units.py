@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -99,6 +99,7 @@ class Part:
         plan: what the axes of its tensors are made of.
         reader: the map in it that reads the units.
         size: field of the configuration: how many units there are.
+        of_layers: what its list of kinds of layers, where it has one, calls those with such a module; empty: any.
     """
 
     kind: str
@@ -106,6 +107,7 @@ class Part:
     plan: Plan
     reader: str
     size: str
+    of_layers: str = field(default="", kw_only=True)
 
     unit = NEURON
 
@@ -114,9 +116,13 @@ class Part:
         module = find_module(block, f"{self.name}.{self.reader}")
         return None if module is None else find_module(block, self.name)
 
+    def there(self, config: Any) -> bool:
+        """Whether any layer of a model has such a module, as far as its list of kinds says."""
+        return not self.of_layers or self.of_layers in config.layers_block_type
+
     def total(self, config: Any) -> int:
-        """How many units the modules of a model have."""
-        return getattr(config, self.size)
+        """How many units the modules of a model have; 0 without any."""
+        return getattr(config, self.size) if self.there(config) else 0
 
     def refusal(self, config: Any) -> str | None:
         """Why units of this model cannot go; None where they can."""

@@ -18,7 +18,7 @@ from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part,
 
 _EXPERTS: dict[str, Any] = {
     **{"name": "mixer", "router": "gate", "plan": experts_plan(PLAIN_MAPS, "gate")},
-    **{"before": "fc1_latent_proj", "behind": "fc2_latent_proj"},
+    **{"before": "fc1_latent_proj", "behind": "fc2_latent_proj", "of_layers": "moe"},
 }
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
 _STORED, _PREFIX = "backbone.", "model."
@@ -36,9 +36,9 @@ class NemotronHFamily(Mamba2Hybrid):
     final_norm = "norm_f"
     experts = (("experts.*.up_proj.weight", "experts.up_proj"), ("experts.*.down_proj.weight", "experts.down_proj"))
     units = (
-        Part(MLP, "mixer", GATED, "down_proj", "intermediate_size"),
-        Part(MLP, "mixer.shared_experts", GATED, "down_proj", "moe_shared_expert_intermediate_size"),
-        Attention(name="mixer"),
+        Part(MLP, "mixer", GATED, "down_proj", "intermediate_size", of_layers="mlp"),
+        Part(MLP, "mixer.shared_experts", GATED, "down_proj", "moe_shared_expert_intermediate_size", of_layers="moe"),
+        Attention(name="mixer", of_layers="full_attention"),
         Experts(**_EXPERTS, groups_field="n_group", groups_taken="topk_group"),
         ExpertNeurons(**_EXPERTS, size="moe_intermediate_size"),
     )
