@@ -159,7 +159,7 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
         )
     alone = [part for part in HEADS if part in config.parts and WIDTH not in config.parts]
     if goal is not None and architecture.capabilities.uniform and (CHANNEL in config.parts or alone):
-        wrong = "+".join(alone) or CHANNEL
+        which = "+".join(alone) or CHANNEL
         advice = (
             f"use --pattern {HEAD}+{HEAD_DIM}+{WIDTH}, which cuts d_model by the same part"
             if searches_width(architecture, goal)
@@ -167,7 +167,7 @@ def check_family(config: CompressConfig, architecture: Architecture, goal: Goal 
         )
         raise UsageError(
             "No goal is looked for among the heads of a Mamba-2 alone: stock loaders take so few widths that there is "
-            f"next to nothing to search. Leave {wrong} out of --pattern, or {advice}."
+            f"next to nothing to search. Leave {which} out of --pattern, or {advice}."
         )
 
 

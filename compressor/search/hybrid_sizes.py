@@ -28,6 +28,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Names of tensors in a module and their shapes."""
 
 LEVELS = 8  # shares of an axis that are tried at most: eighths
+MOST = 300_000  # combinations; of models with more than six axes the shares are farther apart
 
 
 @dataclass(frozen=True, order=True)
@@ -61,13 +62,14 @@ class HybridSizes:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors().items()}
         self.parameters = sum(map(prod, self.shapes.values()))
         self._known: dict[Any, int] = {}  # what was counted already
-        able = axes_of_hybrid(self.architecture)
+        able, self.steps = axes_of_hybrid(self.architecture), LEVELS
         self.axes = [a for a in able if (axes is None or a in axes) and self.alone(a)]
+        self.steps = min(LEVELS, int(MOST ** (1 / max(1, len(self.axes)))))
 
     def levels(self, axis: str) -> list[float]:
         """Shares of an axis that may go, rising, nothing among them."""
         total, allowed = self._counts(axis)
-        wanted = [total * part / LEVELS for part in range(1, LEVELS)]
+        wanted = [total * part / self.steps for part in range(1, self.steps)]
         near = {min(allowed, key=lambda n: (abs(total - n - goes), n)) for goes in wanted} if allowed else set()
         return sorted({0.0, *(round(1 - n / total, 6) for n in near)})
 
@@ -100,9 +102,10 @@ class HybridSizes:
     def mixer(self, removed: Removed) -> tuple[int, int, int]:
         """Heads, channels of each, and states of a group that stay; without heads as many "heads" of one channel."""
         gone, sizes = removed.by_axis, self.sizes
-        totals = ((HEAD, sizes.heads), (HEAD_DIM, sizes.head_dim), (COLUMN, sizes.d_state))
-        if sizes.heads is None:
-            totals = ((CHANNEL, sizes.d_inner), (HEAD_DIM, 1), (COLUMN, sizes.d_state))
+        inner = ((CHANNEL, sizes.d_inner), (HEAD_DIM, 1))
+        if sizes.heads is not None:
+            inner = ((HEAD, sizes.heads), (HEAD_DIM, sizes.head_dim))
+        totals = (*inner, (COLUMN, sizes.d_state))
         heads, head_dim, states = (round(total * (1 - gone.get(axis, 0))) for axis, total in totals)
         return heads, head_dim, states
 
@@ -129,7 +132,7 @@ class HybridSizes:
         for part in self.architecture.units:
             kept = self.units(part, removed)
             if kept < part.total(self.config):
-                part.resize(config, part.some(self.config, kept))
+                part.resize(config, part.some(config, kept))
         d_model = self.d_model(removed)
         return config if d_model == self.sizes.d_model else self.architecture.with_d_model(config, d_model)
 
@@ -196,12 +199,12 @@ class HybridSizes:
         return saved
 
     @cached_property
-    def _modules(self) -> dict[tuple[str, bool], tuple[Part, ...]]:
-        """The parts that this model has some of, by the module they belong to; experts stand under the name of MLPs."""
-        found: dict[tuple[str, bool], tuple[Part, ...]] = {}
+    def _modules(self) -> dict[tuple[str, str], tuple[Part, ...]]:
+        """The parts that this model has some of, by the module they belong to and by what reads them there."""
+        found: dict[tuple[str, str], tuple[Part, ...]] = {}
         for part in self.architecture.units:
             if part.total(self.config) and part.refusal(self.config) is None:
-                key = (part.name, isinstance(part, Mixture))
+                key = (part.name, part.reader)
                 found[key] = (*found.get(key, ()), part)
         return found
 
@@ -232,7 +235,7 @@ class HybridSizes:
 
 def _saved(shapes: Shapes, plan: Tabled, left: Mapping[str, int]) -> int:
     """Parameters that tensors of these shapes lose where so many of some dimensions are left."""
-    sizes = plan.sizes(dict(shapes)) | left
+    sizes = {**plan.sizes(dict(shapes)), **left}
     saved = 0
     for name, shape in shapes:
         axes = zip(plan.tensors[name], shape, strict=True)

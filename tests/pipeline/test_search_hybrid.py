@@ -71,7 +71,7 @@ def test_time_is_that_of_the_kinds_of_layers_less_what_each_axis_saves(folder):
     assert table.ratio(Removed((("mlp", 0.25),))) == pytest.approx((6 + 3 * 0.75 + 1) / 10)
     sizes = HybridSizes(load_checkpoint(folder), ("column", "mlp"))
     measured = measure_kinds(sizes, Workload("prefill", 1, 16), torch.device("cpu"))
-    assert set(measured.seconds) == {"mixer", "attention", "mlp", REST}
+    assert set(measured.seconds) == {"mixer", "attention", "mlp", "mlp+expert", REST}
     assert set(measured.smaller) == {"column", "mlp"}
     assert all(seconds > 0 for seconds in measured.seconds.values())
 

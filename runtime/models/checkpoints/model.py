@@ -39,7 +39,6 @@ def parameter_counter(config: PretrainedConfig) -> Callable[..., int]:
     Models of one and of two blocks are laid out without memory and counted; a tied head counts once.
     """
     architecture = architecture_for(config.model_type)
-    sizes = architecture.dimensions(config)
 
     @cache
     def count(n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
@@ -50,13 +49,13 @@ def parameter_counter(config: PretrainedConfig) -> Callable[..., int]:
     if not architecture.capabilities.uniform:
         return count
 
-    @cache
-    def outside(d_model: int) -> int:
-        sized = (sizes.d_inner, sizes.d_state, d_model)
-        return 2 * count(1, *sized) - count(2, *sized)
+    outside: dict[int, int] = {}  # of the blocks, by d_model, whatever the sizes of a block
 
     def of_all(n_layer: int, d_inner: int, d_state: int, d_model: int = 0) -> int:
-        return outside(d_model) + n_layer * (count(1, d_inner, d_state, d_model) - outside(d_model))
+        one = count(1, d_inner, d_state, d_model)
+        if d_model not in outside:
+            outside[d_model] = 2 * one - count(2, d_inner, d_state, d_model)
+        return outside[d_model] + n_layer * (one - outside[d_model])
 
     return of_all
 

@@ -52,6 +52,22 @@ class _NeuronsBesideExperts(Part):
         return whole_strides(self.total(config))
 
 
+class _Experts(Experts):
+    """Its experts; a layer of one has an MLP in their place."""
+
+    def how_many(self, config: Any) -> int:
+        """None where all layers have one."""
+        return super().how_many(config) if max(config.layers_num_experts) > 1 else 0
+
+
+class _ExpertNeurons(ExpertNeurons):
+    """Their neurons, likewise."""
+
+    def how_many(self, config: Any) -> int:
+        """None where all layers have one expert."""
+        return super().how_many(config) if max(config.layers_num_experts) > 1 else 0
+
+
 class JambaFamily(Hybrid, NormedMamba1):
     """Adapter for Jamba; see `interface` for what each method promises."""
 
@@ -87,8 +103,8 @@ class JambaFamily(Hybrid, NormedMamba1):
         _Neurons(MLP, "feed_forward", GATED, "down_proj", "intermediate_size"),
         _NeuronsBesideExperts(EXPERT_WIDTH, "feed_forward", GATED, "down_proj", "intermediate_size"),
         Attention(),
-        Experts(**_EXPERTS, least=2),
-        ExpertNeurons(**_EXPERTS, size="intermediate_size"),
+        _Experts(**_EXPERTS, least=2),
+        _ExpertNeurons(**_EXPERTS, size="intermediate_size"),
     )
     writers = (
         *(Writer("mamba.out_proj"), Writer("self_attn.o_proj")),
