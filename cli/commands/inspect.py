@@ -87,15 +87,18 @@ def inspect(
 
 
 def _outline(terminal: Terminal, model: str) -> Outline:
-    """From the headers of its files where that can be, here or on the hub, which takes no time; else it is read."""
+    """From the headers of its files where that can be, here or on the hub; else the model is read."""
     from ssmc.runtime.models.outline import outline, read_hub_outline, read_outline
 
     terminal.hush_hub()
-    if (read := read_hub_outline(model) if check_source(model) is None else read_outline(model)) is not None:
+    look = read_hub_outline if check_source(model) is None else read_outline
+    if (read := look(model)) is not None:  # which takes no time
+        return read
+    terminal.hush_libraries()
+    if (read := look(model, stock=True)) is not None:
         return read
     from ssmc.runtime.models.checkpoints import load_checkpoint
 
-    terminal.hush_libraries()
     with terminal.progress() as progress:
         return outline(load_checkpoint(model, progress=progress, lazy=True))
 

@@ -127,8 +127,13 @@ def outline(checkpoint: Checkpoint) -> Outline:
     )
 
 
-def read_outline(source: str | Path) -> Outline | None:
+def read_outline(source: str | Path, stock: bool = False) -> Outline | None:
     """The outline of a model from config.json and the headers of its safetensors files.
+
+    Args:
+        source: a folder, or an embedded model.
+        stock: let transformers read config.json, which knows what the configurations of some hybrids leave out; to
+            load it takes seconds.
 
     Returns:
         None where it takes more to tell: a model of the hub, another layout, a pickle, experts in files of their own,
@@ -138,19 +143,19 @@ def read_outline(source: str | Path) -> Outline | None:
         CheckpointError: there is no such directory.
     """
     directory = check_source(source)
-    return None if directory is None else _read(str(source), directory, partial(_headers, directory))
+    return None if directory is None else _read(str(source), directory, partial(_headers, directory), stock)
 
 
-def read_hub_outline(hub_id: str) -> Outline | None:
+def read_hub_outline(hub_id: str, stock: bool = False) -> Outline | None:
     """As `read_outline`, of a model of the hub, whose weights stay there but for their headers.
 
     Raises:
         CheckpointError: there is no network, no such model or no such revision.
     """
-    return _read(hub_id, download_configuration(hub_id), partial(hub_headers, hub_id))
+    return _read(hub_id, download_configuration(hub_id), partial(hub_headers, hub_id), stock)
 
 
-def _read(source: str, directory: Path, headers_of: Callable[[], dict[str, Any]]) -> Outline | None:
+def _read(source: str, directory: Path, headers_of: Callable[[], dict[str, Any]], stock: bool) -> Outline | None:
     try:
         raw = json.loads((directory / "config.json").read_text(encoding="utf-8"), object_hook=_number)
         architecture = find_family(raw.get("model_type"))
@@ -161,6 +166,10 @@ def _read(source: str, directory: Path, headers_of: Callable[[], dict[str, Any]]
             return None
         found = architecture.from_stored(headers)
         config = SimpleNamespace(**{"tie_word_embeddings": _HEAD not in found} | raw)
+        if stock:
+            from ssmc.runtime.models.checkpoints.checkpoint import read_description
+
+            _, config = read_description(directory, source)
         shapes = {name: tuple(shape) for name, (shape, _) in found.items()}
         dtypes = {name: _TYPES[dtype] for name, (_, dtype) in found.items()}
         read = Outline(source, "transformers", architecture, config, shapes, dtypes)
