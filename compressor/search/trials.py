@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -234,7 +235,9 @@ class Trials(Counting):
         plan = make_plan(config, checkpoint.architecture, self.dense, checkpoint.config)
         model = self.copy_of_dense()
         run = self.run_of(model, plan, self.samples.fit, lambda _, done, total: self.progress(name, done, total))
-        with half_precision(self.checkpoint.model.device):
+        # which layers go is decided once, for the run that is carried out in float32 as well
+        whole = LAYER in config.parts
+        with nullcontext() if whole else half_precision(self.checkpoint.model.device):
             pruned = prune(run)
         if len(pruned.removals) > len(self._order):
             self._order = list(pruned.removals)
