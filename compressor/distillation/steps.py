@@ -35,6 +35,7 @@ STEP = 4 * WINDOW  # tokens of a step, in whole sequences
 HELD_OUT = 4  # times as many sequences as a step takes only judge
 RATE, LOST = 5e-4, 0.14  # as Adam has it, at the height of the schedule, of a model that lost so many nats
 OTHERS = 0.4  # times that, for what is no matrix: Adam's noise in an embedding costs more than it gains
+FEW = 300  # steps that RATE is for; the noise of more of them adds up, and each is smaller
 LEAST, MOST = 0.2, 2.5  # times RATE: the noise of steps costs as their square, so who lost less takes smaller ones
 CHECKS, EVERY = 8, 50  # judgements, and steps between two of them, at most
 REMEMBERED = 1 << 30  # bytes of what the teacher puts out for sequences that come again
@@ -168,9 +169,10 @@ class _Moving:
     matrices: list[nn.Parameter]
     pinned: list[torch.Tensor | None]
 
-    def rates(self, lost: float) -> list[float]:
-        """How far an entry of each moves a step, at most, in a model that lost so many nats a token."""
+    def rates(self, lost: float, steps: int) -> list[float]:
+        """How far an entry of each moves at most in one of so many steps, in a model that lost so many nats a token."""
         rate = RATE * min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
+        rate *= math.sqrt(FEW / max(FEW, steps))
         linear = {id(matrix) for matrix in self.matrices}
         return [rate if id(p) in linear else OTHERS * rate for p in self.parameters]
 
@@ -209,7 +211,7 @@ class _Lesson:
             moving.parameters,
             lambda: self._gradients(next(order)),
             self._judge if self._judged else None,
-            Pace(course.steps, moving.rates(lost), checks=checks, backs_off=True),
+            Pace(course.steps, moving.rates(lost, course.steps), checks=checks, backs_off=True),
             progress,
             "distilling",
             optimiser=lambda groups: MuonAndAdam(groups, moving.matrices, moving.pinned),

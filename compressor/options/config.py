@@ -34,7 +34,7 @@ from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.consumers import CONSUMERS
 
 POWER_OF_TWO = "power-of-two"
-AUTO_STEPS = 1200  # of `distill: auto`: 2.5 million tokens
+AUTO_STEPS = 600  # of `distill: auto`: 1.2 million tokens
 _OF_PRUNING = ("pattern", "sparsity", "score", "scope", "states", "widths")  # options that say what to prune
 
 A_LOG = "A_log"  # what the scope `ssm` stands for

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmc.compressor.distillation.steps import Course, Pair, distill, divergence
+from ssmc.compressor.distillation.steps import OTHERS, RATE, Course, Pair, _Moving, distill, divergence
 from ssmc.runtime import half_precision
 from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.measure.losses import last_hidden
@@ -125,6 +125,13 @@ def test_what_is_equal_stays_as_it_is_and_runs_repeat():
     for one in twice:
         distill(one, random_tokens((8, 16)), Course(4, seed=3))
     assert all(torch.equal(a, b) for a, b in zip(*(one.student.parameters() for one in twice), strict=True))
+
+
+def test_steps_are_smaller_where_less_was_lost_and_where_they_are_many():
+    moving = _Moving([nn.Parameter(torch.ones(2, 2))], [], [None])
+    usual, fewer, many, good = (moving.rates(*of)[0] for of in ((0.14, 300), (0.14, 50), (0.14, 1200), (0.035, 300)))
+    assert usual == fewer == pytest.approx(OTHERS * RATE)
+    assert many == good == pytest.approx(usual / 2)
 
 
 def test_one_sequence_is_too_little():
