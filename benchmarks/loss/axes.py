@@ -2,12 +2,13 @@
 
     python -m benchmarks.loss.axes                                     # tiny-hybrid, a quarter of its parameters gone
     python -m benchmarks.loss.axes tiny --out benchmarks/results/axes_tiny.json
-    python -m benchmarks.loss.axes MODEL --calib train.jsonl --text valid.jsonl --sizes head=0.5,mlp=0.5
+    python -m benchmarks.loss.axes MODEL --calib train.jsonl --text valid.jsonl --sizes head=0.5,mlp=0.5 --seeds 0 1 2
 
 Each line of sizes is compressed as by default, with half of the states gone besides where they are whole, by
 `--score minitron --no-repair`, and exported. A line that is one number is a goal, `--target-params`, with those
 patterns that follow it ("0.75:layer+column"). No weight is trained. "Excess" is the mean negative log-likelihood of the
-export above the dense model's, in nats a token, over windows of held-out text; parameters are those of the export.
+export above the dense model's, in nats a token, over windows of held-out text, as the mean over calibration samples that are
+drawn with several seeds, with what it varies by between them; parameters are those of the export.
 Minitron's score knows no states: where some go, they are those of the score `exact`.
 """
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -63,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, help="do not run: put these JSON files of parts together")
     parser.add_argument("--calib", default=calibration_path(), help="calibration text")
     parser.add_argument("--text", default=heldout_path(), help="held-out text")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration samples")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--window", type=int, default=512)
@@ -100,27 +103,29 @@ def main() -> None:
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     text = tokenize(read_texts(args.text), load_tokenizer(checkpoint))[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
-    calibration = {"calib": str(args.calib), "nsamples": args.nsamples, "seqlen": args.seqlen}
     rows = []
     for line in args.sizes or SIZES[args.model]:
         for way, options in runs(line, args.ways):
-            begun = time.process_time()
-            with TemporaryDirectory() as folder:
-                result = compress(args.model, out=f"{folder}/masked", **calibration, **options)
-                done = export(result.directory, format="safetensors")
-                smaller = load_checkpoint(done.directory, dtype=torch.float32)
-            seconds = time.process_time() - begun
-            excess = excess_loss(perplexity(use_fast_scan(smaller.model), text, args.window), dense)
+            begun, found = time.process_time(), []
+            for seed in args.seeds:
+                calibration = {"calib": str(args.calib), "nsamples": args.nsamples, "seqlen": args.seqlen, "seed": seed}
+                with TemporaryDirectory() as folder:
+                    result = compress(args.model, out=f"{folder}/masked", **calibration, **options)
+                    done = export(result.directory, format="safetensors")
+                    smaller = load_checkpoint(done.directory, dtype=torch.float32)
+                found.append(excess_loss(perplexity(use_fast_scan(smaller.model), text, args.window), dense))
+            seconds, nats = (time.process_time() - begun) / len(found), [excess.nats for excess in found]
             gone = result.config.sparsity if isinstance(result.config.sparsity, dict) else {}
             gone = gone or {result.config.pattern: result.config.sparsity}
             before, after = done.parameters
             rows.append({"line": line, "removed": gone, "way": way, "parameters": after / before})
-            rows[-1] |= {"excess_nats": excess.nats, "stderr": excess.stderr, "cpu_seconds": seconds}
+            rows[-1] |= {"excess_nats": fmean(nats), "stderr": fmean(e.stderr or 0.0 for e in found), "runs": nats}
+            rows[-1] |= {"spread": stdev(nats) if len(nats) > 1 else None, "cpu_seconds": seconds}
             Console().print(rows[-1])
     report = {
         "model": str(args.model),
         "dense_perplexity": dense.ppl,
-        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": 0},
+        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seeds": args.seeds},
         "heldout_tokens": dense.tokens,
         "window": args.window,
         "rows": rows,
