@@ -4,12 +4,12 @@
     python -m benchmarks.loss.axes tiny --out benchmarks/results/axes_tiny.json
     python -m benchmarks.loss.axes MODEL --calib train.jsonl --text valid.jsonl --sizes head=0.5,mlp=0.5 --seeds 0 1 2
 
-Each line of sizes is compressed as by default, with half of the states gone besides where they are whole, by
-`--score minitron --no-repair`, and exported. A line that is one number is a goal, `--target-params`, with those
-patterns that follow it ("0.75:layer+column"). No weight is trained. "Excess" is the mean negative log-likelihood of the
-export above the dense model's, in nats a token, over windows of held-out text, as the mean over calibration samples that are
-drawn with several seeds, with what it varies by between them; parameters are those of the export.
-Minitron's score knows no states: where some go, they are those of the score `exact`.
+Each line of sizes is compressed as by default, with half of the states gone besides where they are whole, by `--score
+minitron --no-repair`, and exported. A line that is one number is a goal, `--target-params`, with those patterns that
+follow it ("0.75:layer+column"). No weight is trained. "Excess" is the mean negative log-likelihood of the export
+above the dense model's, in nats a token, over windows of held-out text, as the mean over calibration samples of
+several seeds; parameters are those of the export. Minitron's score knows no states: where some go, they are those of
+the score `exact`.
 """
 
 from __future__ import annotations
