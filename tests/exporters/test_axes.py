@@ -9,13 +9,13 @@ import pytest
 from ssmc.compressor import compress
 from ssmc.compressor.families import UNITS, parts_of
 from ssmc.compressor.methods.units.foreseen import without_units
-from ssmc.compressor.options.patterns import HEAD, HEAD_DIM
+from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM, WIDTH
 from ssmc.exporters import export
 from ssmc.exporters.foresight import refuse_unfit
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.models.families import architecture_for
 from tests.support.families import FAMILIES, TINY_VOCAB, with_tokenizer
-from tests.support.models import save_transformers
+from tests.support.models import random_mamba2, random_model, save_transformers
 
 SIZES = {
     "jamba": {"num_experts": 4, "intermediate_size": 32},
@@ -64,3 +64,43 @@ def test_what_was_cut_runs_in_gguf_and_onnx_or_is_refused_by_name(family, axis, 
     refuse_unfit(folder, "llama.cpp", left=partial(without_units, removed={axis: 0.5}))
     file = export(result.directory, format="gguf")
     assert file.comparison.max_difference < 1e-3
+
+
+WIDE = {
+    "mamba": (partial(random_model, hidden_size=32, intermediate_size=64), CHANNEL),
+    "mamba2": (partial(random_mamba2, hidden_size=32, num_heads=8, head_dim=8), HEAD),
+    "falcon_mamba": (FAMILIES["falcon_mamba"], CHANNEL),
+    "jamba": (partial(FAMILIES["jamba"], num_experts=1), None),
+    "granitemoehybrid": (
+        partial(FAMILIES["granitemoehybrid"], num_local_experts=0, hidden_size=32, mamba_n_heads=8),
+        HEAD,
+    ),
+    "bamba": (partial(FAMILIES["bamba"], **SIZES["bamba"]), HEAD),
+    "falcon_h1": (FAMILIES["falcon_h1"], None),
+    "nemotron_h": (
+        partial(
+            FAMILIES["nemotron_h"], layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"]
+        ),
+        None,
+    ),
+}
+"""A model without experts, and what goes by the same part as d_model where llama.cpp wants twice that as d_inner."""
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_a_narrower_stream_runs_in_gguf_and_onnx_or_is_refused_by_name(family, tmp_path):
+    """As for the other axes; a Mamba and a Mamba-2 in mamba_ssm's layout as well."""
+    make, beside = WIDE[family]
+    folder = with_tokenizer(save_transformers(make(vocab_size=TINY_VOCAB), tmp_path / "m"))
+    options = {"sparsity": 0.5, "score": "magnitude", "repair": False}
+    alone = compress(folder, pattern=WIDTH, out=tmp_path / "alone", **options)
+    for format in ("onnx", *(["mamba-ssm"] if family in ("mamba", "mamba2") else [])):
+        assert export(alone.directory, format=format).comparison.max_difference < 1e-3
+    if beside is None:
+        assert export(alone.directory, format="gguf").comparison.max_difference < 1e-3
+        return
+    with pytest.raises(SsmcError, match="twice d_model|2 x d_model"):
+        export(alone.directory, format="gguf")
+    both = compress(folder, pattern=f"{beside}+{WIDTH}", out=tmp_path / "both", **options)
+    for format in ("onnx", "gguf"):
+        assert export(both.directory, format=format).comparison.max_difference < 1e-3
