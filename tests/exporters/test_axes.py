@@ -99,7 +99,7 @@ def test_a_narrower_stream_runs_in_gguf_and_onnx_or_is_refused_by_name(family, t
     if beside is None:
         assert export(alone.directory, format="gguf").comparison.max_difference < 1e-3
         return
-    with pytest.raises(SsmcError, match="twice d_model|2 x d_model"):
+    with pytest.raises(SsmcError, match=r"twice d_model|2 x d_model"):
         export(alone.directory, format="gguf")
     both = compress(folder, pattern=f"{beside}+{WIDTH}", out=tmp_path / "both", **options)
     for format in ("onnx", "gguf"):
