@@ -248,6 +248,19 @@ def test_compressed_and_exported(folder, tmp_path, pattern):
     assert done.parameters[1] == sum(p.numel() for p in stock.parameters())
 
 
+def test_steps_and_codes_go_with_width(folder, tmp_path):
+    """What was cut stays cut in distillation; codes of the narrow model, also in a graph, compute the same."""
+    options = {"pattern": WIDTH, "sparsity": 1 / 3, "round_channels": 8, **short(folder)}
+    taught = compress(folder, out=tmp_path / "taught", distill=2, **options)
+    assert taught.manifest["distillation"]["steps"] == 2
+    coded = compress(folder, out=tmp_path / "coded", quantize="w8", group_size=16, **options)
+    assert coded.manifest["quantization"]["modules"]
+    for result in (taught, coded):
+        for format in ("safetensors", "onnx"):
+            done = export(result.directory, format=format)
+            assert done.comparison.max_difference <= done.comparison.tolerance
+
+
 def test_a_recipe_gives_the_same_bytes(folder, tmp_path):
     first = compress(folder, out=tmp_path / "a", pattern="width", sparsity=0.25, round_channels=2, **short(folder))
     assert first.config.pattern == "width"
