@@ -79,7 +79,7 @@ def refuse_existing(path: str | Path, force: bool = False, marker: str = "ssmc.j
         target = resolve(path)
         ancestor = _refuse_standing(path, target, force, marker)
         refuse_running(target, path)
-        _probe(ancestor if ancestor != target else target.parent)
+        _probe(ancestor if ancestor != target else target.parent, target.name)
 
 
 def _refuse_standing(path: Path, target: Path, force: bool, marker: str) -> Path:
@@ -194,11 +194,15 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # the new one is in place: what remains of the old is only litter
 
 
-def _probe(directory: Path) -> None:
-    """Make and remove a directory: permissions, quotas and read-only file systems all show here."""
-    probe = directory / f".ssmc-{secrets.token_hex(4)}"
+def _probe(directory: Path, name: str) -> None:
+    """Make and remove a directory: permissions, quotas and read-only file systems all show here.
+
+    It is called as what is on its way to `name`, so that the next run removes it where this one dies in between.
+    """
+    probe = directory / f".{name}.tmp-{secrets.token_hex(4)}"
     probe.mkdir()
-    probe.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # which a run that starts just now has done
+        probe.rmdir()
 
 
 @contextlib.contextmanager

@@ -71,8 +71,12 @@ def refuse_running(target: Path, named: Path) -> None:
                 )
 
 
-def remove_leftovers(target: Path) -> list[str]:
+def remove_leftovers(target: Path, but: Path | None = None) -> list[str]:
     """Remove what runs that died left beside `target`.
+
+    Args:
+        target: of them.
+        but: a folder that stays, of a run that is gone on with.
 
     Returns:
         A sentence on each.
@@ -80,7 +84,7 @@ def remove_leftovers(target: Path) -> list[str]:
     said = []
     for folder in on_the_way(target) if fcntl is not None else ():
         with contextlib.suppress(FileNotFoundError), locked(folder) as free:
-            if free:
+            if free and folder != but:
                 shutil.rmtree(folder, ignore_errors=True)
                 said.append(f"Removed {folder.name}, which a run that was cut off had left beside {target.name}.")
     return said

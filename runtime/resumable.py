@@ -90,7 +90,7 @@ def resumable(
     target = resolve(path)
     beside = target.with_name(f".{target.name}.partial")
     parents = [parent for parent in target.parents if not parent.exists()]  # the deepest first
-    notes = [] if resume else remove_leftovers(target)
+    notes = remove_leftovers(target, but=beside if resume else None)
     with disk_errors(path):
         beside.mkdir(parents=True, exist_ok=True)
     with locked(beside) as free:

@@ -75,6 +75,16 @@ def test_another_run_is_not_resumed_and_a_new_one_says_what_it_removed(tmp_path)
         assert work.notes == ["Removed .out.partial, which a run that was cut off had left beside out."]
 
 
+def test_a_run_that_goes_on_removes_what_others_left(tmp_path):
+    cut_off(tmp_path / "out", [0])
+    (tmp_path / ".out.tmp-1").mkdir()  # of one that died while it looked whether the disk can be written
+    with begun(tmp_path / "out", resume=True) as work:
+        assert list(work.steps) == [0]
+        assert ".out.tmp-1" in work.notes[0]
+        (work.folder / "m").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_user_who_ends_a_short_run_finds_nothing(tmp_path):
     def run():
         with begun(tmp_path / "a" / "out") as work:
