@@ -22,8 +22,10 @@ def is_fast(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(ask() for ask in asked if ask is not None)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # of older releases of torch
+        return False
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[Any]:
