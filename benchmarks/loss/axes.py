@@ -103,7 +103,16 @@ def main() -> None:
     checkpoint = load_checkpoint(args.model, dtype=torch.float32)
     text = tokenize(read_texts(args.text), load_tokenizer(checkpoint))[: args.max_tokens]
     dense = perplexity(use_fast_scan(checkpoint.model), text, args.window)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {
+        "model": str(args.model),
+        "dense_perplexity": dense.ppl,
+        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seeds": args.seeds},
+        "heldout_tokens": dense.tokens,
+        "window": args.window,
+        "rows": rows,
+        "conditions": asdict(now),
+    }
     for line in args.sizes or SIZES[args.model]:
         for way, options in runs(line, args.ways):
             begun, found = time.process_time(), []
@@ -122,16 +131,7 @@ def main() -> None:
             rows[-1] |= {"excess_nats": fmean(nats), "stderr": fmean(e.stderr or 0.0 for e in found), "runs": nats}
             rows[-1] |= {"spread": stdev(nats) if len(nats) > 1 else None, "cpu_seconds": seconds}
             Console().print(rows[-1])
-    report = {
-        "model": str(args.model),
-        "dense_perplexity": dense.ppl,
-        "calibration": {"nsamples": args.nsamples, "seqlen": args.seqlen, "seeds": args.seeds},
-        "heldout_tokens": dense.tokens,
-        "window": args.window,
-        "rows": rows,
-        "conditions": asdict(now),
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(report)
 
 
