@@ -123,10 +123,10 @@ def export(
     if consumer is not None:
         refuse_family(consumer.name, source.checkpoint.architecture)
     refuse_missing(chosen, source.checkpoint.architecture)
-    keep_to(limit, source.checkpoint, chosen)
+    tokens = read_tokens(source, getattr(settings, "text", None))
+    keep_to(limit, source.checkpoint, chosen)  # now: what a tokenizer takes is counted as it is
     if chosen.whole_model:
         source.checkpoint.read()
-    tokens = read_tokens(source, getattr(settings, "text", None))
     progress("cutting", 1, STEPS)
     job = chosen.prepare(Job(source, source.shrunk(chosen.uneven), settings, tokens, progress))
     if consumer is not None:

@@ -25,15 +25,30 @@ def run(*arguments):
     return done.returncode, " ".join(done.stderr.split()), int(done.stdout.split()[-1]) / 1024
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say how much was resident")
-@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-def test_the_least_that_is_named_is_enough(tmp_path, options):
-    common = ["compress", "tiny", "--nsamples", "8", "--seqlen", "256", "--quiet", "--out", str(tmp_path / "out")]
-    code, said, _ = run(*common, *options, "--max-memory", "100MB")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the system does not say how much was resident"),
+]
+
+
+def assert_the_least_is_enough(out, *command):
+    code, said, _ = run(*command, "--out", str(out), "--quiet", "--max-memory", "100MB")
     assert code == 2
-    least = re.search(r"at least (\d+)MiB", said)[1]
-    assert not (tmp_path / "out").exists()
-    code, said, peak = run(*common, *options, "--max-memory", f"{int(least) + 16}MiB")  # no two starts are alike
+    least = int(re.search(r"at least (\d+)MiB", said)[1]) + 16  # no two starts are alike
+    assert not out.exists()
+    code, said, peak = run(*command, "--out", str(out), "--quiet", "--max-memory", f"{least}MiB")
     assert code == 0, said
-    assert peak <= int(least) + 16
+    assert peak <= least
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_of_compress(tmp_path, options):
+    assert_the_least_is_enough(tmp_path / "out", "compress", "tiny", "--nsamples", "8", "--seqlen", "256", *options)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx", "gguf"])
+def test_of_export(tmp_path, format):
+    pytest.importorskip({"onnx": "onnxruntime", "gguf": "llama_cpp"}.get(format, "torch"))
+    out = tmp_path / "out"
+    assert run("compress", "tiny", "--score", "magnitude", "--no-repair", "--out", str(out))[0] == 0
+    assert_the_least_is_enough(tmp_path / "exported", "export", str(out), "--format", format)
