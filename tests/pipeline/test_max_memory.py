@@ -48,7 +48,7 @@ def test_of_compress(tmp_path, options):
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx", "gguf"])
 def test_of_export(tmp_path, format):
-    pytest.importorskip({"onnx": "onnxruntime", "gguf": "llama_cpp"}.get(format, "torch"))
+    pytest.importorskip({"onnx": "onnxruntime", "gguf": "gguf"}.get(format, "torch"))
     out = tmp_path / "out"
     assert run("compress", "tiny", "--score", "magnitude", "--no-repair", "--out", str(out))[0] == 0
     assert_the_least_is_enough(tmp_path / "exported", "export", str(out), "--format", format)
