@@ -108,7 +108,6 @@ def resumable(
                 yield work
             with disk_errors(path):
                 publish(work.folder, target, path, force=force, marker=marker)
-            shutil.rmtree(beside, ignore_errors=True)
         except BaseException as error:
             if work is not None and work.steps and _stays(error, time.monotonic() - began):
                 error.add_note(
@@ -121,6 +120,8 @@ def resumable(
                     with contextlib.suppress(OSError):
                         parent.rmdir()
             raise
+        with contextlib.suppress(OSError):  # the result is in place: what remains is litter, which the next run removes
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _stays(error: BaseException, seconds: float) -> bool:
