@@ -44,7 +44,6 @@ SIZES = {
         "head=0.333333,mlp=0.72,attention=0.666667",
         "column=0.5,head=0.166667,mlp=0.74,attention=0.833333",
         "width=0.25",
-        "width=0.208333,mlp=0.25,attention=0.333333",
     ),
     "tiny": ("0.75", "0.75:layer+column+channel", "column=0.5,width=0.25"),
     "tiny-mamba2": ("0.75:layer+column", "head-dim=0.1875,width=0.1875"),
