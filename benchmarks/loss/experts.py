@@ -80,7 +80,8 @@ def main() -> None:
             found = []
             for seed in args.seeds:
                 smaller, tokens = copy.deepcopy(model), samples(calibration, args, seed)
-                config = CompressConfig(pattern=axis, sparsity=share, score=score, repair=repair, seed=seed)
+                options = {"pattern": axis, "sparsity": share, "score": score, "repair": repair, "seed": seed}
+                config = CompressConfig(model=args.model, **options)
                 pruned(smaller, checkpoint.architecture, tokens, config, {})
                 found.append(excess_loss(perplexity(use_fast_scan(smaller), text, args.window), dense))
             nats = [excess.nats for excess in found]
