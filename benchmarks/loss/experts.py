@@ -75,6 +75,10 @@ def main() -> None:
         "rows": [],
         "conditions": asdict(now),
     }
+    if args.out.exists():  # what was measured of the other axis in the same way stays
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))
+        if earlier["settings"] == report["settings"]:
+            report["rows"] = [row for row in earlier["rows"] if row["axis"] not in args.axes]
     for axis, share, repair in product(args.axes, args.shares, (False, True)):
         for score in scores_of(axis):
             found = []
