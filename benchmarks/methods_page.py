@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.continuations import ANSWER, CONTEXT, QUESTIONS
+
 TITLES = {
     "tiny": "A Mamba-1: `tiny`",
     "tiny-mamba2": "A Mamba-2: `tiny-mamba2`",
@@ -31,10 +33,13 @@ PAGE = """# Methods side by side
 Methods of ssmc on models that come with it, at equal cost: {costs}. The least loss stands first.
 
 *Excess* is the loss above the dense model's, in nats a token, on {text} tokens of held-out text; *where recalled*, on
-tokens that the text had more than 100 tokens before; *right*, how often the likeliest token was the next one.
-Calibration: {nsamples} samples of {seqlen} tokens of the embedded stories, {seeds} draws of them; what takes long was
-run on one. Errors are standard errors, over windows of text (paired with the dense model) and over draws, added in
-squares. Seconds are those of one core.
+tokens that the text had more than 100 tokens before; *right*, how often the likeliest token was the next one; *task*,
+how often the next {answer} tokens of a story were found likelier than those of three others, after {context} tokens
+({questions} questions at most, chance 25%; tasks such as PIQA say nothing of models this small: dense, they guess).
+Parameters are those of the export, which is what is judged. Calibration: {nsamples} samples of {seqlen} tokens of the
+embedded stories, {seeds} draws of them; what takes long was run on one. Errors are standard errors, over windows of
+text or questions (paired with the dense model) and over draws, added in squares. Seconds are those of one core to
+compress.
 
 `python -m benchmarks.methods`, `benchmarks/results/methods.json`; `--jobs 16` shares the runs among processes.
 
@@ -53,19 +58,22 @@ def page(report: dict[str, Any]) -> str:
     settings = report["settings"]
     text = f"{settings['windows'] * settings['window']:,}"
     figures = {"seeds": len(settings["seeds"]), "text": text, "left": 1 - settings["states"]}
+    figures |= {"context": CONTEXT, "answer": ANSWER, "questions": QUESTIONS}
     told = settings | figures
-    costs = "; ".join(COSTS[group].format(**told) for group in settings["groups"])
+    run = {row["group"] for found in report["models"].values() for row in found["rows"]}
+    costs = "; ".join(words.format(**told) for group, words in COSTS.items() if group in run)
     parts = [PAGE.format(costs=costs, **told)]
-    absent = [words for group, words in SAME.items() if group not in settings["groups"]]
+    absent = [words for group, words in SAME.items() if group not in run]
     absent += [title for name, title in TITLES.items() if name not in report["models"]]
     if absent:
         parts.append(f"Not in these tables, for lack of time: {'; '.join(absent)}.")
     for name, found in report["models"].items():
         dense = found["dense"]
-        parts.append(f"## {TITLES[name]}\n\nDense: {dense['nats']:.4f} nats, {dense['accuracy']:.1%} right.")
+        task = f", {dense['task']:.1%} of the task" if "task" in dense else ""
+        parts.append(f"## {TITLES[name]}\n\nDense: {dense['nats']:.4f} nats, {dense['accuracy']:.1%} right{task}.")
         lines = [
-            "| | method | parameters left | excess | excess where recalled | right | CPU seconds |",
-            "|---|---|---|---|---|---|---|",
+            "| | method | parameters left | excess | excess where recalled | task | right | CPU seconds |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for group, rows in sorted_groups(found):
             for i, row in enumerate(rows):
@@ -87,8 +95,9 @@ def page(report: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """Figures of a method, in the order of the tables."""
-    figures = (_figure(row, "excess_nats", "stderr"), _figure(row, "recall_excess_nats", "recall_stderr"))
-    return f"{row['parameters_left']:.3f}", *figures, f"{row['accuracy']:.1%}", f"{row['cpu_seconds']:.1f}"
+    losses = (_figure(row, "excess_nats", "stderr"), _figure(row, "recall_excess_nats", "recall_stderr"))
+    task = f"{row['task']:.1%} ± {row['task_stderr'] or 0:.1%}" if "task" in row else ""
+    return f"{row['parameters_left']:.3f}", *losses, task, f"{row['accuracy']:.1%}", f"{row['cpu_seconds']:.1f}"
 
 
 def _figure(row: dict[str, Any], name: str, error: str) -> str:
