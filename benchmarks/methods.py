@@ -35,13 +35,13 @@ from rich.table import Table
 from transformers.utils import logging
 
 from benchmarks.methods_page import cells, page, plot, sorted_groups
-from benchmarks.methods_subjects import SHARE, SPARSITY, STATES, STEPS, Method, Subject, subject_of
+from benchmarks.methods_subjects import MODULES, SHARE, SPARSITY, STATES, STEPS, Method, Subject, subject_of
 from benchmarks.reporting import FIGURES, print_conditions
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.tiny import heldout_path
 
 RESULTS = Path("benchmarks/results")
-MODELS = ("tiny", "tiny-mamba2", "tiny-hybrid", "module")
+MODELS = ("tiny", "tiny-mamba2", "tiny-hybrid", *MODULES)
 GROUPS = ("states", "parameters", "time", "weights")
 
 

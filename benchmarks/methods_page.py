@@ -12,7 +12,8 @@ TITLES = {
     "tiny": "A Mamba-1: `tiny`",
     "tiny-mamba2": "A Mamba-2: `tiny-mamba2`",
     "tiny-hybrid": "A hybrid: `tiny-hybrid`",
-    "module": "A torch module: digits",
+    "module": "A torch module of Mamba-1 mixers: digits",
+    "module-mamba2": "A torch module of Mamba-2 mixers: digits",
 }
 SAME = {
     "states": "as many states",

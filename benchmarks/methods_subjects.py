@@ -30,6 +30,9 @@ STEPS = 60  # of refinement and of distillation
 STATES = 0.75
 SPARSITY = 0.5  # of single weights
 
+MODULES = {"module": "mamba", "module-mamba2": "mamba2"}
+"""Torch modules and the kind of their mixers."""
+
 HYBRID_CUTS: dict[str, dict[str, float]] = {
     "head+mlp+attention": {"head": 1 / 6, "mlp": 0.46, "attention": 1 / 3},
     WIDTH: {WIDTH: 0.125},
@@ -183,9 +186,9 @@ class TextModel:
 class DigitsModule:
     """A torch module that is no language model: `benchmarks.loss.digits`. It has no recall to lose."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, kind: str, args: argparse.Namespace):
         self.split = Split.drawn(0)
-        self.model = train(self.split, 0, 4 if args.quick else 8)
+        self.model = train(self.split, 0, 4 if args.quick else 8, kind)
         self.dense, self.methods = judged(self.model, self.split), list(of_states())
 
     def run(self, method: Method, seed: int) -> dict[str, Any]:
@@ -204,5 +207,5 @@ Subject = TextModel | DigitsModule
 
 
 def subject_of(name: str, args: argparse.Namespace) -> Subject:
-    """A model that comes with ssmc, or "module"."""
-    return DigitsModule(args) if name == "module" else TextModel(name, args)
+    """A model that comes with ssmc, or one of MODULES."""
+    return DigitsModule(MODULES[name], args) if name in MODULES else TextModel(name, args)

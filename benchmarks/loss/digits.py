@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
-from transformers import MambaConfig, MambaModel
+from transformers import Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 
 from benchmarks.reporting import print_conditions
 from ssmc import compress
@@ -39,14 +39,18 @@ TRAIN, CALIBRATION = 1200, 128  # images; the others, 597, judge. Calibration im
 
 
 class PixelMamba(nn.Module):
-    """Digits from pixels: no words, no causal head, two directions."""
+    """Digits from pixels: no words, no causal head, two directions; of Mamba-1 mixers, or of Mamba-2 mixers."""
 
-    def __init__(self):
+    def __init__(self, kind: str = "mamba"):
         super().__init__()
-        sizes = {"hidden_size": 48, "state_size": 16, "num_hidden_layers": 4, "vocab_size": 1, "time_step_rank": 3}
-        self.config = MambaConfig(**sizes, use_cache=False)
+        sizes = {"hidden_size": 48, "state_size": 16, "num_hidden_layers": 4, "vocab_size": 1, "use_cache": False}
         self.patch, self.position = nn.Linear(2, 48), nn.Parameter(0.02 * torch.randn(32, 48))
-        self.backbone = MambaModel(self.config)
+        if kind == "mamba2":
+            heads = {"num_heads": 12, "head_dim": 8, "n_groups": 1, "chunk_size": 32}
+            self.backbone = Mamba2Model(Mamba2Config(**sizes, **heads))
+        else:
+            self.backbone = MambaModel(MambaConfig(**sizes, time_step_rank=3))
+        self.config = self.backbone.config
         self.head = nn.Linear(48, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -76,9 +80,9 @@ class Split:
         return list(self.images[:CALIBRATION].split(64))
 
 
-def train(split: Split, seed: int, epochs: int) -> PixelMamba:
+def train(split: Split, seed: int, epochs: int, kind: str = "mamba") -> PixelMamba:
     torch.manual_seed(seed)
-    model = use_fast_scan(PixelMamba()).train()
+    model = use_fast_scan(PixelMamba(kind)).train()
     steps = epochs * -(-TRAIN // 48)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=6e-3, total_steps=steps)
