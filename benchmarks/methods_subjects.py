@@ -85,8 +85,8 @@ def of_time(patterns: tuple[str, ...]) -> Iterator[Method]:
     """As much time of a prefill."""
     timed = {"target_latency": SHARE, "length": 512}
     for pattern in patterns:
-        yield Method("time", pattern, timed | {"pattern": pattern}, once=True)
-    yield Method("time", "searched", timed, once=True)
+        yield Method("time", f"{pattern}, by time", timed | {"pattern": pattern}, once=True)
+    yield Method("time", "searched, by time", timed, once=True)
 
 
 def of_weights() -> Iterator[Method]:
