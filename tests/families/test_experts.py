@@ -287,6 +287,20 @@ def test_layers_and_experts_go_together(tmp_path):
     assert difference(cut(ids).logits, masked(ids).logits) < 1e-5
 
 
+@torch.no_grad()
+def test_channels_and_experts_of_one_layer_go_together(tmp_path):
+    folder = with_tokenizer(save_transformers(FAMILIES["jamba"](vocab_size=TINY_VOCAB), tmp_path / "m"))
+    result = compress(
+        folder, out=tmp_path / "out", pattern=f"channel+{EXPERT}+{EXPERT_WIDTH}", sparsity=0.34, **short(folder)
+    )
+    masked, cut = (
+        AutoModelForCausalLM.from_pretrained(d) for d in (result.directory, export(result.directory).directory)
+    )
+    assert cut.config.num_experts < FAMILIES["jamba"]().config.num_experts
+    ids = random_ids(1, 20)
+    assert difference(cut(ids).logits, masked(ids).logits) < 1e-5
+
+
 def test_what_cannot_go_is_refused_before_any_work(tmp_path):
     jamba = FAMILIES["jamba"](vocab_size=TINY_VOCAB)  # three experts, two to a token
     folder = with_tokenizer(save_transformers(jamba, tmp_path / "m"))

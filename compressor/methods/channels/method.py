@@ -12,7 +12,7 @@ from ssmc.compressor.methods.counts import default_multiple
 from ssmc.compressor.methods.method import Job, Method, Outcome, Plan, Survey, Table
 from ssmc.compressor.methods.registry import register_method, score
 from ssmc.compressor.methods.tables import error_text
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, LAYER, Pattern, looks_at_text
+from ssmc.compressor.options.patterns import CHANNEL, COLUMN, EXPERT, HEAD, HEAD_DIM, LAYER, Pattern, looks_at_text
 from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class Channels(Method):
         from ssmc.runtime.models import families
 
         job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
+        if experts := job.units_kept.get(EXPERT):  # they are gone from the smaller block, not silent
+            for part, _ in job.architecture.mixtures_in(job.block):
+                part.remove(part.inside(job.block), experts)
         own = {id(parameter) for parameter in job.mixer.parameters()}
         for name, parameter in job.work.named_parameters():
             if id(parameter) not in own:
