@@ -69,10 +69,12 @@ class Channels(Method):
         if job.channels_kept is None or job.work is job.block:
             return
         from ssmc.runtime.models import families
+        from ssmc.runtime.models.architectures.experts import Experts
 
         job.architecture.widen(job.block, job.work, families.CHANNEL, job.channels_kept)
         if experts := job.units_kept.get(EXPERT):  # they are gone from the smaller block, not silent
             for part, _ in job.architecture.mixtures_in(job.block):
+                assert isinstance(part, Experts)
                 part.remove(part.inside(job.block), experts)
         own = {id(parameter) for parameter in job.mixer.parameters()}
         for name, parameter in job.work.named_parameters():
