@@ -78,6 +78,11 @@ def able_parts(config: CompressConfig, architecture: Architecture, goal: Goal) -
     return able if searches_width(architecture, goal) else [part for part in able if part not in (WIDTH, *HEADS)]
 
 
+def searches_axes(architecture: Architecture, goal: Goal) -> bool:
+    """Whether a search for a goal goes by the axes of a hybrid; for memory alone its states are counted instead."""
+    return goal.target_memory is None and not architecture.capabilities.uniform
+
+
 def searches_width(architecture: Architecture, goal: Goal) -> bool:
     """Whether a search for a goal cuts d_model: where nothing is timed or decided by layer."""
     return MODEL not in architecture.capabilities.fixed and not (goal.needs_time or goal.per_layer)

@@ -20,7 +20,7 @@ from ssmc.compressor.distillation.narrowed import Left
 from ssmc.compressor.distillation.run import Lesson, distil_checkpoint
 from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
-from ssmc.compressor.families import able_parts, check_family, searches_width
+from ssmc.compressor.families import able_parts, check_family, searches_axes, searches_width
 from ssmc.compressor.fit import fitted
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
@@ -174,7 +174,7 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
         checkpoint.read()
     architecture, sizes = checkpoint.architecture, checkpoint.dimensions
     config = fitted(config, checkpoint)
-    by_axes = goal is not None and goal.target_memory is None and not architecture.capabilities.uniform
+    by_axes = goal is not None and searches_axes(architecture, goal)
     if goal is not None and "pattern" not in options:
         able = able_parts(config, architecture, goal)
         if by_axes:
@@ -297,8 +297,7 @@ def _whole_in_memory(task: _Task, order: _Order, goal: Goal | None, state: State
         distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
         distil = teach if config.distill else None
-        by_axes = goal.target_memory is None and not checkpoint.architecture.capabilities.uniform
-        reach = reach_goal_of_hybrid if by_axes else reach_goal
+        reach = reach_goal_of_hybrid if searches_axes(checkpoint.architecture, goal) else reach_goal
         reached = reach(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
         plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation
         checkpoint = replace(checkpoint, model=reached.model)

@@ -16,13 +16,12 @@ import time
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from benchmarks.models.make_tiny_hybrid import Plan, batches, make_optimizer, rate
+from benchmarks.models.make_tiny_hybrid import Plan, batches, make_optimizer, rate, read_tokens
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.tiny import TINY_DIRECTORY
 
@@ -77,8 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with np.load(args.tokens) as arrays:
-        text = {name: torch.from_numpy(arrays[name].astype(np.int64)).to(device) for name in arrays.files}
+    text = read_tokens(args.tokens, device)
     model, curve = train(text["train"], args.seconds, args.blocks, args.seed)
     torch.set_float32_matmul_precision("highest")
     heldout = measure(use_fast_scan(model), text["heldout"], 1024, 8)

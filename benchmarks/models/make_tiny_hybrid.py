@@ -279,6 +279,12 @@ def tokenize(shared: Path, out: Path) -> None:
     print(f"{[len(stream) for stream in streams]} tokens, {out.stat().st_size:,} bytes")
 
 
+def read_tokens(path: Path, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """The streams that `tokenize` wrote, by name, (T,) int64 each, on a device."""
+    with np.load(path) as arrays:
+        return {name: torch.from_numpy(arrays[name].astype(np.int64)).to(device) for name in arrays.files}
+
+
 def _texts(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
@@ -342,9 +348,7 @@ class Training:
         self.args, self.device = args, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = self.device.type == "cuda"
         self.blocks, self.reserve = (args.blocks or (16 if on_gpu else 1)), (8 if on_gpu else 60)
-        with np.load(args.tokens) as arrays:
-            as_tensor = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays.files}
-        self.tokens = {name: tensor.to(self.device) for name, tensor in as_tensor.items()}
+        self.tokens = read_tokens(args.tokens, self.device)
         sample = len(self.tokens["valid"]) if on_gpu else 16 * BLOCK
         self.valid = self.tokens["valid"][:sample]
         self.best, self.runs = math.inf, []

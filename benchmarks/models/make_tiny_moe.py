@@ -18,14 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from benchmarks.models.make_stories_22m import measure
-from benchmarks.models.make_tiny_hybrid import batches, rate
+from benchmarks.models.make_tiny_hybrid import batches, rate, read_tokens
 from ssmc.compressor.distillation.muon import MuonAndAdam
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 from ssmc.runtime.tiny import TINY_DIRECTORY
@@ -150,8 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of 2048 tokens, in all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with np.load(args.tokens) as arrays:
-        text = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in ("train", "heldout")}
+    text = read_tokens(args.tokens)
     training = Training(args, text["train"])
     if not training.run():
         print(f"{training.done} of {args.steps} steps are done: call it again")
