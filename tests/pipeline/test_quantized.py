@@ -85,6 +85,24 @@ def test_pruned_channels_and_states_are_no_part_of_the_groups(small, tmp_path):
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "out" / FILE).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_h1"])
+def test_directions_of_the_stream_that_went_are_no_part_of_the_groups(name, method, tmp_path):
+    source = saved(MAKERS[name](**WIDE), tmp_path / name)
+    options = {"quantize_method": method, "quantize_embedding": "w8", "group_size": 16, "quantize": "w4"}
+    if method == "rtn":
+        options |= {"score": "magnitude", "repair": False}
+    else:
+        options |= short(source) | {"nsamples": 16}  # enough for in_proj to be fitted
+    compress(source, out=tmp_path / "out", pattern="width", sparsity=0.5, **options)
+    codes = read_quantized(tmp_path / "out")
+    prefix = architecture_for(name).block_prefix(0)
+    in_proj = next(code for tensor, code in codes.items() if tensor.startswith(prefix) and "in_proj" in tensor)
+    assert in_proj.codes.shape[1] == codes["lm_head.weight"].codes.shape[1] == 16
+    for options in ({"format": "compressed-tensors"}, {"format": "onnx", "quantize": "codes"}):
+        assert export(tmp_path / "out", **options).comparison.max_difference < 1e-3
+
+
 def test_zeros_of_two_of_four_stay(small, tmp_path):
     compress(small, out=tmp_path / "out", pattern="2:4", **QUICK, **short(small))
     weight = read_quantized(tmp_path / "out")["backbone.layers.1.mixer.in_proj.weight"].weight()

@@ -20,6 +20,7 @@ from ssmc.compressor.methods.quantize.gptq import gptq
 from ssmc.compressor.methods.quantize.grid import digits_for, spanning_grid
 from ssmc.compressor.methods.weights.second_moments import SecondMoment
 from ssmc.compressor.methods.weights.sparsegpt import relative_error
+from ssmc.compressor.options.patterns import WIDTH
 from ssmc.compressor.options.quantization import AWQ, BITS, GPTQ, MAPS, RTN, SMALLEST_GROUP, W8, group_for
 from ssmc.runtime.collectives import of_all
 from ssmc.runtime.quantized import GridShape, Quantized
@@ -170,8 +171,10 @@ def _quantize(job: Job, name: str, linear: nn.Linear, moment: SecondMoment | Non
 
 
 def _read_inputs(job: Job, weight: torch.Tensor) -> torch.Tensor:
-    """The inputs of a map that are not those of neurons and heads that were removed, which exports cut out."""
-    kept = weight.ne(0).any(0) if job.units_kept else torch.ones_like(weight[0], dtype=torch.bool)
+    """The inputs of a map that are not those of neurons, heads and directions of the stream that were removed, which
+    exports cut out."""
+    some = bool(job.units_kept) or WIDTH in job.config.parts
+    kept = weight.ne(0).any(0) if some else torch.ones_like(weight[0], dtype=torch.bool)
     return kept.nonzero()[:, 0]
 
 

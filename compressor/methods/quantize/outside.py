@@ -11,6 +11,7 @@ from torch import nn
 from ssmc.compressor.methods.method import Record, Survey
 from ssmc.compressor.methods.quantize.grid import digits_for, fit_grid
 from ssmc.compressor.methods.quantize.modules import QuantizedModule, no_groups
+from ssmc.compressor.options.patterns import WIDTH
 from ssmc.compressor.options.quantization import BITS, group_for
 from ssmc.runtime.quantized import GridShape
 
@@ -38,12 +39,14 @@ def quantize_embedding(survey: Survey) -> OutsideRecord:
 
 
 def _quantize(survey: Survey, tensor: str, module: Any, config: Any) -> QuantizedModule:
-    weight, name = module.weight.data, tensor.removesuffix(".weight")
+    whole, name = module.weight.data, tensor.removesuffix(".weight")
+    kept = whole.ne(0).any(0) if WIDTH in config.parts else torch.ones_like(whole[0], dtype=torch.bool)
+    weight = whole[:, kept]  # what exports cut out is in no group
     group = group_for(weight.shape[1], config.group_size)
     if group is None:
         return no_groups(name, tensor, weight)
     shape = GridShape(BITS[config.quantize_embedding], group, config.symmetric)
     digits = digits_for(survey.stored_dtypes.get(tensor), shape)
     stored = fit_grid(weight, shape, torch.ones_like(weight[0]), digits).quantized(weight)
-    weight.copy_(stored.weight())
+    whole[:, kept] = stored.weight().to(whole)
     return QuantizedModule(name, tensor, stored)
