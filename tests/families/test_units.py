@@ -215,3 +215,27 @@ def test_layers_and_units_go_together_and_each_removal_is_tried(folder, tmp_path
     assert torch.equal(
         *[m.generate(random_ids(1, 5), max_new_tokens=4, do_sample=False) for m in (masked, cut)],
     )
+
+
+@pytest.mark.parametrize("score", ["mamba-shedder", "similarity", "random"])
+def test_a_layer_with_a_mixer_and_one_with_attention_stay_by_every_score(folder, score, tmp_path):
+    """Three of five layers, of which two have mixers and one attention: a draw would take that."""
+    options = {"pattern": "layer", "sparsity": 0.6, "score": score, "repair": False, **short(folder)}
+    for seed in range(4 if score == "random" else 1):
+        result = compress(folder, out=tmp_path / str(seed), seed=seed, **options)
+        kinds = AutoModelForCausalLM.from_pretrained(export(result.directory).directory).config.layers_block_type
+        assert len(kinds) == 2
+        assert {*kinds} == {"linear_attention", "full_attention"}
+
+
+def test_more_layers_than_can_go_are_refused_before_any_work(folder, tmp_path):
+    """Nothing is calibrated: there is not even a text."""
+    options = {"out": tmp_path / "out", "calib": tmp_path / "no-such-text.txt", "pattern": "layer"}
+    with pytest.raises(UsageError, match=r"of 5 layers would remove 4; the most that can go is 3, a sparsity of 0\.6"):
+        compress(folder, sparsity=0.8, **options)
+    FAMILIES["falcon_h1"]().save_pretrained(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="without a tokenizer"):  # every layer has a mixer and attention
+        compress(tmp_path / "one", sparsity=0.5, **options)
+    FAMILIES["falcon_h1"](num_hidden_layers=1).save_pretrained(tmp_path / "single")
+    with pytest.raises(UsageError, match="None of the 1 layers of this model can go"):
+        compress(tmp_path / "single", sparsity=0.5, **options)

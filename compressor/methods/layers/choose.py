@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import nn
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import Survey
 from ssmc.compressor.options.patterns import ATTENTION
+from ssmc.runtime.models.families import Architecture
 
 TOKENS = 8192
 """The choice looks at no more: it compares removals on the same text, and each costs half a pass of the model."""
@@ -67,7 +68,7 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
     total, done = sum(len(blocks) - i for i in range(len(removals), count)), 0
     while len(removals) < count:
         gone = {r.layer for r in removals}
-        losses = dict.fromkeys(_removable(survey, blocks, gone), 0.0)
+        losses = dict.fromkeys(_removable(survey.plan.architecture, blocks, gone), 0.0)
         candidates = {i: _without(blocks[i], remove) for i in losses}
         for sample in text.split(1):
             hidden = architecture.embed(model, sample).float()
@@ -84,12 +85,20 @@ def least_loss_removals(survey: Survey, count: int, remove: Callable[[nn.Module]
     return removals
 
 
-def _removable(survey: Survey, blocks: list[nn.Module], gone: set[int]) -> list[int]:
+def first_removable(survey: Survey, order: Iterable[int], count: int) -> list[int]:
+    """The first blocks of an order that may go one after the other, `count` of them."""
+    blocks, gone = survey.plan.architecture.blocks(survey.model), list[int]()
+    for index in order:
+        if len(gone) < count and index in _removable(survey.plan.architecture, blocks, {*gone}):
+            gone.append(index)
+    return gone
+
+
+def _removable(architecture: Architecture, blocks: Sequence[nn.Module], gone: set[int]) -> list[int]:
     """The blocks that may go next: one with a mixer stays, and one with attention if there is any.
 
     Without a mixer a model is none of its family, and caches of transformers count tokens by a layer of attention.
     """
-    architecture = survey.plan.architecture
     left = [i for i in range(len(blocks)) if i not in gone]
     with_mixer = [i for i in left if architecture.mixer(blocks[i]) is not None]
     attention = [part for part in architecture.units if part.kind == ATTENTION]

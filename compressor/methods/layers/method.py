@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ssmc.compressor.methods.layers import scores as scores  # registers them
 from ssmc.compressor.methods.layers.score import LayerScore, Removal
 from ssmc.compressor.methods.method import BlockMethod, Outcome, Plan, Survey, Table
 from ssmc.compressor.methods.registry import register_method, score
 from ssmc.compressor.options.patterns import LAYER, SSM_MODULE, Pattern, looks_at_text
+from ssmc.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
     from ssmc.runtime.models.families import Architecture
 
 
+_WHY = "one with a mixer stays, and one with attention where there is any"
+
+
 def removal_count(n_layer: int, sparsity: float) -> int:
     """How many of `n_layer` layers go: the nearest whole number, at least one, and at least one stays."""
     return min(max(1, round(n_layer * sparsity)), n_layer - 1)
+
+
+def _least(plan: Plan) -> int:
+    """How many layers stay at least: of a hybrid one with a mixer and one with attention, which may be the same."""
+    if plan.architecture.capabilities.uniform:
+        return 1
+    architecture = cast(Any, plan.architecture)
+    mixers, attention = (
+        {*layers(plan.model_config)} for layers in (architecture.layers_with_mixers, architecture.layers_with_attention)
+    )
+    return 1 if mixers & attention or not attention else 2
 
 
 class _Removing(BlockMethod):
@@ -27,6 +42,25 @@ class _Removing(BlockMethod):
 
     pattern: ClassVar[Pattern]
     place = 0
+
+    def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Nothing of the layers that stay.
+
+        Raises:
+            UsageError: more layers would go than can, with the most that can.
+        """
+        layers, sparsity = plan.sizes.n_layer, plan.config.sparsity_of(self.pattern.name)
+        most = layers - _least(plan)
+        if most < 1:
+            raise UsageError(
+                f"None of the {layers} layers of this model can go: {_WHY}. Leave {self.pattern.name} out of --pattern."
+            )
+        if removal_count(layers, sparsity) > most:
+            raise UsageError(
+                f"sparsity {sparsity:g} of {layers} layers would remove {removal_count(layers, sparsity)}; the most "
+                f"that can go is {most}, a sparsity of {most / layers:.3g}: {_WHY}."
+            )
+        return {}
 
     def needs_text(self, plan: Plan) -> bool:
         """As the score says."""

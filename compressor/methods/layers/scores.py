@@ -38,11 +38,11 @@ class Similarity(LayerScore):
 
     def choose(self, survey: Survey, count: int, remove: Callable[[nn.Module], None]) -> list[Removal]:
         """The least influence first."""
-        from ssmc.compressor.methods.layers.choose import block_influences
+        from ssmc.compressor.methods.layers.choose import block_influences, first_removable
 
         influences = block_influences(survey)
-        order = sorted(range(len(influences)), key=lambda layer: (influences[layer], layer))[:count]
-        return [Removal(layer, influence=influences[layer]) for layer in order]
+        order = sorted(range(len(influences)), key=lambda layer: (influences[layer], layer))
+        return [Removal(layer, influence=influences[layer]) for layer in first_removable(survey, order, count)]
 
 
 @register_score
@@ -57,6 +57,9 @@ class RandomLayers(LayerScore):
         """In the order of the draw."""
         import torch
 
+        from ssmc.compressor.methods.layers.choose import first_removable
+
         layers = len(survey.plan.architecture.blocks(survey.model))
         generator = torch.Generator().manual_seed(survey.plan.config.seed)
-        return [Removal(layer) for layer in torch.randperm(layers, generator=generator)[:count].tolist()]
+        order = torch.randperm(layers, generator=generator).tolist()
+        return [Removal(layer) for layer in first_removable(survey, order, count)]
