@@ -27,7 +27,7 @@ class Comparison:
     scale: float  # largest logit
     tokens: int
     real_text: bool  # False: no tokenizer, so the tokens were drawn at random
-    # what the epsilon of norms over fewer channels moves a logit by, not in `max_difference`; None: there are none
+    # what the epsilon of norms over fewer numbers moves a logit by, not in `max_difference`; None: there are none
     epsilon_difference: float | None = None
 
 
@@ -48,7 +48,8 @@ def sample_tokens(stream: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float | None:
-    """Give the masked model's norms the epsilon that cutting channels out of them left, in effect, in the shrunk one.
+    """Give the masked model's norms the epsilon that cutting channels, states or directions of the stream out of them
+    left, in effect, in the shrunk one.
 
     Args:
         masked: changed in place.
@@ -59,11 +60,12 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
         How far a logit moves by it; None where there is no such norm.
     """
     architecture, left, whole = masked.architecture, masked.architecture.dimensions(config), masked.dimensions
-    gated = architecture.capabilities.heads and left.d_inner != whole.d_inner
-    if not gated and left.d_model == whole.d_model:
+    able = architecture.capabilities
+    own = able.heads and left.d_inner != whole.d_inner or able.normed_readers and left.d_state != whole.d_state
+    if not own and left.d_model == whole.d_model:
         return None
     before = use_fast_scan(masked.model)(tokens).logits
-    if gated:
+    if own:
         architecture.with_epsilons_of(masked.model, config)
     if left.d_model != whole.d_model:
         with_epsilons_of_width(architecture, masked.model, left.d_model)

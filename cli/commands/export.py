@@ -168,7 +168,7 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     )
     if compared.epsilon_difference is not None:
         terminal.say(
-            "The gated norms have fewer channels and the same epsilon, so the masked model was given the epsilon to "
+            "Norms take the mean over fewer numbers with the same epsilon, so the masked model was given the epsilon to "
             f"match; that moved a logit by at most {compared.epsilon_difference:.2e}."
         )
     for remark in result.remarks:

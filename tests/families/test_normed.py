@@ -115,6 +115,28 @@ def test_half_precision_folds_the_mean_exactly(tmp_path, keep):
     assert difference(cut(ids).logits, masked(ids).logits) < 1e-4
 
 
+@pytest.mark.parametrize("name", NORMED)
+@torch.no_grad()
+def test_with_one_state_left_the_epsilon_is_told_and_not_taken_for_a_fault(name, tmp_path):
+    """b and c are one number then, which passes zero: there eps counts, and for the cut model an eighth as much."""
+    # experts do not compute in double precision, and a second layer makes much of the rounding of the first
+    few = {"num_experts": 1} if name == "jamba" else {"num_hidden_layers": 1}
+    directory = with_tokenizer(save_transformers(FAMILIES[name](vocab_size=TINY_VOCAB, **few), tmp_path / "model"))
+    compress(directory, out=tmp_path / "out", sparsity=0.875, **short(directory))
+    exported = export(tmp_path / "out")
+    ids, architecture = random_ids(2, 96), architecture_for(name)
+    masked, cut = (load_checkpoint(d).model.double() for d in (tmp_path / "out", exported.directory))
+    assert exported.comparison.epsilon_difference > 0
+    apart = difference(cut(ids).logits, masked(ids).logits)
+    for block in architecture.blocks(masked):
+        mixer = architecture.mixer(block)
+        for norm in () if mixer is None else (mixer.b_layernorm, mixer.c_layernorm):
+            norm.forward = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6 / 8)
+            if name == "jamba":
+                norm.forward = lambda x, f=norm.forward, w=norm.weight: w * f(x)
+    assert difference(cut(ids).logits, masked(ids).logits) < 1e-5 < apart
+
+
 @pytest.mark.parametrize("pattern", ["channel", "layer", "column+channel", "2:4"])
 @torch.no_grad()
 def test_falcon_mamba_takes_the_other_patterns(tmp_path, pattern):

@@ -227,7 +227,7 @@ class Surgery(Protocol):
         """Write the weights of a block made by `narrow` back to their places in `block`, and silence the rest."""
 
     def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
-        """Give norms over channels the epsilon they have, in effect, where `cut` took silent ones out."""
+        """Give a mixer's norms the epsilon they have, in effect, where `cut` took silent ones out."""
 
 
 class BlockSurgery(Protocol):

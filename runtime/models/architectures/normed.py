@@ -5,13 +5,15 @@ the states of the layer; C likewise. A silent state has b = 0. So a layer of N s
 of squares as the layer cut to K, and a mean that is K/N of it. Cutting multiplies what the norm puts out by sqrt(K/N),
 for B and for C, which is undone by a factor N/K on what is read out of the states. What is left is eps, which counts
 for more in a mean over fewer: masking scales all rows of B, and all of C, by a power of two, which the norms take away
-again, up to where eps is lost in rounding. The cut layer computes what the masked one did.
+again, up to where eps is lost in rounding. The cut layer computes what the masked one did, but where all that is left
+of b, or of c, is small beside eps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ssmc.runtime.later import F, nn, torch
 from ssmc.runtime.models.architectures.mamba1 import Mamba1
@@ -64,6 +66,18 @@ class NormedMamba1(Mamba1):
             behind = {name: weight.float() for name, weight in behind.items()}
         self.scale_readout(behind, 1 / share)
         tensors |= {prefix + name: weight for name, weight in behind.items()}
+
+    def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
+        """Make norms of B and C over all states, some silent, compute what those of a cut model compute.
+
+        As for gated norms: eps counts K/N times as much. With one state left it tells wherever that comes close to 0.
+        """
+        left, whole = (getattr(c, self.state_field) for c in (config, model.config))
+        for block in self.blocks(model):
+            mixer = self.mixer(block)
+            for norm in () if mixer is None else (mixer.b_layernorm, mixer.c_layernorm):
+                name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+                setattr(norm, name, getattr(norm, name) * left / whole)
 
     def scale_readers(
         self, mixer: nn.Module, kept: Sequence[int], b: torch.Tensor, c: torch.Tensor, factor: float

@@ -124,7 +124,7 @@ class PlannedSurgery:
         return tensors
 
     def with_epsilons_of(self, model: nn.Module, config: Any) -> None:
-        """Give norms over channels the epsilon they have, in effect, where silent ones are cut out: none here."""
+        """Give a mixer's norms the epsilon they have, in effect, where silent ones are cut out: none here."""
 
 
 def _names_and_sizes(plan: Plan, mixer: nn.Module) -> tuple[list[str], dict[str, int]]:
