@@ -61,7 +61,8 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
     """
     architecture, left, whole = masked.architecture, masked.architecture.dimensions(config), masked.dimensions
     able = architecture.capabilities
-    own = able.heads and left.d_inner != whole.d_inner or able.normed_readers and left.d_state != whole.d_state
+    own = able.normed_readers and left.d_state != whole.d_state
+    own = own or (able.heads and left.d_inner != whole.d_inner)
     if not own and left.d_model == whole.d_model:
         return None
     before = use_fast_scan(masked.model)(tokens).logits

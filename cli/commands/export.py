@@ -168,8 +168,8 @@ def _report(terminal: Terminal, result: ExportResult) -> None:
     )
     if compared.epsilon_difference is not None:
         terminal.say(
-            "Norms take the mean over fewer numbers with the same epsilon, so the masked model was given the epsilon to "
-            f"match; that moved a logit by at most {compared.epsilon_difference:.2e}."
+            "Norms take the mean over fewer numbers with the same epsilon, so the masked model was given the epsilon "
+            f"to match; that moved a logit by at most {compared.epsilon_difference:.2e}."
         )
     for remark in result.remarks:
         terminal.say(remark)
