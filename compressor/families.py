@@ -84,8 +84,10 @@ def searches_axes(architecture: Architecture, goal: Goal) -> bool:
 
 
 def searches_width(architecture: Architecture, goal: Goal) -> bool:
-    """Whether a search for a goal cuts d_model: where nothing is timed or decided by layer."""
-    return MODEL not in architecture.capabilities.fixed and not (goal.needs_time or goal.per_layer)
+    """Whether a search for a goal cuts d_model: where nothing is decided by layer, and nothing timed but in a hybrid,
+    whose table has narrower models as well."""
+    timed = goal.needs_time and architecture.capabilities.uniform
+    return MODEL not in architecture.capabilities.fixed and not (timed or goal.per_layer)
 
 
 def searched_parts(architecture: Architecture) -> list[str]:

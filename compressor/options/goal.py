@@ -85,7 +85,8 @@ class Goal(BaseModel):
         Annotated[int, Field(ge=1)] | None,
         Flag(
             "Carry out this one of the ten candidates that a search over a hybrid lists, in place of the best of the "
-            "first few that are tried.",
+            "first few that are tried. Where time counts, give --latency-table of that search as well, so that the "
+            "list is the same.",
             GOAL,
             metavar="K",
             default_text="",
@@ -128,6 +129,11 @@ class Goal(BaseModel):
     def needs_time(self) -> bool:
         """Whether the search must know how long models take."""
         return self.target_latency is not None or (self.target_params is None and self.target_memory is None)
+
+    @property
+    def only_loss(self) -> bool:
+        """Whether the search looks for speed within a bound of the loss, and for nothing else."""
+        return self.target_params is None and self.target_latency is None and self.target_memory is None
 
     @property
     def only_memory(self) -> bool:

@@ -21,6 +21,7 @@ ROUNDS = 3  # of clocking what was chosen and choosing again
 
 
 S = TypeVar("S")
+"""Sizes, whatever they are of; they have an order."""
 
 
 @dataclass(frozen=True, order=True)
@@ -176,11 +177,9 @@ def shortlist(
     return sorted(best.values(), key=lambda sizes: (loss(sizes), sizes))[:count]
 
 
-def frontier(
-    candidates: Iterable[Sizes], cost: Callable[[Sizes], float], loss: Callable[[Sizes], float]
-) -> list[Sizes]:
+def frontier(candidates: Iterable[S], cost: Callable[[S], float], loss: Callable[[S], float]) -> list[S]:
     """Those that nothing else beats in both cost and loss, the cheapest (and most lossy) first."""
-    found: list[Sizes] = []
+    found: list[S] = []
     for sizes in sorted(candidates, key=lambda sizes: (loss(sizes), cost(sizes), sizes)):
         if not found or cost(sizes) < cost(found[-1]):
             found.append(sizes)

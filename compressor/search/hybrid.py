@@ -8,8 +8,11 @@ user names one.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,17 +24,17 @@ from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan
-from ssmc.compressor.search.allocation import Curve, Limit, cheapest_within
-from ssmc.compressor.search.carry_out import Distil, GoalResult
+from ssmc.compressor.search.allocation import ROUNDS, Curve, Limit, cheapest_within, frontier
+from ssmc.compressor.search.carry_out import ATTEMPTS, Distil, GoalResult
 from ssmc.compressor.search.configured import configured
 from ssmc.compressor.search.counting import require_one
-from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds
+from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds, read_kind_table
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
-from ssmc.compressor.search.outcome import of_loss, rose_too_much
+from ssmc.compressor.search.outcome import missed, of_loss
 from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
-from ssmc.runtime.measure.timing import interleave, paired_ratio
+from ssmc.runtime.measure.timing import Ratio, interleave, paired_ratio
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -40,6 +43,7 @@ SWEEP = (0.25, 0.5)  # where the axes' curves are measured, roughly
 TRIED = 3  # candidates that are tried for real
 SHOWN = 10  # candidates that are listed
 REPEATS, BUDGET = 15, 60.0  # rounds in which the outcome and the dense model are timed, and seconds for all of them
+TIMED = 15.0  # seconds of timing for candidates beside the dense model, a guide
 
 
 @dataclass
@@ -62,15 +66,20 @@ class HybridSearch:
     device: torch.device
     progress: Progress = NO_PROGRESS
     losses: dict[Removed, float] = field(default_factory=dict)
+    clocked: dict[Removed, Ratio] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = HybridSizes(self.checkpoint, self.config.parts, self.config.runtime)
         self.samples = Samples.split(self.tokens, self.config.nsamples)
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
         self._require(self._counted_limits())  # at once
-        self.base = self._perplexity(self.checkpoint.model)
+        given = self.goal.latency_table
         self.table: KindTable | None = None
-        if self.goal.needs_time:
+        if self.goal.needs_time and given is not None:
+            self.table = read_kind_table(given, self.sizes, self.workload, self.device)
+            self._require(self._limits())
+        self.base = self._perplexity(self.checkpoint.model)
+        if self.goal.needs_time and given is None:
             self.table = measure_kinds(self.sizes, self.workload, self.device, self.progress)
         self.curves = {axis: self._curve(axis) for axis in self.sizes.axes}
 
@@ -84,20 +93,55 @@ class HybridSearch:
         return self.table.ratio(removed)
 
     def best(self) -> list[Removed]:
-        """The candidates that meet the goal and lose least, those with the least loss first.
+        """The candidates that meet the goal and lose least, those with the least loss first; for a bound of the loss
+        alone the fastest that is within it, and others that are expected to be, the fastest first.
 
         Raises:
             UsageError: there is none.
+            VerificationError: nothing that was tried is within the bound.
         """
-        found, limits = self.sizes.candidates(), self._limits()
-        if limits:
-            self._require(limits)
-            able = [r for r in found if all(limit.allows(r) for limit in limits)]
-            ranked = sorted(able, key=lambda removed: (self.expected(removed), removed))
-        else:
-            within = [r for r in found if self.expected(r) <= self.goal.most_nats]
-            ranked = sorted(within or found, key=lambda removed: (self.share_of_time(removed), removed))
-        return _different(ranked, SHOWN)
+        limits = self._limits()
+        if not limits:
+            within = [r for r in self._candidates if self.expected(r) <= self.goal.most_nats]
+            ranked = sorted(within, key=lambda removed: (self.share_of_time(removed), removed))
+            return _different([self._fastest(), *ranked], SHOWN)
+        self._require(limits)
+        able = [r for r in self._candidates if all(limit.allows(r) for limit in limits)]
+        return _different(sorted(able, key=lambda removed: (self.expected(removed), removed)), SHOWN)
+
+    def set_right(self) -> None:
+        """Time the likeliest candidates before any of them is pruned, and correct the table by what shows.
+
+        A table that the user gave is taken at its word, so that the search comes to the same end again.
+        """
+        if self.goal.target_latency is None or self.goal.latency_table is not None:
+            return
+        for _ in range(ROUNDS):
+            new = [removed for removed in self.best()[:TRIED] if removed not in self.clocked]
+            if not new:
+                return
+            assert self.table is not None
+            self.clocked |= self._clock(new, TIMED)
+            factors = [ratio.median / self.table.added_up(removed) for removed, ratio in self.clocked.items()]
+            self.table = replace(self.table, correction=median(factors))
+
+    def _fastest(self) -> Removed:
+        """The fastest within the bound of the loss, by bisection along what nothing beats in both time and loss."""
+        ordered = frontier(self._candidates, self.share_of_time, self.expected)
+        bound = self.goal.most_nats
+        start = next((i for i, removed in enumerate(ordered) if self.expected(removed) <= bound), len(ordered) - 1)
+        found = cheapest_within(ordered, self.try_out, bound, start)
+        if found is None:
+            least = math.expm1(min(self.losses.values()))
+            raise VerificationError(
+                f"Nothing that was tried keeps the perplexity within {self.goal.max_ppl_increase:.2%} of the dense "
+                f"model's on held-out calibration text (the least was {least:.2%}), so nothing was written. Allow more."
+            )
+        return found
+
+    @cached_property
+    def _candidates(self) -> list[Removed]:
+        return self.sizes.candidates()
 
     def try_out(self, removed: Removed) -> float:
         """Prune a copy of the model on a few samples and measure its excess loss on held-out ones, nats a token."""
@@ -116,6 +160,7 @@ class HybridSearch:
         run = configured(self.config, removed.by_axis)
         model, plan, pruned = self._prune(run, self.tokens[: self.config.nsamples])
         loss, done, before = excess_loss(self._perplexity(model), self.base), None, {}
+        self.losses[removed] = loss.nats  # should the search go on, it knows better than from a trial
         if distil is not None:
             before = {"excess_before_steps": loss.nats}
             done = distil(replace(self.checkpoint, model=model.cpu()), pruned.layers)
@@ -126,17 +171,19 @@ class HybridSearch:
             **before,
         }
         if self.goal.needs_time:
-            outcome |= self._clock(removed)
+            ratio = self._clock([removed], BUDGET)[removed]
+            outcome |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
+        lacks = missed(outcome, self.goal, self.goal.most_nats)
         if loss.nats > self.goal.most_nats:
-            reason = rose_too_much(outcome, self.goal)
-            raise VerificationError(f"{reason} Nothing was written. Allow more, or ask for less.")
-        return GoalResult(plan, model.cpu(), pruned, record | {"outcome": outcome}, tuple(self.samples.notes), done)
+            raise VerificationError(f"{lacks[0]} Nothing was written. Allow more, or ask for less.")
+        notes = (*lacks, *self.samples.notes)
+        return GoalResult(plan, model.cpu(), pruned, record | {"outcome": outcome}, notes, done)
 
     def _require(self, limits: Sequence[Limit]) -> None:
         """Refuse limits that no candidate is within."""
         if limits:
             able = HybridSizes(self.checkpoint, runtime=self.config.runtime).axes
-            require_one(self.config, self.sizes.candidates(), limits, able)
+            require_one(self.config, self._candidates, limits, able)
 
     def _counted_limits(self) -> list[Limit]:
         """Those that need no clock."""
@@ -165,18 +212,20 @@ class HybridSearch:
         held = self.samples.held_out
         return perplexity(use_fast_scan(model.to(self.device)), held.reshape(-1), held.shape[1])
 
-    def _clock(self, removed: Removed) -> dict[str, float]:
-        """Time of a stock model of these sizes over the dense one's, in turns."""
+    def _clock(self, several: Sequence[Removed], budget: float) -> dict[Removed, Ratio]:
+        """Times of stock models of these sizes over the dense one's, in turns, within about so many seconds."""
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(0)
-        smaller = AutoModelForCausalLM.from_config(self.sizes.smaller(removed), dtype=torch.float32).eval()
-        models = {"dense": self.checkpoint.model, "smaller": use_fast_scan(smaller.to(self.device))}
-        runs = {name: self.workload.on(model) for name, model in models.items()}
+        models: dict[Removed | None, nn.Module] = {None: self.checkpoint.model}
+        for done, removed in enumerate(several):
+            self.progress("timing candidates", done, len(several))
+            smaller = AutoModelForCausalLM.from_config(self.sizes.smaller(removed), dtype=torch.float32).eval()
+            models[removed] = use_fast_scan(smaller.to(self.device))
+        runs = {removed: self.workload.on(model) for removed, model in models.items()}
         prepare = runs if self.workload.phase == "decode" else None
-        timings = interleave(runs, self.device, REPEATS, BUDGET, calls=self.workload.calls, prepare=prepare)
-        ratio = paired_ratio(timings["smaller"], timings["dense"])
-        return {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
+        timings = interleave(runs, self.device, REPEATS, budget, calls=self.workload.calls, prepare=prepare)
+        return {removed: paired_ratio(timings[removed], timings[None]) for removed in several}
 
 
 def reach_goal_of_hybrid(
@@ -195,18 +244,31 @@ def reach_goal_of_hybrid(
     """
     checkpoint.model.to(device)
     search = HybridSearch(checkpoint, config, goal, tokens, device, progress)
-    found = search.best()
+    search.set_right()
+    tried = set[Removed]()
+    while True:
+        found = search.best()
+        chosen = _chosen(search, found)
+        tried.add(chosen)
+        try:
+            return search.carry_out(chosen, _record(search, found, chosen), distil)
+        except VerificationError:
+            if goal.candidate or not goal.only_loss or distil or len(tried) == ATTEMPTS or search.best()[0] in tried:
+                raise
+
+
+def _chosen(search: HybridSearch, found: Sequence[Removed]) -> Removed:
+    """The candidate that the user names, or the best."""
+    goal = search.goal
     if goal.candidate is not None:
         if goal.candidate > len(found):
             raise UsageError(f"There are {len(found)} candidates, so there is no candidate {goal.candidate}.")
         chosen = found[goal.candidate - 1]
         search.try_out(chosen)
-    elif goal.target_latency is None and goal.target_params is None:
-        chosen = cheapest_within(found, search.try_out, goal.most_nats, 0) or found[-1]
-        search.try_out(chosen)
-    else:
-        chosen = min(found[:TRIED], key=lambda removed: (search.try_out(removed), removed))
-    return search.carry_out(chosen, _record(search, found, chosen), distil)
+        return chosen
+    if goal.only_loss:
+        return found[0]
+    return min(found[:TRIED], key=lambda removed: (search.try_out(removed), removed))
 
 
 def _record(search: HybridSearch, found: Sequence[Removed], chosen: Removed) -> dict[str, Any]:
@@ -234,6 +296,7 @@ def _record(search: HybridSearch, found: Sequence[Removed], chosen: Removed) -> 
         "expected": expected,
         "candidates": candidates,
         "curves": {a: {"shares": list(c.shares), "losses": list(c.losses)} for a, c in search.curves.items()},
+        "clocked": [{"removed": r.by_axis, "time": asdict(ratio)} for r, ratio in search.clocked.items()],
         "held_out_seen": search.samples.seen,
         "latency_table": None if search.table is None else search.table.to_json(),
     }

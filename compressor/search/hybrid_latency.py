@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,7 +15,9 @@ import torch
 from torch import nn
 
 from ssmc.compressor.options.patterns import ATTENTION, EXPERT, MLP
+from ssmc.compressor.search.given_table import require_same
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
+from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.conditions import conditions, load_average
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.models.fast import use_fast_scan
@@ -20,6 +25,7 @@ from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 ROUNDS = 5  # of all models in turns; every figure is the median
 REST = "rest"  # embedding, last norm, head
+SCHEMA = "ssmc-kinds/1"
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,26 @@ class KindTable:
         seconds: by kind, of all layers of that kind together, and of the rest, in the dense model.
         smaller: axis -> share that was gone, and seconds by kind then.
         conditions: of the measurement.
+        model: sizes of the dense model, its parameters among them.
+        workload: what was timed.
+        device: its type.
+        correction: how many times what follows from the seconds whole models took that were timed.
     """
 
     seconds: Mapping[str, float]
     smaller: Mapping[str, tuple[float, Mapping[str, float]]]
     conditions: Mapping[str, Any]
+    model: Mapping[str, int] = field(default_factory=dict)
+    workload: Workload = field(default_factory=Workload)
+    device: str = "cpu"
+    correction: float = 1.0
 
     def ratio(self, removed: Removed) -> float:
-        """Time of a model over the dense model's.
+        """Expected time of a model over the dense model's."""
+        return self.correction * self.added_up(removed)
+
+    def added_up(self, removed: Removed) -> float:
+        """The same by the seconds of kinds of layers alone.
 
         A kind of layer gets faster by each axis as it was measured, in proportion to the share that is gone; axes of
         one kind multiply.
@@ -52,7 +70,63 @@ class KindTable:
 
     def to_json(self) -> dict[str, Any]:
         """Everything in types JSON has."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def sizes_of(sizes: HybridSizes) -> dict[str, int]:
+    """What tells a dense model from others, for a table."""
+    return {**sizes.sizes.as_dict(), "parameters": sizes.parameters}
+
+
+def read_kind_table(path: str, sizes: HybridSizes, workload: Workload, device: torch.device) -> KindTable:
+    """A table that an earlier search over the same model wrote into its manifest, taken at its word.
+
+    Raises:
+        UsageError: it cannot be read, is none, or is for something else.
+    """
+    file = Path(path).expanduser()
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record = (record.get("goal") or {}).get("latency_table") or record
+        if record.pop("schema") != SCHEMA:
+            raise ValueError("another format")
+        record["workload"] = Workload(**record["workload"])
+        record["smaller"] = {axis: (float(gone), dict(found)) for axis, (gone, found) in record["smaller"].items()}
+        table = KindTable(**record)
+        _check(table)
+    except OSError as error:
+        raise UsageError(f"The latency table {file} cannot be read: {error.strerror}. Name one ssmc wrote.") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{file} is no latency table of a hybrid of this version of ssmc. Name the ssmc.json of a search over one."
+        ) from error
+    require_same(
+        path,
+        ("a model of", dict(table.model), sizes_of(sizes)),
+        ("", str(table.workload), str(workload)),
+        ("the device", table.device, device.type),
+    )
+    if lacking := [axis for axis in sizes.axes if axis not in table.smaller]:
+        raise UsageError(
+            f"The latency table {path} has no times with fewer {', '.join(lacking)}. Leave that out of --pattern, or "
+            "leave the table out, and a new one is measured."
+        )
+    return table
+
+
+def _check(table: KindTable) -> None:
+    """Whether a table has all numbers that are read from it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    several = [table.seconds, *(found for _, found in table.smaller.values())]
+    numbers = [value for seconds in several for value in seconds.values()]
+    numbers += [*(gone for gone, _ in table.smaller.values()), table.correction]
+    if not table.seconds or any(seconds.keys() != table.seconds.keys() for seconds in several):
+        raise ValueError("kinds of layers are missing")
+    if not all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers):
+        raise ValueError("a time that is none")
 
 
 def measure_kinds(
@@ -81,7 +155,8 @@ def measure_kinds(
                 found[axis].append(taken)
     medians = {axis: {k: median(r[k] for r in runs) for k in runs[0]} for axis, runs in found.items()}
     smaller = {axis: (shares[axis], medians[axis]) for axis in shares}
-    return KindTable(medians[""], smaller, asdict(conditions(device, torch.float32, load_average())))
+    told = asdict(conditions(device, torch.float32, load_average()))
+    return KindTable(medians[""], smaller, told, sizes_of(sizes), workload, device.type)
 
 
 class _Clocks:

@@ -137,10 +137,12 @@ class HybridSizes:
         return config if d_model == self.sizes.d_model else self.architecture.with_d_model(config, d_model)
 
     def fits(self, removed: Removed) -> bool:
-        """Whether a loader takes heads, channels of heads and d_model together."""
+        """Whether a loader takes heads, channels of heads and d_model together, and a run carries them out."""
         heads, head_dim, _ = self.mixer(removed)
-        free = self.architecture.capabilities.free_width
-        return free or heads * head_dim % self.d_model(removed) == 0
+        able, gone = self.architecture.capabilities, removed.by_axis
+        if able.whole_expand and CHANNEL in gone and WIDTH in gone:
+            return False
+        return able.free_width or heads * head_dim % self.d_model(removed) == 0
 
     def _counts(self, axis: str) -> tuple[int, list[int]]:
         """How many there are of an axis, and how many may stay."""

@@ -9,6 +9,8 @@ from typing import Any
 from ssmc.compressor.options.goal import Goal
 from ssmc.runtime.measure.perplexity import ExcessLoss
 
+TOLERANCE = 0.10  # how far the time may miss what was asked for
+
 
 def of_loss(loss: ExcessLoss) -> dict[str, Any]:
     """The loss above the dense model's, as a manifest has it."""
@@ -21,3 +23,21 @@ def rose_too_much(outcome: Mapping[str, Any], goal: Goal) -> str:
         f"The perplexity on held-out calibration text rose by {outcome['ppl_increase']:.2%}, more than the "
         f"{goal.max_ppl_increase:.2%} allowed."
     )
+
+
+def missed(outcome: Mapping[str, Any], goal: Goal, most_nats: float) -> list[str]:
+    """In what an outcome is not what was asked for, in sentences; empty: it is.
+
+    Args:
+        outcome: the loss above the dense model's, and where it was timed the share of its time.
+        goal: what was asked for.
+        most_nats: the bound of the loss.
+    """
+    if outcome["excess_nats"] > most_nats:
+        return [rose_too_much(outcome, goal)]
+    if goal.target_latency is not None and outcome["time"] > goal.target_latency * (1 + TOLERANCE):
+        return [
+            f"The goal was missed: the model takes {outcome['time']:.3f} of the dense one's time, "
+            f"{goal.target_latency:.3f} were asked for."
+        ]
+    return []

@@ -27,10 +27,10 @@ from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.configured import configured, configured_layerwise
 from ssmc.compressor.search.counting import Counting
+from ssmc.compressor.search.given_table import require_same
 from ssmc.compressor.search.layer_sizes import Layerwise
-from ssmc.compressor.search.outcome import of_loss, rose_too_much
+from ssmc.compressor.search.outcome import TOLERANCE, missed, of_loss
 from ssmc.compressor.search.teaching import Teaching
-from ssmc.runtime.errors import UsageError
 from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
 from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
@@ -38,7 +38,6 @@ from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
-TOLERANCE = 0.10  # how far the time may miss what was asked for
 TIMED = 15.0  # seconds of timing for a latency table, and for candidates beside the dense model, a guide
 
 
@@ -152,15 +151,7 @@ class Trials(Counting):
             outcome: see there.
             most_nats: the bound of its loss.
         """
-        goal = self.goal
-        if outcome["excess_nats"] > most_nats:
-            return [rose_too_much(outcome, goal)]
-        if goal.target_latency is not None and outcome["time"] > goal.target_latency * (1 + TOLERANCE):
-            return [
-                f"The goal was missed: the model takes {outcome['time']:.3f} of the dense one's time, "
-                f"{goal.target_latency:.3f} were asked for."
-            ]
-        return []
+        return missed(outcome, self.goal, most_nats)
 
     def shortfall(self, outcome: dict[str, Any], most_nats: float) -> tuple[float, float, float]:
         """How far an outcome is from the goal: nats above the bound, time above what was asked for, then the loss."""
@@ -183,17 +174,12 @@ class Trials(Counting):
                 progress=self.progress,
             )
         table = read_latency_table(self.goal.latency_table)
-        device = self.checkpoint.model.device.type
-        for what, has, wanted in (
+        require_same(
+            self.goal.latency_table,
             ("a model of", table.dimensions.as_dict(), self.dense.as_dict()),
             ("", str(table.workload), str(self.workload)),
-            ("the device", table.device, device),
-        ):
-            if has != wanted:
-                raise UsageError(
-                    f"The latency table {self.goal.latency_table} is for {what} {has}, this run is for {wanted}. "
-                    "Leave it out, and a new one is measured."
-                )
+            ("the device", table.device, self.checkpoint.model.device.type),
+        )
         return table
 
     def configured(self, sizes: Sizes | Layerwise, *, trial: bool = False) -> CompressConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssmc.compressor import compress
-from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds
+from ssmc.compressor.search import hybrid
+from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds, read_kind_table, sizes_of
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.exporters import export
-from ssmc.runtime.errors import UsageError
+from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
+from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from tests.support.families import FAMILIES, TINY_VOCAB, random_ids, short, with_tokenizer
 from tests.support.models import save_transformers
@@ -120,4 +123,135 @@ def test_what_cannot_be_reached_is_refused(folder, tmp_path):
             compress(folder, out=tmp_path / "out", **options, **short(folder))
     with pytest.raises(UsageError, match="candidate"):
         compress("tiny", out=tmp_path / "out", target_params=0.9, candidate=2)
+    assert not (tmp_path / "out").exists()
+
+
+def saved(which, directory):
+    """A small random model with the tokenizer of `tiny`."""
+    family = which.split()[0]
+    return with_tokenizer(save_transformers(FAMILIES[family](vocab_size=TINY_VOCAB, **CHANGES[which]), directory / "m"))
+
+
+def a_table(folder, file, **changes):
+    """A table in which half of any axis saves as much of the only kind of layer, so that nothing is timed."""
+    sizes = HybridSizes(load_checkpoint(folder))
+    smaller = {axis: (0.5, {"all": 0.7 + 0.02 * i, REST: 1.0}) for i, axis in enumerate(sizes.axes)}
+    table = KindTable({"all": 1.0, REST: 1.0}, smaller, {}, sizes_of(sizes), Workload("prefill", 1, 16))
+    file.write_text(json.dumps(table.to_json() | changes))
+    return file
+
+
+@pytest.fixture
+def unclocked(monkeypatch):
+    """Models take what the table says, times what is set here."""
+    factor = {"times": 1.0}
+
+    def clock(self, several, budget):
+        found = {removed: factor["times"] * self.table.added_up(removed) for removed in several}
+        return {removed: Ratio(time, time, time, 15) for removed, time in found.items()}
+
+    monkeypatch.setattr(hybrid.HybridSearch, "_clock", clock)
+    return factor
+
+
+@pytest.mark.parametrize("which", CHANGES)
+def test_a_share_of_the_time_is_reached_in_every_family_and_any_candidate_can_be_carried_out(
+    which, tmp_path, unclocked
+):
+    """By a table that is given, so that the list of the second search is that of the first."""
+    dense = saved(which, tmp_path)
+    options = {"latency_table": a_table(dense, tmp_path / "table.json"), "length": 16, "repair": False, **short(dense)}
+    result = compress(dense, out=tmp_path / "out", target_latency=0.85, **options)
+    goal = result.manifest["goal"]
+    assert set(goal["latency_table"]["smaller"]) == AXES[which]
+    assert all(entry["time"] <= 0.85 for entry in goal["candidates"])
+    assert goal["outcome"]["time"] == pytest.approx(goal["candidates"][goal["chosen"] - 1]["time"])
+    last = len(goal["candidates"])
+    other = compress(dense, out=tmp_path / "other", target_latency=0.85, candidate=last, **options)
+    assert [e["removed"] for e in other.manifest["goal"]["candidates"]] == [e["removed"] for e in goal["candidates"]]
+    assert {part: other.config.sparsity_of(part) for part in other.config.parts} == goal["candidates"][-1]["removed"]
+    for found in (result, other):
+        assert_counted(found, dense)
+
+
+def assert_counted(found, dense):
+    """The export has the parameters that the search counted."""
+    smaller = load_checkpoint(export(found.directory).directory)
+    counted = found.manifest["goal"]["outcome"]["parameters"]
+    assert smaller.parameters / load_checkpoint(dense).parameters == pytest.approx(counted, abs=1e-9)
+
+
+@pytest.mark.parametrize("which", ["jamba", "granitemoehybrid", "zamba2"])
+def test_a_bound_of_the_loss_is_kept_in_every_family(which, tmp_path, unclocked):
+    dense = saved(which, tmp_path)
+    options = {"latency_table": a_table(dense, tmp_path / "table.json"), "length": 16, **short(dense)}
+    result = compress(dense, out=tmp_path / "out", max_ppl_increase=0.5, **options)
+    goal = result.manifest["goal"]
+    assert goal["chosen"] == 1
+    assert goal["outcome"]["ppl_increase"] <= 0.5
+    assert goal["candidates"][0]["time"] < 1
+    assert_counted(result, dense)
+
+
+def test_candidates_are_timed_first_and_the_table_set_right(folder, tmp_path, unclocked, monkeypatch):
+    """Of models that all take 1.1 times what the table says, those are chosen that it foretells 1 / 1.1 of the goal."""
+    options = {"length": 16, "pattern": "column+mlp+attention", **short(folder)}
+    sizes, workload = HybridSizes(load_checkpoint(folder)), Workload("prefill", 1, 16)
+    given = read_kind_table(a_table(folder, tmp_path / "t"), sizes, workload, torch.device("cpu"))
+    monkeypatch.setattr(hybrid, "measure_kinds", lambda *_: given)
+    unclocked["times"] = 1.1
+    result = compress(folder, out=tmp_path / "out", target_latency=0.9, **options)
+    goal = result.manifest["goal"]
+    assert goal["latency_table"]["correction"] == pytest.approx(1.1)
+    assert goal["outcome"]["time"] <= 0.9
+    assert 1 <= len(goal["clocked"]) <= 9
+    assert not any("missed" in note for note in result.notes)
+    again = compress(  # by the table that was set right, without timing anything
+        folder, out=tmp_path / "again", target_latency=0.9, latency_table=tmp_path / "out" / "ssmc.json", **options
+    )
+    assert again.manifest["goal"]["candidates"] == goal["candidates"]
+    unclocked["times"] = 1.5  # a goal that is missed by more than a tenth is told
+    late = compress(
+        folder, out=tmp_path / "late", target_latency=0.9, latency_table=tmp_path / "out" / "ssmc.json", **options
+    )
+    assert any("The goal was missed: the model takes 1." in note for note in late.notes)
+
+
+def test_a_bound_of_the_loss_is_kept_by_searching_on(folder, tmp_path, unclocked, monkeypatch):
+    """Where whole candidates cost ten times what their axes do alone, slower ones are tried until one is within."""
+    options = {"latency_table": a_table(folder, tmp_path / "t"), "length": 16, **short(folder)}
+    trial = hybrid.HybridSearch.try_out
+
+    def dearer(self, removed):
+        self.losses[removed] = 0.01 * sum(share for _, share in removed.shares) * 10 ** (len(removed.shares) > 1)
+        return self.losses[removed]
+
+    monkeypatch.setattr(hybrid.HybridSearch, "try_out", dearer)
+    result = compress(folder, out=tmp_path / "out", max_ppl_increase=0.02, **options)
+    goal = result.manifest["goal"]
+    assert goal["expected"]["excess_nats"] <= 0.02
+    assert goal["candidates"][1]["added_up_nats"] <= 0.02  # what was expected to be within, and was not
+    monkeypatch.setattr(hybrid.HybridSearch, "try_out", lambda self, removed: self.losses.setdefault(removed, 1.0))
+    with pytest.raises(VerificationError, match=r"Nothing that was tried keeps .* within 2.00% .* was 171"):
+        compress(folder, out=tmp_path / "none", max_ppl_increase=0.02, **options)
+    monkeypatch.setattr(hybrid.HybridSearch, "try_out", trial)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_table_for_something_else_is_refused(folder, tmp_path):
+    options = {"target_latency": 0.9, "out": tmp_path / "out", "length": 16, **short(folder)}
+    table = a_table(folder, tmp_path / "table.json")
+    for changes, given, words in (
+        ({}, tmp_path / "no-such.json", "cannot be read: No such file"),
+        ({"schema": "ssmc-latency/1"}, table, "no latency table of a hybrid"),
+        ({"seconds": {"all": 1.0}}, table, "no latency table of a hybrid"),
+        ({"correction": -1}, table, "no latency table of a hybrid"),
+        ({"device": "cuda"}, table, "is for the device cuda, this run is for cpu"),
+        ({"workload": {"phase": "decode"}}, table, "a step of decoding|decod"),
+        ({"model": {"parameters": 7}}, table, "is for a model of {'parameters': 7}"),
+        ({"smaller": {"mlp": (0.5, {"all": 0.5, REST: 1.0})}}, table, "has no times with fewer column, head"),
+    ):
+        a_table(folder, table, **changes)
+        with pytest.raises(UsageError, match=words):
+            compress(folder, latency_table=given, **options)
     assert not (tmp_path / "out").exists()
