@@ -187,7 +187,7 @@ def test_a_measured_table_is_kept_in_the_manifest(dense, tmp_path):
     [
         ({"target_params": 0.01}, r"cannot reach 0\.01 of the parameters \(the least is 0\.9"),
         ({"target_latency": 0.01}, r"cannot reach 0\.01 of the time \(the least is 0\."),
-        ({"target_latency": 0.5, "phase": "decode"}, "is for .* a prefill of 512 tokens at batch 1, this run is for"),
+        ({"target_latency": 0.5, "phase": "decode"}, "is for a prefill of 512 tokens at batch 1, this run is for"),
         ({"target_latency": 0.5, "batch": 2}, "a new one is measured"),
     ],
 )
