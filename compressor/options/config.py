@@ -17,6 +17,7 @@ from ssmc.compressor.options.patterns import (
     CHANNEL,
     COLUMN,
     NOTHING,
+    UNSTRUCTURED,
     WEIGHTS,
     check_parts,
     parse_nm,
@@ -376,6 +377,11 @@ class CompressConfig(BaseModel):
     def _fits_together(self) -> CompressConfig:
         self._check_scores()
         self._check_quantize()
+        if self.pruned_entry == "forget" and not self._sets_entries():
+            raise ValueError(
+                "pruned_entry forget goes with patterns that set single entries of A_log: unstructured, or N:M with "
+                "scope ssm or all"
+            )
         if self.scope is not None and not all(pattern_of(part).takes_scope for part in self.parts):
             raise ValueError(f"scope does not go with the pattern {self.pattern}, which removes whole modules")
         for name, counts, part in (("states", self.states, COLUMN), ("widths", self.widths, CHANNEL)):
@@ -386,6 +392,10 @@ class CompressConfig(BaseModel):
         if self.refine:
             self._check_refine()
         return self
+
+    def _sets_entries(self) -> bool:
+        """Whether single entries of A_log are pruned, not whole states."""
+        return self.prunes_a_log and (self.nm is not None or UNSTRUCTURED in self.parts)
 
     def _check_quantize(self) -> None:
         """Options of quantisation go with it, and it comes last."""

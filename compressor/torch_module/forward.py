@@ -220,9 +220,18 @@ class WatchedModule:
         except Exception as error:
             raise CalibrationError(
                 f"The {type(self.module).__name__} cannot be run on batch {number} ({type(error).__name__}: {error}). "
-                "A tensor is given to it as its only argument, a tuple as several, a dict by name; `forward` can do "
-                "otherwise."
+                f"{self._how_given()}"
             ) from error
+
+    def _how_given(self) -> str:
+        """What to give where a batch could not be run."""
+        if isinstance(self.batches, (torch.Tensor, Mapping, str)):  # iterating these gives no batches, as a rule
+            what = type(self.batches).__name__
+            return f"batches is a {what} itself, batch 0 the first that comes out of it: give a list, [{what}, ...]."
+        return (
+            "A tensor is given to it as its only argument, a tuple as several, a dict by name; `forward` can do "
+            "otherwise."
+        )
 
     @staticmethod
     @contextmanager

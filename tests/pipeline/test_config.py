@@ -92,12 +92,20 @@ def test_sparsity_out_of_range(sparsity):
         ({"pattern": "channel", "widths": [0, 8]}, "widths .* does not work"),
         ({"pattern": "channel", "states": [8]}, "tates goes with the pattern column"),
         ({"round_channels": 0}, "round_channels 0"),
+        ({"pruned_entry": "forget"}, "runed_entry forget goes with .*unstructured"),
+        ({"pruned_entry": "forget", "pattern": "2:4"}, "runed_entry forget .*scope ssm"),
+        ({"pruned_entry": "forget", "pattern": "unstructured", "scope": "ffn"}, "runed_entry forget"),
         ({"sparsety": 0.5}, "no option 'sparsety'.*sparsity"),
     ],
 )
 def test_mistakes_are_named(options, words):
     with pytest.raises(UsageError, match=words):
         configure(model="tiny", **options)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "unstructured"}, {"pattern": "2:4", "scope": "all"}])
+def test_entries_that_forget_go_with_patterns_of_entries(options):
+    assert configure(model="tiny", pruned_entry="forget", **options).pruned_entry == "forget"
 
 
 def test_all_mistakes_are_named_at_once():

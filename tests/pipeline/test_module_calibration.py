@@ -220,6 +220,8 @@ def test_options_that_make_no_sense(options, message):
         (7, "batches is a int, which holds no batches"),
         ([torch.full((2, 5, 2), torch.nan)], "NaN or infinity on the first batch"),
         ([*series(count=1), torch.full((2, 9, 2), torch.nan)], r"stage0.0 reads in batch 1 is not finite"),
+        (torch.randn(4, 5, 2), r"batches is a Tensor itself.*give a list, \[Tensor"),
+        ({"x": torch.randn(4, 5, 2)}, "batches is a dict itself"),
         ([torch.randn(2, 5, 3)], r"cannot be run on batch 0 \(RuntimeError: mat1 and mat2"),
     ],
 )
