@@ -135,7 +135,8 @@ def achieved(done: Distillation) -> str:
     return (
         f"Distilled for {done.steps} steps of {done.tokens} tokens: the divergence from the dense model's predictions "
         f"fell from {done.divergence_before:.4f} to {done.divergence:.4f} nats a token on held-out sequences, the loss "
-        f"above the dense model's from {done.excess_before:+.4f} to {done.excess:+.4f}."
+        f"above the dense model's from {done.excess_before:+.4f} to {done.excess:+.4f}"
+        + ("." if done.excess_far is None else f"; on tokens seen more than 100 back (recall) {done.excess_far:+.4f}.")
     )
 
 

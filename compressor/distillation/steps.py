@@ -27,6 +27,7 @@ from ssmc.runtime.errors import CalibrationError
 from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.losses import LOGITS_AT_ONCE, last_hidden
 from ssmc.runtime.measure.perplexity import losses_of_tokens
+from ssmc.runtime.measure.recall import far_excess
 from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -93,6 +94,7 @@ class Distillation:
         excess: loss above the dense model's.
         excess_before: the same before the first step.
         tokens: of a step.
+        excess_far: loss above the dense model's on tokens seen more than 100 back; None where there are none.
     """
 
     steps: int
@@ -102,6 +104,7 @@ class Distillation:
     excess: float
     excess_before: float
     tokens: int
+    excess_far: float | None = None
 
 
 def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress = NO_PROGRESS) -> Distillation:
@@ -123,19 +126,22 @@ def distill(pair: Pair, tokens: torch.Tensor, course: Course, progress: Progress
         )
     held = min(HELD_OUT * sequences_of(tokens.shape[1]), max(1, len(tokens) // 4))
     seen, judged = tokens[:-held], tokens[-held:]
-    dense, before = (_loss(model, judged) for model in (pair.teacher, pair.student))
+    dense, before = (_losses(model, judged) for model in (pair.teacher, pair.student))
     with narrowed(pair.architecture, pair.student, course.layers):
         moving = _what_moves(pair, course.layers)
         with only_these_move(moving.parameters, pair.student, pair.teacher):
             done = _Lesson(pair, seen, judged, moving).descend(course, progress)
+    after = _losses(pair.student, judged)
+    far = far_excess(after, dense)
     return Distillation(
         steps=done.steps,
         best_step=done.best_step,
         divergence=done.error,
         divergence_before=done.error_before,
-        excess=_loss(pair.student, judged) - dense,
-        excess_before=before - dense,
+        excess=float((after[1] - dense[1]).mean()),
+        excess_before=float((before[1] - dense[1]).mean()),
         tokens=min(sequences_of(tokens.shape[1]), len(seen)) * tokens.shape[1],
+        excess_far=None if far is None else far.excess,
     )
 
 
@@ -247,9 +253,9 @@ class _Lesson:
         return max(0.0, summed(float(sum(found))) / self._judged)  # below it only by rounding
 
 
-def _loss(model: nn.Module, sequences: torch.Tensor) -> float:
-    """The mean loss of the next token, in nats, over (n, L) sequences."""
-    return float(losses_of_tokens(model, sequences.reshape(-1), sequences.shape[1])[1].mean())
+def _losses(model: nn.Module, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences (n, L) and the losses of their predictions (n, L - 1), in nats."""
+    return losses_of_tokens(model, sequences.reshape(-1), sequences.shape[1])
 
 
 def divergence(pair: Pair, inputs: torch.Tensor, wanted: torch.Tensor, backward: float = 0.0) -> float:

@@ -20,6 +20,7 @@ from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.find import find_sizes
 from ssmc.compressor.search.layer_sizes import Layerwise
+from ssmc.compressor.search.outcome import after_steps
 from ssmc.compressor.search.trials import Trials
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.checkpoints import Checkpoint
@@ -101,14 +102,10 @@ def reach_goal(
 
 
 def _distilled(result: GoalResult, trials: Trials, distil: Distil) -> GoalResult:
-    """The same model after gradient steps, and what it loses then on sequences that no step saw.
-
-    Steps draw their text anew, and may well have seen what the trials were measured on.
-    """
+    """The same model after gradient steps, and what it loses then."""
     done = distil(replace(trials.checkpoint, model=result.model), result.pruned.layers)
     before = result.record["outcome"]
-    loss = {"excess_nats": done.excess, "excess_stderr": None, "ppl_increase": math.expm1(done.excess)}
-    outcome = {**before, **loss, "excess_before_steps": before["excess_nats"]}
+    outcome = {**before, **after_steps(done, before["excess_nats"])}
     notes = (*trials.missed(outcome, trials.goal.most_nats), *trials.samples.notes)
     record = {**result.record, "outcome": outcome}
     return replace(result, model=result.model.cpu(), record=record, notes=notes, distillation=done)

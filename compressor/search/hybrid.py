@@ -30,10 +30,10 @@ from ssmc.compressor.search.configured import configured
 from ssmc.compressor.search.counting import require_one
 from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds, read_kind_table
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
-from ssmc.compressor.search.outcome import missed, of_loss
+from ssmc.compressor.search.outcome import Losses, above, after_steps, missed
 from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
-from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
+from ssmc.runtime.measure.perplexity import losses_of_tokens
 from ssmc.runtime.measure.timing import Ratio, interleave, paired_ratio
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.fast import use_fast_scan
@@ -78,7 +78,7 @@ class HybridSearch:
         if self.goal.needs_time and given is not None:
             self.table = read_kind_table(given, self.sizes, self.workload, self.device)
             self._require(self._limits())
-        self.base = self._perplexity(self.checkpoint.model)
+        self.base = self._losses(self.checkpoint.model)
         if self.goal.needs_time and given is None:
             self.table = measure_kinds(self.sizes, self.workload, self.device, self.progress)
         self.curves = {axis: self._curve(axis) for axis in self.sizes.axes}
@@ -148,7 +148,7 @@ class HybridSearch:
         if removed not in self.losses:
             run = configured(self.config, removed.by_axis, trial=True)
             model, _, _ = self._prune(run, self.samples.fit)
-            self.losses[removed] = excess_loss(self._perplexity(model), self.base).nats
+            self.losses[removed] = above(self._losses(model), self.base)["excess_nats"]
         return self.losses[removed]
 
     def carry_out(self, removed: Removed, record: dict[str, Any], distil: Distil | None = None) -> GoalResult:
@@ -159,22 +159,17 @@ class HybridSearch:
         """
         run = configured(self.config, removed.by_axis)
         model, plan, pruned = self._prune(run, self.tokens[: self.config.nsamples])
-        loss, done, before = excess_loss(self._perplexity(model), self.base), None, {}
-        self.losses[removed] = loss.nats  # should the search go on, it knows better than from a trial
+        loss, done = above(self._losses(model), self.base), None
+        self.losses[removed] = loss["excess_nats"]  # should the search go on, it knows better than from a trial
         if distil is not None:
-            before = {"excess_before_steps": loss.nats}
             done = distil(replace(self.checkpoint, model=model.cpu()), pruned.layers)
-            loss = excess_loss(self._perplexity(model), self.base)
-        outcome: dict[str, Any] = {
-            "parameters": self.sizes.share_of_parameters(removed),
-            **of_loss(loss),
-            **before,
-        }
+            loss = after_steps(done, loss["excess_nats"])
+        outcome: dict[str, Any] = {"parameters": self.sizes.share_of_parameters(removed), **loss}
         if self.goal.needs_time:
             ratio = self._clock([removed], BUDGET)[removed]
             outcome |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
         lacks = missed(outcome, self.goal, self.goal.most_nats)
-        if loss.nats > self.goal.most_nats:
+        if loss["excess_nats"] > self.goal.most_nats:
             raise VerificationError(f"{lacks[0]} Nothing was written. Allow more, or ask for less.")
         notes = (*lacks, *self.samples.notes)
         return GoalResult(plan, model.cpu(), pruned, record | {"outcome": outcome}, notes, done)
@@ -208,9 +203,9 @@ class HybridSearch:
         pruned = prune(Run(model, plan, text, checkpoint.dtypes, Stage(self.device), told))
         return model, plan, pruned
 
-    def _perplexity(self, model: nn.Module) -> Perplexity:
+    def _losses(self, model: nn.Module) -> Losses:
         held = self.samples.held_out
-        return perplexity(use_fast_scan(model.to(self.device)), held.reshape(-1), held.shape[1])
+        return losses_of_tokens(use_fast_scan(model.to(self.device)), held.reshape(-1), held.shape[1])
 
     def _clock(self, several: Sequence[Removed], budget: float) -> dict[Removed, Ratio]:
         """Times of stock models of these sizes over the dense one's, in turns, within about so many seconds."""

@@ -29,11 +29,11 @@ from ssmc.compressor.search.configured import configured, configured_layerwise
 from ssmc.compressor.search.counting import Counting
 from ssmc.compressor.search.given_table import require_same
 from ssmc.compressor.search.layer_sizes import Layerwise
-from ssmc.compressor.search.outcome import TOLERANCE, missed, of_loss
+from ssmc.compressor.search.outcome import TOLERANCE, Losses, above, missed
 from ssmc.compressor.search.teaching import Teaching
 from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
-from ssmc.runtime.measure.perplexity import Perplexity, excess_loss, perplexity
+from ssmc.runtime.measure.perplexity import losses_of_tokens, summarise
 from ssmc.runtime.measure.timing import Ratio
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
@@ -53,7 +53,7 @@ class Trials(Counting):
     samples: Samples
     progress: Progress = NO_PROGRESS
     measured_table: LatencyTable | None = None
-    measured_base: Perplexity | None = None  # of the dense model
+    measured_base: Losses | None = None  # of the dense model
     losses: dict[Sizes | Layerwise, float] = field(default_factory=dict)  # excess loss on held-out text, nats a token
     taught: dict[Sizes | Layerwise, float] = field(default_factory=dict)  # the same after a few steps of distillation
     clocked: dict[Sizes | Layerwise, Ratio] = field(default_factory=dict)  # time over the dense model's, measured
@@ -76,11 +76,11 @@ class Trials(Counting):
         return self.measured_table
 
     @property
-    def base(self) -> Perplexity:
-        """The loss of the dense model, measured when it is first asked for."""
+    def base(self) -> Losses:
+        """The losses of the dense model, measured when it is first asked for."""
         if self.measured_base is None:
             self.progress("loss of the dense model", 0, 1)
-            self.measured_base = self._loss(self.checkpoint.model)
+            self.measured_base = self._losses(self.checkpoint.model)
         return self.measured_base
 
     @property
@@ -132,13 +132,12 @@ class Trials(Counting):
     def outcome(self, pruned: nn.Module, sizes: Sizes | Layerwise) -> dict[str, Any]:
         """What came out: the loss of the pruned model, and its time beside the dense one's in the same run."""
         self.progress("measuring what came out", 0, 1)
-        loss = excess_loss(self._loss(use_fast_scan(pruned)), self.base)
         result: dict[str, Any] = {
             "parameters": self.share_of_parameters(sizes),
             "memory": self.memory(sizes),
-            **of_loss(loss),
+            **above(self._losses(use_fast_scan(pruned)), self.base),
         }
-        self.losses[sizes] = loss.nats  # should the search go on, it knows better than from a trial
+        self.losses[sizes] = result["excess_nats"]  # should the search go on, it knows better than from a trial
         if self.goal.needs_time:
             ratio = self.clock([sizes])[sizes]
             result |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
@@ -239,12 +238,13 @@ class Trials(Counting):
 
     def _few_losses(self, model: nn.Module) -> Sequence[float]:
         with half_precision(self.checkpoint.model.device):
-            return self._loss(model, math.ceil(TRIAL_TOKENS / self.samples.held_out.shape[1])).window_nll
+            few = math.ceil(TRIAL_TOKENS / self.samples.held_out.shape[1])
+            return summarise(*self._losses(model, few)).window_nll
 
     def copy_of_dense(self) -> nn.Module:
         """The dense model once more, on the CPU, to be pruned."""
         return use_fast_scan(copy.deepcopy(self.checkpoint.model).cpu())
 
-    def _loss(self, model: nn.Module, windows: int | None = None) -> Perplexity:
+    def _losses(self, model: nn.Module, windows: int | None = None) -> Losses:
         held = self.samples.held_out[:windows]
-        return perplexity(model.to(self.checkpoint.model.device), held.reshape(-1), held.shape[1])
+        return losses_of_tokens(model.to(self.checkpoint.model.device), held.reshape(-1), held.shape[1])

@@ -95,6 +95,11 @@ def of_kind(recall: Sequence[KindLoss], kind: str) -> KindLoss | None:
     return next((loss for loss in recall if loss.kind == kind and loss.tokens), None)
 
 
+def far_excess(ours: tuple[torch.Tensor, torch.Tensor], dense: tuple[torch.Tensor, torch.Tensor]) -> KindLoss | None:
+    """What a model loses on far tokens above another, both as `losses_of_tokens` returns them; None: there are none."""
+    return of_kind(recall_of([dense, ours], [True, False])[1], "far")
+
+
 def loss_by_kind(
     losses: np.ndarray, kinds: Mapping[str, np.ndarray], dense: np.ndarray | None = None
 ) -> tuple[KindLoss, ...]:

@@ -97,6 +97,20 @@ def gradients_of(pair, tokens):
     return {name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None}
 
 
+def test_what_is_lost_on_tokens_seen_far_back_is_told_apart():
+    pair, text = pair_of(random_model()), random_tokens((8, 260), seed=5)
+    text[-2:, 200:230] = text[-2:, 20:50]
+    done = distill(pair, text, Course(1))
+    losses = []
+    for model in (pair.student, pair.teacher):
+        logits = model(text[-2:]).logits[:, :-1].detach()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), text[-2:, 1:], reduction="none"))
+    above = (losses[0] - losses[1])[:, 201:229]  # a trigram stands again from its third token on
+    assert done.excess_far == pytest.approx(float(above.mean()), abs=1e-5)
+    assert abs(done.excess_far - done.excess) > 1e-4
+    assert distill(pair_of(random_model()), random_tokens((8, 24)), Course(1)).excess_far is None
+
+
 def test_steps_make_it_better_and_keep_what_was_pruned_at_zero():
     pair = pair_of(random_model())
     zero = {name: (p == 0) for name, p in pair.student.named_parameters()}

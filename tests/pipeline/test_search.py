@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+import torch
 from transformers import MambaForCausalLM
 
 from ssmc.compressor import configure, make_plan, split_goal
@@ -20,6 +21,7 @@ from ssmc.compressor.search.allocation import (
     shortlist,
 )
 from ssmc.compressor.search.configured import configured
+from ssmc.compressor.search.outcome import above
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.checkpoints import parameter_counter
 from ssmc.runtime.models.families import Dimensions, architecture_for
@@ -192,6 +194,19 @@ def test_a_goal_is_taken_out_and_allows_everything_by_default():
     assert (goal.target_latency, goal.phase, goal.batch) == (0.6, "decode", 4)
     everything = "layer+column+channel+mlp+attention+head+expert+head-dim+expert-width+width"
     assert rest == {"model": "m", "seed": 1, "pattern": everything}
+
+
+def test_the_outcome_tells_apart_what_is_lost_on_tokens_seen_far_back():
+    windows = torch.arange(600).view(2, 300)
+    windows[1, 150:160] = windows[1, 5:15]
+    dense = torch.rand(2, 299, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = dense + 0.1
+    ours[1, 151:159] += 0.4  # predictions of 152 to 159, the last of trigrams that stood at 5 to 14
+    outcome = above((windows, ours), (windows, dense))
+    assert outcome["far_nats"] == pytest.approx(0.5)
+    assert outcome["excess_nats"] == pytest.approx(0.1 + 8 * 0.4 / 598)
+    assert outcome["ppl_increase"] == pytest.approx(math.exp(outcome["excess_nats"]) - 1)
+    assert above((windows[:1], ours[:1]), (windows[:1], dense[:1]))["far_nats"] is None
 
 
 def test_a_bound_of_perplexity_is_one_of_loss():

@@ -97,6 +97,14 @@ def test_a_share_of_the_parameters_is_reached_and_any_candidate_can_be_carried_o
     assert {part: other.config.sparsity_of(part) for part in other.config.parts} == wanted
 
 
+def test_after_steps_the_loss_is_that_on_sequences_that_no_step_saw(folder, tmp_path):
+    options = {"pattern": "mlp+attention", "target_params": 0.992, "distill": 1, **short(folder)}
+    manifest = compress(folder, out=tmp_path / "out", **options).manifest
+    outcome, done = manifest["goal"]["outcome"], manifest["distilled"]
+    assert outcome["excess_nats"] == done["excess"]
+    assert outcome["excess_before_steps"] != done["excess_before"]  # that is of the text of the trials
+
+
 @pytest.mark.parametrize(
     ("family", "pattern", "share"),
     [("granitemoehybrid", "expert+expert-width", 0.985), ("jamba", "expert+column", 0.985), ("zamba2", "head", 0.99)],
