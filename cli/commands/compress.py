@@ -356,7 +356,8 @@ def _outcome(record: dict[str, Any]) -> Table:
     rows.add_row("perplexity", increase, f"{math.expm1(expected['excess_nats']):+.2%}", came)
     if outcome["far_nats"] is not None:
         stderr = "" if outcome["far_stderr"] is None else f" ± {outcome['far_stderr']:.4f}"
-        rows.add_row("loss on tokens seen more than 100 back (recall)", "", "", f"{outcome['far_nats']:+.4f}{stderr} nats")
+        came = f"{outcome['far_nats']:+.4f}{stderr} nats"
+        rows.add_row("loss on tokens seen more than 100 back (recall)", "", "", came)
     rows.caption = "perplexity on held-out calibration text; expected: from a run on few samples"
     return rows
 
