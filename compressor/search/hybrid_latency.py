@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,8 @@ from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
-ROUNDS = 5  # of all models in turns; every figure is the median
+TIMED = 15.0  # seconds of all models in turns, a guide
+LEAST_ROUNDS, MOST_ROUNDS = 5, 30
 REST = "rest"  # embedding, last norm, head
 SCHEMA = "ssmc-kinds/1"
 
@@ -146,17 +147,43 @@ def measure_kinds(
         for axis, c in configs.items()
     }
     clocks = {axis: _Clocks(sizes, model, workload) for axis, model in models.items()}
-    found: dict[str, list[dict[str, float]]] = {axis: [] for axis in models}
-    for done in range(ROUNDS + 1):
-        progress("time by kind of layer", done, ROUNDS + 1)
-        for axis, clock in clocks.items():
-            taken = clock.run()
-            if done:  # the first run warms up
-                found[axis].append(taken)
-    medians = {axis: {k: median(r[k] for r in runs) for k in runs[0]} for axis, runs in found.items()}
-    smaller = {axis: (shares[axis], medians[axis]) for axis in shares}
+    rounds = _in_turns(clocks, progress)
+    dense = {kind: median(taken[""][kind] for taken in rounds) for kind in rounds[0][""]}
+    smaller = {axis: (share, _seconds(axis, clocks, rounds, dense)) for axis, share in shares.items()}
     told = asdict(conditions(device, torch.float32, load_average()))
-    return KindTable(medians[""], smaller, told, sizes_of(sizes), workload, device.type)
+    return KindTable(dense, smaller, told, sizes_of(sizes), workload, device.type)
+
+
+_Round = dict[str, dict[str, float]]  # by axis, seconds by kind
+
+
+def _in_turns(clocks: Mapping[str, _Clocks], progress: Progress) -> list[_Round]:
+    """Run all models in turns, there and back, for about `TIMED` seconds; the first, untimed, warms up."""
+    rounds: list[_Round] = []
+    begun = time.perf_counter()
+    for clock in clocks.values():
+        clock.run()
+    count = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, TIMED / (time.perf_counter() - begun))))
+    for done in range(count):
+        progress("time by kind of layer", done, count)
+        order = list(clocks) if done % 2 else list(reversed(clocks))
+        rounds.append({axis: clocks[axis].run() for axis in order})
+    return rounds
+
+
+def _seconds(
+    axis: str, clocks: Mapping[str, _Clocks], rounds: Sequence[_Round], dense: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds by kind with less of an axis: those of the dense model, times the median of what each round says.
+
+    What has as many parameters takes as long, and what has fewer no longer; all else is noise.
+    """
+    found = {}
+    for kind, seconds in dense.items():
+        ratio = median(taken[axis][kind] / taken[""][kind] for taken in rounds)
+        same = clocks[axis].parameters[kind] == clocks[""].parameters[kind]
+        found[kind] = seconds if same else seconds * min(1.0, ratio)
+    return found
 
 
 class _Clocks:
@@ -166,8 +193,12 @@ class _Clocks:
         self.work = workload.on(model)
         self.taken: dict[str, float] = {}
         self.calls = workload.calls or 1
+        self.parameters = {REST: sum(p.numel() for p in model.parameters())}  # by kind
         for block in sizes.architecture.blocks(model):
-            self._watch(block, kind_of(sizes, block))
+            kind, count = kind_of(sizes, block), sum(p.numel() for p in block.parameters())
+            self.parameters[kind] = self.parameters.get(kind, 0) + count
+            self.parameters[REST] -= count
+            self._watch(block, kind)
 
     def _watch(self, block: nn.Module, kind: str) -> None:
         begun = [0.0]

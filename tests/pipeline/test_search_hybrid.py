@@ -77,6 +77,10 @@ def test_time_is_that_of_the_kinds_of_layers_less_what_each_axis_saves(folder):
     assert set(measured.seconds) == {"mixer", "attention", "mlp", "mlp+expert", REST}
     assert set(measured.smaller) == {"column", "mlp"}
     assert all(seconds > 0 for seconds in measured.seconds.values())
+    for axis, kinds in (("column", {"mixer"}), ("mlp", {"mlp", "mlp+expert"})):
+        _, found = measured.smaller[axis]  # what has fewer parameters takes no longer, and all else as long
+        assert {kind for kind, seconds in found.items() if seconds != measured.seconds[kind]} <= kinds
+        assert all(0 < seconds <= measured.seconds[kind] for kind, seconds in found.items())
 
 
 def test_a_share_of_the_parameters_is_reached_and_any_candidate_can_be_carried_out(folder, tmp_path):
