@@ -166,8 +166,8 @@ def _in_turns(clocks: Mapping[str, _Clocks], progress: Progress) -> list[_Round]
     count = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, TIMED / (time.perf_counter() - begun))))
     for done in range(count):
         progress("time by kind of layer", done, count)
-        order = list(clocks) if done % 2 else list(reversed(clocks))
-        rounds.append({axis: clocks[axis].run() for axis in order})
+        order = list(clocks)
+        rounds.append({axis: clocks[axis].run() for axis in (order if done % 2 else reversed(order))})
     return rounds
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ssmc.compressor import compress
 from ssmc.compressor.search import hybrid
+from ssmc.compressor.search.allocation import Curve
 from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds, read_kind_table, sizes_of
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.exporters import export
@@ -243,6 +244,20 @@ def test_a_bound_of_the_loss_is_kept_by_searching_on(folder, tmp_path, unclocked
     goal = result.manifest["goal"]
     assert goal["expected"]["excess_nats"] <= 0.02
     assert goal["candidates"][1]["added_up_nats"] <= 0.02  # what was expected to be within, and was not
+    said, outcomes = hybrid.above, []
+
+    def worse_at_first(ours, dense):
+        outcomes.append(said(ours, dense) | {"excess_nats": 0.5 if not outcomes else 0.01})
+        return outcomes[-1]
+
+    monkeypatch.setattr(hybrid, "above", worse_at_first)
+    monkeypatch.setattr(
+        hybrid.HybridSearch, "try_out", lambda self, removed: self.losses.setdefault(removed, self.expected(removed))
+    )
+    monkeypatch.setattr(hybrid.HybridSearch, "_curve", lambda self, axis: Curve((0.5,), (0.02,)))
+    again = compress(folder, out=tmp_path / "again", max_ppl_increase=0.02, **options)
+    assert len(outcomes) == 2  # what came out of the first was not within the bound
+    assert again.manifest["goal"]["outcome"]["excess_nats"] == 0.01
     monkeypatch.setattr(hybrid.HybridSearch, "try_out", lambda self, removed: self.losses.setdefault(removed, 1.0))
     with pytest.raises(VerificationError, match=r"Nothing that was tried keeps .* within 2.00% .* was 171"):
         compress(folder, out=tmp_path / "none", max_ppl_increase=0.02, **options)
