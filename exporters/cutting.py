@@ -167,15 +167,15 @@ def _is_silent(architecture: Architecture, block: nn.Module, whole: bool) -> boo
 
 def _sized(kept: list[list[int]], removed: Sequence[int], total: int, uneven: bool, groups: int = 1) -> list[list[int]]:
     """The numbers that are cut out for good; those of layers without a mixer do not matter and follow the others."""
-    most = max((len(numbers) for index, numbers in enumerate(kept) if index not in removed), default=total) // groups
+    staying = [numbers for index, numbers in enumerate(kept) if index not in removed]
+    widest = max(staying, key=len, default=list(range(total)))  # whose heads are as wide as those of all
+    most = len(widest) // groups
     whole, sized = total // groups, []
     for index, numbers in enumerate(kept):
         filled = []
         for block in (range(group * whole, (group + 1) * whole) for group in range(groups)):
-            own = [number for number in numbers if number in block]
-            if index in removed:
-                own = list(block)[:most]
-            elif not uneven:  # filled up with silent ones
+            own = [number for number in (widest if index in removed else numbers) if number in block]
+            if not uneven:  # filled up with silent ones
                 silent = sorted(set(block) - set(own))
                 own = sorted(own + silent[: most - len(own)])
             filled += own

@@ -228,6 +228,22 @@ def test_a_layer_with_a_mixer_and_one_with_attention_stay_by_every_score(folder,
         assert {*kinds} == {"linear_attention", "full_attention"}
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_layers_go_together_with_channels_of_heads(layer, tmp_path):
+    """Whichever goes, those that stay say how wide a head is."""
+    dense = with_tokenizer(save_transformers(FAMILIES["falcon_h1"](vocab_size=TINY_VOCAB), tmp_path / "m"))
+    seed = next(s for s in range(9) if torch.randperm(2, generator=torch.Generator().manual_seed(s))[0] == layer)
+    options = {"pattern": "layer+head-dim", "sparsity": 0.5, "score": {"layer": "random"}, "repair": False}
+    result = compress(dense, out=tmp_path / "out", seed=seed, **options, **short(dense))
+    assert result.removals[0].layer == layer
+    exported = export(result.directory)
+    masked, cut = (AutoModelForCausalLM.from_pretrained(d) for d in (result.directory, exported.directory))
+    assert (cut.config.mamba_n_heads, cut.config.mamba_d_head) == (4, 4)
+    ids = random_ids(1, 20)
+    assert difference(cut(ids).logits, masked(ids).logits) < 1e-5
+
+
 def test_more_layers_than_can_go_are_refused_before_any_work(folder, tmp_path):
     """Nothing is calibrated: there is not even a text."""
     options = {"out": tmp_path / "out", "calib": tmp_path / "no-such-text.txt", "pattern": "layer"}
