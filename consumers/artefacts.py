@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tests.support
 from ssmc.compressor import compress
 from ssmc.exporters import export
+from ssmc.exporters.verify import with_epsilons_of
 from ssmc.runtime.models.checkpoints import load_checkpoint
 from ssmc.runtime.models.checkpoints.config_reading import read_config
 from ssmc.runtime.models.checkpoints.sources import find_directory
@@ -178,8 +179,8 @@ def reference(masked: str | Path, tokens: list[int], first: int, shrunk: Path | 
         masked: of the original shape.
         tokens: ids.
         first: tokens that are read as a prompt where the others are read one by one.
-        shrunk: an export of it, if it is pruned: gated norms over fewer channels have, in effect, another epsilon; no
-            file can say it, so the masked model gets it.
+        shrunk: an export of it, if it is pruned: norms over fewer channels, states or coordinates of the stream have,
+            in effect, another epsilon; no file can say it, so the masked model gets it.
 
     Returns:
         The model's under LIMITED. Where the model limits its time steps, which some consumers do not, also those of a
@@ -187,9 +188,8 @@ def reference(masked: str | Path, tokens: list[int], first: int, shrunk: Path | 
     """
     exact = {"dtype": torch.float64, "experts_implementation": "eager"}  # another has no float64
     model = AutoModelForCausalLM.from_pretrained(find_directory(str(masked)), **exact)
-    architecture = architecture_for(model.config.model_type)
-    if shrunk is not None and architecture.capabilities.heads:
-        architecture.with_epsilons_of(model, AutoConfig.from_pretrained(shrunk))
+    if shrunk is not None:
+        with_epsilons_of(architecture_for(model.config.model_type), model, AutoConfig.from_pretrained(shrunk))
     model = guard_kernels(model).eval()
     ids = torch.tensor([tokens])
     found = {LIMITED: model(ids).logits[0].double()}

@@ -11,6 +11,7 @@ import torch
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.architectures.residual import with_epsilons_of_width
 from ssmc.runtime.models.checkpoints import Checkpoint, load_checkpoint
+from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.fast import use_fast_scan, use_stock_scan
 
 BATCH, LENGTH = 2, 96
@@ -59,18 +60,33 @@ def cut_epsilons(masked: Checkpoint, config: Any, tokens: torch.Tensor) -> float
     Returns:
         How far a logit moves by it; None where there is no such norm.
     """
-    architecture, left, whole = masked.architecture, masked.architecture.dimensions(config), masked.dimensions
-    able = architecture.capabilities
-    own = able.normed_readers and left.d_state != whole.d_state
-    own = own or (able.heads and left.d_inner != whole.d_inner)
-    if not own and left.d_model == whole.d_model:
+    if not has_other_epsilons(masked.architecture, masked.config, config):
         return None
     before = use_fast_scan(masked.model)(tokens).logits
-    if own:
-        architecture.with_epsilons_of(masked.model, config)
-    if left.d_model != whole.d_model:
-        with_epsilons_of_width(architecture, masked.model, left.d_model)
+    with_epsilons_of(masked.architecture, masked.model, config)
     return float((masked.model(tokens).logits - before).abs().max())
+
+
+def has_other_epsilons(architecture: Architecture, masked: Any, config: Any) -> bool:
+    """Whether norms of a masked model lost channels, states or directions of the stream on the way to a shrunk one.
+
+    Args:
+        architecture: of both.
+        masked: configuration of the masked model.
+        config: of the shrunk one.
+    """
+    left, whole, able = architecture.dimensions(config), architecture.dimensions(masked), architecture.capabilities
+    gated = able.heads and left.d_inner != whole.d_inner
+    return gated or (able.normed_readers and left.d_state != whole.d_state) or left.d_model != whole.d_model
+
+
+def with_epsilons_of(architecture: Architecture, model: Any, config: Any) -> None:
+    """Give all norms of a masked model, in place, the epsilons that they have, in effect, in a shrunk one."""
+    left, whole = architecture.dimensions(config).d_model, architecture.dimensions(model.config).d_model
+    if architecture.capabilities.heads or architecture.capabilities.normed_readers:
+        architecture.with_epsilons_of(model, config)
+    if left != whole:
+        with_epsilons_of_width(architecture, model, left)
 
 
 @torch.no_grad()

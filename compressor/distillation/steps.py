@@ -295,6 +295,8 @@ def _what_moves(pair: Pair, layers: Sequence[Left]) -> _Moving:
     with narrowed(pair.architecture, pair.teacher, layers, write_back=False):
         dense = dict(pair.teacher.named_parameters())
         for name, parameter in moving.items():
+            if parameter.shape != dense[name].shape:  # experts that are gone are cut out, and leave no zeros
+                continue
             entries = (parameter.detach() == 0) & (dense[name].detach() != 0)
             if bool(entries.any()):
                 pinned[name] = entries

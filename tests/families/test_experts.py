@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssmc.compressor import compress, configure
+from ssmc.compressor.distillation.run import Lesson, distil_artefact
 from ssmc.compressor.methods.experts.elimination import eliminate_experts
 from ssmc.compressor.methods.experts.fit import fit_experts
 from ssmc.compressor.methods.experts.score import ScoredExperts
@@ -299,6 +300,16 @@ def test_channels_and_experts_of_one_layer_go_together(tmp_path):
     assert cut.config.num_experts < FAMILIES["jamba"]().config.num_experts
     ids = random_ids(1, 20)
     assert difference(cut(ids).logits, masked(ids).logits) < 1e-5
+
+
+def test_what_is_left_is_distilled(folder, tmp_path):
+    """Experts that are gone leave no zeros; what went of other axes stays silent, as exports prove."""
+    options = {"pattern": f"column+{EXPERT}+{EXPERT_WIDTH}", "sparsity": 0.4, **short(folder)}
+    result = compress(folder, out=tmp_path / "out", distill=2, **options)
+    assert result.manifest["distilled"]["steps"] == 2
+    distil_artefact(result.directory, Lesson(2, str(options["calib"]), 48), out=tmp_path / "again")
+    for directory in (result.directory, tmp_path / "again"):
+        assert export(directory).comparison.max_difference < 1e-3
 
 
 def test_what_cannot_go_is_refused_before_any_work(tmp_path):
