@@ -22,6 +22,7 @@ from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
 from ssmc.compressor.families import able_parts, check_family, searches_axes, searches_width
 from ssmc.compressor.fit import fitted
+from ssmc.compressor.foreseen import Refusal, configuration_left
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
@@ -105,6 +106,7 @@ def compress(
     max_memory: str | int | None = None,
     progress: Progress = NO_PROGRESS,
     command: str | None = None,
+    refuse: Refusal | None = None,
     **options: Any,
 ) -> CompressResult | CompressedModule:
     """Prune a model in one shot and write it, masked, to a folder; or prune the mixers of a torch module in memory.
@@ -121,6 +123,8 @@ def compress(
             run that needs more is refused before it starts.
         progress: told what is being done.
         command: recorded in the manifest.
+        refuse: refuses configurations of hybrids that nothing would run where the result is for, before any work; a
+            search leaves them out (`ssmc.exporters.foresight.refuse_left`, as the command line has it for --for).
         options: fields of `CompressConfig` and `Goal`, or those a recipe names (`read_recipe`); of a torch module
             those of `compress_module`.
 
@@ -128,10 +132,10 @@ def compress(
         SsmcError: with one sentence on what is wrong and what to do.
     """
     if isinstance(model, nn.Module):
-        if (out, force, resume, max_memory, command) != (OUT, False, False, None, None):
+        if (out, force, resume, max_memory, command, refuse) != (OUT, False, False, None, None, None):
             raise UsageError(
-                "out, force, resume, max_memory and command go with a checkpoint; a torch module is returned, save it "
-                "yourself."
+                "out, force, resume, max_memory, command and refuse go with a checkpoint; a torch module is returned, "
+                "save it yourself."
             )
         if batches is None:
             raise UsageError(
@@ -143,7 +147,7 @@ def compress(
             f"batches go with a torch module; {model} is read from disk and calibrated on text: use calib."
         )
     limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
-    order = _Order(Path(out).expanduser(), force, resume, limit, progress, command)
+    order = _Order(Path(out).expanduser(), force, resume, limit, progress, command, refuse)
     return _compress_checkpoint(str(model), order, options)
 
 
@@ -157,6 +161,7 @@ class _Order:
     limit: int | None  # bytes of memory
     progress: Progress
     command: str | None
+    refuse: Refusal | None
 
 
 def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> CompressResult:
@@ -178,13 +183,14 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     if goal is not None and "pattern" not in options:
         able = able_parts(config, architecture, goal)
         if by_axes:
-            able = [
-                part for part in HybridSizes(checkpoint).axes if part != WIDTH or searches_width(architecture, goal)
-            ]
+            axes = HybridSizes(checkpoint, runtime=config.runtime, round_to=config.round_to).axes
+            able = [part for part in axes if part != WIDTH or searches_width(architecture, goal)]
         config = fitted(configure(**{**ordinary, "pattern": "+".join(able)}), checkpoint)
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
     check_shares(plan)
+    if goal is None and order.refuse is not None and (left := configuration_left(plan)) is not None:
+        order.refuse(architecture, left)
     if goal is not None and goal.candidate is not None and not by_axes:
         raise UsageError("Candidates are listed by a search over the axes of a hybrid. Leave --candidate out.")
     if goal is not None and not by_axes:
@@ -297,7 +303,8 @@ def _whole_in_memory(task: _Task, order: _Order, goal: Goal | None, state: State
         distilled = teach(checkpoint, pruned.layers) if config.distill else None
     else:
         distil = teach if config.distill else None
-        reach = reach_goal_of_hybrid if searches_axes(checkpoint.architecture, goal) else reach_goal
+        by_axes = searches_axes(checkpoint.architecture, goal)
+        reach = partial(reach_goal_of_hybrid, refuse=order.refuse) if by_axes else reach_goal
         reached = reach(checkpoint, config, goal, task.tokens, device, progress, distil=distil)
         plan, pruned, distilled = reached.plan, reached.pruned, reached.distillation
         checkpoint = replace(checkpoint, model=reached.model)

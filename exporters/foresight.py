@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,13 @@ from ssmc.runtime.models.families import Architecture
 from ssmc.runtime.models.tokenizers import tokenizer_directory
 
 
-def refuse_unfit(
-    model: str | Path,
-    runtime: str,
-    tokenizer: str | Path | None = None,
-    left: Callable[[Architecture, Any], Any] | None = None,
-) -> None:
+def refuse_unfit(model: str | Path, runtime: str, tokenizer: str | Path | None = None) -> None:
     """Refuse a model by its configuration and tokenizer, where no export of it could run in a runtime.
 
     Args:
         model: a folder, a hub id, or an embedded model.
         runtime: see `ssmc.runtime.models.consumers`.
         tokenizer: as `compress` is told it, where the model has none of its own.
-        left: the configuration that a run will leave, from the dense one; None, or one that gives None: not known.
 
     Raises:
         SsmcError: with the reason.
@@ -35,8 +28,13 @@ def refuse_unfit(
     architecture, config = read_description(directory, str(model))
     refuse_family(runtime, architecture)
     refuse_missing(format, architecture)
-    files = tokenizer_directory(directory, tokenizer)
-    format.foresee(architecture, config, files)
-    smaller = None if left is None else left(architecture, config)
-    if smaller is not None:
-        format.foresee(architecture, smaller, files)
+    format.foresee(architecture, config, tokenizer_directory(directory, tokenizer))
+
+
+def refuse_left(runtime: str, architecture: Architecture, config: Any) -> None:
+    """Refuse what a run would leave, by its configuration, where the runtime could not run it.
+
+    Raises:
+        SsmcError: with the reason.
+    """
+    format_named(consumer_named(runtime).format).foresee(architecture, config, None)

@@ -139,13 +139,13 @@ def compress(
     check_models([config.model])
     if is_first():
         refuse_existing(out, force=force, marker=MANIFEST)
+    refuse = None
     if config.runtime is not None:
-        from ssmc.compressor.methods.units.foreseen import without_units
-        from ssmc.exporters.foresight import refuse_unfit
+        from ssmc.exporters.foresight import refuse_left, refuse_unfit
 
         terminal.hush_libraries()
-        removed = {} if goal is not None else {part: config.sparsity_of(part) for part in config.parts}
-        refuse_unfit(config.model, config.runtime, config.tokenizer, partial(without_units, removed=removed))
+        refuse_unfit(config.model, config.runtime, config.tokenizer)
+        refuse = partial(refuse_left, config.runtime)
     from ssmc.compressor.run import compress as run  # only now: it loads torch and transformers
 
     terminal.hush_libraries()
@@ -165,6 +165,7 @@ def compress(
                 max_memory=max_memory,
                 progress=tracking.watch(progress),
                 command=shlex.join(["ssmc", *sys.argv[1:]]),
+                refuse=refuse,
             )
         tracking.layers(result.manifest["layers"])
         tracking.log({key: result.manifest.get(key) for key in ("parameters", "distilled", "goal")})

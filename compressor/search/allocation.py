@@ -177,11 +177,16 @@ def shortlist(
     return sorted(best.values(), key=lambda sizes: (loss(sizes), sizes))[:count]
 
 
-def frontier(candidates: Iterable[S], cost: Callable[[S], float], loss: Callable[[S], float]) -> list[S]:
-    """Those that nothing else beats in both cost and loss, the cheapest (and most lossy) first."""
+def frontier(
+    candidates: Iterable[S],
+    cost: Callable[[S], float],
+    loss: Callable[[S], float],
+    able: Callable[[S], bool] = lambda _: True,
+) -> list[S]:
+    """Those able ones that nothing else beats in both cost and loss, the cheapest (and most lossy) first."""
     found: list[S] = []
     for sizes in sorted(candidates, key=lambda sizes: (loss(sizes), cost(sizes), sizes)):
-        if not found or cost(sizes) < cost(found[-1]):
+        if (not found or cost(sizes) < cost(found[-1])) and able(sizes):
             found.append(sizes)
     return found[::-1]
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ssmc.compressor.calibration.placement import Stage
 from ssmc.compressor.calibration.split import Samples
+from ssmc.compressor.foreseen import Refusal
 from ssmc.compressor.options.config import CompressConfig
 from ssmc.compressor.options.goal import Goal
 from ssmc.compressor.pipeline import Run, prune
@@ -31,11 +32,12 @@ from ssmc.compressor.search.counting import require_one
 from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds, read_kind_table
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.compressor.search.outcome import Losses, above, after_steps, missed
-from ssmc.runtime.errors import UsageError, VerificationError
+from ssmc.runtime.errors import SsmcError, UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.measure.perplexity import losses_of_tokens
 from ssmc.runtime.measure.timing import Ratio, interleave, paired_ratio
 from ssmc.runtime.models.checkpoints import Checkpoint
+from ssmc.runtime.models.consumers import misfit
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -57,6 +59,7 @@ class HybridSearch:
         tokens: (n, seqlen) calibration samples.
         device: where to compute and to measure.
         progress: told about the steps.
+        refuse: configurations that do not run where the result is for.
     """
 
     checkpoint: Checkpoint
@@ -65,14 +68,20 @@ class HybridSearch:
     tokens: torch.Tensor
     device: torch.device
     progress: Progress = NO_PROGRESS
+    refuse: Refusal | None = None
     losses: dict[Removed, float] = field(default_factory=dict)
     clocked: dict[Removed, Ratio] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sizes = HybridSizes(self.checkpoint, self.config.parts, self.config.runtime)
+        rounding = self.config.round_to
+        self.sizes = HybridSizes(self.checkpoint, self.config.parts, self.config.runtime, rounding)
+        self._known: dict[Removed, bool] = {}  # which ones run where the result is for
         self.samples = Samples.split(self.tokens, self.config.nsamples)
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
-        self._require(self._counted_limits())  # at once
+        limits = self._counted_limits()
+        self._require(limits)  # at once
+        if not any(self.runs(r) for r in self._candidates if all(limit.allows(r) for limit in limits)):
+            raise self._nothing_runs()
         given = self.goal.latency_table
         self.table: KindTable | None = None
         if self.goal.needs_time and given is not None:
@@ -104,10 +113,10 @@ class HybridSearch:
         if not limits:
             within = [r for r in self._candidates if self.expected(r) <= self.goal.most_nats]
             ranked = sorted(within, key=lambda removed: (self.share_of_time(removed), removed))
-            return _different([self._fastest(), *ranked], SHOWN)
+            return self._different([self._fastest(), *ranked])
         self._require(limits)
         able = [r for r in self._candidates if all(limit.allows(r) for limit in limits)]
-        return _different(sorted(able, key=lambda removed: (self.expected(removed), removed)), SHOWN)
+        return self._different(sorted(able, key=lambda removed: (self.expected(removed), removed)))
 
     def set_right(self) -> None:
         """Time the likeliest candidates before any of them is pruned, and correct the table by what shows.
@@ -127,7 +136,9 @@ class HybridSearch:
 
     def _fastest(self) -> Removed:
         """The fastest within the bound of the loss, by bisection along what nothing beats in both time and loss."""
-        ordered = frontier(self._candidates, self.share_of_time, self.expected)
+        ordered = frontier(self._candidates, self.share_of_time, self.expected, self.runs)
+        if not ordered:
+            raise self._nothing_runs()
         bound = self.goal.most_nats
         start = next((i for i, removed in enumerate(ordered) if self.expected(removed) <= bound), len(ordered) - 1)
         found = cheapest_within(ordered, self.try_out, bound, start)
@@ -138,6 +149,41 @@ class HybridSearch:
                 f"model's on held-out calibration text (the least was {least:.2%}), so nothing was written. Allow more."
             )
         return found
+
+    def runs(self, removed: Removed) -> bool:
+        """Whether what is left runs where the result is for."""
+        runtime = self.config.runtime
+        if runtime is not None and removed not in self._known:
+            architecture, left = self.checkpoint.architecture, self.sizes.smaller(removed)
+            self._known[removed] = misfit(runtime, architecture.dimensions(left)) is None
+            try:
+                if self.refuse is not None:
+                    self.refuse(architecture, left)
+            except SsmcError:
+                self._known[removed] = False
+        return self._known.get(removed, True)
+
+    def _different(self, ranked: Sequence[Removed]) -> list[Removed]:
+        """The first of a ranking that run and really differ: in two axes at least, or in one by more than an eighth.
+
+        Raises:
+            UsageError: none of them runs.
+        """
+        found: list[Removed] = []
+        for removed in ranked:
+            if all(_distance(removed, other) > 0.13 for other in found) and self.runs(removed):
+                found.append(removed)
+            if len(found) == SHOWN:
+                break
+        if not found:
+            raise self._nothing_runs()
+        return found
+
+    def _nothing_runs(self) -> UsageError:
+        return UsageError(
+            f"Nothing that meets the goal with --pattern {self.config.pattern} runs in {self.config.runtime}. Ask for "
+            "less, or leave out --for."
+        )
 
     @cached_property
     def _candidates(self) -> list[Removed]:
@@ -177,7 +223,7 @@ class HybridSearch:
     def _require(self, limits: Sequence[Limit]) -> None:
         """Refuse limits that no candidate is within."""
         if limits:
-            able = HybridSizes(self.checkpoint, runtime=self.config.runtime).axes
+            able = HybridSizes(self.checkpoint, runtime=self.config.runtime, round_to=self.config.round_to).axes
             require_one(self.config, self._candidates, limits, able)
 
     def _counted_limits(self) -> list[Limit]:
@@ -232,13 +278,14 @@ def reach_goal_of_hybrid(
     progress: Progress = NO_PROGRESS,
     *,
     distil: Distil | None = None,
+    refuse: Refusal | None = None,
 ) -> GoalResult:
     """Search the axes of a hybrid for a goal and carry out the best, or the candidate that the user names.
 
-    Arguments and errors as of `carry_out.reach_goal`.
+    Arguments and errors as of `carry_out.reach_goal`; candidates that `refuse` refuses are left out.
     """
     checkpoint.model.to(device)
-    search = HybridSearch(checkpoint, config, goal, tokens, device, progress)
+    search = HybridSearch(checkpoint, config, goal, tokens, device, progress, refuse)
     search.set_right()
     tried = set[Removed]()
     while True:
@@ -295,17 +342,6 @@ def _record(search: HybridSearch, found: Sequence[Removed], chosen: Removed) -> 
         "held_out_seen": search.samples.seen,
         "latency_table": None if search.table is None else search.table.to_json(),
     }
-
-
-def _different(ranked: Sequence[Removed], count: int) -> list[Removed]:
-    """The first of a ranking that really differ: in two axes at least, or in one by more than an eighth."""
-    found: list[Removed] = []
-    for removed in ranked:
-        if all(_distance(removed, other) > 0.13 for other in found):
-            found.append(removed)
-        if len(found) == count:
-            break
-    return found
 
 
 def _distance(one: Removed, other: Removed) -> float:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ssmc.compressor.families import axes_of_hybrid
 from ssmc.compressor.methods.channels.counts import able_widths
-from ssmc.compressor.methods.width.counts import able_d_models, has_experts
+from ssmc.compressor.methods.states.counts import allowed_states
+from ssmc.compressor.methods.width.counts import able_d_models, has_experts, wants_twice
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, WIDTH
 from ssmc.runtime.models.architectures.experts import MEMBER, Experts, Mixture
 from ssmc.runtime.models.architectures.plan import CHANNEL as CHANNELS
@@ -50,15 +51,22 @@ class HybridSizes:
         checkpoint: the dense model.
         axes: those that may be touched; None: all that its family has.
         runtime: that the result is for; None: any.
+        round_to: as of `states_to_keep`.
 
     Attributes:
         axes: of those, the ones along which something of this model can go while nothing else does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, axes: Sequence[str] | None = None, runtime: str | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        axes: Sequence[str] | None = None,
+        runtime: str | None = None,
+        round_to: int | str = 1,
+    ):
         self.architecture, self.config = checkpoint.architecture, checkpoint.config
         self.sizes: Any = checkpoint.dimensions
-        self.runtime = runtime
+        self.runtime, self.round_to = runtime, round_to
         self.shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors().items()}
         self.parameters = sum(map(prod, self.shapes.values()))
         self._known: dict[Any, int] = {}  # what was counted already
@@ -146,19 +154,21 @@ class HybridSizes:
 
     def _counts(self, axis: str) -> tuple[int, list[int]]:
         """How many there are of an axis, and how many may stay."""
-        sizes = self.sizes
+        sizes, architecture = self.sizes, self.architecture
+        if axis in (CHANNEL, WIDTH) and wants_twice(sizes, self.runtime):  # of a Jamba they do not go together
+            return 1, []
         if axis == COLUMN:
-            return sizes.d_state, list(range(1, sizes.d_state))
+            return sizes.d_state, [n for n in allowed_states(sizes.d_state, self.round_to) if n < sizes.d_state]
         if axis == CHANNEL:
             return sizes.d_inner, list(range(sizes.d_model, sizes.d_inner, sizes.d_model))
         if axis == HEAD:
-            widths = able_widths(self.architecture, sizes, self.runtime)
+            widths = able_widths(architecture, sizes, self.runtime)
             return sizes.heads, [width // sizes.head_dim for width in widths]
         if axis == WIDTH:
-            return sizes.d_model, [] if has_experts(self.config) else able_d_models(self.architecture, sizes)
+            return sizes.d_model, [] if has_experts(self.config) else able_d_models(architecture, sizes)
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
-        parts = [part for part in self.architecture.units if part.kind == axis and part.total(self.config)]
+        parts = [part for part in architecture.units if part.kind == axis and part.total(self.config)]
         if not parts or any(part.refusal(self.config) for part in parts):
             return 1, []
         largest = max(parts, key=lambda part: part.total(self.config))

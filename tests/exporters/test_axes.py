@@ -8,10 +8,9 @@ import pytest
 
 from ssmc.compressor import compress
 from ssmc.compressor.families import UNITS, parts_of
-from ssmc.compressor.methods.units.foreseen import without_units
 from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM, WIDTH
 from ssmc.exporters import export
-from ssmc.exporters.foresight import refuse_unfit
+from ssmc.exporters.foresight import refuse_left
 from ssmc.runtime.errors import SsmcError
 from ssmc.runtime.models.families import architecture_for
 from tests.support.families import FAMILIES, TINY_VOCAB, with_tokenizer
@@ -40,6 +39,9 @@ NOT_IN_GGUF = {
 }
 
 
+FOR_LLAMA_CPP = {"runtime": "llama.cpp", "refuse": partial(refuse_left, "llama.cpp"), "force": True}
+
+
 @pytest.mark.parametrize(("family", "axis"), CASES, ids=["-".join(case) for case in CASES])
 def test_what_was_cut_runs_in_gguf_and_onnx_or_is_refused_by_name(family, axis, tmp_path):
     """An export is proven against stock transformers before it is written; a refusal comes before any work, too."""
@@ -56,12 +58,12 @@ def test_what_was_cut_runs_in_gguf_and_onnx_or_is_refused_by_name(family, axis, 
     if (family, axis) in NOT_IN_GGUF:
         for refuse in (
             lambda: export(result.directory, format="gguf"),
-            lambda: refuse_unfit(folder, "llama.cpp", left=partial(without_units, removed={axis: 0.5})),
+            lambda: compress(folder, **options, **FOR_LLAMA_CPP, calib=tmp_path / "no-such-text.txt"),
         ):
             with pytest.raises(SsmcError, match=NOT_IN_GGUF[family, axis]):
                 refuse()
         return
-    refuse_unfit(folder, "llama.cpp", left=partial(without_units, removed={axis: 0.5}))
+    compress(folder, **options, **FOR_LLAMA_CPP)
     file = export(result.directory, format="gguf")
     assert file.comparison.max_difference < 1e-3
 
@@ -102,6 +104,8 @@ def test_a_narrower_stream_runs_in_gguf_and_onnx_or_is_refused_by_name(family, t
         return
     with pytest.raises(SsmcError, match=r"twice d_model|2 x d_model"):
         export(alone.directory, format="gguf")
+    with pytest.raises(SsmcError, match=r"twice d_model|2 x d_model"):  # and before any work
+        compress(folder, pattern=WIDTH, out=tmp_path / "no", calib="no-such.txt", **FOR_LLAMA_CPP, **options)
     if not beside:
         return
     both = compress(folder, pattern=f"{beside}+{WIDTH}", out=tmp_path / "both", **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ssmc.compressor.search.allocation import Curve
 from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds, read_kind_table, sizes_of
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.exporters import export
+from ssmc.exporters.foresight import refuse_left
 from ssmc.runtime.errors import UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.measure.timing import Ratio
@@ -124,6 +126,26 @@ def test_a_goal_is_met_in_every_family(family, pattern, share, tmp_path):
     smaller, whole = load_checkpoint(export(result.directory).directory), load_checkpoint(dense)
     assert smaller.parameters / whole.parameters == pytest.approx(counted, abs=1e-9)
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(smaller.directory)(random_ids(1, 8)).logits).all()
+
+
+def test_a_search_for_a_runtime_keeps_to_what_that_takes(tmp_path):
+    """Query heads, d_inner and d_model of a Jamba stay in llama.cpp; the losses of all are measured all the same."""
+    dense = saved("jamba without experts", tmp_path)
+    options = {"runtime": "llama.cpp", "refuse": partial(refuse_left, "llama.cpp"), "repair": False, **short(dense)}
+    result = compress(dense, out=tmp_path / "out", target_params=0.99, **options)
+    goal = result.manifest["goal"]
+    assert {axis for entry in goal["candidates"] for axis in entry["removed"]} <= {"column", "mlp"}
+    assert export(result.directory, runtime="llama.cpp").comparison.max_difference < 1e-3
+    with pytest.raises(UsageError, match=r"Nothing that meets the goal with --pattern attention runs in llama.cpp"):
+        compress(dense, out=tmp_path / "no", target_params=0.998, pattern="attention", **options)
+
+
+def test_states_are_rounded_in_a_search(folder, tmp_path):
+    options = {"pattern": "column+mlp", "round_to": "power-of-two", "repair": False, **short(folder)}
+    result = compress(folder, out=tmp_path / "out", target_params=0.99, **options)
+    removed = [entry["removed"].get("column", 0) for entry in result.manifest["goal"]["candidates"]]
+    assert {round(8 * (1 - share), 6) for share in removed} <= {1, 2, 4, 8}
+    assert len({*removed}) > 2
 
 
 def test_what_cannot_be_reached_is_refused(folder, tmp_path):

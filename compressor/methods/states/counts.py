@@ -40,10 +40,7 @@ def states_to_keep(d_state: int, sparsity: float, round_to: int | str = 1) -> in
     if d_state == 1:
         raise UsageError("There is only one state, and the last one cannot go. Remove channels: the pattern channel.")
     wanted = d_state * (1 - sparsity)
-    if isinstance(round_to, str):
-        allowed = [2**e for e in range(int(math.log2(d_state)) + 1)]
-    else:
-        allowed = list(range(round_to, d_state + 1, round_to))
+    allowed = allowed_states(d_state, round_to)
     if not allowed:
         raise UsageError(f"round_to {round_to} is more than the {d_state} states there are. Use a smaller one.")
     kept = nearest(allowed, wanted)
@@ -66,3 +63,10 @@ def _check_repairable(plan: Plan) -> None:
             f"The repair and the score exact keep N^4 numbers a layer, too many for d_state {d_state} (at most "
             f"{LARGEST_REPAIRABLE}). Use the score energy without repair."
         )
+
+
+def allowed_states(d_state: int, round_to: int | str) -> list[int]:
+    """The numbers of states that rounding leaves, up to all of them, rising; arguments as of `states_to_keep`."""
+    if isinstance(round_to, str):
+        return [2**e for e in range(int(math.log2(d_state)) + 1)]
+    return list(range(round_to, d_state + 1, round_to))
