@@ -101,6 +101,7 @@ STEPS = {
     "ssmc.compressor.pipeline": 3,  # the loop over layers
     "ssmc.compressor.families": 3,
     "ssmc.compressor.fit": 3,
+    "ssmc.compressor.foreseen": 3,
     "ssmc.compressor.notes": 3,
     "ssmc.compressor.artefact": 3,
     "ssmc.compressor.records": 3,
