@@ -94,6 +94,9 @@ def prune_mamba3(
     agreed: dict[str, list[Rules]] = {mixer.name: list(RULES) for mixer in mixers}
     uses = watched.look(mixers, lambda mixer: _agreement(mixer, agreed[mixer.name]))
     order, shared = in_order(mixers, uses), sharing(mixers)
+    for index, mixer in enumerate(order):
+        if agreed[mixer.name]:
+            _Pruner(mixer, agreed[mixer.name][0], config, (), first + index).check()
     done = []
     for index, mixer in enumerate(order):
         use = uses.get(mixer.name, Use())
@@ -154,9 +157,12 @@ class Units:
 
         Implementations know the part that turns as a share of the states, a half or all.
         """
-        still = len(self.members) - self.pairs
-        pairs = max(1, round(keep * self.pairs / (2 * self.pairs + still)))
-        return pairs, round(still * pairs / self.pairs)
+        pairs = max(1, round(keep * self.pairs / (len(self.members) + self.pairs)))
+        return pairs, self.singles(pairs)
+
+    def singles(self, pairs: int) -> int:
+        """Single states that stay beside so many pairs."""
+        return round((len(self.members) - self.pairs) * pairs / self.pairs)
 
 
 def choose(units: Units, quota: tuple[int, int], Q: torch.Tensor, scaled: bool) -> list[int]:
@@ -203,12 +209,10 @@ class _Pruner:
         """Choose, cut, repair; leave the mixer as it was where its own forward then fails."""
         own, sizes = self.mixer.module, self.mixer.sizes
         units = Units.of(sizes, self.rules)
-        wanted = self.config.states[self.index] if self.config.states else None
-        keep = wanted or states_to_keep(sizes.states, self.config.sparsity_of(COLUMN), self.config.round_to)
-        quota = units.counts(keep)
+        quota = units.counts(self._wanted())
         dense = copy.deepcopy(own)
         stay = self._choose(units, quota)
-        kept = sorted(state for unit in stay for state in units.members[unit])
+        kept = self.rules.in_order([units.members[unit] for unit in stay])
         left = len(kept)
         result = MixerResult(self.mixer.name, FAMILY, (sizes.states,) * 2, (sizes.d_inner,) * 2)
         try:
@@ -229,8 +233,29 @@ class _Pruner:
             return replace(result, note=f"its own forward {problem} with {left} states, so it is left as it is")
         if restorer is not None:
             restorer.remember(undo)
-        layer = LayerResult(tuple(kept), None, (record,))
+        layer = LayerResult(tuple(sorted(kept)), None, (record,))
         return replace(result, states=(sizes.states, left), layer=layer, cuts=undo.cuts)
+
+    def check(self) -> None:
+        """Refuse to remove nothing.
+
+        Raises:
+            UsageError: with the least that can go.
+        """
+        units, states = Units.of(self.mixer.sizes, self.rules), self.mixer.sizes.states
+        if self.config.states or units.counts(self._wanted())[0] < units.pairs:
+            return
+        least = 1 - (2 * units.pairs - 2 + units.singles(units.pairs - 1)) / states
+        able = f"the least that can go is a sparsity of {least:.3g}" if units.pairs > 1 else "there is one pair"
+        raise UsageError(
+            f"sparsity {self.config.sparsity_of(COLUMN):g} of {states} states removes none: those that turn go in "
+            f"pairs, and as large a part of the others; {able}."
+        )
+
+    def _wanted(self) -> int:
+        """About how many states stay."""
+        wanted = self.config.states[self.index] if self.config.states else None
+        return wanted or states_to_keep(self.mixer.sizes.states, self.config.sparsity_of(COLUMN), self.config.round_to)
 
     def _choose(self, units: Units, quota: tuple[int, int]) -> list[int]:
         """The units that stay."""

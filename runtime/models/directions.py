@@ -192,8 +192,9 @@ class Direction(Alone, MambaFamily):
     """
 
     def normed(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What is read, as it is."""
-        return hidden
+        """What is read, in the type of what reads it."""
+        weight: Any = self.mixer(block).x_proj.weight
+        return hidden.to(weight.dtype)
 
     def expand(self, mixer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u with the number of the direction behind it, and z."""

@@ -90,6 +90,17 @@ class Rules:
             return [(i, i + sizes.states // 2) for i in range(sizes.angles)]
         return [(2 * i, 2 * i + 1) for i in range(sizes.angles)]
 
+    def in_order(self, units: Sequence[Sequence[int]]) -> list[int]:
+        """The states of pairs and of single states in an order in which pairs lie where a mixer looks for them.
+
+        Single states may lie anywhere.
+        """
+        pairs, single = [u for u in units if len(u) == 2], [u[0] for u in units if len(u) == 1]
+        if not self.apart:
+            return sorted(state for unit in units for state in unit)
+        half = (sum(map(len, units)) + 1) // 2 - len(pairs)  # single ones between the first of pairs and the second
+        return [*(a for a, _ in pairs), *single[:half], *(b for _, b in pairs), *single[half:]]
+
     def weights(self, trap: torch.Tensor, dt: torch.Tensor, decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the input of this step and of the one before are multiplied by."""
         gate = torch.sigmoid(trap)
@@ -253,13 +264,14 @@ def cut_states(mixer: Mamba3Mixer, rules: Rules, kept: Sequence[int]) -> Undo:
     Args:
         mixer: as `find_mamba3` found it.
         rules: what it computes.
-        kept: the states that stay, whole pairs.
+        kept: the states that stay, whole pairs, in the order of `Rules.in_order`.
 
     Raises:
         AttributeError, TypeError: the mixer does not let a size be set; it is as it was.
     """
     own, sizes = mixer.module, mixer.sizes
-    turning = [i for i, pair in enumerate(rules.pairs(sizes)) if pair[0] in kept]
+    number_of = {pair[0]: i for i, pair in enumerate(rules.pairs(sizes))}
+    turning = [number_of[state] for state in kept if state in number_of]
     device = own.in_proj.weight.device
     index = torch.as_tensor(list(kept), device=device)
     rows, start = [], 0

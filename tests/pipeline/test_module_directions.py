@@ -16,12 +16,13 @@ D_MODEL, INNER, STATES, RANK, TAPS = 6, 12, 8, 2, 3
 
 
 def scan(u, dt, A_log, B, C, D):
-    """(L, D) of one sequence, token by token."""
+    """(L, D) of one sequence, token by token, in float32 whatever the parameters are."""
+    stored, (u, dt, A_log, B, C, D) = u.dtype, (part.float() for part in (u, dt, A_log, B, C, D))
     state, out = torch.zeros_like(A_log), []
     for t in range(len(u)):
         state = torch.exp(-A_log.exp() * dt[t][:, None]) * state + (dt[t] * u[t])[:, None] * B[t]
         out.append(state @ C[t] + D * u[t])
-    return torch.stack(out)
+    return torch.stack(out).to(stored)
 
 
 def ssm(u, x_proj, dt_proj, bias, A_log, D):
@@ -33,7 +34,7 @@ def ssm(u, x_proj, dt_proj, bias, A_log, D):
 
 def convolve(x, conv):
     """Causal, (L, D)."""
-    padded = torch.cat([torch.zeros(TAPS - 1, INNER), x])
+    padded = torch.cat([x.new_zeros(TAPS - 1, INNER), x])
     taps = conv.weight[:, 0]  # (D, K)
     return F.silu(torch.stack([(padded[t : t + TAPS].t() * taps).sum(1) + conv.bias for t in range(len(x))]))
 
@@ -92,7 +93,7 @@ class SS2D(nn.Module):
         x = F.silu(self.conv2d(x.permute(2, 0, 1)[None]))[0].permute(1, 2, 0)
         by_rows = [(r, c) for r in range(rows) for c in range(columns)]
         by_columns = [(r, c) for c in range(columns) for r in range(rows)]
-        total = torch.zeros(rows, columns, INNER)
+        total = image.new_zeros(rows, columns, INNER)
         for k, path in enumerate((by_rows, by_columns, by_rows[::-1], by_columns[::-1])):
             own = slice(k * INNER, (k + 1) * INNER)
             u = torch.stack([x[r, c] for r, c in path])
@@ -162,6 +163,18 @@ def test_the_smaller_mixer_computes_what_the_silent_one_does(kind):
     wanted = silence(copy.deepcopy(dense), first.layer.states_kept)(data[0])
     assert float((small(data[0]) - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
     assert float((wanted - dense(data[0])).abs().max()) > 1e-3 * float(wanted.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_in_half_precision_stays_in_it(kind, dtype):
+    module, data = module_of(kind).to(dtype), [batch.to(dtype) for batch in batches(kind)]
+    result = ssmc.compress(module, data, sparsity=0.5)
+    assert result.mixers[0].states == (STATES, STATES // 2)
+    assert {parameter.dtype for parameter in result.module.parameters()} == {dtype}
+    dense, small = module.first(data[0]).float(), result.module.first(data[0]).float()
+    assert float((small - dense).square().sum()) < 0.01 * float(dense.square().sum())
 
 
 @torch.no_grad()

@@ -132,6 +132,25 @@ KINDS = {
 }
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("states", [8, 16])
+def test_pairs_far_apart_lie_where_the_smaller_mixer_looks_for_them(states, groups):
+    """Whichever single states stay between them: pairs are (i, i + N / 2) of fewer states then."""
+    torch.manual_seed(1)
+    mixer = Mixer("mamba_ssm", rank=2, groups=groups, d_state=states).eval()
+    result = ssmc.compress(mixer, batches(), sparsity=0.5, repair=False)
+    kept = result.mixers[0].layer.states_kept
+    wanted = silence(copy.deepcopy(mixer), kept)(batches()[0])
+    assert float((result.module(batches()[0]) - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_a_sparsity_that_removes_no_pair_is_refused():
+    for sizes, words in (({}, "a sparsity of 0.25"), ({"d_state": 4}, "there is one pair")):
+        with pytest.raises(UsageError, match=f"removes none: those that turn go in pairs, .*{words}"):
+            ssmc.compress(Mixer("mamba_ssm", **sizes), batches(), sparsity=0.26 if sizes else 0.07)
+
+
 def module_of(name):
     torch.manual_seed(1)
     return Reader(**KINDS[name]).eval()
