@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ssmc.compressor.distillation.steps import STEP
+from ssmc.compressor.methods.channels.fisher import AT_ONCE
 from ssmc.compressor.methods.method import Plan
+from ssmc.compressor.methods.width.fit import AT_HAND
 from ssmc.compressor.options.config import CompressConfig
+from ssmc.compressor.options.patterns import WIDTH
 from ssmc.runtime.amounts import in_mib
 from ssmc.runtime.errors import UsageError
+from ssmc.runtime.models.architectures.residual import sites
 from ssmc.runtime.models.checkpoints import Checkpoint
 from ssmc.runtime.models.checkpoints.streamed import KEPT, least_resident
 from ssmc.runtime.models.generation.session import LOGITS_AT_ONCE
@@ -20,6 +24,8 @@ COPIES, SEARCHED, TAUGHT = 2, 2, 5  # of the model in float32: in any run, more 
 WALKED = 3  # hidden states of all samples: of the pruned model, of the dense one, and what a layer is fitted to
 SEARCHING = 448 << 20  # bytes of a search beside its models: the text, which comes later, tables, kernels, samples
 LOGITS = 4  # copies of the logits that are compared at once
+OF_NORMS = 20  # (D, D) matrices of float32 of every norm of the stream: moments, maps, and what moves them
+STREAMS = 3  # copies of the dense stream held at once
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,15 @@ def need_whole(checkpoint: Checkpoint, config: CompressConfig, searches: bool) -
     copies = COPIES + SEARCHED * searches + TAUGHT * bool(config.distill)
     hidden = WALKED * -(-config.nsamples // ranks()) * config.seqlen * sizes.d_model
     logits = min(LOGITS_AT_ONCE, config.seqlen * sizes.vocab_size)
-    on_the_way = sizes.n_layer * STEP if config.distill else config.seqlen  # what a gradient needs of every layer
+    on_the_way = max(config.seqlen, AT_ONCE if WIDTH in config.parts else 0)  # tokens of a pass
+    if config.distill:
+        on_the_way = sizes.n_layer * STEP  # what a gradient needs of every layer
     activations = ACTIVATIONS * on_the_way * sizes.d_inner
     numbers = copies * checkpoint.parameters + hidden + activations + LOGITS * logits
+    if WIDTH in config.parts:
+        norms = len(sites(checkpoint.architecture, checkpoint.model))
+        sample = norms * sizes.d_model * config.seqlen
+        numbers += OF_NORMS * norms * sizes.d_model**2 + STREAMS * max(sample, min(AT_HAND, config.nsamples * sample))
     return least_resident(None) + 4 * numbers + 8 * SQUARES * sizes.d_inner**2 + SEARCHING * searches
 
 
@@ -106,7 +118,7 @@ def check_whole(checkpoint: Checkpoint, config: CompressConfig, limit: int | Non
     if limit is None or (least := need_whole(checkpoint, config, searches)) <= limit:
         return
     raise UsageError(
-        "A run that looks at the whole model at once (a goal, --distill, --pattern layer or ssm-module) needs at "
+        "A run that looks at the whole model at once (a goal, --distill, --pattern layer, width or ssm-module) needs at "
         f"least {in_mib(least)} of memory, more than --max-memory allows. Give that, fewer --nsamples, or another "
         "--pattern."
     )

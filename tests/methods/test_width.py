@@ -17,7 +17,8 @@ from ssmc.compressor.methods.ridge import RIDGE as SMALL
 from ssmc.compressor.methods.ridge import ridged
 from ssmc.compressor.methods.width.counts import shape_to_keep, width_to_keep
 from ssmc.compressor.methods.width.directions import cost_of_cutting, least_cost_directions
-from ssmc.compressor.methods.width.moments import best_reads, stream_moments
+from ssmc.compressor.methods.width.fit import best_reads, best_writes
+from ssmc.compressor.methods.width.moments import stream_moments
 from ssmc.compressor.methods.width.narrow import RIDGE, _of_tied_head, _write
 from ssmc.compressor.options.patterns import WIDTH, scores_of
 from ssmc.compressor.plan import make_plan
@@ -220,6 +221,42 @@ def test_what_reads_the_narrow_stream_is_fitted_as_least_squares_says():
         stacked = np.vstack([z.numpy(), stiff * np.eye(6)])
         direct = np.linalg.lstsq(stacked, np.vstack([y.numpy(), np.zeros((6, 24))]), rcond=None)[0].T
         np.testing.assert_allclose(read, direct, atol=1e-4)
+
+
+def loss_of_the_stream(model, tokens, write, cost):
+    """Half of sum E[e' G e], summed naively; e is what least squares cannot say of a norm's output from the rest."""
+    states = model(tokens, output_hidden_states=True).hidden_states[:-1]  # what the blocks put out
+    total, narrow, before = 0.0, 0.0, 0.0
+    for x, matrix, fisher in zip((model.get_input_embeddings()(tokens), *states), write, cost, strict=True):
+        x = x.flatten(0, 1).double()
+        narrow, before = narrow + (x - before) @ matrix.t(), x
+        y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+        z = narrow * torch.rsqrt(narrow.square().sum(1, keepdim=True) / 24 + 1e-5)
+        error = y.numpy() - z.numpy() @ np.linalg.lstsq(z.numpy(), y.numpy(), rcond=None)[0]
+        total += sum(float(e @ fisher.numpy() @ e) for e in error) / len(error) / 2
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_added_is_fitted_together_with_what_is_read(tied):
+    """On tokens that no step saw, against the maps they began with; nothing but a tied embedding keeps its own."""
+    model, architecture = model_of("mamba", vocab_size=61, tie_word_embeddings=tied), architecture_for("mamba")
+    run = run_of(
+        use_fast_scan(copy.deepcopy(model)), architecture, random_ids(24, 32), configure(model="m", pattern=WIDTH), {}
+    )
+    cost = stream_moments(run.survey(), text=True, gradients=True).cost
+    read = orthogonal(24)[:, :12]
+    write = [read.t()] * len(cost)
+    head = read / model.get_submodule(architecture.last_norm).weight.double()[:, None] if tied else None
+    found = best_writes(run.survey(), read, write, cost, head)
+    unseen = random_ids(8, 32, seed=5)
+    before, after = (loss_of_the_stream(model, unseen, maps, cost) for maps in (write, found))
+    assert after < (0.97 if tied else 0.8) * before
+    moved = [difference(one, other) > 0.01 for one, other in zip(found, write, strict=True)]
+    assert moved == [not tied, True, True, True]
+    alone = run_of(use_fast_scan(model), architecture, random_ids(1, 32), configure(model="m", pattern=WIDTH), {})
+    assert best_writes(alone.survey(), read, write, cost, head) == write  # nothing would judge the steps
 
 
 @pytest.fixture(scope="module")

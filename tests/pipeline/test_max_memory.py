@@ -15,6 +15,7 @@ RUNS = {
     "with repair": (),
     "distilled": ("--distill", "2"),
     "whole layers": ("--pattern", "layer"),
+    "width": ("--pattern", "width"),
     "a goal": ("--target-params", "0.8", "--max-ppl-increase", "5"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from ssmc.compressor.methods.channels.fisher import AT_ONCE, TOKENS, backward_of_drawn
 from ssmc.compressor.methods.gradients import only_these_move
 from ssmc.compressor.methods.method import Survey
-from ssmc.compressor.methods.ridge import fit
 from ssmc.compressor.methods.width.score import StreamMoments
 from ssmc.runtime.models.architectures.residual import Site, sites
 
@@ -59,50 +58,6 @@ def stream_moments(survey: Survey, text: bool, gradients: bool) -> StreamMoments
     cost, stream = (sums.cost / count, sums.stream / count) if gradients else (None, None)
     sizes = _sizes(survey, places).to(device)
     return StreamMoments(sums.read / count, cost, stream, means, sizes, survey.plan.config.seed)
-
-
-def best_reads(survey: Survey, write: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """(D, K) for each norm: the linear map from the narrow stream, normed, that comes closest to what it puts out.
-
-    The narrow stream is made from what the dense model adds to its own, so these are its least squares: fitted to what
-    the narrow model itself computes they would take errors that add up from layer to layer for a reason to read less.
-
-    Args:
-        survey: the dense model and calibration samples, of which all are run: a map of D inputs takes many.
-        write: (K, D) for each norm, what becomes of that which was added to the stream since the norm before.
-    """
-    architecture, model, device = survey.plan.architecture, survey.model.to(survey.stage.device), survey.stage.device
-    maps = [matrix.t().to(device) for matrix in write]  # (D, K)
-    cross = [torch.zeros_like(matrix) for matrix in maps]
-    moment = [matrix.new_zeros(matrix.shape[1], matrix.shape[1]) for matrix in maps]
-    stream: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the norm before: dense, narrow
-
-    def add(number: int) -> Any:
-        def hook(norm: Any, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-            x = inputs[0].flatten(0, 1).double()  # (T, D)
-            before, narrow = stream.pop() if number else (torch.zeros_like(x), x.new_zeros(len(x), maps[0].shape[1]))
-            z = narrow + (x - before) @ maps[number]
-            stream.append((x, z))
-            y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm.variance_epsilon)
-            z = z * torch.rsqrt(z.square().sum(1, keepdim=True) / x.shape[1] + norm.variance_epsilon)
-            cross[number] += y.t() @ z
-            moment[number] += z.t() @ z
-
-        return hook
-
-    places = sites(architecture, model)
-    hooks = [model.get_submodule(site.norm).register_forward_hook(add(i)) for i, site in enumerate(places)]
-    try:
-        parts = survey.text.split(max(1, AT_ONCE // survey.text.shape[1]))
-        for done, rows in enumerate(parts):
-            survey.progress("what reads the narrow stream", done, len(parts))
-            model.base_model(rows.to(device), use_cache=False)  # type: ignore[operator]
-            stream.clear()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    model.cpu()
-    return tuple(fit(*pair).cpu() for pair in zip(cross, moment, strict=True))
 
 
 @contextmanager

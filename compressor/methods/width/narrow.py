@@ -11,7 +11,8 @@ from ssmc.compressor.methods.method import Record, Survey
 from ssmc.compressor.methods.registry import score
 from ssmc.compressor.methods.ridge import ridged, solve
 from ssmc.compressor.methods.width.counts import width_to_keep
-from ssmc.compressor.methods.width.moments import best_reads, stream_moments
+from ssmc.compressor.methods.width.fit import best_reads, best_writes
+from ssmc.compressor.methods.width.moments import stream_moments
 from ssmc.compressor.methods.width.score import StreamMoments, WidthScore
 from ssmc.compressor.options.patterns import WIDTH
 from ssmc.runtime.models.architectures.residual import Basis, change_basis, sites
@@ -46,7 +47,8 @@ def narrow_stream(survey: Survey) -> WidthRecord:
 
     With repair, what a map adds to the stream outside of what stays is added inside where it does the same, as far as
     the predictions go: of all vectors of the subspace the one whose difference costs least by the Fisher information
-    of the stream at this place. And what reads the stream reads the best linear estimate of what it read before.
+    of the stream at this place. From there these maps are fitted together (`best_writes`), and what reads the stream
+    reads the best linear estimate of what it read before.
     """
     architecture, model, config = survey.plan.architecture, survey.model, survey.plan.config
     judge = cast(WidthScore, score(WIDTH, config.score_of(WIDTH)))
@@ -55,14 +57,17 @@ def narrow_stream(survey: Survey) -> WidthRecord:
     read = judge.basis(moments, keep).cpu()
     parts: Any = model
     last, tied = None, parts.get_output_embeddings().weight is parts.get_input_embeddings().weight
+    norm = model.get_submodule(architecture.last_norm).weight.detach()
     if tied:
-        read, last = _of_tied_head(read, model.get_submodule(architecture.last_norm).weight.detach())
+        read, last = _of_tied_head(read, norm)
     count = len(sites(architecture, model))
     reads, write = (read,) * count, [read.t()] * count
     if config.repair:
         write = [_write(read, cost) for cost in cast(torch.Tensor, moments.stream).cpu()]
         if tied:  # the rows of the embedding are those of the head
             write[0] = read.t()
+        head = None if last is None else read * last / norm.double().masked_fill(norm == 0, 1)[:, None]
+        write = best_writes(survey, read, write, cast(torch.Tensor, moments.cost).cpu(), head)
         reads = best_reads(survey, write)
     change_basis(architecture, model, Basis(reads, tuple(write), last))
     for name, parameter in model.named_parameters():
