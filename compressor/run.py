@@ -22,7 +22,7 @@ from ssmc.compressor.distillation.state import StateFile
 from ssmc.compressor.distillation.steps import Distillation
 from ssmc.compressor.families import able_parts, check_family, searches_axes, searches_width
 from ssmc.compressor.fit import fitted
-from ssmc.compressor.foreseen import Refusal, configuration_left
+from ssmc.compressor.foreseen import Refusal, configuration_left, refuse_misfit
 from ssmc.compressor.memory import check_limit, check_whole, need
 from ssmc.compressor.methods.layers.score import Removal
 from ssmc.compressor.methods.method import LayerResult, Outcome, Plan
@@ -189,8 +189,10 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
     check_family(config, architecture, goal)
     plan = (make_plan if goal is None else plan_without_counts)(config, architecture, sizes, checkpoint.config)
     check_shares(plan)
-    if goal is None and order.refuse is not None and (left := configuration_left(plan)) is not None:
-        order.refuse(architecture, left)
+    if goal is None:
+        refuse_misfit(plan)
+        if order.refuse is not None and (left := configuration_left(plan)) is not None:
+            order.refuse(architecture, left)
     if goal is not None and goal.candidate is not None and not by_axes:
         raise UsageError("Candidates are listed by a search over the axes of a hybrid. Leave --candidate out.")
     if goal is not None and not by_axes:

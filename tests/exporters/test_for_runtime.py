@@ -128,6 +128,23 @@ def test_what_a_runtime_never_runs_is_refused_before_compressing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("runtime", "pattern", "words"),
+    [
+        ("mlx-lm", "head", "states in multiples of 32 and silently loses others, here are 8"),
+        ("vllm", "head-dim", "causal_conv1d wants a multiple of 8 channels, here are 44"),
+        ("vllm", "width+head-dim", "causal_conv1d wants a multiple of 8 channels, here are 44"),
+    ],
+)
+def test_sizes_that_a_runtime_does_not_run_are_refused_before_any_work(runtime, pattern, words, tmp_path):
+    """Of whatever they are left by; the export would refuse them, after the work."""
+    FAMILIES["nemotron_h"](layers_block_type=["linear_attention", "mlp"], mamba_head_dim=4).save_pretrained(
+        tmp_path / "m"
+    )
+    with pytest.raises(UsageError, match=f"{runtime} does not run what would be left: .*{words}"):
+        compress(tmp_path / "m", out=tmp_path / "out", pattern=pattern, sparsity=0.5, runtime=runtime, calib="no.txt")
+
+
 def test_the_command_line_looks_at_the_tokenizer_and_all_else_first(tmp_path, capsys):
     """What only the format knows: how text is split, and what llama.cpp does not compute."""
     split = vocabularies.save(random_model(vocab_size=392, eos_token_id=0), tmp_path / "split", "other")
