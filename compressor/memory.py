@@ -118,7 +118,7 @@ def check_whole(checkpoint: Checkpoint, config: CompressConfig, limit: int | Non
     if limit is None or (least := need_whole(checkpoint, config, searches)) <= limit:
         return
     raise UsageError(
-        "A run that looks at the whole model at once (a goal, --distill, --pattern layer, width or ssm-module) needs at "
-        f"least {in_mib(least)} of memory, more than --max-memory allows. Give that, fewer --nsamples, or another "
+        "A run that looks at the whole model at once (a goal, --distill, --pattern layer, width or ssm-module) needs "
+        f"at least {in_mib(least)} of memory, more than --max-memory allows. Give that, fewer --nsamples, or another "
         "--pattern."
     )
