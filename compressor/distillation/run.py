@@ -103,7 +103,7 @@ def distil_checkpoint(
     if len(tokens) < 2:
         raise CalibrationError(
             f"Distillation needs at least two sequences of {window} tokens, {source} holds "
-            f"{len(tokens)}. Give more text with --calib."
+            f"{len(tokens)}. Give more text with --calib, or use a smaller --seqlen."
         )
     course = Course(lesson.steps, lesson.seed, layers)
     if state is not None:

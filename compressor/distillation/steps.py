@@ -169,18 +169,22 @@ def teach(
 
 @dataclass(frozen=True)
 class _Moving:
-    """What moves: parameters, those of them that are matrices of linear maps, and which entries of each stay zero."""
+    """What moves: parameters, those of them that are matrices of linear maps, those of embedding and head, and which
+    entries of each stay zero."""
 
     parameters: list[nn.Parameter]
     matrices: list[nn.Parameter]
+    words: list[nn.Parameter]
     pinned: list[torch.Tensor | None]
 
     def rates(self, lost: float, steps: int) -> list[float]:
         """How far an entry of each moves at most in one of so many steps, in a model that lost so many nats a token."""
-        rate = RATE * min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
-        rate *= math.sqrt(FEW / max(FEW, steps))
-        linear = {id(matrix) for matrix in self.matrices}
-        return [rate if id(p) in linear else OTHERS * rate for p in self.parameters]
+        size = min(max(math.sqrt(max(lost, 0.0) / LOST), LEAST), MOST)
+        rate = RATE * size * math.sqrt(FEW / max(FEW, steps))
+        linear, words = ({id(p) for p in some} for some in (self.matrices, self.words))
+        # most rows of an embedding see little but noise: the less was lost, the less they gain by moving
+        others = {True: OTHERS * rate * min(1.0, size), False: OTHERS * rate}
+        return [rate if id(p) in linear else others[id(p) in words] for p in self.parameters]
 
 
 class _Lesson:
@@ -302,4 +306,5 @@ def _what_moves(pair: Pair, layers: Sequence[Left]) -> _Moving:
                 pinned[name] = entries
     parameters = list(moving.values())
     matrices = [p for p in parameters if id(p) in linear and p is not head.weight]
-    return _Moving(parameters, matrices, [pinned.get(name) for name in moving])
+    words = [head.weight, pair.student.get_input_embeddings().weight]
+    return _Moving(parameters, matrices, words, [pinned.get(name) for name in moving])

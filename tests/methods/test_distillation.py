@@ -142,10 +142,17 @@ def test_what_is_equal_stays_as_it_is_and_runs_repeat():
 
 
 def test_steps_are_smaller_where_less_was_lost_and_where_they_are_many():
-    moving = _Moving([nn.Parameter(torch.ones(2, 2))], [], [None])
+    moving = _Moving([nn.Parameter(torch.ones(2, 2))], [], [], [None])
     usual, fewer, many, good = (moving.rates(*of)[0] for of in ((0.14, 300), (0.14, 50), (0.14, 1200), (0.035, 300)))
     assert usual == fewer == pytest.approx(OTHERS * RATE)
     assert many == good == pytest.approx(usual / 2)
+
+
+def test_embedding_and_head_move_less_the_less_was_lost():
+    word, other = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    moving = _Moving([word, other], [], [word], [None, None])
+    ratios = [one / two for one, two in (moving.rates(lost, 300) for lost in (0.28, 0.14, 0.035))]
+    assert ratios == pytest.approx([1, 1, 0.5])
 
 
 def test_one_sequence_is_too_little():
