@@ -129,3 +129,25 @@ def test_offline_without_local_data(here, tmp_path):
     assert "documents of piqa could not be loaded" in sentence
     assert sentence.endswith("Without a network, give a folder that holds piqa.jsonl with --data.")
     assert not list(here.iterdir())
+
+
+def test_answers_to_constructed_questions_are_shown_where_the_first_model_has_some(capsys, data, monkeypatch):
+    from ssmc.runtime.evaluation.constructed import Constructed
+    from ssmc.runtime.measure.mqar import Answers
+
+    def answer(model, questions, batch):
+        return tuple(
+            Constructed(task, (Answers(2, 62, 40, part, 0.01), Answers(2, 16, 40, part / 2, 0.02)))
+            for task, part in (("passkey", 0.05), ("mqar", 0.875))
+        )
+
+    monkeypatch.setattr("ssmc.runtime.evaluation.evaluate.answer", answer)
+    asked = ("--text", data / "wikitext2.jsonl", "--window", "64", "--max-windows", "1", "--device", "cpu")
+    outcome = run(capsys, "eval", "tiny", "tiny", "--recall", *asked)
+    assert outcome.code == 0, outcome.err
+    said = " ".join((outcome.out + outcome.err).split())
+    assert "Right answers: values of listed keys" in said
+    assert "87.5% ± 1.0%" in said
+    assert "43.8% ± 2.0%" in said
+    assert "Right answers: passkeys" not in said
+    assert "answers 5% of the questions for passkeys hidden in the text: it has no such recall to lose" in said
