@@ -35,9 +35,11 @@ def fitted(config: CompressConfig, checkpoint: Checkpoint) -> CompressConfig:
     refuse_family(config.runtime, checkpoint.architecture)
     rule = consumer_named(config.runtime).rule(sizes)
     if CHANNEL in config.parts and WIDTH not in config.parts and rule.width == TWICE:
+        both = f"use --pattern {CHANNEL}+{WIDTH}, which removes as large a part of both, or "
+        both = "" if checkpoint.architecture.capabilities.whole_expand else both  # of a Jamba they do not go together
         raise UsageError(
-            f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go by themselves: use "
-            f"--pattern {CHANNEL}+{WIDTH}, which removes as large a part of both, or leave {CHANNEL} out of --pattern."
+            f"{config.runtime} takes a d_inner of 2 x d_model only, so no channels can go by themselves: {both}leave "
+            f"{CHANNEL} out of --pattern."
         )
     wrong = computes_otherwise(config.runtime, checkpoint.architecture, checkpoint.config, wrong=True)
     reason = lasting_misfit(config.runtime, sizes, getattr(checkpoint.config, "layer_norm_epsilon", None))

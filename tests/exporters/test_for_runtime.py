@@ -78,6 +78,9 @@ def test_heads_by_any_number_for_llama_cpp_and_for_nobody_else(tmp_path):
 def test_what_a_runtime_does_not_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no channels can go by themselves"):
         compress("tiny", out=tmp_path / "out", pattern="channel", runtime="llama.cpp")
+    FAMILIES["jamba"](num_experts=1).save_pretrained(tmp_path / "jamba")
+    with pytest.raises(UsageError, match="by themselves: leave channel out"):  # with width they do not go together
+        compress(tmp_path / "jamba", out=tmp_path / "out", pattern="channel", runtime="llama.cpp")
     with pytest.raises(UsageError, match="multiples of 32 only"):
         compress("tiny-mamba2", out=tmp_path / "out", runtime="mlx-lm", round_to=8, **QUICK)
     with pytest.raises(UsageError, match=r"runtime.*'ollama'|ollama"):
