@@ -35,7 +35,7 @@ from ssmc.compressor.pipeline import Run, prune
 from ssmc.compressor.plan import make_plan, plan_without_counts
 from ssmc.compressor.search.carry_out import reach_goal
 from ssmc.compressor.search.counting import Counting, require_reachable
-from ssmc.compressor.search.hybrid import reach_goal_of_hybrid
+from ssmc.compressor.search.hybrid import check_goal, reach_goal_of_hybrid
 from ssmc.compressor.search.hybrid_sizes import HybridSizes
 from ssmc.compressor.streaming import HIDDEN, Result, check_samples, check_shares, goes_by_layer, identity
 from ssmc.compressor.torch_module.compress_module import CompressedModule, compress_module
@@ -195,7 +195,9 @@ def _compress_checkpoint(model: str, order: _Order, options: dict[str, Any]) -> 
             order.refuse(architecture, left)
     if goal is not None and goal.candidate is not None and not by_axes:
         raise UsageError("Candidates are listed by a search over the axes of a hybrid. Leave --candidate out.")
-    if goal is not None and not by_axes:
+    if goal is not None and by_axes:
+        check_goal(checkpoint, config, goal)
+    elif goal is not None:
         require_reachable(Counting(checkpoint, config, goal))
     tokenizer_source = tokenizer_directory(checkpoint, config.tokenizer)
     calibration = tokens = None

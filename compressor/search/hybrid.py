@@ -32,6 +32,7 @@ from ssmc.compressor.search.counting import require_one
 from ssmc.compressor.search.hybrid_latency import KindTable, measure_kinds, read_kind_table
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.compressor.search.outcome import Losses, above, after_steps, missed
+from ssmc.runtime.device import choose_device
 from ssmc.runtime.errors import SsmcError, UsageError, VerificationError
 from ssmc.runtime.measure.latency import Workload
 from ssmc.runtime.measure.perplexity import losses_of_tokens
@@ -46,6 +47,30 @@ TRIED = 3  # candidates that are tried for real
 SHOWN = 10  # candidates that are listed
 REPEATS, BUDGET = 15, 60.0  # rounds in which the outcome and the dense model are timed, and seconds for all of them
 TIMED = 15.0  # seconds of timing for candidates beside the dense model, a guide
+
+
+def counted_limits(sizes: HybridSizes, goal: Goal) -> list[Limit]:
+    """Those of a goal that need no clock."""
+    wanted = goal.target_params
+    return [] if wanted is None else [Limit("parameters", sizes.share_of_parameters, wanted)]
+
+
+def check_goal(checkpoint: Checkpoint, config: CompressConfig, goal: Goal) -> None:
+    """Refuse, before any work, what counting alone shows to be out of reach, and a table that is for something else.
+
+    Raises:
+        UsageError: naming the least that can be reached.
+    """
+    sizes = HybridSizes(checkpoint, config.parts, config.runtime, config.round_to)
+    limits = counted_limits(sizes, goal)
+    if goal.needs_time and goal.latency_table is not None:
+        workload = Workload(goal.phase, goal.batch, goal.length)
+        table = read_kind_table(goal.latency_table, sizes, workload, choose_device(config.device))
+        if goal.target_latency is not None:
+            limits.append(Limit("time", table.ratio, goal.target_latency))
+    if limits:
+        able = HybridSizes(checkpoint, runtime=config.runtime, round_to=config.round_to).axes
+        require_one(config, sizes.candidates(), limits, able)
 
 
 @dataclass
@@ -78,15 +103,13 @@ class HybridSearch:
         self._known: dict[Removed, bool] = {}  # which ones run where the result is for
         self.samples = Samples.split(self.tokens, self.config.nsamples)
         self.workload = Workload(self.goal.phase, self.goal.batch, self.goal.length)
-        limits = self._counted_limits()
-        self._require(limits)  # at once
+        limits = counted_limits(self.sizes, self.goal)
         if not any(self.runs(r) for r in self._candidates if all(limit.allows(r) for limit in limits)):
             raise self._nothing_runs()
         given = self.goal.latency_table
         self.table: KindTable | None = None
         if self.goal.needs_time and given is not None:
             self.table = read_kind_table(given, self.sizes, self.workload, self.device)
-            self._require(self._limits())
         self.base = self._losses(self.checkpoint.model)
         if self.goal.needs_time and given is None:
             self.table = measure_kinds(self.sizes, self.workload, self.device, self.progress)
@@ -226,13 +249,8 @@ class HybridSearch:
             able = HybridSizes(self.checkpoint, runtime=self.config.runtime, round_to=self.config.round_to).axes
             require_one(self.config, self._candidates, limits, able)
 
-    def _counted_limits(self) -> list[Limit]:
-        """Those that need no clock."""
-        wanted = self.goal.target_params
-        return [] if wanted is None else [Limit("parameters", self.sizes.share_of_parameters, wanted)]
-
     def _limits(self) -> list[Limit]:
-        limits, wanted = self._counted_limits(), self.goal.target_latency
+        limits, wanted = counted_limits(self.sizes, self.goal), self.goal.target_latency
         return limits if wanted is None else [*limits, Limit("time", self.share_of_time, wanted)]
 
     def _curve(self, axis: str) -> Curve:

@@ -149,11 +149,16 @@ def test_states_are_rounded_in_a_search(folder, tmp_path):
 
 
 def test_what_cannot_be_reached_is_refused(folder, tmp_path):
-    for options, words in (
+    options = short(folder) | {"calib": tmp_path / "no-such.txt"}  # before any text is read
+    table = {"latency_table": a_table(folder, tmp_path / "table.json"), "length": 16}
+    for goal, words in (
         ({"target_params": 0.1}, "cannot reach 0.1 of the parameters"),
+        ({"target_latency": 0.1, **table}, "cannot reach 0.1 of the time"),
         ({"target_params": 0.9, "pattern": "layer"}, "A search removes column, head, head-dim, mlp, attention"),
-        ({"target_params": 0.992, "candidate": 99, "pattern": "mlp+attention"}, "no candidate 99"),
     ):
+        with pytest.raises(UsageError, match=words):
+            compress(folder, out=tmp_path / "out", **goal, **options)
+    for options, words in (({"target_params": 0.992, "candidate": 99, "pattern": "mlp+attention"}, "no candidate 99"),):
         with pytest.raises(UsageError, match=words):
             compress(folder, out=tmp_path / "out", **options, **short(folder))
     with pytest.raises(UsageError, match="candidate"):
@@ -289,6 +294,7 @@ def test_a_bound_of_the_loss_is_kept_by_searching_on(folder, tmp_path, unclocked
 
 def test_a_table_for_something_else_is_refused(folder, tmp_path):
     options = {"target_latency": 0.9, "out": tmp_path / "out", "length": 16, **short(folder)}
+    options |= {"calib": tmp_path / "no-such.txt"}  # before any text is read
     table = a_table(folder, tmp_path / "table.json")
     for changes, given, words in (
         ({}, tmp_path / "no-such.json", "cannot be read: No such file"),
