@@ -170,13 +170,19 @@ def head_width(config: Any) -> Keys:
     return {"attention.key_length": width, "attention.value_length": width}
 
 
-def refused_width(sizes: Any) -> str | None:
-    """Why a d_inner cannot be expressed where llama.cpp asserts that it is twice d_model."""
+def refused_width(sizes: Any, experts: bool = False) -> str | None:
+    """Why a d_inner cannot be expressed where llama.cpp asserts that it is twice d_model.
+
+    Args:
+        sizes: of the model.
+        experts: whether it has experts, beside which d_model stays.
+    """
     if sizes.d_inner == 2 * sizes.d_model:
         return None
+    together = "heads can go together with d_model alone (--pattern head+width)"
     return (
         f"llama.cpp takes a d_inner of 2 x d_model only, that is {2 * sizes.d_model}, here it is {sizes.d_inner}: "
-        "heads can go together with d_model alone (--pattern head+width)"
+        f"{'heads have to stay' if experts else together}"
     )
 
 

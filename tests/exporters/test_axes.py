@@ -32,8 +32,8 @@ REFUSED = {("jamba", "mlp"): "experts have the same width"}  # of what is compre
 NOT_IN_GGUF = {
     ("jamba", "attention"): "only as wide as d_model: its query heads have to stay",
     **{
-        (family, axis): r"d_inner of 2 x d_model only.*--pattern head\+width"
-        for family in ("bamba", "granitemoehybrid")
+        (family, axis): rf"d_inner of 2 x d_model only.*{advice}"
+        for family, advice in (("bamba", r"--pattern head\+width"), ("granitemoehybrid", "heads have to stay"))
         for axis in (HEAD, HEAD_DIM)
     },
 }

@@ -16,7 +16,8 @@ def refusal(config: Any, sizes: Any) -> str | None:
         return "llama.cpp has no biases in in_proj, out_proj and attention"
     if not config.mamba_n_heads or config.rope_parameters.get("rope_type", "default") != "default":
         return f"positions of the kind {config.rope_parameters.get('rope_type')} are not written yet"
-    return parts.refused_width(sizes) or parts.refused_time_steps(config) or parts.refused_activation(config)
+    width = parts.refused_width(sizes, config.num_local_experts > 0)
+    return width or parts.refused_time_steps(config) or parts.refused_activation(config)
 
 
 def keys(config: Any, sizes: Any) -> parts.Keys:
