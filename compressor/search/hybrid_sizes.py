@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ssmc.compressor.families import axes_of_hybrid
 from ssmc.compressor.methods.channels.counts import able_widths
 from ssmc.compressor.methods.states.counts import allowed_states
-from ssmc.compressor.methods.width.counts import able_d_models, has_experts, wants_twice
+from ssmc.compressor.methods.width.counts import able_d_models, wants_twice
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, WIDTH
 from ssmc.runtime.models.architectures.experts import MEMBER, Experts, Mixture
 from ssmc.runtime.models.architectures.plan import CHANNEL as CHANNELS
@@ -165,7 +165,7 @@ class HybridSizes:
             widths = able_widths(architecture, sizes, self.runtime)
             return sizes.heads, [width // sizes.head_dim for width in widths]
         if axis == WIDTH:
-            return sizes.d_model, [] if has_experts(self.config) else able_d_models(architecture, sizes)
+            return sizes.d_model, able_d_models(architecture, sizes, config=self.config)
         if axis == HEAD_DIM:
             return sizes.head_dim, list(range(1, sizes.head_dim))
         parts = [part for part in architecture.units if part.kind == axis and part.total(self.config)]

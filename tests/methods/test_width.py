@@ -66,12 +66,19 @@ WITHOUT_EXPERTS = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"]},
 }
 MODELS = {"mamba": mamba, "mamba2": mamba2, **{name: FAMILIES[name] for name in FAMILIES if name != "zamba2"}}
+WITH_EXPERTS = {f"{name}, experts": name for name in WITHOUT_EXPERTS}
+LATENT = "nemotron_h, latent experts"
+NAMED = {**{name: name for name in MODELS}, **WITH_EXPERTS, LATENT: "nemotron_h"}
 FREE = ("mamba", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
-def model_of(family, tied=False, **changes):
-    model = MODELS[family](**(WITHOUT_EXPERTS.get(family, {}) | {"tie_word_embeddings": tied} | changes))
-    return model.double() if not changes else model
+def model_of(name, tied=False, **changes):
+    family, without = NAMED[name], WITHOUT_EXPERTS.get(name, {})
+    changes |= {"moe_latent_size": 8} if name == LATENT else {}
+    model = MODELS[family](**(without | {"tie_word_embeddings": tied} | changes))
+    if name not in MODELS:
+        model.set_experts_implementation("eager")  # the product of all experts at once takes no float64
+    return model.double() if changes.keys() <= {"moe_latent_size"} else model
 
 
 def orthogonal(d, seed=0):
@@ -91,10 +98,10 @@ def turned(model, architecture, keep, last=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", MODELS)
-def test_a_model_in_another_basis_of_its_stream_computes_the_same(family):
+@pytest.mark.parametrize("name", NAMED)
+def test_a_model_in_another_basis_of_its_stream_computes_the_same(name):
     """Bit for bit another model, the same function: in float64, with weights of norms that are far from one."""
-    model, architecture, tokens = model_of(family), architecture_for(family), random_ids(2, 12)
+    model, architecture, tokens = model_of(name), architecture_for(NAMED[name]), random_ids(2, 12)
     other = turned(model, architecture, 24)
     first = sites(architecture, model)[0].readers[0]
     assert difference(other.get_parameter(first), model.get_parameter(first)) > 0.1
@@ -106,11 +113,12 @@ NEVER_TIED = "nemotron_h"  # by stock transformers, whatever the configuration s
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", MODELS)
-def test_a_cut_stream_is_a_smaller_stock_model(family, tied):
+@pytest.mark.parametrize("name", NAMED)
+def test_a_cut_stream_is_a_smaller_stock_model(name, tied):
     """The oracle is the stock model of fewer coordinates, with the weights that were cut for it."""
+    family = NAMED[name]
     tied = tied and family != NEVER_TIED
-    model, architecture, tokens = model_of(family, tied), architecture_for(family), random_ids(2, 12)
+    model, architecture, tokens = model_of(name, tied), architecture_for(family), random_ids(2, 12)
     keep = 17 if family in FREE else 16  # a divisor of d_inner
     weight = model.get_submodule(architecture.last_norm).weight if tied else None
     masked = turned(model, architecture, keep, weight)
@@ -119,6 +127,8 @@ def test_a_cut_stream_is_a_smaller_stock_model(family, tied):
     assert not any(bool(tensors[p.name].index_select(p.axis, p.index).any()) for p in silent)
     smaller, config, cuts = cut_width(architecture, masked, tensors, masked.config, keep)
     stock = type(model)(type(model.config)(**config.to_dict())).eval().double()
+    if name not in MODELS:
+        stock.set_experts_implementation("eager")
     loaded = stock.load_state_dict(smaller, strict=False)
     assert set(loaded.missing_keys) <= {"lm_head.weight"}
     assert not loaded.unexpected_keys
@@ -285,6 +295,21 @@ def test_compressed_and_exported(folder, tmp_path, pattern):
     assert done.parameters[1] == sum(p.numel() for p in stock.parameters())
 
 
+@pytest.mark.parametrize("name", [*WITH_EXPERTS, LATENT])
+def test_a_mixture_of_experts_in_a_narrower_stream(tmp_path, name):
+    """Routers and experts read what stays of it; experts that go besides, too, also behind a map of their own."""
+    changes = {"moe_latent_size": 8} if name == LATENT else {}
+    model = FAMILIES[NAMED[name]](vocab_size=TINY_VOCAB, **changes)
+    dense = with_tokenizer(save_transformers(model, tmp_path / "dense"))
+    options = {"sparsity": {"width": 0.3, "expert": 0.5}, "round_channels": 1, **short(dense)}
+    compress(dense, out=tmp_path / "o", pattern="width+expert", **options)
+    done = export(tmp_path / "o")
+    assert done.comparison.max_difference <= done.comparison.tolerance
+    stock = AutoModelForCausalLM.from_pretrained(done.directory, dtype=torch.float32).eval()
+    assert stock.config.hidden_size == 16  # 17 is not what the product of all experts at once takes
+    assert stock.generate(random_ids(1, 20), max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
 def test_steps_and_codes_go_with_width(folder, tmp_path):
     """What was cut stays cut in distillation; codes of the narrow model, also in a graph, compute the same."""
     options = {"pattern": WIDTH, "sparsity": 1 / 3, "round_channels": 8, **short(folder)}
@@ -353,7 +378,6 @@ REFUSED = {
     "nothing near that loads": (mamba2, "width", 0.1, {}, r"whole multiple of d_model.*head\+width"),
     "nothing to remove": (mamba, "width", 0.01, {}, "removes nothing"),
     "a runtime": (mamba, "width", 0.3, {"runtime": "llama.cpp"}, r"llama.cpp wants.*twice d_model.*channel\+width"),
-    "experts": (FAMILIES["nemotron_h"], "width", 0.25, {}, "mixture of experts"),
     "channels that are heads": (mamba2, "channel+width", 0.25, {}, r"head\+width"),
 }
 

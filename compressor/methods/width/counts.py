@@ -6,16 +6,17 @@ then d_model and d_inner are chosen together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ssmc.compressor.methods.counts import MULTIPLES, default_multiple, nearest
 from ssmc.compressor.methods.method import Plan
-from ssmc.compressor.options.patterns import CHANNEL, HEAD, HEAD_DIM, WIDTH
+from ssmc.compressor.options.patterns import CHANNEL, EXPERT, HEAD, HEAD_DIM, WIDTH
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models import families
 from ssmc.runtime.models.architectures.dimensions import Mamba2Dimensions
+from ssmc.runtime.models.architectures.experts import whole_strides
 from ssmc.runtime.models.consumers import TWICE, consumer_named
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def width_to_keep(plan: Plan) -> int:
         return bound.d_model
     d_model, sparsity = plan.sizes.d_model, plan.config.sparsity_of(WIDTH)
     multiple = plan.config.round_channels or default_multiple(d_model)
-    able = able_d_models(plan.architecture, plan.sizes, plan.config.round_channels)
+    able = able_d_models(plan.architecture, plan.sizes, plan.config.round_channels, plan.model_config)
     kept = nearest([*able, d_model], d_model * (1 - sparsity))
     if kept == d_model:
         smaller = ", ".join(str(m) for m in MULTIPLES if m < multiple)
@@ -61,19 +62,29 @@ def width_to_keep(plan: Plan) -> int:
     return kept
 
 
-def able_d_models(architecture: Architecture, sizes: Dimensions, multiple: int | None = None) -> list[int]:
+def able_d_models(
+    architecture: Architecture, sizes: Dimensions, multiple: int | None = None, config: Any = None
+) -> list[int]:
     """The sizes below its own that d_model may be cut to while d_inner stays, rising.
 
     Args:
         architecture: of the model.
         sizes: of the model.
         multiple: what a free d_model must be a multiple of; None: a number that hardware likes.
+        config: transformers' configuration, where there may be experts.
     """
-    d_model = sizes.d_model
+    run = _run_by_experts(architecture, sizes, config)
     if not has_own_d_inner(architecture):
-        return [count for count in range(1, d_model) if sizes.d_inner % count == 0]
-    multiple = multiple or default_multiple(d_model)
-    return list(range(multiple, d_model, multiple))
+        return [count for count in run if sizes.d_inner % count == 0]
+    multiple = multiple or default_multiple(sizes.d_model)
+    return [count for count in run if count % multiple == 0]
+
+
+def _run_by_experts(architecture: Architecture, sizes: Dimensions, config: Any) -> Sequence[int]:
+    """What a smaller d_model may be for the experts that read it, if there are any."""
+    parts: Sequence[Any] = getattr(architecture, "units", ())
+    routed = any(part.kind == EXPERT and part.total(config) for part in parts)
+    return whole_strides(sizes.d_model) if routed else range(1, sizes.d_model)
 
 
 def shape_to_keep(plan: Plan) -> Shape | None:
@@ -109,14 +120,6 @@ def has_own_d_inner(architecture: Architecture) -> bool:
     return able.free_width or not (able.heads or able.whole_expand or families.CHANNEL in able.fixed)
 
 
-def has_experts(config: Any) -> bool:
-    """Whether a model of this configuration routes tokens to experts, which are not turned yet."""
-    kinds = getattr(config, "layers_block_type", None) or ()
-    if {"mlp", "moe"} & set(kinds):  # a list that tells them apart
-        return "moe" in kinds
-    return max(getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts")) > 1
-
-
 def wants_twice(sizes: Dimensions, runtime: str | None) -> bool:
     """Whether d_inner must be twice d_model for the runtime that the result is for."""
     return runtime is not None and consumer_named(runtime).rule(sizes).width == TWICE
@@ -129,11 +132,12 @@ def _shapes(plan: Plan, twice: bool) -> Iterator[Shape]:
     step = groups if plan.has_heads else multiple
     heads = [*range(step, dense.heads, step), dense.heads] if HEAD in parts or CHANNEL in parts else [dense.heads]
     dims = range(1, dense.head_dim + 1) if HEAD_DIM in parts else [dense.head_dim]
+    run = [*_run_by_experts(plan.architecture, plan.sizes, plan.model_config), dense.d_model]
     for count in heads:
         for dim in dims:
             d_inner = count * dim
-            for d_model in [d_inner // 2] if twice else range(1, dense.d_model + 1):
-                if d_inner % d_model == 0 and d_model <= dense.d_model:
+            for d_model in [d_inner // 2] if twice else run:
+                if d_inner % d_model == 0 and d_model in run:
                     yield Shape(d_model, count, dim)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ssmc.compressor.methods.method import Method, Outcome, Plan, Record, Survey, Table
 from ssmc.compressor.methods.registry import register_method
 from ssmc.compressor.methods.width import scores as scores  # registers them
-from ssmc.compressor.methods.width.counts import has_experts, width_to_keep
+from ssmc.compressor.methods.width.counts import width_to_keep
 from ssmc.compressor.options.patterns import CHANNEL, HEAD, WIDTH, Pattern, looks_at_text
 from ssmc.runtime.errors import UsageError
 
@@ -37,11 +37,6 @@ class Width(Method):
             raise UsageError(
                 "The residual stream of a torch module is not known, its mixers are pruned by themselves. Leave width "
                 "out of --pattern."
-            )
-        if has_experts(plan.model_config):
-            raise UsageError(
-                "width does not go with a mixture of experts: its router and its experts, which read the residual "
-                "stream, are not turned yet. Leave width out of --pattern."
             )
         if plan.has_heads and CHANNEL in plan.config.parts:
             raise UsageError(f"The channels of this model form heads: with {WIDTH} give --pattern {HEAD}+{WIDTH}.")

@@ -13,7 +13,7 @@ from ssmc.compressor.methods.channels.fisher import AT_ONCE, TOKENS, backward_of
 from ssmc.compressor.methods.gradients import only_these_move
 from ssmc.compressor.methods.method import Survey
 from ssmc.compressor.methods.width.score import StreamMoments
-from ssmc.runtime.models.architectures.residual import Site, sites
+from ssmc.runtime.models.architectures.residual import Site, sites, written
 
 
 @dataclass
@@ -110,7 +110,9 @@ def _sizes(survey: Survey, places: list[Site]) -> torch.Tensor:
     for site in places:
         norm = model.get_submodule(site.norm).weight.double()
         for reader in site.readers:
-            total = total + (model.get_parameter(reader).double() * norm).square().sum(0)
+            total = total + (model.get_parameter(reader).double() * norm).square().flatten(0, -2).sum(0)
         for writer in site.writers:
-            total = total + model.get_submodule(writer).weight.double().square().sum(1)
+            for name, axis in written(model, writer).items():
+                if (weight := model.get_parameter(name).double()).dim() > 1:
+                    total = total + weight.square().movedim(axis, 0).flatten(1).sum(1)
     return total.detach()

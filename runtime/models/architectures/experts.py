@@ -194,7 +194,7 @@ class ExpertNeurons(Mixture):
 
 
 def whole_strides(width: int) -> list[int]:
-    """The widths of experts below one that stock models can run.
+    """The widths of experts below one that stock models can run; as much is true of what they read, d_model.
 
     transformers runs all experts in one call of torch's grouped product, whose rows are whole multiples of 16 bytes: 8
     numbers of half precision, or 4 where the dense width has no more.

@@ -16,6 +16,7 @@ from ssmc.runtime.models.architectures.plan import Cut, Place, cut_tensors
 
 if TYPE_CHECKING:
     from ssmc.runtime.models.architectures.interface import Architecture
+    from ssmc.runtime.models.architectures.units import Writer
 
 HEAD = "lm_head.weight"
 
@@ -26,9 +27,9 @@ class Site:
 
     Attributes:
         norm: the module.
-        readers: the weights (out, d_model) that read what it puts out.
-        writers: the linear maps, as modules, that have added to the stream since the norm before; before the first
-            there is the embedding.
+        readers: the weights (..., d_model) that read what it puts out.
+        writers: the linear maps and the experts, as modules, that have added to the stream since the norm before;
+            before the first there is the embedding.
     """
 
     norm: str
@@ -45,7 +46,8 @@ def sites(architecture: Architecture, model: nn.Module) -> list[Site]:
         for stage, norm in enumerate(norms):
             readers = tuple(prefix + name for name in architecture.reading(block, stage))
             found.append(Site(prefix + norm, readers, since))
-            own = [writer for writer in architecture.writers_in(block) if min(writer.stage, len(norms) - 1) == stage]
+            writers = [*architecture.writers_in(block), *_experts_in(architecture, block)]
+            own = [writer for writer in writers if min(writer.stage, len(norms) - 1) == stage]
             since = tuple(prefix + writer.name for writer in own)
     return [*found, Site(architecture.last_norm, (HEAD,), since)]
 
@@ -81,13 +83,14 @@ def change_basis(architecture: Architecture, model: nn.Module, basis: Basis) -> 
             if not (last and basis.last is not None):  # a tied head is written with the embedding
                 for reader in site.readers:
                     weight = model.get_parameter(reader).detach()
-                    weight.copy_(_padded((weight.double() * norm.weight.double()) @ read, 1, weight.shape[1]))
+                    weight.copy_(_padded((weight.double() * norm.weight.double()) @ read, -1, weight.shape[-1]))
             norm.weight.fill_(1)
             if last and basis.last is not None:
                 norm.weight[: len(basis.last)] = basis.last.to(norm.weight)
             for writer in site.writers:
-                for tensor in _tensors(model, writer):
-                    tensor.copy_(_padded(write @ tensor.double(), 0, len(tensor)))
+                for name, axis in written(model, writer).items():
+                    tensor = model.get_parameter(name).detach()
+                    tensor.copy_(_padded(write @ tensor.double(), axis, tensor.shape[axis]))
         rows = embedding.weight
         rows.copy_(_padded(rows.double() @ basis.write[0].t(), 1, rows.shape[1]))
 
@@ -98,7 +101,7 @@ def silent_places(architecture: Architecture, model: nn.Module, kept: int, d_mod
     yield Place(architecture.embedding, 1, beyond)
     for site in sites(architecture, model):
         for writer in site.writers:
-            yield from _places(model, writer, 0, beyond)
+            yield from (Place(name, axis, beyond) for name, axis in written(model, writer).items())
 
 
 def cut_width(
@@ -114,9 +117,10 @@ def cut_width(
         norm = f"{site.norm}.weight"
         out[norm] = out[norm].float() * (whole / kept) ** 0.5
         places.append(Place(norm, 0, stay))
-        places += [Place(reader, 1, stay) for reader in site.readers if reader in tensors]  # but for a tied head
+        readers = [reader for reader in site.readers if reader in tensors]  # but for a tied head
+        places += [Place(reader, out[reader].dim() - 1, stay) for reader in readers]
         for writer in site.writers:
-            places += _places(model, writer, 0, stay)
+            places += [Place(name, axis, stay) for name, axis in written(model, writer).items()]
     cut_tensors(out, cuts, places)
     return out, architecture.with_d_model(config, kept), cuts
 
@@ -132,16 +136,21 @@ def with_epsilons_of_width(architecture: Architecture, model: nn.Module, kept: i
         norm.variance_epsilon *= kept / whole
 
 
-def _tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
-    """Weight and, where there is one, bias of a linear map."""
-    linear: Any = model.get_submodule(name)
-    return [tensor.detach() for tensor in (linear.weight, linear.bias) if tensor is not None]
+def written(model: nn.Module, writer: str) -> dict[str, int]:
+    """The tensors of a writer, by the model's names, each with the axis that is the stream."""
+    module: Any = model.get_submodule(writer)
+    if not isinstance(module, nn.Linear):  # experts, (experts, d_model, neurons)
+        return {f"{writer}.down_proj": 1}
+    return {f"{writer}.{own}": 0 for own in ("weight", "bias") if getattr(module, own) is not None}
 
 
-def _places(model: nn.Module, name: str, axis: int, index: torch.Tensor) -> list[Place]:
-    """Entries along the output axis of a linear map, bias included."""
-    linear: Any = model.get_submodule(name)
-    return [Place(f"{name}.{own}", axis, index) for own in ("weight", "bias") if getattr(linear, own) is not None]
+def _experts_in(architecture: Architecture, block: nn.Module) -> list[Writer]:
+    """The experts of a block that add to the stream themselves, not through another map."""
+    found = []
+    for part, writer in architecture.mixtures_in(block):
+        if not isinstance(getattr(part.inside(block), part.behind or "-", None), nn.Linear):
+            found.append(writer)
+    return found
 
 
 def _padded(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
