@@ -15,7 +15,7 @@ from ssmc.compressor.methods.channels.counts import able_widths
 from ssmc.compressor.methods.states.counts import allowed_states
 from ssmc.compressor.methods.width.counts import able_d_models, wants_twice
 from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, WIDTH
-from ssmc.runtime.models.architectures.experts import MEMBER, Experts, Mixture
+from ssmc.runtime.models.architectures.experts import LATENT, MEMBER, Experts, Mixture
 from ssmc.runtime.models.architectures.plan import CHANNEL as CHANNELS
 from ssmc.runtime.models.architectures.plan import HEAD as HEADS
 from ssmc.runtime.models.architectures.plan import MODEL, STATE
@@ -204,6 +204,8 @@ class HybridSizes:
             for part, number, total in zip(parts, kept, totals, strict=True):
                 if isinstance(part, Mixture):
                     left[MEMBER if isinstance(part, Experts) else NEURON] = number
+                    if f"{part.before}.weight" not in dict(shapes):  # experts read the stream themselves
+                        left[LATENT] = d_model
                 elif number < total or d_model < self.sizes.d_model:
                     chosen = part.selection(part.some(self.config, number), part.plan.sizes(dict(shapes)), self.config)
                     left |= {dimension: len(index) for dimension, index in chosen.items()}

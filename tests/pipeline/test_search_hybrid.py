@@ -36,6 +36,7 @@ WITHOUT_EXPERTS = ["linear_attention", "mlp", "full_attention", "linear_attentio
 CHANGES = {
     "nemotron_h": {"layers_block_type": WITHOUT_EXPERTS},
     "nemotron_h with experts": {},
+    "nemotron_h with latent experts": {"moe_latent_size": 8},
     "falcon_h1": {},
     "bamba": {"mamba_n_groups": 1},
     "granitemoehybrid": {"mamba_n_groups": 1},
@@ -47,12 +48,13 @@ CHANGES = {
 MIXERS, EXPERTS = {"column", "head", "head-dim"}, {"expert", "expert-width"}
 AXES = {
     "nemotron_h": MIXERS | {"mlp", "attention", "width"},
-    "nemotron_h with experts": MIXERS | {"mlp", "attention"} | EXPERTS,
+    "nemotron_h with experts": MIXERS | {"mlp", "attention", "width"} | EXPERTS,
+    "nemotron_h with latent experts": MIXERS | {"mlp", "attention", "width"} | EXPERTS,
     "falcon_h1": MIXERS | {"mlp", "attention", "width"},
     "bamba": MIXERS | {"mlp", "attention", "width"},
-    "granitemoehybrid": MIXERS | {"mlp", "attention"} | EXPERTS,
+    "granitemoehybrid": MIXERS | {"mlp", "attention", "width"} | EXPERTS,
     "granitemoehybrid without experts": MIXERS | {"mlp", "attention", "width"},
-    "jamba": {"column", "channel", "attention"} | EXPERTS,
+    "jamba": {"column", "channel", "attention", "width"} | EXPERTS,
     "jamba without experts": {"column", "channel", "mlp", "attention", "width"},
     "zamba2": MIXERS,
 }

@@ -76,7 +76,9 @@ def _fit_stage(job: Job, stage: int, writers: Sequence[Writer]) -> StageFit:
     wrong = energy = 0.0
     for i, (before, target, after, reads) in enumerate(_missing(job, stage, [writer.name for writer in writers])):
         job.report("fitting to the dense model", i, len(job.samples))
-        scaled = [w.scale_in(job.work) * reads[w.name].flatten(0, -2)[:, a] for w, a in zip(writers, alive, strict=True)]
+        scaled = [
+            w.scale_in(job.work) * reads[w.name].flatten(0, -2)[:, a] for w, a in zip(writers, alive, strict=True)
+        ]
         x = torch.cat(scaled, dim=-1).float()  # (L, in)
         missing = (target - after)[0, :, : len(cross)].float()  # (L, d_model)
         moment.add(x)

@@ -32,7 +32,7 @@ class Width(Method):
         return plan.config.repair or looks_at_text(WIDTH, plan.config.score_of(WIDTH))
 
     def check(self, plan: Plan) -> None:
-        """The whole model must be there, nothing in it may read the stream unseen, and something must go."""
+        """The whole model must be there, and heads are not called channels."""
         if plan.model_config is None:
             raise UsageError(
                 "The residual stream of a torch module is not known, its mixers are pruned by themselves. Leave width "
@@ -40,7 +40,11 @@ class Width(Method):
             )
         if plan.has_heads and CHANNEL in plan.config.parts:
             raise UsageError(f"The channels of this model form heads: with {WIDTH} give --pattern {HEAD}+{WIDTH}.")
+
+    def keep(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Of layers nothing goes; of the stream something must."""
         width_to_keep(plan)
+        return {}
 
     def prepare_outside(self, survey: Survey) -> Record | None:
         """Before any layer is pruned inside, which sees the narrower stream."""

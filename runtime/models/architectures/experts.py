@@ -24,11 +24,16 @@ MEMBER, LATENT = "member", "latent"
 """Dimensions of the tables: experts of a layer; what experts read where that is not the residual stream."""
 
 
-def experts_plan(maps: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]], router: str) -> Plan:
-    """The table of a mixture of experts: that of one of them, `maps`, stacked, and a router."""
+def experts_plan(
+    maps: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]], router: str, before: str = "", behind: str = ""
+) -> Plan:
+    """The table of a mixture of experts: that of one of them, `maps`, stacked, a router, and maps around the latent."""
     stacked: dict[str, tuple[tuple[str, ...], ...]]
     stacked = {f"experts.{name}": ((MEMBER,), *axes) for name, axes in maps.items()}
     chosen = {f"{router}.weight": ((MEMBER,), (MODEL,)), f"{router}.e_score_correction_bias": ((MEMBER,),)}
+    if before and behind:
+        chosen |= {f"{before}.weight": ((LATENT,), (MODEL,)), f"{before}.bias": ((LATENT,),)}
+        chosen |= {f"{behind}.weight": ((MODEL,), (LATENT,)), f"{behind}.bias": ((MODEL,),)}
     return Plan(tensors=stacked | chosen, silent={MEMBER: (), NEURON: ("experts.down_proj",)})
 
 

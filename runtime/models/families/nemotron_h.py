@@ -16,9 +16,10 @@ from ssmc.runtime.models.architectures.experts import PLAIN_MAPS, ExpertNeurons,
 from ssmc.runtime.models.architectures.mamba2_hybrid import CAPABILITIES, Fields, Mamba2Hybrid
 from ssmc.runtime.models.architectures.units import GATED, MLP, Attention, Part, Writer
 
+_LATENT = {"before": "fc1_latent_proj", "behind": "fc2_latent_proj"}
 _EXPERTS: dict[str, Any] = {
-    **{"name": "mixer", "router": "gate", "plan": experts_plan(PLAIN_MAPS, "gate")},
-    **{"before": "fc1_latent_proj", "behind": "fc2_latent_proj", "of_layers": "moe"},
+    **{"name": "mixer", "router": "gate", "plan": experts_plan(PLAIN_MAPS, "gate", **_LATENT), "of_layers": "moe"},
+    **_LATENT,
 }
 _NOT_LOADED = "mtp."  # of a head that predicts more tokens, which transformers leaves out
 _STORED, _PREFIX = "backbone.", "model."
