@@ -81,9 +81,10 @@ def page(report: dict[str, Any]) -> str:
                 line = (SAME[group] if i == 0 else "", row["name"], *cells(row))
                 lines.append(f"| {' | '.join(line)} |")
         parts.append("\n".join(lines))
-        refused = sorted({row["name"] for row in found["rows"] if "refused" in row})
-        if refused:
-            parts.append(f"Not for this model: {', '.join(refused)}.")
+        ended = {row["name"]: row["refused"].startswith("failed") for row in found["rows"] if "refused" in row}
+        for failed, words in ((False, "Not for this model"), (True, "Ended in an error")):
+            if names := sorted(name for name in ended if ended[name] == failed):
+                parts.append(f"{words}: {'; '.join(names)}.")
         left = [name for name in found["planned"] if name not in {row["name"] for row in found["rows"]}]
         if left:
             parts.append(f"Not run here, for lack of time: {'; '.join(left)}.")
