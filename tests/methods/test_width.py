@@ -248,25 +248,21 @@ def loss_of_the_stream(model, tokens, write, cost):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_is_added_is_fitted_together_with_what_is_read(tied):
-    """On tokens that no step saw, against the maps they began with; nothing but a tied embedding keeps its own."""
-    model, architecture = model_of("mamba", vocab_size=61, tie_word_embeddings=tied), architecture_for("mamba")
+def test_what_is_added_is_fitted_together_with_what_is_read():
+    """On tokens that no step saw, against the maps they began with."""
+    model, architecture = model_of("mamba", vocab_size=61), architecture_for("mamba")
     run = run_of(
         use_fast_scan(copy.deepcopy(model)), architecture, random_ids(24, 32), configure(model="m", pattern=WIDTH), {}
     )
     cost = stream_moments(run.survey(), text=True, gradients=True).cost
     read = orthogonal(24)[:, :12]
     write = [read.t()] * len(cost)
-    head = read / model.get_submodule(architecture.last_norm).weight.double()[:, None] if tied else None
-    found = best_writes(run.survey(), read, write, cost, head)
+    found = best_writes(run.survey(), read, write, cost)
     unseen = random_ids(8, 32, seed=5)
     before, after = (loss_of_the_stream(model, unseen, maps, cost) for maps in (write, found))
-    assert after < (0.97 if tied else 0.8) * before
-    moved = [difference(one, other) > 0.01 for one, other in zip(found, write, strict=True)]
-    assert moved == [not tied, True, True, True]
+    assert after < 0.8 * before
     alone = run_of(use_fast_scan(model), architecture, random_ids(1, 32), configure(model="m", pattern=WIDTH), {})
-    assert best_writes(alone.survey(), read, write, cost, head) == write  # nothing would judge the steps
+    assert best_writes(alone.survey(), read, write, cost) == write  # nothing would judge the steps
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_refinement_makes_a_mixer_no_worse():
         ({"score": "best"}, "score 'best' does not work"),
         ({"calib": "c4"}, "calib does not go with a torch module"),
         ({"states": (2, 2, 2)}, "states names 3 mixers, the module has 2"),
-        ({"out": "somewhere"}, "out, force, resume, max_memory and command go with a checkpoint"),
+        ({"out": "somewhere"}, "out, force, resume, max_memory, command and refuse go with a checkpoint"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

@@ -33,11 +33,7 @@ AT_HAND = 16 * 2**20  # numbers of the dense stream held at once
 
 @torch.no_grad()
 def best_writes(
-    survey: Survey,
-    read: torch.Tensor,
-    write: Sequence[torch.Tensor],
-    cost: torch.Tensor,
-    head: torch.Tensor | None = None,
+    survey: Survey, read: torch.Tensor, write: Sequence[torch.Tensor], cost: torch.Tensor
 ) -> list[torch.Tensor]:
     """Maps into the narrow stream from which least is lost, all fitted together; those given where none are better.
 
@@ -47,8 +43,6 @@ def best_writes(
         read: (D, K) orthonormal columns.
         write: (K, D) for each norm, what becomes of that which was added to the stream since the norm before.
         cost: (S, D, D) Fisher information at the norms, a token.
-        head: (D, K) how the last norm is read where the head is the embedding: then it stays, and so does the first
-            of `write`. None: the head is a map of its own.
 
     Returns:
         (K, D) for each norm.
@@ -60,9 +54,6 @@ def best_writes(
     device = survey.stage.device
     writes, reads = ([_leaf(m, device) for m in maps] for maps in (write, [read] * len(write)))
     moving = [*writes, *reads]
-    if head is not None:
-        reads[-1] = head.to(device, torch.float32)
-        moving = [*writes[1:], *reads[:-1]]
     roots = torch.stack([_root(matrix) for matrix in cost]).to(device, torch.float32)
     epsilons = _epsilons(survey)
     survey.model.to(device)

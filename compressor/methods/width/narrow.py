@@ -47,8 +47,8 @@ def narrow_stream(survey: Survey) -> WidthRecord:
 
     With repair, what a map adds to the stream outside of what stays is added inside where it does the same, as far as
     the predictions go: of all vectors of the subspace the one whose difference costs least by the Fisher information
-    of the stream at this place. From there these maps are fitted together (`best_writes`), and what reads the stream
-    reads the best linear estimate of what it read before.
+    of the stream at this place. From there these maps are fitted together (`best_writes`), unless the head is the
+    embedding, and what reads the stream reads the best linear estimate of what it read before.
     """
     architecture, model, config = survey.plan.architecture, survey.model, survey.plan.config
     judge = cast(WidthScore, score(WIDTH, config.score_of(WIDTH)))
@@ -57,17 +57,16 @@ def narrow_stream(survey: Survey) -> WidthRecord:
     read = judge.basis(moments, keep).cpu()
     parts: Any = model
     last, tied = None, parts.get_output_embeddings().weight is parts.get_input_embeddings().weight
-    norm = model.get_submodule(architecture.last_norm).weight.detach()
     if tied:
-        read, last = _of_tied_head(read, norm)
+        read, last = _of_tied_head(read, model.get_submodule(architecture.last_norm).weight.detach())
     count = len(sites(architecture, model))
     reads, write = (read,) * count, [read.t()] * count
     if config.repair:
         write = [_write(read, cost) for cost in cast(torch.Tensor, moments.stream).cpu()]
-        if tied:  # the rows of the embedding are those of the head
+        if tied:  # the rows of the embedding are those of the head; without them nothing worth the time is gained
             write[0] = read.t()
-        head = None if last is None else read * last / norm.double().masked_fill(norm == 0, 1)[:, None]
-        write = best_writes(survey, read, write, cast(torch.Tensor, moments.cost).cpu(), head)
+        else:
+            write = best_writes(survey, read, write, cast(torch.Tensor, moments.cost).cpu())
         reads = best_reads(survey, write)
     change_basis(architecture, model, Basis(reads, tuple(write), last))
     for name, parameter in model.named_parameters():
