@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,10 +11,11 @@ from ssmc.compressor.methods.channels.counts import head_dim_to_keep
 from ssmc.compressor.methods.method import Plan
 from ssmc.compressor.methods.units.counts import units_to_keep
 from ssmc.compressor.methods.width.counts import width_to_keep
-from ssmc.compressor.options.patterns import CHANNEL, COLUMN, HEAD, HEAD_DIM, WIDTH
+from ssmc.compressor.options.patterns import HEAD_DIM, WIDTH
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.models.architectures.plan import CHANNEL as CHANNELS
 from ssmc.runtime.models.architectures.plan import STATE
+from ssmc.runtime.models.architectures.units import Part
 from ssmc.runtime.models.consumers import misfit
 from ssmc.runtime.models.families import Architecture
 
@@ -31,12 +32,8 @@ def refuse_misfit(plan: Plan) -> None:
     runtime, sizes = plan.config.runtime, plan.sizes
     if runtime is None:
         return
-    channels, d_model = max(plan.keep.channels), sizes.d_model
-    if HEAD_DIM in plan.config.parts:
-        channels = channels // cast(Any, sizes).head_dim * head_dim_to_keep(plan)
-    if WIDTH in plan.config.parts:
-        d_model = width_to_keep(plan)
-    left = replace(sizes, d_model=d_model, d_inner=channels, d_state=max(plan.keep.states))
+    heads, head_dim = _inner(plan)
+    left = replace(sizes, d_model=_d_model(plan), d_inner=heads * head_dim, d_state=max(plan.keep.states))
     if reason := misfit(runtime, left):
         raise UsageError(
             f"{runtime} does not run what would be left: {reason}. Give another --sparsity or --pattern, or leave out "
@@ -53,19 +50,48 @@ def configuration_left(plan: Plan) -> Any:
     architecture: Any = plan.architecture
     if architecture.capabilities.uniform:
         return None
-    config, sizes, parts = copy.deepcopy(plan.model_config), plan.sizes, plan.config.parts
-    channels = max(plan.keep.channels)
-    if CHANNEL in parts and sizes.heads is None:
-        config = architecture.with_size(config, CHANNELS, channels)
-    elif HEAD in parts or HEAD_DIM in parts:
-        head_dim = cast(Any, sizes).head_dim
-        heads = channels // head_dim
-        head_dim = head_dim_to_keep(plan) if HEAD_DIM in parts else head_dim
-        config = architecture.with_heads(config, heads, head_dim)
-    if COLUMN in parts:
-        config = architecture.with_size(config, STATE, max(plan.keep.states) * sizes.groups)
-    for part in architecture.units:
-        if part.kind in parts and part.total(plan.model_config) and part.refusal(plan.model_config) is None:
-            kept = units_to_keep(part, plan.model_config, plan.config.sparsity_of(part.kind))
-            part.resize(config, part.some(plan.model_config, kept))
-    return architecture.with_d_model(config, width_to_keep(plan)) if WIDTH in parts else config
+    config, parts = plan.model_config, plan.config.parts
+    units = [
+        (part, units_to_keep(part, config, plan.config.sparsity_of(part.kind)))
+        for part in architecture.units
+        if part.kind in parts and part.total(config) and part.refusal(config) is None
+    ]
+    return with_sizes(architecture, config, _inner(plan), max(plan.keep.states), units, _d_model(plan))
+
+
+def with_sizes(
+    architecture: Any, config: Any, inner: tuple[int, int], states: int, units: Iterable[tuple[Part, int]], d_model: int
+) -> Any:
+    """The configuration of a smaller hybrid.
+
+    Args:
+        architecture: of its family.
+        config: transformers' configuration of the dense model.
+        inner: heads of a mixer and channels of each; without heads as many "heads" of one channel.
+        states: of a group.
+        units: how many stay of parts; of those that are not there, all.
+        d_model: how much of the residual stream stays.
+    """
+    smaller, sizes = copy.deepcopy(config), architecture.dimensions(config)
+    heads, head_dim = inner
+    if heads * head_dim != sizes.d_inner and sizes.heads is None:
+        smaller = architecture.with_size(smaller, CHANNELS, heads)
+    elif heads * head_dim != sizes.d_inner:
+        smaller = architecture.with_heads(smaller, heads, head_dim)
+    smaller = architecture.with_size(smaller, STATE, states * sizes.groups)
+    for part, kept in units:
+        if kept < part.total(config):
+            part.resize(smaller, part.some(smaller, kept))
+    return smaller if d_model == sizes.d_model else architecture.with_d_model(smaller, d_model)
+
+
+def _inner(plan: Plan) -> tuple[int, int]:
+    """Heads of a mixer and channels of each that stay; without heads as many "heads" of one channel."""
+    channels, sizes = max(plan.keep.channels), cast(Any, plan.sizes)
+    if sizes.heads is None:
+        return channels, 1
+    return channels // sizes.head_dim, head_dim_to_keep(plan) if HEAD_DIM in plan.config.parts else sizes.head_dim
+
+
+def _d_model(plan: Plan) -> int:
+    return width_to_keep(plan) if WIDTH in plan.config.parts else plan.sizes.d_model

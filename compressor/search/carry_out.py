@@ -20,7 +20,7 @@ from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search.allocation import Sizes
 from ssmc.compressor.search.find import find_sizes
 from ssmc.compressor.search.layer_sizes import Layerwise
-from ssmc.compressor.search.outcome import after_steps
+from ssmc.compressor.search.outcome import after_steps, missed
 from ssmc.compressor.search.trials import Trials
 from ssmc.runtime.errors import VerificationError
 from ssmc.runtime.models.checkpoints import Checkpoint
@@ -87,11 +87,11 @@ def reach_goal(
         text = tokens[: config.nsamples] if plan.needs_text else None
         pruned = prune(trials.run_of(model, plan, text, progress))
         outcome = trials.outcome(model, found.sizes)
-        missed, record = trials.missed(outcome, bound), {**found.record, "outcome": outcome}
-        result = GoalResult(plan, model.cpu(), pruned, record, (*missed, *samples.notes))
+        lacks, record = missed(outcome, goal, bound), {**found.record, "outcome": outcome}
+        result = GoalResult(plan, model.cpu(), pruned, record, (*lacks, *samples.notes))
         if best is None or trials.shortfall(outcome, bound) < trials.shortfall(best.record["outcome"], bound):
             best = result
-        if not missed:
+        if not lacks:
             break
     assert best is not None
     if distil is not None:
@@ -106,6 +106,6 @@ def _distilled(result: GoalResult, trials: Trials, distil: Distil) -> GoalResult
     done = distil(replace(trials.checkpoint, model=result.model), result.pruned.layers)
     before = result.record["outcome"]
     outcome = {**before, **after_steps(done, before["excess_nats"])}
-    notes = (*trials.missed(outcome, trials.goal.most_nats), *trials.samples.notes)
+    notes = (*missed(outcome, trials.goal, trials.goal.most_nats), *trials.samples.notes)
     record = {**result.record, "outcome": outcome}
     return replace(result, model=result.model.cpu(), record=record, notes=notes, distillation=done)

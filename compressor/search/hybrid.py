@@ -68,9 +68,20 @@ def check_goal(checkpoint: Checkpoint, config: CompressConfig, goal: Goal) -> No
         table = read_kind_table(goal.latency_table, sizes, workload, choose_device(config.device))
         if goal.target_latency is not None:
             limits.append(Limit("time", table.ratio, goal.target_latency))
+    require_within(checkpoint, config, sizes.candidates(), limits)
+
+
+def require_within(
+    checkpoint: Checkpoint, config: CompressConfig, candidates: Sequence[Removed], limits: Sequence[Limit]
+) -> None:
+    """Refuse limits that no candidate is within.
+
+    Raises:
+        UsageError: naming the least that can be reached.
+    """
     if limits:
         able = HybridSizes(checkpoint, runtime=config.runtime, round_to=config.round_to).axes
-        require_one(config, sizes.candidates(), limits, able)
+        require_one(config, candidates, limits, able)
 
 
 @dataclass
@@ -137,7 +148,7 @@ class HybridSearch:
             within = [r for r in self._candidates if self.expected(r) <= self.goal.most_nats]
             ranked = sorted(within, key=lambda removed: (self.share_of_time(removed), removed))
             return self._different([self._fastest(), *ranked])
-        self._require(limits)
+        require_within(self.checkpoint, self.config, self._candidates, limits)
         able = [r for r in self._candidates if all(limit.allows(r) for limit in limits)]
         return self._different(sorted(able, key=lambda removed: (self.expected(removed), removed)))
 
@@ -242,12 +253,6 @@ class HybridSearch:
             raise VerificationError(f"{lacks[0]} Nothing was written. Allow more, or ask for less.")
         notes = (*lacks, *self.samples.notes)
         return GoalResult(plan, model.cpu(), pruned, record | {"outcome": outcome}, notes, done)
-
-    def _require(self, limits: Sequence[Limit]) -> None:
-        """Refuse limits that no candidate is within."""
-        if limits:
-            able = HybridSizes(self.checkpoint, runtime=self.config.runtime, round_to=self.config.round_to).axes
-            require_one(self.config, self._candidates, limits, able)
 
     def _limits(self) -> list[Limit]:
         limits, wanted = counted_limits(self.sizes, self.goal), self.goal.target_latency

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,7 +17,7 @@ from ssmc.compressor.search.given_table import require_same
 from ssmc.compressor.search.hybrid_sizes import HybridSizes, Removed
 from ssmc.runtime.errors import UsageError
 from ssmc.runtime.measure.conditions import conditions, load_average
-from ssmc.runtime.measure.latency import Workload
+from ssmc.runtime.measure.latency import Workload, read_table
 from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
@@ -85,22 +83,8 @@ def read_kind_table(path: str, sizes: HybridSizes, workload: Workload, device: t
     Raises:
         UsageError: it cannot be read, is none, or is for something else.
     """
-    file = Path(path).expanduser()
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        record = (record.get("goal") or {}).get("latency_table") or record
-        if record.pop("schema") != SCHEMA:
-            raise ValueError("another format")
-        record["workload"] = Workload(**record["workload"])
-        record["smaller"] = {axis: (float(gone), dict(found)) for axis, (gone, found) in record["smaller"].items()}
-        table = KindTable(**record)
-        _check(table)
-    except OSError as error:
-        raise UsageError(f"The latency table {file} cannot be read: {error.strerror}. Name one ssmc wrote.") from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{file} is no latency table of a hybrid of this version of ssmc. Name the ssmc.json of a search over one."
-        ) from error
+    other = "no latency table of a hybrid of this version of ssmc. Name the ssmc.json of a search over one."
+    table = read_table(path, SCHEMA, _made, other)
     require_same(
         path,
         ("a model of", dict(table.model), sizes_of(sizes)),
@@ -112,6 +96,13 @@ def read_kind_table(path: str, sizes: HybridSizes, workload: Workload, device: t
             f"The latency table {path} has no times with fewer {', '.join(lacking)}. Leave that out of --pattern, or "
             "leave the table out, and a new one is measured."
         )
+    return table
+
+
+def _made(record: dict[str, Any]) -> KindTable:
+    record["smaller"] = {axis: (float(gone), dict(found)) for axis, (gone, found) in record["smaller"].items()}
+    table = KindTable(**record)
+    _check(table)
     return table
 
 

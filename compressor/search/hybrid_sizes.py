@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ssmc.compressor.families import axes_of_hybrid
+from ssmc.compressor.foreseen import with_sizes
 from ssmc.compressor.methods.channels.counts import able_widths
 from ssmc.compressor.methods.states.counts import allowed_states
 from ssmc.compressor.methods.width.counts import able_d_models, wants_twice
@@ -131,18 +131,8 @@ class HybridSizes:
     def smaller(self, removed: Removed) -> Any:
         """The configuration of the stock model that is left."""
         heads, head_dim, states = self.mixer(removed)
-        config = copy.deepcopy(self.config)
-        if heads * head_dim != self.sizes.d_inner and self.sizes.heads is None:
-            config = cast(Any, self.architecture).with_size(config, CHANNELS, heads)
-        elif heads * head_dim != self.sizes.d_inner:
-            config = cast(Any, self.architecture).with_heads(config, heads, head_dim)
-        config = cast(Any, self.architecture).with_size(config, STATE, states * self.sizes.groups)
-        for part in self.architecture.units:
-            kept = self.units(part, removed)
-            if kept < part.total(self.config):
-                part.resize(config, part.some(config, kept))
-        d_model = self.d_model(removed)
-        return config if d_model == self.sizes.d_model else self.architecture.with_d_model(config, d_model)
+        units = [(part, self.units(part, removed)) for part in self.architecture.units]
+        return with_sizes(self.architecture, self.config, (heads, head_dim), states, units, self.d_model(removed))
 
     def fits(self, removed: Removed) -> bool:
         """Whether a loader takes heads, channels of heads and d_model together, and a run carries them out."""

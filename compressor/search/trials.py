@@ -29,7 +29,7 @@ from ssmc.compressor.search.configured import configured, configured_layerwise
 from ssmc.compressor.search.counting import Counting
 from ssmc.compressor.search.given_table import require_same
 from ssmc.compressor.search.layer_sizes import Layerwise
-from ssmc.compressor.search.outcome import TOLERANCE, Losses, above, missed
+from ssmc.compressor.search.outcome import TOLERANCE, Losses, above
 from ssmc.compressor.search.teaching import Teaching
 from ssmc.runtime.half_precision import half_precision
 from ssmc.runtime.measure.latency import LatencyTable, Workload, measure_latency, read_latency_table, time_sizes
@@ -142,15 +142,6 @@ class Trials(Counting):
             ratio = self.clock([sizes])[sizes]
             result |= {"time": ratio.median, "time_low": ratio.low, "time_high": ratio.high}
         return result
-
-    def missed(self, outcome: dict[str, Any], most_nats: float) -> list[str]:
-        """In what the outcome is not what was asked for, in sentences; empty: it is.
-
-        Args:
-            outcome: see there.
-            most_nats: the bound of its loss.
-        """
-        return missed(outcome, self.goal, most_nats)
 
     def shortfall(self, outcome: dict[str, Any], most_nats: float) -> tuple[float, float, float]:
         """How far an outcome is from the goal: nats above the bound, time above what was asked for, then the loss."""

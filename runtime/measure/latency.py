@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ from ssmc.runtime.models.fast import use_fast_scan
 from ssmc.runtime.progress import NO_PROGRESS, Progress
 
 SCHEMA = "ssmc-latency/1"
+
+T = TypeVar("T")
 STACK_BYTES = 512 << 20
 """Weights of blocks that one timed model has at most, beyond the first two blocks: more than most caches hold."""
 
@@ -151,23 +153,42 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     Raises:
         UsageError: it cannot be read, or is none.
     """
+    return read_table(path, SCHEMA, _made, "no latency table of this version of ssmc. Name one that it wrote.")
+
+
+def read_table(path: str | Path, schema: str, made: Callable[[dict[str, Any]], T], other: str) -> T:
+    """A table of times of any kind, from a file of its own or from the manifest of the run that measured it.
+
+    Args:
+        path: of the file.
+        schema: of the table.
+        made: the table from its record, which it may change; fails by an ordinary exception where it is none.
+        other: what a file is that holds none, and what to do.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
     path = Path(path).expanduser()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         search = record.get("goal") or record.get("target") or {}  # of the manifest of a run; "target" in 0.1
         record = search.get("latency_table") or record
-        if record.pop("schema") != SCHEMA:
+        if record.pop("schema") != schema:
             raise ValueError("another format")
-        record["dimensions"] = from_dict(record["dimensions"])
         record["workload"] = Workload(**record["workload"])
-        record["block"] = tuple(tuple(float(value) for value in row) for row in record["block"])
-        record["widths"], record["states"] = tuple(record["widths"]), tuple(record["states"])
-        table = LatencyTable(**record)
-        _check(table)
+        return made(record)
     except OSError as error:
         raise UsageError(f"The latency table {path} cannot be read: {error.strerror}. Name one ssmc wrote.") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path} is no latency table of this version of ssmc. Name one that it wrote.") from error
+        raise UsageError(f"{path} is {other}") from error
+
+
+def _made(record: dict[str, Any]) -> LatencyTable:
+    record["dimensions"] = from_dict(record["dimensions"])
+    record["block"] = tuple(tuple(float(value) for value in row) for row in record["block"])
+    record["widths"], record["states"] = tuple(record["widths"]), tuple(record["states"])
+    table = LatencyTable(**record)
+    _check(table)
     return table
 
 

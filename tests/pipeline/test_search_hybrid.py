@@ -8,9 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssmc.compressor import compress
+from ssmc.compressor.foreseen import configuration_left
+from ssmc.compressor.plan import make_plan
 from ssmc.compressor.search import hybrid
 from ssmc.compressor.search.allocation import Curve
 from ssmc.compressor.search.hybrid_latency import REST, KindTable, measure_kinds, read_kind_table, sizes_of
@@ -72,6 +74,18 @@ def test_parameters_are_those_of_stock_models_of_these_sizes(which, tmp_path):
         constants = sum(b.numel() for name, b in stock.named_buffers() if name in stock.state_dict())
         counted = stock.num_parameters() + constants
         assert sizes.share_of_parameters(removed) == pytest.approx(counted / sizes.parameters, abs=1e-12)
+
+
+def test_what_a_run_leaves_is_foreseen(folder, tmp_path):
+    """The oracle is the configuration of the export; experts that stay are fewer and narrower."""
+    pattern = "expert+expert-width+width+column"
+    result = compress(folder, out=tmp_path / "o", pattern=pattern, sparsity=0.34, round_channels=1, **short(folder))
+    exported = AutoConfig.from_pretrained(export(result.directory).directory)
+    checkpoint = load_checkpoint(folder)
+    plan = make_plan(result.config, checkpoint.architecture, checkpoint.dimensions, checkpoint.config)
+    foreseen, dense = configuration_left(plan), checkpoint.config
+    for name in ("hidden_size", "ssm_state_size", "n_routed_experts", "moe_intermediate_size"):
+        assert getattr(foreseen, name) == getattr(exported, name) < getattr(dense, name)
 
 
 def test_time_is_that_of_the_kinds_of_layers_less_what_each_axis_saves(folder):

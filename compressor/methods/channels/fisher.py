@@ -46,7 +46,7 @@ def stream_roots(survey: Survey) -> list[torch.Tensor]:
                 total += g.t() @ g
             outputs.clear()
     model.cpu()
-    return [_root(total / tokens.numel()).cpu() for total in sums]
+    return [symmetric_root(total / tokens.numel(), FLOOR).cpu() for total in sums]
 
 
 @contextmanager
@@ -81,6 +81,7 @@ def backward_of_drawn(survey: Survey, rows: torch.Tensor, generator: torch.Gener
     hidden.backward(leaf.grad)
 
 
-def _root(matrix: torch.Tensor) -> torch.Tensor:
+def symmetric_root(matrix: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+    """The symmetric root of a second moment (n, n); eigenvalues are at least `floor` of the largest."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=FLOOR * float(values[-1])).sqrt()) @ vectors.t()
+    return (vectors * values.clamp(min=floor * float(values[-1])).sqrt()) @ vectors.t()

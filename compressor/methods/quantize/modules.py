@@ -149,7 +149,7 @@ def _quantize_linears(job: Job, linears: Mapping[str, nn.Linear]) -> list[Quanti
 def _quantize(job: Job, name: str, linear: nn.Linear, moment: SecondMoment | None) -> QuantizedModule:
     """One map, in place."""
     config, whole = job.config, linear.weight.data
-    kept = _read_inputs(job, whole)
+    kept = read_inputs(whole, bool(job.units_kept) or WIDTH in config.parts)
     weight = whole[:, kept]
     group = group_for(weight.shape[1], config.group_size)
     tensor = job.architecture.block_prefix(job.index) + _name_of(job.work, linear) + ".weight"
@@ -170,11 +170,14 @@ def _quantize(job: Job, name: str, linear: nn.Linear, moment: SecondMoment | Non
     return QuantizedModule(name, tensor, stored, error)
 
 
-def _read_inputs(job: Job, weight: torch.Tensor) -> torch.Tensor:
-    """The inputs of a map that are not those of neurons, heads and directions of the stream that were removed, which
-    exports cut out."""
-    some = bool(job.units_kept) or WIDTH in job.config.parts
-    kept = weight.ne(0).any(0) if some else torch.ones_like(weight[0], dtype=torch.bool)
+def read_inputs(weight: torch.Tensor, removed: bool) -> torch.Tensor:
+    """The inputs of a map (out, in) that exports do not cut out.
+
+    Args:
+        weight: of the map.
+        removed: whether neurons, heads or directions of the stream were removed, whose columns are zero.
+    """
+    kept = weight.ne(0).any(0) if removed else torch.ones_like(weight[0], dtype=torch.bool)
     return kept.nonzero()[:, 0]
 
 

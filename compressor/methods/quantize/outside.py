@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmc.compressor.methods.method import Record, Survey
 from ssmc.compressor.methods.quantize.grid import digits_for, fit_grid
-from ssmc.compressor.methods.quantize.modules import QuantizedModule, no_groups
+from ssmc.compressor.methods.quantize.modules import QuantizedModule, no_groups, read_inputs
 from ssmc.compressor.options.patterns import WIDTH
 from ssmc.compressor.options.quantization import BITS, group_for
 from ssmc.runtime.quantized import GridShape
@@ -40,7 +40,7 @@ def quantize_embedding(survey: Survey) -> OutsideRecord:
 
 def _quantize(survey: Survey, tensor: str, module: Any, config: Any) -> QuantizedModule:
     whole, name = module.weight.data, tensor.removesuffix(".weight")
-    kept = whole.ne(0).any(0) if WIDTH in config.parts else torch.ones_like(whole[0], dtype=torch.bool)
+    kept = read_inputs(whole, WIDTH in config.parts)
     weight = whole[:, kept]  # what exports cut out is in no group
     group = group_for(weight.shape[1], config.group_size)
     if group is None:

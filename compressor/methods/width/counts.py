@@ -82,8 +82,7 @@ def able_d_models(
 
 def _run_by_experts(architecture: Architecture, sizes: Dimensions, config: Any) -> Sequence[int]:
     """What a smaller d_model may be for the experts that read it, if there are any."""
-    parts: Sequence[Any] = getattr(architecture, "units", ())
-    routed = any(part.kind == EXPERT and part.total(config) for part in parts)
+    routed = any(part.kind == EXPERT and part.total(config) for part in architecture.units)
     return whole_strides(sizes.d_model) if routed else range(1, sizes.d_model)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ssmc.compressor.methods.channels.fisher import AT_ONCE
+from ssmc.compressor.methods.channels.fisher import AT_ONCE, symmetric_root
 from ssmc.compressor.methods.descent import Pace, descend
 from ssmc.compressor.methods.method import Survey
 from ssmc.compressor.methods.ridge import fit
@@ -54,7 +54,7 @@ def best_writes(
     device = survey.stage.device
     writes, reads = ([_leaf(m, device) for m in maps] for maps in (write, [read] * len(write)))
     moving = [*writes, *reads]
-    roots = torch.stack([_root(matrix) for matrix in cost]).to(device, torch.float32)
+    roots = torch.stack([symmetric_root(matrix) for matrix in cost]).to(device, torch.float32)
     epsilons = _epsilons(survey)
     survey.model.to(device)
     unseen, steps = _stream(survey, survey.text[count - apart :]), _tokens(survey, survey.text[: count - apart])
@@ -166,9 +166,3 @@ def _tokens(survey: Survey, rows: torch.Tensor) -> Iterator[torch.Tensor]:
 def _epsilons(survey: Survey) -> list[float]:
     model: Any = survey.model
     return [model.get_submodule(site.norm).variance_epsilon for site in sites(survey.plan.architecture, model)]
-
-
-def _root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric root of a positive matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
